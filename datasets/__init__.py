@@ -1,0 +1,68 @@
+"""Omniglot, and generated characters in its place where it is not needed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from datasets import glyphs, omniglot
+from datasets.cache import cached
+from datasets.characters import CLASSES, DRAWINGS, SIZE, CharacterSet
+from utils.errors import UserError
+
+__all__ = ["DATASETS", "SPLITS", "CharacterSet", "load_characters"]
+
+DATASETS = ("omniglot", "glyphs")
+SPLITS = ("background", "evaluation")
+
+log = logging.getLogger("anml")
+
+
+def load_characters(
+    dataset: str, split: str, root: Path, cache_dir: Path, glyph_seed: int = 0
+) -> CharacterSet:
+    """Load all drawings of one split, and log their name, counts and manifest hash.
+
+    Args:
+        dataset: `omniglot`, the real thing, or `glyphs`, generated and without files.
+        split: `background` (964 classes, meta-training) or `evaluation` (659, meta-test).
+        root: holds `omniglot-py/` with the split's folder or zip; where both are missing,
+            torchvision downloads the zip. Not looked at for `glyphs`.
+        cache_dir: gets one file of about 15 MB per split, which makes the next start quick.
+        glyph_seed: 0 or greater; other seeds are other glyphs.
+
+    Returns:
+        Images uint8 `[C, 20, 28, 28]` and their names, sorted by alphabet, character and file name.
+
+    Raises:
+        UserError: data is missing, damaged or incomplete, or an argument is none of the above. No
+            other data ever takes its place.
+    """
+    if dataset not in DATASETS:
+        raise UserError(f"no data set {dataset!r}; choose one of {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise UserError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
+    if dataset == "omniglot":
+        characters = omniglot.load(split, Path(root), Path(cache_dir))
+    else:
+        characters = _load_glyphs(split, glyph_seed, Path(cache_dir))
+    log.info(
+        "%s: %d characters x %d drawings, manifest %s",
+        characters.name,
+        *characters.images.shape[:2],
+        characters.manifest,
+    )
+    return characters
+
+
+def _load_glyphs(split: str, seed: int, cache_dir: Path) -> CharacterSet:
+    if seed < 0:
+        raise UserError(f"the glyph seed {seed} is negative; choose 0 or greater")
+    manifest = glyphs.manifest(split, seed)
+    shape = (CLASSES[split], DRAWINGS, SIZE, SIZE)
+    images = cached(cache_dir, f"glyphs-{split}", manifest, shape, lambda: glyphs.draw(split, seed))
+    return CharacterSet(
+        f"glyphs {split} (seed {seed})", torch.from_numpy(images), glyphs.names(split), manifest
+    )

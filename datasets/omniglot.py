@@ -1,0 +1,304 @@
+"""Omniglot (Lake et al. 2015) from `ROOT/omniglot-py/`: extracted folders, zips, or a download.
+
+Everything is checked before it is used, and what is wrong is named with the file it is wrong in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import io
+import logging
+import os
+import re
+import socket
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from urllib.error import HTTPError
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from datasets.cache import cached
+from datasets.characters import CANVAS, CLASSES, DRAWINGS, SIZE, CharacterSet, shrink
+from utils.errors import UserError
+
+log = logging.getLogger("anml")
+
+FORMAT = "1: grey, 28x28 LANCZOS"
+"""Part of the cache's key: change it with whatever happens to a picture on its way to the cache."""
+
+DRAWING_NAME = re.compile(r"[^/]+/character\d\d/\d{4}_\d\d\.png")
+NETWORK_TIMEOUT = 30.0  # seconds without a byte
+
+# What zipfile and Pillow raise on damaged input, beside UserError's own causes.
+DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class Drawing(NamedTuple):
+    """One PNG file."""
+
+    name: str  # `Alphabet/character01/0709_01.png`
+    member: str  # where its source holds it
+    size: int  # bytes
+    stamp: int  # changes with the content: CRC-32 in a zip, modification time (ns) in a folder
+
+
+class Source(Protocol):
+    """Where the drawings of one split are."""
+
+    path: Path
+
+    def where(self, member: str) -> str:
+        """Name a member in a message."""
+
+    def scan(self) -> list[Drawing]:
+        """List all PNG files. Raises one of DAMAGE."""
+
+    def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:
+        """Read the drawings' files. Raises UserError."""
+
+
+def load(split: str, root: Path, cache_dir: Path) -> CharacterSet:
+    """Load one split from `root/omniglot-py/`: `images_<split>/`, else its zip, else a download.
+
+    Args:
+        split: `background` or `evaluation`; nothing of the other split is touched.
+        root: as `torchvision.datasets.Omniglot` takes it.
+        cache_dir: see :func:`datasets.cache.cached`.
+
+    Returns:
+        Images uint8 `[C, 20, 28, 28]`, sorted by alphabet, character and file name. The manifest is
+        a hash of sorted file names and sizes, the same for folders and for zips however packed.
+
+    Raises:
+        UserError: the data is missing and cannot be downloaded, or incomplete, or damaged.
+    """
+    source = _find(split, root)
+    try:
+        drawings = sorted(source.scan(), key=lambda drawing: drawing.name.split("/"))
+    except DAMAGE as error:
+        raise _fault(source, _reason(error)) from error
+    characters = _check(source, drawings, CLASSES[split])
+    manifest = hashlib.sha256()
+    key = hashlib.sha256(f"{FORMAT}\n".encode())
+    for name, _, size, stamp in drawings:
+        manifest.update(f"{name} {size}\n".encode())
+        key.update(f"{name} {size} {stamp}\n".encode())
+    shape = (len(characters), DRAWINGS, SIZE, SIZE)
+    images = cached(
+        cache_dir,
+        f"omniglot-{split}",
+        key.hexdigest(),
+        shape,
+        lambda: _decode_all(source, drawings).reshape(shape),
+    )
+    return CharacterSet(f"omniglot {split}", torch.from_numpy(images), characters, manifest.hexdigest())
+
+
+def _find(split: str, root: Path) -> Source:
+    """Return the split's folder or zip under `root`, which is downloaded if neither is there."""
+    folder = root / "omniglot-py" / f"images_{split}"
+    archive = folder.with_name(f"{folder.name}.zip")
+    try:
+        if folder.is_dir():
+            return _Folder(folder)
+        if not os.path.lexists(archive):
+            for stray in (root / folder.name, root / archive.name):
+                if stray.exists():
+                    raise UserError(f"{stray} is not where it belongs; move it to {folder.parent}")
+            _download(split, archive)
+    except OSError as error:
+        raise UserError(f"cannot look into {root}: {error.strerror}; choose another root") from error
+    return _Archive(archive)
+
+
+def _download(split: str, archive: Path) -> None:
+    """Download and md5-check a split's official zip; `archive` appears complete or not at all."""
+    # Only here: torchvision takes a second to import, and a start from the cache does without.
+    import torchvision.datasets
+
+    # Whatever is unfinished stays in a temporary folder on the same disk, and goes with it.
+    nearest = next(parent for parent in archive.absolute().parents if parent.exists())
+    log.info("downloading Omniglot's %s split to %s", split, archive)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix=".omniglot-", dir=nearest) as temporary,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            torchvision.datasets.Omniglot(temporary, background=split == "background", download=True)
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            Path(temporary, "omniglot-py", archive.name).replace(archive)
+    except (*DAMAGE, http.client.HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it holds the connection
+        raise UserError(
+            f"{archive} is missing and cannot be downloaded ({_reason(error)}); connect to the "
+            "network, put the zip there, or give a root that has omniglot-py/"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+class _Folder:
+    """An extracted split: `<alphabet>/<character>/<file>.png`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def where(self, member: str) -> str:
+        return str(self.path / member)
+
+    def scan(self) -> list[Drawing]:
+        drawings = []
+        for alphabet in _folders(self.path):
+            for character in _folders(alphabet.path):
+                with os.scandir(character.path) as files:
+                    for file in files:
+                        if _is_drawing(file.name):
+                            status = file.stat()
+                            name = f"{alphabet.name}/{character.name}/{file.name}"
+                            drawings.append(Drawing(name, name, status.st_size, status.st_mtime_ns))
+        return drawings
+
+    def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:
+        for drawing in drawings:
+            try:
+                content = (self.path / drawing.member).read_bytes()
+            except OSError as error:
+                raise _fault(self, _reason(error), drawing.member) from error
+            yield drawing, content
+
+
+class _Archive:
+    """A zip of a split, official or packed anew: any path may lead to `<alphabet>/`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def where(self, member: str) -> str:
+        return f"{self.path}:{member}"
+
+    def scan(self) -> list[Drawing]:
+        with zipfile.ZipFile(self.path) as archive:
+            return [
+                Drawing(
+                    "/".join(info.filename.split("/")[-3:]),
+                    info.filename,
+                    info.file_size,
+                    info.CRC,
+                )
+                for info in archive.infolist()
+                if _is_drawing(info.filename.rpartition("/")[2])
+            ]
+
+    def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:
+        with zipfile.ZipFile(self.path) as archive:
+            for drawing in drawings:
+                try:
+                    content = archive.read(drawing.member)
+                except DAMAGE as error:
+                    raise _fault(self, _reason(error), drawing.member) from error
+                yield drawing, content
+
+
+def _folders(path: Path | str) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return [entry for entry in entries if entry.is_dir()]
+
+
+def _is_drawing(file_name: str) -> bool:
+    """Tell pictures from the notes, thumbnails and hidden files that people and systems add."""
+    return file_name.lower().endswith(".png") and not file_name.startswith(".")
+
+
+def _check(source: Source, drawings: list[Drawing], classes: int) -> tuple[str, ...]:
+    """Check names and counts of the sorted drawings, and return the characters' names, sorted."""
+    files: defaultdict[str, list[Drawing]] = defaultdict(list)
+    for drawing in drawings:
+        if not DRAWING_NAME.fullmatch(drawing.name):
+            raise _fault(source, "not named ALPHABET/characterNN/NNNN_NN.png as in Omniglot", drawing.member)
+        files[drawing.name.rpartition("/")[0]].append(drawing)
+    for members in files.values():
+        if len(members) != DRAWINGS:
+            numbers = {int(drawing.name[-6:-4]) for drawing in members}
+            absent = [f"_{k:02d}.png" for k in range(1, DRAWINGS + 1) if k not in numbers]
+            raise _fault(
+                source,
+                f"{len(members)} drawings instead of {DRAWINGS}"
+                + (f", {', '.join(absent)} missing" if absent else ""),
+                members[0].member.rpartition("/")[0],
+            )
+    for character in files:
+        before = f"{character[:-2]}{int(character[-2:]) - 1:02d}"
+        if not before.endswith("00") and before not in files:
+            raise _fault(source, f"{before} is missing or has no drawings")
+    if len(files) != classes:
+        alphabets = len({character.partition("/")[0] for character in files})
+        raise _fault(
+            source,
+            f"{len(files)} characters in {alphabets} alphabets instead of {classes} characters",
+        )
+    return tuple(files)
+
+
+def _decode_all(source: Source, drawings: list[Drawing]) -> NDArray[np.uint8]:
+    """Decode the drawings to uint8 `[N, 28, 28]`."""
+    log.info("decoding %d images of %s, once", len(drawings), source.path)
+    images = np.empty((len(drawings), SIZE, SIZE), np.uint8)
+    for image, (drawing, content) in zip(images, source.contents(drawings), strict=True):
+        try:
+            image[:] = _decode(content)
+        except DAMAGE as error:
+            raise _fault(source, _reason(error), drawing.member) from error
+    return images
+
+
+def _decode(content: bytes) -> NDArray[np.uint8]:
+    """Decode one PNG file to uint8 `[28, 28]`. Raises one of DAMAGE."""
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+        if picture.size != (CANVAS, CANVAS):
+            width, height = picture.size
+            raise ValueError(f"{width} x {height} pixels instead of {CANVAS} x {CANVAS}")
+        # Decoding alone ignores checksums, and verifying uses the picture up.
+        picture.verify()
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+        return shrink(picture)
+
+
+def _reason(error: BaseException) -> str:
+    """Say what went wrong, without the addresses and paths in some libraries' messages."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a PNG picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _fault(source: Source, what: str, member: str = "") -> UserError:
+    where = source.where(member) if member else str(source.path)
+    return UserError(
+        f"{where}: {what}; restore it, or remove {source.path} to have Omniglot downloaded again"
+    )

@@ -1,0 +1,239 @@
+"""Meta-test: learn unseen classes one after the other, image by image, and see what is remembered.
+
+One loop serves every treatment: what is trained is a matter of `rln` and of which layers start anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from datasets.samplers import sample_task
+from model.meta_learner import Weights, adam, gather, inner_gradients
+from model.modelfactory import Network, State, initialise, trained_parameters
+
+Purpose = Literal["search", "report", "validation"]
+PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
+
+CHUNK = 100  # images that pass through frozen layers, or are tested, at a time
+BUDGET = 2 * 2**30  # bytes of frozen outputs kept; beyond it they are recomputed for every pass
+
+
+class FrozenStates:
+    """Outputs of the layers below `rln`, computed once per image of the pool, when first needed.
+
+    These layers do not change at meta-test, whatever the learning rate and the run: the lr search
+    and all runs share them. A class is always computed as one batch, so that its numbers do not
+    depend on which run met it first.
+
+    Args:
+        net: the network to be tested.
+        images: [C, 20, 1, 28, 28] the pool, on the device of the network.
+        rln: layers that stay frozen.
+        budget: bytes to spend. A pool that needs more is not kept, and `get` computes every time.
+    """
+
+    def __init__(self, net: Network, images: Tensor, rln: int, budget: int = BUDGET) -> None:
+        self.net = net
+        self.images = images
+        self.rln = rln
+        with torch.no_grad():
+            sample = net.lower(images[0, :1], rln)
+        per_class = sum(part.numel() * part.element_size() for part in sample) * images.shape[1]
+        self.kept: State | None = None
+        # Without frozen layers the state is the image itself: nothing to keep.
+        if rln > 0 and per_class * len(images) <= budget:
+            self.kept = tuple(part.new_empty(*images.shape[:2], *part.shape[1:]) for part in sample)
+        self.known = [False] * len(images)
+
+    @torch.no_grad()
+    def get(self, index: Tensor) -> State:
+        """States of the images at `index`, [K, 2] (class, drawing) on the CPU; K rows each."""
+        if self.kept is None:
+            return self.net.lower(gather(self.images, index)[0], self.rln)
+        for label in index[:, 0].unique().tolist():
+            if not self.known[label]:
+                lowered = self.net.lower(self.images[label], self.rln)
+                for store, part in zip(self.kept, lowered, strict=True):
+                    store[label] = part
+                self.known[label] = True
+        index = index.to(self.images.device, non_blocking=True)
+        return tuple(store[index[:, 0], index[:, 1]] for store in self.kept)
+
+
+def initial_weights(net: Network, rln: int, generator: torch.Generator, reset_all: bool = False) -> Weights:
+    """Copies of the parameters above `rln` to start a run from, with a head drawn anew.
+
+    The head's weights are Kaiming normal and its biases zero, as in a new network: at meta-test it
+    has seen none of the classes (paper; the released code re-draws PLN's first layer as well unless
+    told `--neuromodulation`).
+
+    Args:
+        reset_all: start all trained layers anew, not the head alone (Scratch).
+    """
+    fast = {name: net.get_parameter(name).detach().clone() for name in trained_parameters(net, rln)}
+    for name, weight in fast.items():
+        if reset_all or name.startswith("head."):
+            initialise(name, weight, generator)
+        weight.requires_grad_()
+    return fast
+
+
+class Learner:
+    """Learns a stream of examples with Adam, batch 1 (released code, `evaluate_classification.py`).
+
+    Args:
+        net: the network that was meta-trained; it is not changed.
+        rln: layers that stay frozen.
+        lr: Adam's step size.
+        fast: weights to start from, e.g. of `initial_weights`; changed in place.
+    """
+
+    def __init__(self, net: Network, rln: int, lr: float, fast: Weights) -> None:
+        self.net = net
+        self.rln = rln
+        self.fast = fast
+        self.optimizer = adam(fast.values(), lr)
+
+    def update(self, state: State, label: Tensor) -> Tensor:
+        """One example: `state` one row of `FrozenStates`, `label` [1]. Returns the loss before."""
+        loss, gradients = inner_gradients(self.net, self.fast, state, label, self.rln)
+        for weight, gradient in zip(self.fast.values(), gradients, strict=True):
+            weight.grad = gradient.contiguous()
+        self.optimizer.step()
+        return loss.detach()
+
+    def learn(self, states: FrozenStates, stream: Tensor) -> None:
+        """Learn the images of `stream` [K, 2] (class, drawing), in order."""
+        for index in stream.split(CHUNK):
+            state = states.get(index)
+            labels = index[:, 0].to(state[0].device)
+            for k in range(len(index)):
+                self.update(tuple(part[k : k + 1] for part in state), labels[k : k + 1])
+
+    @torch.no_grad()
+    def correct(self, states: FrozenStates, index: Tensor) -> Tensor:
+        """Which images of `index` [..., 2] are classified right, argmax over all outputs: bool [...]."""
+        rows = index.reshape(-1, 2)
+        hits = []
+        for part in rows.split(CHUNK):
+            logits = functional_call(self.net, self.fast, (states.get(part), self.rln))
+            hits.append(logits.argmax(1) == part[:, 0].to(logits.device))
+        return torch.cat(hits).reshape(index.shape[:-1])
+
+
+class Score(NamedTuple):
+    """Accuracies of one run.
+
+    Attributes:
+        test: fraction of the test images classified right after the whole sequence.
+        train: the same for the images that were trained on (what is left of them: forgetting).
+        above_chance: classes whose test accuracy is above 1 / N.
+    """
+
+    test: float
+    train: float
+    above_chance: int
+
+
+class MetaTest:
+    """The meta-test of one network: draws, scores and the search of a learning rate.
+
+    Args:
+        net: the network, on the device of the images.
+        images: [C, 20, 1, 28, 28] the pool that class draws are made from.
+        rln: layers that stay frozen.
+        seed: everything random follows from it.
+        epochs: passes over the sequence.
+        iid: shuffle the images of all classes, anew for each pass (the Oracle).
+        reset_all: start all trained layers anew, not the head alone (Scratch).
+        class_order, split: see `sample_task`.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        images: Tensor,
+        rln: int,
+        seed: int,
+        *,
+        epochs: int = 1,
+        iid: bool = False,
+        reset_all: bool = False,
+        class_order: str = "random",
+        split: str = "random",
+    ) -> None:
+        trained_parameters(net, rln)  # a wrong rln is an error now, not at the first draw
+        self.net = net
+        self.images = images
+        self.rln = rln
+        self.seed = seed
+        self.epochs = epochs
+        self.iid = iid
+        self.reset_all = reset_all
+        self.class_order = class_order
+        self.split = split
+        self.states = FrozenStates(net, images, rln)
+
+    def score(self, classes: int, lr: float, purpose: Purpose, draw: int) -> Score:
+        """Learn one sequence of `classes` classes from a fresh head, then test on all of it.
+
+        The draw of classes, split, order and head is a function of the seed, `purpose`, `classes`
+        and `draw` alone: all learning rates meet the same draws, and draws that a rate was chosen
+        on are never the ones it is reported on.
+        """
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), classes, draw))
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        task = sample_task(
+            len(self.images),
+            self.images.shape[1],
+            classes,
+            generator,
+            class_order=self.class_order,
+            split=self.split,
+        )
+        fast = initial_weights(self.net, self.rln, generator, self.reset_all)
+        learner = Learner(self.net, self.rln, lr, fast)
+        stream = task.train.reshape(-1, 2)
+        for _ in range(self.epochs):
+            if self.iid:
+                stream = stream[torch.randperm(len(stream), generator=generator)]
+            learner.learn(self.states, stream)
+        test = learner.correct(self.states, task.test).cpu().double().mean(1)
+        train = learner.correct(self.states, task.train).cpu().double().mean()
+        return Score(test.mean().item(), train.item(), int((test > 1 / classes).sum()))
+
+
+class Trial(NamedTuple):
+    """One learning rate on one draw of the search."""
+
+    draw: int
+    lr: float
+    score: Score
+
+
+def best_rate(trials: Sequence[Trial], objective: str) -> float:
+    """The learning rate that wins most draws (paper and released code: the mode of the winners).
+
+    Of rates that win equally often, the one with the best mean over all draws.
+
+    Args:
+        trials: every rate on every draw.
+        objective: field of `Score` to maximise, `train` (as released) or `test`.
+    """
+    by_draw: defaultdict[int, dict[float, float]] = defaultdict(dict)
+    for trial in trials:
+        by_draw[trial.draw][trial.lr] = getattr(trial.score, objective)
+    wins = Counter(max(scores, key=scores.__getitem__) for scores in by_draw.values())
+
+    def rank(lr: float) -> tuple[int, float]:
+        return wins[lr], fmean(scores[lr] for scores in by_draw.values())
+
+    return max(wins, key=rank)

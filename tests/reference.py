@@ -1,0 +1,164 @@
+"""A plain reference of the method, to prove the project against and to time it against.
+
+Written for reading: one image at a time, one operation at a time, weights as a list in the released
+order (index i here is `vars[i]` there), nothing shared with the project's own code. In float64 it
+says what the numbers are; in float32 it is the textbook implementation of the benchmark.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+
+OML_STRIDES = (1, 1, 1, 2, 1, 2)
+
+
+def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalise one sample [1, C, H, W] by its own mean and biased variance over H x W."""
+    mean = x.mean((2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((2, 3), keepdim=True)
+    x = (x - mean) / torch.sqrt(variance + 1e-5)
+    return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def trunk(weights: list[Tensor], x: Tensor) -> Tensor:
+    """Three blocks of convolution, norm, ReLU (and max-pool in the first two): [1, C * 9]."""
+    for block in range(3):
+        kernel, bias, scale, shift = weights[4 * block : 4 * block + 4]
+        x = F.relu(normalise(F.conv2d(x, kernel, bias), scale, shift))
+        if block < 2:
+            x = F.max_pool2d(x, 2)
+    return x.flatten(1)
+
+
+def anml_logits(weights: list[Tensor], image: Tensor) -> Tensor:
+    """Logits [1000] of one image [3, 28, 28]; 28 weights."""
+    x = image[None]
+    gate = torch.sigmoid(F.linear(trunk(weights[:12], x), weights[12], weights[13]))
+    features = trunk(weights[14:26], x)
+    return F.linear(features * gate, weights[26], weights[27])[0]
+
+
+def oml_logits(weights: list[Tensor], image: Tensor) -> Tensor:
+    """Logits [1000] of one image [3, 28, 28]; 16 weights."""
+    x = image[None]
+    for layer, stride in enumerate(OML_STRIDES):
+        x = F.relu(F.conv2d(x, weights[2 * layer], weights[2 * layer + 1], stride=stride))
+    x = F.relu(F.linear(x.flatten(1), weights[12], weights[13]))
+    return F.linear(x, weights[14], weights[15])[0]
+
+
+def logits_of(weights: list[Tensor], image: Tensor) -> Tensor:
+    """Logits of the network that the number of weights says."""
+    return anml_logits(weights, image) if len(weights) == 28 else oml_logits(weights, image)
+
+
+def cross_entropy(logits: Tensor, label: int) -> Tensor:
+    """Minus the log of the softmax probability of `label`."""
+    return torch.logsumexp(logits, 0) - logits[label]
+
+
+def inner_loop(
+    weights: list[Tensor],
+    images: Tensor,
+    labels: list[int],
+    lr: float,
+    rln: int,
+    second_order: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One SGD step per image on all weights from index 2 * rln: fast weights, loss before each step."""
+    weights = list(weights)
+    losses = []
+    for image, label in zip(images, labels, strict=True):
+        loss = cross_entropy(logits_of(weights, image), label)
+        trained = weights[2 * rln :]
+        gradients = torch.autograd.grad(loss, trained, create_graph=second_order)
+        for i, (weight, gradient) in enumerate(zip(trained, gradients, strict=True)):
+            weights[2 * rln + i] = weight - lr * (gradient if second_order else gradient.detach())
+        losses.append(loss.detach())
+    return weights, losses
+
+
+def meta_gradient(
+    weights: list[Tensor],
+    query: Tensor,
+    labels: list[int],
+    steps: int,
+    lr: float,
+    rln: int,
+    second_order: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Mean query loss after the inner loop over the last `steps` query images, and its gradient
+    with respect to the initial weights."""
+    initial = [weight.detach().requires_grad_() for weight in weights]
+    fast, _ = inner_loop(initial, query[-steps:], labels[-steps:], lr, rln, second_order)
+    total = torch.zeros((), dtype=query.dtype)
+    for image, label in zip(query, labels, strict=True):
+        total = total + cross_entropy(logits_of(fast, image), label)
+    loss = total / len(labels)
+    return loss.detach(), list(torch.autograd.grad(loss, initial))
+
+
+class Adam:
+    """Adam as its paper writes it (Kingma and Ba, algorithm 1), one operation at a time."""
+
+    def __init__(self, weights: list[Tensor], lr: float) -> None:
+        self.lr = lr
+        self.t = 0
+        self.m = [torch.zeros_like(weight) for weight in weights]
+        self.v = [torch.zeros_like(weight) for weight in weights]
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        self.t += 1
+        stepped = []
+        for i, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+            self.m[i] = 0.9 * self.m[i] + 0.1 * gradient
+            self.v[i] = 0.999 * self.v[i] + 0.001 * gradient * gradient
+            m = self.m[i] / (1 - 0.9**self.t)
+            v = self.v[i] / (1 - 0.999**self.t)
+            stepped.append(weight - self.lr * m / (torch.sqrt(v) + 1e-8))
+        return stepped
+
+
+def meta_test_update(
+    weights: list[Tensor], image: Tensor, label: int, rln: int, optimizer: Adam
+) -> list[Tensor]:
+    """One example of meta-test: forward through everything, gradient of all weights from 2 * rln on."""
+    trained = [weight.detach().requires_grad_() for weight in weights[2 * rln :]]
+    loss = cross_entropy(logits_of([*weights[: 2 * rln], *trained], image), label)
+    gradients = list(torch.autograd.grad(loss, trained))
+    with torch.no_grad():
+        return [*weights[: 2 * rln], *optimizer.step(trained, gradients)]
+
+
+def fresh_weights(kind: str, generator: torch.Generator, nm: int, pln: int, classes: int) -> list[Tensor]:
+    """Random float64 weights for small networks: Kaiming normal, norms and biases near 1 and 0.
+
+    `kind` is "ANML" or "OML"; `nm` and `pln` are channels. Norms and biases are not exactly 1 and 0,
+    so that a forgotten shift or scale shows.
+    """
+
+    def layer(*shape: int) -> list[Tensor]:
+        fan_in = math.prod(shape[1:])
+        return [draw(*shape) * math.sqrt(2 / fan_in), 0.1 * draw(shape[0])]
+
+    def norm(channels: int) -> list[Tensor]:
+        return [1 + 0.1 * draw(channels), 0.1 * draw(channels)]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def blocks(channels: int) -> list[Tensor]:
+        return [
+            weight
+            for inputs in (3, channels, channels)
+            for weight in [*layer(channels, inputs, 3, 3), *norm(channels)]
+        ]
+
+    if kind == "OML":
+        convolutions = [w for i in range(6) for w in layer(pln, pln if i else 3, 3, 3)]
+        return [*convolutions, *layer(4 * pln, 9 * pln), *layer(classes, 4 * pln)]
+    return [*blocks(nm), *layer(9 * pln, 9 * nm), *blocks(pln), *layer(classes, 9 * pln)]

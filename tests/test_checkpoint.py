@@ -1,0 +1,161 @@
+"""Model files: what is written comes back, and nothing else does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.zeros(2)}
+
+
+def save(path: Path, **changes: Any) -> None:
+    values: dict[str, Any] = {
+        "network_name": "ANML",
+        "widths": {"nm_channels": 4, "num_classes": 2},
+        "state_dict": STATE,
+        "arguments": {"steps": 3, "lr": 0.1, "name": "x", "saved_model": None, "lrs": [0.1]},
+        "step": 3,
+    }
+    save_checkpoint(path, **{**values, **changes})
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "network": "ANML",
+        "widths": {"num_classes": 2},
+        "state_dict": STATE,
+        "arguments": {},
+        "step": 3,
+    }
+    return {**values, **changes}
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    save(tmp_path / "new" / "m.net")
+    checkpoint = load_checkpoint(tmp_path / "new" / "m.net")
+    assert (checkpoint.network, checkpoint.step) == ("ANML", 3)
+    assert checkpoint.widths == {"nm_channels": 4, "num_classes": 2}
+    assert checkpoint.arguments["lrs"] == [0.1]
+    assert checkpoint.state_dict.keys() == STATE.keys()
+    assert all(torch.equal(checkpoint.state_dict[name], STATE[name]) for name in STATE)
+
+
+def test_a_module_state_dict_and_views_are_saved_small(tmp_path: Path) -> None:
+    save(tmp_path / "m.net", state_dict=nn.Linear(3, 2).state_dict())
+    save(tmp_path / "view.net", state_dict={"row": torch.zeros(1000, 1000)[0]})
+    assert (tmp_path / "view.net").stat().st_size < 20_000
+
+
+def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.net"
+    save(path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(path, step=4)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_diverged_weights_do_not_replace_good_ones(tmp_path: Path) -> None:
+    save(tmp_path / "m.net")
+    bad = {**STATE, "head.bias": torch.tensor([0.0, float("nan")])}
+    with pytest.raises(UserError, match=r"step 4.*head\.bias.*not finite"):
+        save(tmp_path / "m.net", state_dict=bad, step=4)
+    assert load_checkpoint(tmp_path / "m.net").step == 3
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["torch", "torch legacy", "pickle"])
+def test_loading_runs_no_code(how: str, tmp_path: Path) -> None:
+    sprung, path = tmp_path / "sprung", tmp_path / "m.net"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Trap(sprung)))
+    else:
+        torch.save(Trap(sprung), path, _use_new_zipfile_serialization=how == "torch")
+    with pytest.raises(UserError, match="pickled Python objects"):
+        load_checkpoint(path)
+    assert not sprung.exists()
+
+
+def test_a_whole_module_as_the_released_code_saves_it(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "m.net")
+    with pytest.raises(UserError, match="released ANML code"):
+        load_checkpoint(tmp_path / "m.net")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -200, -1])
+def test_a_truncated_file(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.net"
+    save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"m\.net"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("data", [b"hello", b"\x89PNG\r\n", b"PK\x03\x04", bytes(100), b"\x80\x02"])
+def test_a_foreign_file(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.net"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"m\.net"):
+        load_checkpoint(path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.net", tmp_path):
+        with pytest.raises(UserError, match=path.name):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [1, 2],
+        STATE,
+        content(format="anml-99"),
+        content(network=None),
+        content(widths={"num_classes": 0}),
+        content(widths={"num_classes": True}),
+        content(widths=None),
+        content(state_dict={}),
+        content(state_dict={"w": 1.0}),
+        content(state_dict={"w": torch.zeros(2, dtype=torch.long)}),
+        content(state_dict={"w": torch.tensor([float("inf")])}),
+        content(state_dict={"w": torch.eye(2).to_sparse()}),
+        content(state_dict={1: torch.zeros(2)}),
+        content(arguments=None),
+        content(arguments={"t": torch.zeros(1)}),
+        content(step=-1),
+        content(step=1.5),
+    ],
+)
+def test_wrong_content(wrong: object, tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "right.net")
+    load_checkpoint(tmp_path / "right.net")
+    torch.save(wrong, tmp_path / "m.net")
+    with pytest.raises(UserError, match=r"m\.net is not a model of this project"):
+        load_checkpoint(tmp_path / "m.net")

@@ -1,0 +1,374 @@
+"""The method against the plain float64 reference, on small networks and random images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from datasets.samplers import Trajectory, sample_task, sample_trajectory
+from model.meta_learner import MetaLearner, adapt, gather, meta_gradient
+from model.meta_test import (
+    FrozenStates,
+    Learner,
+    MetaTest,
+    Score,
+    Trial,
+    best_rate,
+    initial_weights,
+)
+from model.modelfactory import Network, build, trained_parameters
+from tests import reference
+from utils.errors import UserError
+
+NM, PLN, CLASSES = 5, 6, 12
+WIDTHS = {
+    "ANML": {"nm_channels": NM, "pln_channels": PLN, "num_classes": CLASSES},
+    "OML": {"pln_channels": PLN, "num_classes": CLASSES},
+}
+# (network, --rln): the defaults, the paper's treatments and cuts inside a block.
+CUTS = [("ANML", rln) for rln in (0, 3, 6, 7, 9, 13)] + [("OML", rln) for rln in (0, 6, 7)]
+LR = {"ANML": 0.1, "OML": 0.03}
+
+
+def assert_same(ours: object, theirs: object, rtol: float = 1e-9, atol: float = 1e-12) -> None:
+    """Equal but for rounding in float64."""
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+def network(kind: str, seed: int = 0) -> tuple[Network, list[Tensor]]:
+    """A small float64 network and the same weights as a list for the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = reference.fresh_weights(kind, generator, NM, PLN, CLASSES)
+    net = build(kind, WIDTHS[kind], generator).double()
+    with torch.no_grad():
+        for parameter, weight in zip(net.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    return net, weights
+
+
+def images(*shape: int, seed: int = 1) -> Tensor:
+    """Smooth grey images in about the released scale: [*shape, 1, 28, 28]."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(*shape, 1, 7, 7, generator=generator, dtype=torch.float64)
+    flat = noise.reshape(-1, 1, 7, 7)
+    smooth = torch.nn.functional.interpolate(flat, size=28, mode="bicubic")
+    return smooth.reshape(*shape, 1, 28, 28)
+
+
+def grey(x: Tensor) -> Tensor:
+    """The three equal channels that the published networks read."""
+    return x.expand(*x.shape[:-3], 3, 28, 28)
+
+
+@pytest.mark.parametrize("kind", ["ANML", "OML"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_logits(kind: str, channels: int) -> None:
+    net, weights = network(kind)
+    x = images(4)
+    ours = net(x.expand(-1, channels, -1, -1))
+    theirs = torch.stack([reference.logits_of(weights, image) for image in grey(x)])
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_lower_and_upper_layers_make_the_whole_network(kind: str, rln: int) -> None:
+    net, _ = network(kind)
+    x = images(3)
+    assert_same(net(net.lower(x, rln), rln), net(x))
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_adapted_weights_and_meta_gradient(kind: str, rln: int, first_order: bool) -> None:
+    net, weights = network(kind)
+    steps, remember = 5, 4
+    query = images(remember + steps)
+    labels = [0, 5, 1, 7, 3, 3, 3, 8, 8]
+    lr = LR[kind]
+
+    initial = [weight.clone().requires_grad_() for weight in weights]
+    expected_fast, expected_losses = reference.inner_loop(
+        initial, grey(query[-steps:]), labels[-steps:], lr, rln, not first_order
+    )
+    fast, losses = adapt(
+        net,
+        net.lower(query[-steps:], rln),
+        torch.tensor(labels[-steps:]),
+        rln=rln,
+        update_lr=lr,
+        first_order=first_order,
+    )
+    assert list(fast) == trained_parameters(net, rln)
+    for ours, theirs in zip(fast.values(), expected_fast[2 * rln :], strict=True):
+        assert_same(ours, theirs)
+    assert_same(losses, torch.stack(expected_losses))
+
+    expected_loss, expected = reference.meta_gradient(
+        weights, grey(query), labels, steps, lr, rln, not first_order
+    )
+    result = meta_gradient(
+        net, query, torch.tensor(labels), steps, rln=rln, update_lr=lr, first_order=first_order
+    )
+    assert_same(result.loss, expected_loss)
+    for parameter, theirs in zip(net.parameters(), expected, strict=True):
+        assert_same(parameter.grad, theirs, rtol=1e-8, atol=1e-11)
+
+
+def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
+    """No autograd on the other side: central differences of the loss along a random direction."""
+    net, _ = network("ANML")
+    query, labels = images(7), torch.tensor([0, 5, 1, 7, 3, 3, 3])
+    options = {"rln": 7, "update_lr": 0.1}
+    meta_gradient(net, query, labels, 3, **options)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(p.shape, generator=generator).double() for p in net.parameters()]
+    slope = sum(
+        (p.grad * d).sum() for p, d in zip(net.parameters(), direction, strict=True) if p.grad is not None
+    )
+    losses = []
+    for step in (1e-6, -1e-6):
+        moved, _ = network("ANML")
+        with torch.no_grad():
+            for parameter, d in zip(moved.parameters(), direction, strict=True):
+                parameter.add_(step * d)
+        losses.append(meta_gradient(moved, query, labels, 3, **options).loss)  # type: ignore[arg-type]
+    assert_same((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-5, atol=0)
+
+
+def test_first_order_is_not_second_order() -> None:
+    gradients = []
+    for first_order in (True, False):
+        net, _ = network("ANML")
+        labels = torch.tensor([0, 5, 3, 3, 3])
+        meta_gradient(net, images(5), labels, 3, rln=7, update_lr=0.1, first_order=first_order)
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    first, second = gradients
+    assert (first - second).norm() > 0.01 * second.norm()
+
+
+def learner(net: Network, pixels: Tensor, **options: bool) -> MetaLearner:
+    generator = torch.Generator().manual_seed(7)
+    return MetaLearner(net, pixels, generator, meta_lr=0.001, update_lr=0.1, rln=7, **options)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_meta_steps_with_adam(first_order: bool) -> None:
+    """Two whole meta-steps, so that Adam's moments count; no reset, to share the reference's head."""
+    net, weights = network("ANML")
+    pixels = images(CLASSES, 20)
+    ours = learner(net, pixels, first_order=first_order, reset=False)
+    generator = torch.Generator().manual_seed(11)
+    adam = reference.Adam(weights, 0.001)
+    for _ in range(2):
+        trajectory = sample_trajectory(CLASSES, 20, generator, update_step=4, remember=3)
+        query, labels = gather(grey(pixels), trajectory.query)
+        _, slopes = reference.meta_gradient(weights, query, labels.tolist(), 4, 0.1, 7, not first_order)
+        weights = adam.step(weights, slopes)
+        ours.step(trajectory)
+    biases = {f"{part}.conv{i}.bias" for part in ("nm", "pln") for i in (1, 2, 3)}
+    for (name, parameter), theirs in zip(net.named_parameters(), weights, strict=True):
+        if name in biases:  # no effect on the output: rounding of the reference, nothing here
+            assert_same(parameter, theirs, rtol=0, atol=1e-7)
+        else:
+            assert_same(parameter, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_reset_draws_the_rows_of_the_sampled_classes_only() -> None:
+    net, _ = network("ANML")
+    meta = learner(net, images(CLASSES, 20))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    meta.optimizer.param_groups[0]["lr"] = 0.0
+    trajectory = sample_trajectory(
+        CLASSES, 20, torch.Generator().manual_seed(0), update_step=4, tasks=2, remember=3
+    )
+    meta.step(trajectory)
+    for name, parameter in net.named_parameters():
+        changed = (parameter != before[name]).reshape(len(parameter), -1).any(1).nonzero().flatten()
+        expected = sorted(trajectory.classes) if name == "head.weight" else []
+        assert changed.tolist() == expected, name
+    drawn = net.head.weight[trajectory.classes]
+    assert 0.5 < float(drawn.detach().std()) / (2 / net.head.in_features) ** 0.5 < 1.5
+
+
+def test_no_reset_leaves_the_head_alone() -> None:
+    net, _ = network("ANML")
+    meta = learner(net, images(CLASSES, 20), reset=False)
+    meta.optimizer.param_groups[0]["lr"] = 0.0
+    before = net.head.weight.detach().clone()
+    meta.step(sample_trajectory(CLASSES, 20, torch.Generator(), update_step=2, remember=2))
+    assert torch.equal(net.head.weight, before)
+
+
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_meta_test_updates(kind: str, rln: int) -> None:
+    """A short stream learned with Adam: trained weights as in the reference, the others untouched."""
+    net, weights = network(kind)
+    pool = images(3, 20)
+    index = torch.tensor([[0, 1], [0, 2], [2, 5], [2, 6], [1, 0], [1, 3]])
+    fast = {n: net.get_parameter(n).detach().clone().requires_grad_() for n in trained_parameters(net, rln)}
+    ours = Learner(net, rln, 0.001, fast)
+    ours.learn(FrozenStates(net, pool, rln), index)
+
+    adam = reference.Adam(weights[2 * rln :], 0.001)
+    learned = weights
+    for label, drawing in index.tolist():
+        image = grey(pool[label, drawing])
+        learned = reference.meta_test_update(learned, image, label, rln, adam)
+    for (name, parameter), before, after in zip(net.named_parameters(), weights, learned, strict=True):
+        assert torch.equal(parameter, before), f"{name}: meta-test changed the model"
+        if name in fast:
+            noise = ".conv" in name and name.endswith("bias") and kind == "ANML"
+            assert_same(fast[name], after, rtol=1e-7, atol=1e-6 if noise else 1e-9)
+        else:
+            assert torch.equal(after, before)
+
+
+def test_frozen_states_are_the_same_kept_or_not() -> None:
+    net, _ = network("ANML")
+    pool = images(3, 20)
+    index = torch.tensor([[2, 5], [0, 1], [2, 5]])
+    kept = FrozenStates(net, pool, 9)
+    recomputed = FrozenStates(net, pool, 9, budget=0)
+    assert kept.kept is not None
+    assert recomputed.kept is None
+    for ours, theirs in zip(kept.get(index), recomputed.get(index), strict=True):
+        assert_same(ours, theirs)
+
+
+def test_initial_weights_start_the_head_anew() -> None:
+    net, _ = network("ANML")
+    fast = initial_weights(net, 6, torch.Generator().manual_seed(0))
+    assert torch.equal(fast["nm.gate.weight"], net.get_parameter("nm.gate.weight"))
+    assert not torch.equal(fast["head.weight"], net.head.weight)
+    assert not fast["head.bias"].any()
+    scratch = initial_weights(net, 0, torch.Generator().manual_seed(0), reset_all=True)
+    assert scratch["pln.norm1.weight"].eq(1).all()
+    assert not torch.equal(scratch["pln.conv2.weight"], net.get_parameter("pln.conv2.weight"))
+
+
+@pytest.mark.parametrize("iid", [True, False])
+def test_meta_test_learns(iid: bool) -> None:
+    """Three easy classes: the head alone learns them, far above chance, and reports both accuracies."""
+    net, _ = network("ANML")
+    prototypes = images(3, 1)
+    pool = prototypes + 0.05 * images(3, 20, seed=5)
+    meta_test = MetaTest(net, pool, 13, seed=2, epochs=3, iid=iid)
+    score = meta_test.score(3, 0.003, "report", draw=0)
+    assert score.test > 0.6
+    assert score.train > 0.6
+    assert score.above_chance >= 2
+
+
+def test_draws_repeat_and_differ() -> None:
+    net, _ = network("ANML")
+    scores = [
+        MetaTest(net, images(8, 20), 13, seed).score(8, 0.001, purpose, draw)  # type: ignore[arg-type]
+        for seed, purpose, draw in ((1, "report", 0), (1, "report", 0), (1, "search", 0))
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0] != scores[2]
+
+
+def test_best_rate_is_the_mode_of_the_winners() -> None:
+    table = {0: (0.5, 0.4, 0.1), 1: (0.5, 0.4, 0.1), 2: (0.1, 0.9, 0.1)}
+    trials = [
+        Trial(draw, lr, Score(test=score, train=1 - score, above_chance=0))
+        for draw, scores in table.items()
+        for lr, score in zip((0.1, 0.2, 0.3), scores, strict=True)
+    ]
+    assert best_rate(trials, "test") == 0.1  # although 0.2 has the better mean
+    assert best_rate(trials, "train") == 0.3
+    assert best_rate([t for t in trials if t.draw], "test") == 0.2  # a tie: the better mean
+
+
+def test_steps_on_the_meta_device() -> None:
+    """The meta device refuses tensors left on the CPU and any value read back to the host."""
+    for kind, rln_test in (("ANML", 13), ("ANML", 7), ("OML", 6)):
+        net = build(kind, WIDTHS[kind], torch.Generator()).to("meta")
+        pixels = torch.empty(CLASSES, 20, 1, 28, 28, device="meta")
+        for first_order in (True, False):
+            meta = MetaLearner(
+                net,
+                pixels,
+                torch.Generator(),
+                meta_lr=0.001,
+                update_lr=0.1,
+                rln=net.rln_training,
+                first_order=first_order,
+            )
+            result = meta.step(sample_trajectory(CLASSES, 20, torch.Generator(), update_step=3, remember=5))
+            assert result.loss.is_meta
+        fast = initial_weights(net, rln_test, torch.Generator())
+        learner = Learner(net, rln_test, 0.001, fast)
+        states = FrozenStates(net, pixels, rln_test)
+        learner.learn(states, torch.tensor([[0, 1], [1, 1]]))
+        assert learner.correct(states, torch.tensor([[[0, 1], [1, 1]]])).is_meta
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            result.loss.item()
+
+
+def test_trajectory_layout() -> None:
+    generator = torch.Generator().manual_seed(0)
+    trajectory = sample_trajectory(30, 20, generator, update_step=20, tasks=3, remember=64)
+    assert isinstance(trajectory, Trajectory)
+    labels, drawings = trajectory.support.unbind(1)
+    sizes = [int((labels == label).sum()) for label in trajectory.classes]
+    assert sizes == [6, 6, 8]
+    assert labels.tolist() == sorted(labels.tolist(), key=trajectory.classes.index)
+    assert len({tuple(row) for row in trajectory.support.tolist()}) == 20
+    assert torch.equal(trajectory.query[64:], trajectory.support)
+    assert len({tuple(row) for row in trajectory.query[:64].tolist()}) == 64
+    assert drawings.max() < 20
+
+
+@pytest.mark.parametrize(("steps", "tasks"), [(21, 1), (2, 3), (50, 2)])
+def test_trajectory_that_cannot_be_drawn(steps: int, tasks: int) -> None:
+    with pytest.raises(UserError, match="update_step"):
+        sample_trajectory(30, 20, torch.Generator(), update_step=steps, tasks=tasks)
+
+
+def test_task_splits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    task = sample_task(50, 20, 10, generator)
+    assert task.train.shape == (10, 15, 2)
+    assert task.test.shape == (10, 5, 2)
+    for train, test in zip(task.train, task.test, strict=True):
+        drawn = sorted(torch.cat([train, test])[:, 1].tolist())
+        assert drawn == list(range(20))
+        assert train[:, 0].unique() == test[:, 0].unique()
+    other = sample_task(50, 20, 10, generator)
+    assert not torch.equal(task.train, other.train)
+    released = sample_task(50, 20, 10, generator, class_order="dataset", split="dataset")
+    assert released.train[0, :, 1].tolist() == list(range(15))
+    assert released.train[:, 0, 0].diff().gt(0).all()
+    with pytest.raises(UserError, match="50"):
+        sample_task(50, 20, 51, generator)
+
+
+@pytest.mark.parametrize(("kind", "rln"), [("ANML", 14), ("ANML", -1), ("OML", 8)])
+def test_rln_that_the_network_does_not_have(kind: str, rln: int) -> None:
+    net, _ = network(kind)
+    with pytest.raises(UserError, match=f"--rln {rln}"):
+        trained_parameters(net, rln)
+
+
+def test_rln_names() -> None:
+    net, _ = network("ANML")
+    assert trained_parameters(net, 13) == ["head.weight", "head.bias"]
+    assert trained_parameters(net, 7)[0] == "pln.conv1.weight"
+    assert trained_parameters(net, 6)[0] == "nm.gate.weight"
+    assert len(trained_parameters(net, 0)) == 28
+    oml, _ = network("OML")
+    assert trained_parameters(oml, 6)[0] == "body.linear.weight"
+
+
+def test_published_size_and_order() -> None:
+    net = build("ANML", {}, torch.Generator())
+    shapes = [tuple(p.shape) for p in net.parameters()]
+    assert sum(p.numel() for n, p in net.named_parameters() if n.startswith("nm.")) == 2_554_560
+    assert sum(p.numel() for p in net.parameters()) == 6_048_424
+    assert shapes[0] == (112, 3, 3, 3)
+    assert shapes[12] == (2304, 1008)
+    assert shapes[14] == (256, 3, 3, 3)
+    assert shapes[26] == (1000, 2304)

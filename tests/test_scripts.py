@@ -1,0 +1,253 @@
+"""Both scripts as a user runs them: subprocesses on generated characters."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--config", str(ROOT / "configs/smoke.toml")]
+TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of generated characters for all scripts of the session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(script: str, cache: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *flags, f"--cache_dir={cache}", "--threads=1"]
+
+
+def run(
+    script: str, cache: Path, folder: Path, *flags: str, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in `folder` to its end and check the exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(script, cache, *flags),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def train(cache: Path, folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run("mrcl_classification.py", cache, folder, *TINY, *flags, code=code)
+
+
+def evaluate(cache: Path, folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run("evaluate_classification.py", cache, folder, *TINY_EVALUATE, *flags, code=code)
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the smoke config was trained and evaluated."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(cache, folder)
+    evaluate(cache, folder)
+    return folder
+
+
+def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
+    folder = trained / "runs/smoke_0"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["update_step"] == 5
+    assert config["arguments"]["seed"] == 9
+    assert re.fullmatch("[0-9a-f]{64}", config["manifest"])
+    assert config["versions"]["torch"] == torch.__version__
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert all(0 <= float(row["accuracy_remember"]) <= 1 for row in rows)
+    assert "run folder" in (folder / "log.txt").read_text()
+    for path in (trained / "runs/smoke.net", folder / "model.net"):
+        saved = load_checkpoint(path)
+        assert (saved.network, saved.step) == ("ANML", 4)
+        assert saved.arguments["update_lr"] == 0.1
+
+
+def test_training_curves_in_tensorboard(trained: Path) -> None:
+    reader = events(trained / "runs/smoke_0")
+    tags = reader.Tags()
+    assert {
+        "meta_train/loss",
+        "meta_train/accuracy_trajectory",
+        "meta_train/accuracy_remember",
+        "meta_train/gate_mean",
+        "meta_train/active_before_gate",
+        "meta_train/active_after_gate",
+        "meta_train/steps_per_second",
+        "meta_val/accuracy_test",
+        "meta_val/accuracy_train",
+    } <= set(tags["scalars"])
+    assert "meta_val/gate" in tags["images"]
+    assert "arguments/text_summary" in tags["tensors"]
+    with (trained / "runs/smoke_0/metrics.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    curve = reader.Scalars("meta_train/loss")
+    assert [event.step for event in curve] == [1, 2, 3, 4]
+    assert [event.value for event in curve] == pytest.approx(losses)
+    before = reader.Scalars("meta_train/active_before_gate")[-1].value
+    assert 0 < reader.Scalars("meta_train/active_after_gate")[-1].value <= before <= 1
+
+
+def test_evaluation_leaves_results(trained: Path) -> None:
+    folder = trained / "runs/smoke_evaluate_0"
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["classes"], row["run"]) for row in rows] == [
+        *(("2", "0"), ("2", "1"), ("3", "0"), ("3", "1")),
+    ]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["rln"] == 13
+    assert len(results["search"]) == 4
+    for line in results["summary"]:
+        assert line["test_low"] <= line["test"] <= line["test_high"]
+        runs = [float(row["test"]) for row in rows if int(row["classes"]) == line["classes"]]
+        assert line["test"] == pytest.approx(sum(runs) / len(runs))
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    reader = events(folder)
+    assert [event.step for event in reader.Scalars("meta_test/accuracy_test")] == [2, 3]
+    assert "meta_test/accuracy" in reader.Tags()["images"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rln", "0"),
+        ("--rln", "7", "--iid", "--epoch", "2"),
+        ("--no-freeze", "--split", "dataset", "--class-order", "dataset"),
+        ("--lr_search_split", "background", "--test", "--neuromodulation"),
+        ("--scratch",),
+    ],
+)
+def test_treatments(trained: Path, cache: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    options = ("--model", str(trained / "runs/smoke.net"), "--schedule", "2", "--runs", "1")
+    done = evaluate(cache, tmp_path, *options, *flags)
+    assert "meta-test test %" in done.stdout
+    if "background" in flags:
+        assert "meta-training classes, none of those reported on" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [("--first_order",), ("--treatment", "OML", "--update_lr=0.03")])
+def test_other_methods_train_and_evaluate(cache: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    train(cache, tmp_path, *flags)
+    done = evaluate(cache, tmp_path, "--lr", "0.001", "--schedule", "3")
+    assert "learning rate 0.001 as given" in done.stdout
+
+
+def test_same_seed_same_weights(trained: Path, cache: Path, tmp_path: Path) -> None:
+    train(cache, tmp_path, "--eval_every", "0")  # and looking on the way changes nothing
+    train(cache, tmp_path, "--seed", "10", "--model_name", "other.net")
+    first = load_checkpoint(trained / "runs/smoke.net").state_dict
+    again = load_checkpoint(tmp_path / "runs/smoke.net").state_dict
+    other = load_checkpoint(tmp_path / "other.net").state_dict
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert not torch.equal(first["pln.conv2.weight"], other["pln.conv2.weight"])
+
+
+def test_training_starts_from_a_model_file(trained: Path, cache: Path, tmp_path: Path) -> None:
+    model = str(trained / "runs/smoke.net")
+    start = ("--checkpoint", "--saved_model", model, "--steps", "1", "--meta_lr", "1e-12")
+    train(cache, tmp_path, *start, "--no-reset", "--model_name", "next.net")
+    first = load_checkpoint(Path(model)).state_dict
+    second = load_checkpoint(tmp_path / "next.net").state_dict
+    assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
+
+
+def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
+    arguments = command("mrcl_classification.py", cache, *TINY, "--steps=1000000", "--eval_every=0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        metrics = tmp_path / "runs/smoke_0/metrics.csv"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline, "training did not start"
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    rows = metrics.read_text().count("\n") - 1
+    assert load_checkpoint(tmp_path / "runs/smoke.net").step == rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rln", "14"), "--rln 14"),
+        (("--train_classes", "965", "--num_classes", "1000"), "964 classes"),
+        (("--update_step", "21"), "21"),
+        (("--runs_dir", "file/runs"), "file/runs"),
+        (("--model_name", "file/model.net"), "file/model.net"),
+        (("--checkpoint", "--saved_model", "file"), "file"),
+        (("--checkpoint", "--saved_model", "nowhere.net"), "nowhere.net"),
+        (("--dataset", "omniglot", "--dataset-path", "file"), "file"),
+        (("--device", "cuda:99"), "cuda:99"),
+    ],
+)
+def test_training_refuses_in_one_line(
+    cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = train(cache, tmp_path, *flags, code=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("**/*.net"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rln", "14"), "--rln 14"),
+        (("--schedule", "11"), "11"),
+        (("--test_classes", "660"), "659"),
+        (("--test_classes", "21"), "20 outputs"),
+        (("--model", "nowhere.net"), "nowhere.net"),
+        (("--runs_dir", "file/runs"), "file/runs"),
+    ],
+)
+def test_evaluation_refuses_in_one_line(
+    trained: Path, cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    model = ("--model", str(trained / "runs/smoke.net"))
+    done = evaluate(cache, tmp_path, *model, *flags, code=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("results*"))

@@ -1,0 +1,608 @@
+"""The flags of both scripts, on the command line and in a config file.
+
+Every flag of the released commands is here under its released spelling. `-` and `_` may stand for
+each other in a flag's name. A config file (TOML) holds flags under their destination's name
+(`--dataset-path` is `dataset_path`, `--no-reset` is `reset = false`) and passes through the same
+parser as the command line, ahead of it: so both have the same ranges, and what is typed wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# SPEC's grid, and four rates more at its upper end, where replications find the best one.
+LEARNING_RATES = (
+    *(0.003, 0.002, 0.0015, 0.001, 0.00085, 0.0006, 0.0004, 0.00035, 0.0003, 0.00025),
+    *(0.0002, 0.00015, 0.0001, 0.00009, 0.00008, 0.00006, 0.00003, 0.00001),
+)
+SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
+TREATMENTS = {"anml": "ANML", "neuromodulation": "ANML", "oml": "OML"}
+NETWORK = {"treatment": "ANML", "nm_channels": 112, "pln_channels": 256, "num_classes": 1000}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that knows its flags by destination and reports errors in one line."""
+
+    def __init__(self, description: str, check: Callable[[Parser, argparse.Namespace], None]):
+        super().__init__(description=description, allow_abbrev=False, exit_on_error=False)
+        self.flags: dict[str, argparse.Action] = {}
+        self.check = check
+        self._spellings: dict[str, str] = {}
+        self.set_defaults(notices=())
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2 and one line on stderr, without the usage."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def flag(
+        self,
+        group: argparse._ArgumentGroup,
+        name: str,
+        kind: Callable[[str], object],
+        default: object,
+        text: str,
+        *,
+        shown: str = "%(default)s",
+        **options: Any,
+    ) -> None:
+        """Add a flag with a value; `shown` is the default as the help gives it."""
+        text = f"{text} (default: {shown})"
+        self._register(
+            group.add_argument(name, type=kind, default=default, help=text, **options), config=True
+        )
+
+    def switch(self, group: argparse._ArgumentGroup, name: str, text: str, *, default: bool = False) -> None:
+        """Add the pair `--name` and `--no-name`."""
+        action = group.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
+        action.help = f"{text} (default: {'on' if default else 'off'})"
+        self._register(action, config=True)
+
+    def without_effect(self, group: argparse._ArgumentGroup, name: str, instead: str) -> None:
+        """Accept a released flag, with or without values, and tell the user what to do instead."""
+        action = group.add_argument(
+            name,
+            action=_WithoutEffect,
+            nargs="*",
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"no effect: {instead}",
+        )
+        self._register(action, config=False)
+
+    def _register(self, action: argparse.Action, config: bool) -> None:
+        if config:
+            self.flags[action.dest] = action
+        self._spellings |= {_plain(option): option for option in action.option_strings}
+
+    def canonical(self, token: str) -> str:
+        """The token with its flag, if it is one, in the registered spelling."""
+        name, equals, value = token.partition("=")
+        return self._spellings.get(_plain(name), name) + equals + value
+
+    def read(self, tokens: list[str]) -> argparse.Namespace:
+        """Parse canonical tokens; a wrong one ends the process as :meth:`error` does."""
+        try:
+            return self.parse_args(tokens)
+        except argparse.ArgumentError as error:
+            self.error(str(error))
+
+
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line (`argv`, default that of the process) and the config file it names.
+
+    The namespace's `notices` are lines for the user about flags typed without effect. Anything
+    wrong ends the process with exit code 2 and one line on stderr.
+    """
+    tokens = [parser.canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+    arguments = parser.read(tokens)
+    if arguments.config is not None:
+        arguments = parser.read([*_config_tokens(parser, arguments.config), *tokens])
+    parser.check(parser, arguments)
+    return arguments
+
+
+def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as plain values (JSON, and loadable with `weights_only=True`), to be stored."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in sorted(vars(arguments).items())
+        if key != "notices"
+    }
+
+
+def training_parser() -> Parser:
+    """The flags of `mrcl_classification.py`; defaults are those of the released train command."""
+    parser = Parser("Meta-train ANML or OML and write the initial weights found.", _check_training)
+
+    method = parser.add_argument_group("method")
+    _treatment(parser, method, NETWORK["treatment"])
+    parser.flag(
+        method,
+        "--rln",
+        _whole(0),
+        None,
+        "layers frozen in the inner loop, counted from the input (7: the whole neuromodulatory "
+        "network of ANML; 6: the convolutions of OML); the outer step trains all",
+        shown="7 for ANML, 6 for OML",
+    )
+    parser.flag(method, "--steps", _whole(1), 20000, "outer (meta) steps")
+    parser.flag(method, "--meta_lr", _positive, 0.001, "learning rate of the outer Adam")
+    parser.flag(method, "--update_lr", _positive, 0.1, "learning rate of the inner SGD")
+    parser.flag(method, "--update_step", _whole(1), 20, "inner steps, that is images, per trajectory")
+    parser.flag(method, "--tasks", _whole(1), 1, "classes per trajectory, sharing the --update_step images")
+    parser.flag(method, "--remember", _whole(1), 64, "random images added to the trajectory's in the loss")
+    parser.flag(method, "--train_classes", _whole(1), 963, "classes to meta-train on, the first of the data")
+    parser.switch(
+        method,
+        "--first_order",
+        "take inner gradients as constants, as the released code does, instead of "
+        "differentiating through the inner loop",
+    )
+    parser.switch(
+        method,
+        "--reset",
+        "re-draw the head's rows of the classes of a trajectory before its inner loop",
+        default=True,
+    )
+
+    network = parser.add_argument_group("network")
+    _widths(parser, network)
+
+    _data(parser)
+
+    checks = parser.add_argument_group("checks on the way")
+    parser.flag(
+        checks,
+        "--eval_every",
+        _whole(0),
+        0,
+        "steps between small meta-tests on meta-training classes; 0 for none",
+    )
+    parser.flag(checks, "--eval_classes", _whole(1), 20, "classes in each of those meta-tests")
+    parser.flag(checks, "--log_every", _whole(1), 50, "steps between lines of the log")
+    parser.flag(
+        checks,
+        "--save_every",
+        _whole(1),
+        1000,
+        "steps between writes of --model_name, which the last step always writes",
+    )
+
+    run = _run(parser, name="mrcl_omniglot", seed=9)
+    parser.flag(
+        run,
+        "--model_name",
+        Path,
+        None,
+        "file for the trained weights",
+        shown="Neuromodulation_Model.net, OML_Model.net for OML",
+        metavar="FILE",
+    )
+    parser.switch(run, "--checkpoint", "start from the weights in --saved_model")
+    parser.flag(
+        run,
+        "--saved_model",
+        Path,
+        None,
+        "model file to start from, with --checkpoint",
+        shown="none",
+        metavar="FILE",
+    )
+
+    released = parser.add_argument_group("flags of the released code, accepted without effect")
+    parser.without_effect(released, "--seeds", "give one seed with --seed")
+    parser.without_effect(
+        released, "--model", "choose the network with --treatment, weights with --saved_model"
+    )
+    _commit(parser, released)
+    return parser
+
+
+def evaluation_parser() -> Parser:
+    """The flags of `evaluate_classification.py`; defaults are the paper's main treatment."""
+    parser = Parser(
+        "Meta-test a model: learn unseen classes one after another, then measure accuracy.",
+        _check_evaluation,
+    )
+
+    method = parser.add_argument_group("method")
+    parser.flag(
+        method,
+        "--model",
+        Path,
+        None,
+        "model file that mrcl_classification.py wrote",
+        shown="none: give it, or --scratch",
+        metavar="FILE",
+    )
+    parser.switch(
+        method,
+        "--scratch",
+        "random initial weights; the network is that of --model if given, else that of the "
+        "network flags below",
+    )
+    parser.flag(
+        method,
+        "--rln",
+        _whole(0),
+        None,
+        "layers frozen, counted from the input: ANML 13 trains the head alone, 7 the PLN, 6 the "
+        "PLN and the gate's layer, 0 everything; OML 6 trains both linear layers, 7 the last",
+        shown="13 for ANML, 6 for OML, 0 with --scratch",
+    )
+    parser.switch(method, "--freeze", "freeze layers; --no-freeze is the same as --rln 0", default=True)
+    parser.switch(method, "--reset", "re-draw every trained layer before learning, not the head alone")
+    parser.switch(method, "--iid", "shuffle the stream of images (the Oracle) instead of class after class")
+    parser.flag(method, "--epoch", _whole(1), 1, "passes over the stream of images")
+
+    network = parser.add_argument_group("network, for --scratch without --model")
+    _treatment(parser, network, None)
+    _widths(parser, network)
+    # None tells a flag that was not given from one that was; the check fills in the defaults,
+    # or leaves None where the model file decides.
+    parser.set_defaults(**dict.fromkeys(NETWORK))
+
+    evaluation = parser.add_argument_group("evaluation")
+    parser.flag(
+        evaluation,
+        "--schedule",
+        _several(_whole(1)),
+        list(SCHEDULE),
+        "class counts to learn, each a curve's point",
+        shown=" ".join(map(str, SCHEDULE)),
+        nargs="+",
+        action=_Flat,
+        metavar="N",
+    )
+    parser.flag(evaluation, "--runs", _whole(1), 10, "class draws per class count")
+    parser.flag(
+        evaluation,
+        "--test_classes",
+        _whole(1),
+        650,
+        "meta-test classes that draws are made from, the first of the data; Omniglot has 659",
+    )
+    parser.flag(
+        evaluation,
+        "--class_order",
+        str.lower,
+        "random",
+        "order in which classes are learned: drawn for each run, or that of the data",
+        choices=("random", "dataset"),
+    )
+    parser.flag(
+        evaluation,
+        "--split",
+        str.lower,
+        "random",
+        "15 images to learn and 5 to test: drawn for each run, or the first 15 of the data",
+        choices=("random", "dataset"),
+    )
+
+    search = parser.add_argument_group("learning rate")
+    parser.flag(search, "--lr", _positive, None, "learning rate of Adam; skips the search", shown="search")
+    parser.flag(
+        search,
+        "--lrs",
+        _several(_positive),
+        list(LEARNING_RATES),
+        "learning rates to search",
+        shown=" ".join(f"{rate:g}" for rate in LEARNING_RATES),
+        nargs="+",
+        action=_Flat,
+        metavar="LR",
+    )
+    parser.flag(
+        search,
+        "--lr_search_runs",
+        _whole(1),
+        10,
+        "class draws, each trying every rate; the rate that wins most of them is used",
+    )
+    parser.flag(
+        search,
+        "--lr_search_split",
+        str.lower,
+        "evaluation",
+        "classes to search on: those reported on, as released, or the meta-training classes, "
+        "which keeps the choice blind to what is reported",
+        choices=("evaluation", "background"),
+    )
+    parser.switch(
+        search,
+        "--test",
+        "choose the rate by meta-test test accuracy instead of meta-test train accuracy; both "
+        "are reported either way",
+    )
+
+    _data(parser)
+    _run(parser, name="Omni_test_traj", seed=222)
+
+    released = parser.add_argument_group("flags of the released code, accepted without effect")
+    parser.without_effect(released, "--memory", "no image is kept or replayed at meta-test")
+    parser.without_effect(released, "--neuromodulation", "the model file says which network it is")
+    _commit(parser, released)
+    return parser
+
+
+def _treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) -> None:
+    parser.flag(
+        group,
+        "--treatment",
+        _known_treatment,
+        default,
+        "network: ANML (the released code's name for it is Neuromodulation) or OML",
+        shown=str(NETWORK["treatment"]),
+        metavar="{ANML,Neuromodulation,OML}",
+    )
+
+
+def _widths(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    for name, text in (
+        ("nm_channels", "channels of each convolution of ANML's neuromodulatory network"),
+        ("pln_channels", "channels of each convolution of the prediction network"),
+        ("num_classes", "outputs of the head; class ids must be below it"),
+    ):
+        default = NETWORK[name]
+        parser.flag(group, f"--{name}", _whole(1), default, text, shown=str(default))
+
+
+def _data(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    parser.flag(
+        group,
+        "--dataset",
+        str.lower,
+        "omniglot",
+        "Omniglot, or characters generated from random strokes that need no file",
+        choices=("omniglot", "glyphs"),
+    )
+    parser.flag(
+        group,
+        "--dataset-path",
+        Path,
+        Path("data"),
+        "folder that holds Omniglot's zips or folders, or that they are downloaded to",
+        metavar="DIR",
+    )
+    parser.flag(
+        group,
+        "--cache_dir",
+        Path,
+        Path("data/cache"),
+        "folder for the decoded images",
+        metavar="DIR",
+    )
+    parser.flag(group, "--glyph_seed", _SEED, 0, "seed of the generated characters")
+
+
+def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("run")
+    parser.flag(group, "--name", _folder_name, name, "name of the run folder, which a number is added to")
+    parser.flag(group, "--runs_dir", Path, Path("runs"), "folder of run folders", metavar="DIR")
+    parser.flag(group, "--seed", _SEED, seed, "seed of all random draws, 0 to 2**32-1")
+    parser.flag(
+        group,
+        "--device",
+        _device,
+        "auto",
+        "auto (the best available), cpu, cuda, cuda:N or mps",
+    )
+    parser.flag(group, "--threads", _whole(1), None, "CPU threads", shown="torch's choice")
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file of flags, which flags typed here override (default: none)",
+    )
+    return group
+
+
+def _commit(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    parser.without_effect(
+        group, "--commit", "nothing is committed; the run folder records the current git commit"
+    )
+
+
+def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other and fill in defaults that depend on others."""
+    if arguments.checkpoint and arguments.saved_model is None:
+        parser.error("--checkpoint needs --saved_model FILE, the weights to start from")
+    if arguments.saved_model is not None and not arguments.checkpoint:
+        parser.error("--saved_model needs --checkpoint as well to start from those weights")
+    for smaller, larger in (
+        ("tasks", "update_step"),
+        ("tasks", "train_classes"),
+        ("train_classes", "num_classes"),
+        *((("eval_classes", "train_classes"),) if arguments.eval_every else ()),
+    ):
+        low, high = getattr(arguments, smaller), getattr(arguments, larger)
+        if low > high:
+            parser.error(f"--{smaller} {low} must not be larger than --{larger} {high}")
+    anml = arguments.treatment == "ANML"
+    if arguments.rln is None:
+        arguments.rln = 7 if anml else 6
+    if arguments.model_name is None:
+        arguments.model_name = Path("Neuromodulation_Model.net" if anml else "OML_Model.net")
+
+
+def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other and fill in defaults that depend on others."""
+    if arguments.model is None and not arguments.scratch:
+        parser.error("give --model FILE, which mrcl_classification.py writes, or --scratch")
+    if not arguments.freeze:
+        if arguments.rln:
+            parser.error(f"--no-freeze means --rln 0: drop it, or drop --rln {arguments.rln}")
+        arguments.rln = 0
+    if arguments.scratch and arguments.rln is None:
+        arguments.rln = 0
+    longest = max(arguments.schedule)
+    if longest > arguments.test_classes:
+        parser.error(
+            f"--schedule asks for {longest} classes of the {arguments.test_classes} that "
+            "--test_classes allows: lower the one or raise the other"
+        )
+    for name, default in NETWORK.items():
+        if arguments.model is None:
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, default)
+        elif getattr(arguments, name) is not None:
+            setattr(arguments, name, None)
+            notice = f"--{name} has no effect: the model file says which network it is"
+            arguments.notices = (*arguments.notices, notice)
+
+
+def _config_tokens(parser: Parser, path: Path) -> list[str]:
+    """The settings of a TOML file as the command-line tokens that say the same."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror or error}")
+    except ValueError as error:  # also what TOML and UTF-8 decoding raise
+        parser.error(f"--config {path}: not a TOML file: {error}")
+    tokens = []
+    for key, value in settings.items():
+        if key not in parser.flags:
+            parser.error(f"{path}: unknown key {key!r}; --help lists the flags")
+        token = _token(parser.flags[key], value)
+        try:
+            parsed = getattr(parser.parse_args([token]), key)
+        except argparse.ArgumentError as error:
+            parser.error(f"{path}: {key}: {error.message}")
+        if not _same_kind(value, parsed):
+            parser.error(f"{path}: {key}: {value!r} is not {_KINDS.get(type(parsed), 'a text in quotes')}")
+        tokens.append(token)
+    return tokens
+
+
+def _token(action: argparse.Action, value: object) -> str:
+    """One token, so that a value which starts with a dash cannot be taken for a flag."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return action.option_strings[1 if value is False else 0]
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{action.option_strings[0]}={text}"
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list of numbers",
+}
+
+
+def _same_kind(given: object, parsed: object) -> bool:
+    """Whether a TOML value is of its flag's type: 1 may stand for 1.0, "1" and true may not."""
+    if isinstance(parsed, list):
+        return isinstance(given, list) and all(map(_same_kind, given, parsed))
+    if isinstance(given, bool) or isinstance(parsed, bool):
+        return given is parsed
+    if isinstance(parsed, float):
+        return isinstance(given, int | float)
+    if isinstance(parsed, int):
+        return isinstance(given, int)
+    return isinstance(given, str)
+
+
+class _Flat(argparse.Action):
+    """Join the lists of a flag's values: `10 50`, `10,50` and `"10 50"` are the same."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, [number for part in values or () for number in part])
+
+
+class _WithoutEffect(argparse.Action):
+    """Leave the namespace alone but for a notice."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        notice = f"{option_string} has {self.help}"
+        namespace.notices = (*namespace.notices, notice)
+
+
+def _plain(option: str) -> str:
+    """A flag's name with `-` and `_` made the same; anything else as it is."""
+    return "--" + option[2:].replace("-", "_") if option.startswith("--") else option
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high` (`None`: no limit)."""
+    span = f"of {low} or more" if high is None else f"from {low} to {high}"
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {span}")
+        return number
+
+    return read
+
+
+_SEED = _whole(0, 2**32 - 1)  # what every generator in use can be seeded with
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return number
+
+
+def _several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A reader of one or more numbers with commas or spaces between."""
+
+    def read_all(text: str) -> list[Any]:
+        parts = text.replace(",", " ").split()
+        if not parts:
+            raise argparse.ArgumentTypeError("expected at least one number")
+        return [read(part) for part in parts]
+
+    return read_all
+
+
+def _known_treatment(text: str) -> str:
+    if text.lower() not in TREATMENTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of ANML, Neuromodulation, OML")
+    return TREATMENTS[text.lower()]
+
+
+def _device(text: str) -> str:
+    device = text.lower()
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
+def _folder_name(text: str) -> str:
+    if not text.strip(". ") or re.search(r"[/\\\0]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
+    return text

@@ -1,0 +1,165 @@
+"""Model files: one dict of weights and what is needed to rebuild and trust them.
+
+Loading one runs no code: only tensors and plain values come out of it, and each is checked.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+FORMAT = "anml-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model file holds.
+
+    `network` and `widths` (channel and class counts by name) rebuild the network that `state_dict`
+    (parameter name -> finite floating CPU tensor) belongs to; `arguments` are those of the training
+    run and `step` counts its outer steps.
+    """
+
+    network: str
+    widths: dict[str, int]
+    state_dict: dict[str, Tensor]
+    arguments: dict[str, Any]
+    step: int
+
+
+def save_checkpoint(
+    path: Path,
+    network_name: str,
+    widths: Mapping[str, int],
+    state_dict: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Write a model file that :func:`load_checkpoint` reads, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written, or the weights are not finite; an earlier file under
+            `path` stays.
+    """
+    content = {
+        "format": FORMAT,
+        "network": network_name,
+        "widths": dict(widths),
+        # Clones, since torch.save writes the whole storage behind a view.
+        "state_dict": {name: value.detach().cpu().clone() for name, value in state_dict.items()},
+        "arguments": dict(arguments),
+        "step": step,
+        "torch": str(torch.__version__),  # a subclass of str, which would not load
+    }
+    fault = _fault(content)
+    if fault is not None:
+        raise UserError(f"{path} is not written at step {step}: {fault}")
+    # Through memory, since only a plain write reports a full disk as an OSError.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(Path(path)) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a model file onto the CPU. That its tensors fit a network is for the network to say.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, foreign or holds pickled code, as the
+            models of the released code do.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the model {path}: {error.strerror or error}; "
+            "mrcl_classification.py writes one under --model_name"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            # What torch warns of in a foreign file ends in one line of ours below.
+            warnings.simplefilter("ignore")
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint make torch raise nearly anything
+        raise UserError(f"cannot load the model {path}: {_unreadable(data, error)}") from error
+    fault = _fault(content)
+    if fault is not None:
+        raise UserError(f"{path} is not a model of this project: {fault}; train one anew")
+    return Checkpoint(
+        network=content["network"],
+        widths=content["widths"],
+        state_dict=dict(content["state_dict"]),
+        arguments=content["arguments"],
+        step=content["step"],
+    )
+
+
+def _unreadable(data: bytes, error: Exception) -> str:
+    """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
+    archive, pickled = data.startswith(b"PK"), data.startswith(b"\x80")
+    if (archive or pickled) and isinstance(error, pickle.UnpicklingError):
+        return (
+            "it holds pickled Python objects, as models of the released ANML code do, and loading "
+            "those could run code; train one anew with mrcl_classification.py"
+        )
+    if archive or not data:
+        return "the file is damaged or cut short; copy or train it again"
+    return "it is not a model file; mrcl_classification.py writes one under --model_name"
+
+
+def _fault(content: object) -> str | None:
+    """What is wrong with the dict of a model file; None if nothing is."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}"
+    if content.get("format") != FORMAT:
+        return f"its format is {content.get('format')!r}, not {FORMAT!r}"
+    network, widths, state_dict, arguments, step = (
+        content.get(key) for key in ("network", "widths", "state_dict", "arguments", "step")
+    )
+    if not isinstance(network, str):
+        return "it does not name its network"
+    if not isinstance(widths, dict) or not all(
+        isinstance(name, str) and type(width) is int and width > 0 for name, width in widths.items()
+    ):
+        return "its widths are not positive whole numbers"
+    if not isinstance(arguments, dict) or not _is_plain(arguments):
+        return "its arguments are not plain values"
+    if type(step) is not int or step < 0:
+        return "its step is not a count"
+    if not isinstance(state_dict, dict) or not state_dict:
+        return "it holds no weights"
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not _is_weight(tensor):
+            return f"its {name!r} is not a tensor of floating-point numbers"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"its {name!r} is not finite: the training diverged, lower its learning rates"
+    return None
+
+
+def _is_weight(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+    )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is made of what JSON knows."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)

@@ -1,0 +1,324 @@
+"""A run folder: everything a run leaves behind, written as it goes, so that a crash keeps it.
+
+`runs/<name>_<k>/` holds `config.json` (what was asked, with what, when), `log.txt`, `metrics.csv`
+and TensorBoard events; scripts add their own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from utils.arguments import recorded
+from utils.errors import UserError
+from utils.files import write_text
+from utils.plots import figure_pixels
+
+log = logging.getLogger("anml")
+
+
+class _Terminal(logging.Handler):
+    """Shows log lines on stdout, above a progress bar, and keeps those that precede a run."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.earlier: list[logging.LogRecord] = []
+        self.in_run = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.in_run:
+            self.earlier.append(record)
+        if getattr(record, "file_only", False):
+            return
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def log_to_terminal() -> _Terminal:
+    """Show the lines of the `anml` logger on stdout; the next run's `log.txt` gets them as well.
+
+    A script calls it first, since it reads its data before it has a run. Calling again is harmless.
+    """
+    for handler in log.handlers:
+        if isinstance(handler, _Terminal):
+            return handler
+    terminal = _Terminal()
+    log.addHandler(terminal)
+    log.setLevel(logging.INFO)
+    return terminal
+
+
+class Run:
+    """One run's folder, log, metrics and TensorBoard events; a context manager.
+
+    Attributes:
+        folder: the run folder, made by :meth:`create`.
+    """
+
+    def __init__(self, folder: Path):
+        """Open the writers in an existing folder; scripts use :meth:`create`."""
+        self.folder = folder
+        try:
+            # Line-buffered, so that a killed run keeps its rows.
+            self._metrics = (folder / "metrics.csv").open("a", newline="", buffering=1)
+            self._log_file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+            self._events = SummaryWriter(str(folder), flush_secs=10)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        self._columns: tuple[str, ...] | None = None
+        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._terminal = log_to_terminal()
+        self._terminal.in_run = True
+        for record in self._terminal.earlier:
+            self._log_file.handle(record)
+        self._terminal.earlier.clear()
+        log.addHandler(self._log_file)
+
+    @classmethod
+    def create(
+        cls,
+        runs_dir: Path,
+        name: str,
+        arguments: argparse.Namespace,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Make `runs_dir/<name>_<k>` with the smallest free k, and record what is run and where.
+
+        `config.json` gets the arguments, versions, machine, git commit, start time and `extra`
+        (say the manifest hash and the device chosen); TensorBoard gets the arguments as a table.
+        Notices among the arguments are logged as warnings.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        settings = recorded(arguments)
+        folder = _new_folder(Path(runs_dir), name)
+        config = {
+            "name": folder.name,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "arguments": settings,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+            "machine": {
+                "platform": platform.platform(),
+                "cpu": _cpu_name(),
+                "cpus": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+            },
+            "git": _git_state(),
+            **(extra or {}),
+        }
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        run = cls(folder)
+        table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+        run.text("arguments", f"| argument | value |\n|---|---|\n{table}")
+        for notice in arguments.notices:
+            log.warning(notice)
+        return run
+
+    def metrics(self, row: Mapping[str, float | int | str]) -> None:
+        """Append a row to `metrics.csv`; the first row's keys are its columns.
+
+        Raises:
+            UserError: the file cannot be written.
+            ValueError: the keys differ from the first row's.
+        """
+        try:
+            if self._columns is None:
+                self._columns = tuple(row)
+                csv.writer(self._metrics).writerow(self._columns)
+            if tuple(row) != self._columns:
+                raise ValueError(f"metrics has the columns {self._columns}, not {tuple(row)}")
+            csv.writer(self._metrics).writerow(row.values())
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one point to the TensorBoard curve of each tag in `values`."""
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Add a text to TensorBoard."""
+        self._events.add_text(tag, markdown, 0)
+
+    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard."""
+        self._events.add_image(tag, pixels, step, dataformats="HWC")
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Add a figure to TensorBoard as an image."""
+        self.image(tag, figure_pixels(figure), step)
+
+    @contextmanager
+    def progress(self, total: int, every: int = 1, unit: str = "step") -> Iterator[Progress]:
+        """Follow a loop of `total` steps that reports every `every` of them, and at its last.
+
+        A bar shows it on a terminal, log lines elsewhere; `log.txt` has the lines either way.
+        """
+        with tqdm(total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
+            yield Progress(bar, total, every, unit)
+
+    def close(self) -> None:
+        """Write everything out; the run takes no more."""
+        log.removeHandler(self._log_file)
+        self._log_file.close()
+        self._terminal.in_run = False
+        self._events.close()
+        try:
+            self._metrics.close()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
+        self.close()
+
+
+class Progress:
+    """Where a loop stands.
+
+        with run.progress(steps, every=50) as progress:
+            for _ in range(steps):
+                ...
+                if progress.advance(loss=loss, accuracy=accuracy):
+                    rate = progress.report()
+
+    Attributes:
+        step: steps done.
+    """
+
+    def __init__(self, bar: tqdm[Any], total: int, every: int, unit: str):
+        self.step = 0
+        self._bar, self._total, self._every, self._unit = bar, total, every, unit
+        self._since = (0, time.perf_counter())
+        self._sums: dict[str, float] = {}
+
+    def advance(self, **values: float) -> bool:
+        """Count one step with its values; true if it is one to report. The bar shows each step."""
+        self.step += 1
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._bar.set_postfix(_short(values), refresh=False)
+        self._bar.update()
+        return self.step % self._every == 0 or self.step == self._total
+
+    def report(self) -> float:
+        """Log the mean of each value since the last report, speed and time left.
+
+        Returns:
+            Steps per second since the last report.
+        """
+        now = time.perf_counter()
+        step, then = self._since
+        steps = max(self.step - step, 1)
+        rate = steps / max(now - then, 1e-9)
+        means = _short({key: total / steps for key, total in self._sums.items()})
+        self._since, self._sums = (self.step, now), {}
+        log.info(
+            "%s %d/%d %s, %.3g %s/s, %s left",
+            self._unit,
+            self.step,
+            self._total,
+            " ".join(f"{key} {value}" for key, value in means.items()),
+            rate,
+            self._unit,
+            timedelta(seconds=round((self._total - self.step) / rate)),
+            extra={"file_only": not self._bar.disable},
+        )
+        return rate
+
+
+def _short(values: Mapping[str, float]) -> dict[str, str]:
+    return {key: f"{value:.4g}" for key, value in values.items()}
+
+
+def _new_folder(runs_dir: Path, name: str) -> Path:
+    """Make the first folder of its name that is free; mkdir decides between two runs at once."""
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        for k in count():
+            folder = runs_dir / f"{name}_{k}"
+            if not folder.exists():
+                try:
+                    folder.mkdir()
+                except FileExistsError:
+                    continue
+                return folder
+    except OSError as error:
+        raise _unwritable(runs_dir, error) from error
+    raise AssertionError("count() does not end")
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the run folder {folder}: {error.strerror or error}; choose with --runs_dir"
+    )
+
+
+def _cpu_name() -> str:
+    """The processor's name where Linux tells it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit this code is at and whether it differs from it; None outside a git work tree."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    project = str(Path(__file__).resolve().parents[1])
+
+    def ask(*command: str) -> str:
+        # Without optional locks: looking at the user's repository must not write to it.
+        return subprocess.run(  # noqa: S603 (fixed words and this project's folder)
+            [git, "--no-optional-locks", "-C", project, *command],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
