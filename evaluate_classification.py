@@ -1,7 +1,7 @@
 """Meta-test a model: learn classes it has never seen, one after the other, and measure what remains.
 
     python evaluate_classification.py --rln 0 --model Neuromodulation_Model.net --name Omni_test_traj \
-        --runs 10                                                              # as released: everything learns
+        --runs 10                                                            # as released: all layers learn
     python evaluate_classification.py --model Neuromodulation_Model.net         # the paper's: head only
     python evaluate_classification.py --model M.net --schedule 10 100 --lr 0.001 --runs 3   # a quick look
     python evaluate_classification.py --scratch --iid --epoch 20                # Scratch-Oracle
