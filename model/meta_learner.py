@@ -7,7 +7,7 @@ and no step reads a value back from the device.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -15,38 +15,80 @@ from torch import Tensor
 from torch.func import functional_call
 
 from datasets.samplers import Trajectory
+from model.kernels import SharedLinear
 from model.modelfactory import Network, State, redraw, trained_parameters
 
 Weights = dict[str, Tensor]
 """Fast weights: the parameters that the inner loop trains, by name."""
 
 
-def inner_gradients(
-    net: Network, fast: Weights, state: State, label: Tensor, rln: int, create_graph: bool = False
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss of one example and its gradient with respect to the fast weights.
+class Example(NamedTuple):
+    """What one example says about the weights.
 
-    This is what every weight update inside a trajectory starts from: an SGD step of the inner loop
-    and an Adam step of meta-test.
+    Attributes:
+        loss: cross-entropy before the update, scalar.
+        inputs: [1, F] what entered the head.
+        error: [1, num_classes] softmax probabilities minus the one-hot label. The gradient of the
+            head's weight is `error.T @ inputs`, that of its bias `error`.
+        slopes: the gradient of each weight below the head.
+    """
+
+    loss: Tensor
+    inputs: Tensor
+    error: Tensor
+    slopes: tuple[Tensor, ...]
+
+
+class Head(Protocol):
+    """A linear head as an example meets it."""
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """[1, F] -> [1, num_classes]"""
+
+    def pull_back(self, error: Tensor) -> Tensor:
+        """Gradient of the inputs from that of the logits: [1, num_classes] -> [1, F]."""
+
+
+def inner_gradients(
+    net: Network, fast: Weights, head: Head, state: State, label: Tensor, rln: int, order: int = 1
+) -> Example:
+    """Loss of one example and its gradient with respect to the fast weights and the head.
+
+    This is what every weight update within a trajectory starts from: an SGD step of the inner loop
+    and an Adam step of meta-test. The gradient of the head is left as its two factors.
 
     Args:
         net: supplies the parameters that are not in `fast`.
-        fast: the weights that learn.
+        fast: the weights below the head that learn.
+        head: the head as it is now.
         state: the example as `net.lower(image, rln)` left it, one row.
         label: [1] class id.
-        create_graph: keep the graph, to differentiate through the update (second order).
-
-    Returns:
-        the loss (cross-entropy, scalar) and a gradient for each entry of `fast`.
+        order: 2 to keep the graph, to differentiate through the update.
     """
-    loss = F.cross_entropy(functional_call(net, fast, (state, rln)), label)
-    return loss, gradients(loss, list(fast.values()), create_graph)
+    with torch.set_grad_enabled(order == 2 or bool(fast)):
+        inputs = functional_call(net, fast, (state, rln), {"head": False})
+    known = inputs if order == 2 else inputs.detach()
+    with torch.set_grad_enabled(order == 2):
+        logits = head.logits(known)
+        loss = F.cross_entropy(logits, label)
+        error = logits.softmax(1) - F.one_hot(label, logits.shape[1])
+        back = head.pull_back(error) if fast else None
+    slopes = gradients(inputs, list(fast.values()), back, create_graph=order == 2) if fast else ()
+    return Example(loss.detach(), known, error, slopes)
 
 
-def gradients(loss: Tensor, weights: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """Gradient of `loss` for each weight; zero where a weight has no effect (biases before a norm)."""
+def gradients(
+    output: Tensor, weights: list[Tensor], slope: Tensor | None = None, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradient for each weight, given that of `output`; zero for a weight without effect (a bias
+    before a norm)."""
     return torch.autograd.grad(
-        loss, weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        output,
+        weights,
+        slope,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
     )
 
 
@@ -58,6 +100,43 @@ def adam(weights: Iterable[Tensor], lr: float) -> torch.optim.Adam:
     """
     weights = list(weights)
     return torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda", "mps"))
+
+
+class SGDHead:
+    """The head within a trajectory: its initial weights and a sum of rank-one steps.
+
+    At batch 1 each SGD step adds an outer product. Kept as factors, T of them cost T dot products per
+    example instead of a pass over all weights, and the graph of the inner loop holds no copies.
+
+    Args:
+        weight, bias: [O, F] and [O], the initial values.
+        lr: step size.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, lr: float) -> None:
+        self.weight, self.bias, self.lr = weight, bias, lr
+        self.shared = SharedLinear(weight)
+        self.inputs = weight.new_empty(0, weight.shape[1])
+        self.errors = weight.new_empty(0, weight.shape[0])
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        overlap = inputs @ self.inputs.t() + 1  # the 1 is the bias's input
+        return self.shared.forward(inputs) + self.bias - self.lr * (overlap @ self.errors)
+
+    def pull_back(self, error: Tensor) -> Tensor:
+        return self.shared.transposed(error) - self.lr * (error @ self.errors.t()) @ self.inputs
+
+    def step(self, inputs: Tensor, error: Tensor) -> None:
+        """One SGD step on an example's factors."""
+        self.inputs = torch.cat([self.inputs, inputs])
+        self.errors = torch.cat([self.errors, error])
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias after the steps so far."""
+        return (
+            torch.addmm(self.weight, self.errors.t(), self.inputs, alpha=-self.lr),
+            self.bias - self.lr * self.errors.sum(0),
+        )
 
 
 def adapt(
@@ -84,21 +163,29 @@ def adapt(
     Returns:
         the fast weights, and [T] the loss before each step.
     """
-    names = trained_parameters(net, rln)
+    *body, head_weight, head_bias = trained_parameters(net, rln)
     meta = dict(net.named_parameters())
-    fast: Weights = {name: meta[name] for name in names}
+    initial = [meta[name] for name in (*body, head_weight, head_bias)]
     if first_order:
-        fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
+        initial = [weight.detach().requires_grad_() for weight in initial]
         support = tuple(part.detach() for part in support)
+    fast: Weights = dict(zip(body, initial, strict=False))
+    with torch.set_grad_enabled(not first_order):
+        head = SGDHead(*initial[-2:], update_lr)
     losses = []
     for t in range(len(labels)):
         state = tuple(part[t : t + 1] for part in support)
-        loss, slopes = inner_gradients(net, fast, state, labels[t : t + 1], rln, create_graph=not first_order)
-        stepped = (w - update_lr * g for w, g in zip(fast.values(), slopes, strict=True))
-        if first_order:
-            stepped = (weight.detach().requires_grad_() for weight in stepped)
-        fast = dict(zip(names, stepped, strict=True))
-        losses.append(loss.detach())
+        example = inner_gradients(
+            net, fast, head, state, labels[t : t + 1], rln, order=1 if first_order else 2
+        )
+        for (name, weight), slope in zip(fast.items(), example.slopes, strict=True):
+            stepped = torch.sub(weight, slope, alpha=update_lr)
+            fast[name] = stepped.detach().requires_grad_() if first_order else stepped
+        head.step(example.inputs, example.error)
+        losses.append(example.loss)
+    fast |= zip((head_weight, head_bias), head.weights(), strict=True)
+    if first_order:
+        fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
     return fast, torch.stack(losses)
 
 

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.func import functional_call
 
@@ -100,15 +101,27 @@ class Learner:
         self.net = net
         self.rln = rln
         self.fast = fast
+        *body, head_weight, head_bias = fast
+        self.body = {name: fast[name] for name in body}
+        self.weight, self.bias = fast[head_weight], fast[head_bias]
+        self.weight.grad = torch.empty_like(self.weight)
         self.optimizer = adam(fast.values(), lr)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight, self.bias)
+
+    def pull_back(self, error: Tensor) -> Tensor:
+        return error @ self.weight
 
     def update(self, state: State, label: Tensor) -> Tensor:
         """One example: `state` one row of `FrozenStates`, `label` [1]. Returns the loss before."""
-        loss, gradients = inner_gradients(self.net, self.fast, state, label, self.rln)
-        for weight, gradient in zip(self.fast.values(), gradients, strict=True):
-            weight.grad = gradient.contiguous()
+        example = inner_gradients(self.net, self.body, self, state, label, self.rln)
+        for weight, slope in zip(self.body.values(), example.slopes, strict=True):
+            weight.grad = slope.contiguous()
+        torch.outer(example.error[0], example.inputs[0], out=self.weight.grad)
+        self.bias.grad = example.error[0]
         self.optimizer.step()
-        return loss.detach()
+        return example.loss
 
     def learn(self, states: FrozenStates, stream: Tensor) -> None:
         """Learn the images of `stream` [K, 2] (class, drawing), in order."""

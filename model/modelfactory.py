@@ -53,12 +53,17 @@ class Network(nn.Module):
         """Input of the head, before its gate, and the gate (None without one): each [B, F]."""
         raise NotImplementedError
 
-    def forward(self, state: Tensor | State, rln: int = 0) -> Tensor:
-        """Logits [B, num_classes] from images, or from what `lower(images, rln)` returned."""
+    def forward(self, state: Tensor | State, rln: int = 0, head: bool = True) -> Tensor:
+        """Logits [B, num_classes] from images, or from what `lower(images, rln)` returned.
+
+        Without `head`, what would enter it: [B, F].
+        """
         if isinstance(state, Tensor):
             state = self.lower(state, rln)
         features, gate = self.features(state, rln)
-        logits: Tensor = self.head(features if gate is None else features * gate)
+        if gate is not None:
+            features = features * gate
+        logits: Tensor = self.head(features) if head else features
         return logits
 
 
