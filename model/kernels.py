@@ -29,7 +29,8 @@ CHUNK = 4  # images whose full-size activations exist at a time, few enough to s
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """3x3 convolution without padding or bias: [B, I, H, W] and [O, I, 3, 3] -> [B, O, H', W']."""
-    return _Conv.apply(x, weight, stride)  # type: ignore[no-any-return]
+    y: Tensor = _Conv.apply(x, weight, stride)
+    return y
 
 
 class _Conv(torch.autograd.Function):
@@ -124,9 +125,10 @@ def _native_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's backward of a convolution: gradients of input, weight and bias as `mask` asks."""
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, mask
     )
+    return grads
 
 
 def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -134,7 +136,7 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
 
     With u a patch of the image less the mean patch, a channel's normalised value is
     w.u * scale / sqrt(w.Cov.w + eps) + shift, where Cov is the covariance of the image's patches. The
-    statistics are formed in float64, which costs nothing at this size.
+    statistics are formed in float64 where there is one, which costs nothing at this size.
 
     Args:
         x: [B, 1, H, W] images, H and W even; no gradient flows to them.
@@ -148,14 +150,14 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
     patches = _centred_patches(x)
     sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)  # max-pool of -x is min-pool of x
     kernel = weight.flatten(1) * sign[:, None]
-    flat = patches.flatten(2).double()
+    precise = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    flat, wide = patches.flatten(2).to(precise), kernel.to(precise)
     covariance = flat @ flat.transpose(1, 2) / flat.shape[2]
-    wide = kernel.double()
     variance = ((wide @ covariance) * wide).sum(2)  # [B, C]
     slope = (scale * sign * torch.rsqrt(variance + eps)).to(x.dtype)
-    pooled = _MaxConv.apply(kernel, patches)
+    pooled: Tensor = _MaxConv.apply(kernel, patches)
     out = torch.addcmul(shift[:, None], pooled, slope[:, :, None]).relu()
-    return out.unflatten(2, ((x.shape[2] - 2) // 2, (x.shape[3] - 2) // 2))
+    return out.view(*out.shape[:2], (x.shape[2] - 2) // 2, (x.shape[3] - 2) // 2)
 
 
 def _centred_patches(x: Tensor) -> Tensor:
@@ -227,7 +229,8 @@ class _Select(torch.autograd.Function):
 
 def _responses(kernel: Tensor, patches: Tensor) -> Tensor:
     """kernel . patch for every position: [C, 9], [B, 9, 4, P] -> [B, C, 4, P]."""
-    return torch.matmul(kernel, patches.flatten(2)).unflatten(2, patches.shape[2:])
+    y = torch.matmul(kernel, patches.flatten(2))
+    return y.view(*y.shape[:2], *patches.shape[2:])
 
 
 class SharedLinear:
@@ -243,11 +246,13 @@ class SharedLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         """x @ weight.T: [B, F] -> [B, O]."""
-        return _Product.apply(x, self.token, self.weight.t(), self.factors, False)  # type: ignore[no-any-return]
+        product: Tensor = _Product.apply(x, self.token, self.weight.t(), self.factors, False)
+        return product
 
     def transposed(self, y: Tensor) -> Tensor:
         """y @ weight: [B, O] -> [B, F]."""
-        return _Product.apply(y, self.token, self.weight, self.factors, True)  # type: ignore[no-any-return]
+        product: Tensor = _Product.apply(y, self.token, self.weight, self.factors, True)
+        return product
 
 
 class _Collect(torch.autograd.Function):

@@ -6,6 +6,8 @@ first 2N parameters, freezes the first N layers.
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
@@ -96,11 +98,10 @@ class Linear(nn.Linear):
 def run(layers: nn.Sequential, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
     """Apply `layers[start:stop]` to `x` without building a module for the slice."""
     chain = list(layers)[max(start, 0) : stop]
-    while chain:
-        layer = chain.pop(0)
-        if chain and isinstance(layer, ConvBeforeNorm) and isinstance(chain[0], NormReLUPool):
-            x = block(x, layer, chain.pop(0))
-        else:
+    for layer, following in zip_longest(chain, chain[1:]):
+        if isinstance(following, NormReLUPool) and isinstance(layer, ConvBeforeNorm):
+            x = block(x, layer, following)
+        elif not isinstance(layer, NormReLUPool) or layer is chain[0]:  # else it is in a block
             x = layer(x)
     return x
 

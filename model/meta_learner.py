@@ -165,13 +165,12 @@ def adapt(
     """
     *body, head_weight, head_bias = trained_parameters(net, rln)
     meta = dict(net.named_parameters())
-    initial = [meta[name] for name in (*body, head_weight, head_bias)]
+    fast: Weights = {name: meta[name] for name in body}
     if first_order:
-        initial = [weight.detach().requires_grad_() for weight in initial]
+        fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
         support = tuple(part.detach() for part in support)
-    fast: Weights = dict(zip(body, initial, strict=False))
     with torch.set_grad_enabled(not first_order):
-        head = SGDHead(*initial[-2:], update_lr)
+        head = SGDHead(meta[head_weight], meta[head_bias], update_lr)
     losses = []
     for t in range(len(labels)):
         state = tuple(part[t : t + 1] for part in support)
