@@ -40,6 +40,9 @@ class Conv(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__(inputs, outputs, kernel_size=3, stride=stride)
 
+    def reset_parameters(self) -> None:
+        """Nothing: `modelfactory.build` draws all weights, from a generator of the caller's."""
+
     def forward(self, x: Tensor) -> Tensor:
         y = conv2d(x, first_channels(x, self.weight), self.stride[0])
         return F.relu(y + self.bias[:, None, None])
@@ -83,6 +86,9 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, activation: str | None = None) -> None:
         super().__init__(inputs, outputs)
         self.activation = activation
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in `Conv`."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x.flatten(1), self.weight, self.bias)

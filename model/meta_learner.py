@@ -6,7 +6,6 @@ and no step reads a value back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch.func import functional_call
 from datasets.samplers import Trajectory
 from model.kernels import SharedLinear
 from model.modelfactory import Network, State, redraw, trained_parameters
+from model.optimizer import Adam
 
 Weights = dict[str, Tensor]
 """Fast weights: the parameters that the inner loop trains, by name."""
@@ -71,7 +71,11 @@ def inner_gradients(
     with torch.set_grad_enabled(order == 2):
         logits = head.logits(known)
         loss = F.cross_entropy(logits, label)
-        error = logits.softmax(1) - F.one_hot(label, logits.shape[1])
+        # The label's own p - 1 as minus the sum of the others: late in a trajectory p is so close
+        # to 1 that the subtraction would leave few digits in float32.
+        one_hot = F.one_hot(label, logits.shape[1])
+        others = logits.softmax(1) * (1 - one_hot)
+        error = others - one_hot * others.sum(1, keepdim=True)
         back = head.pull_back(error) if fast else None
     slopes = gradients(inputs, list(fast.values()), back, create_graph=order == 2) if fast else ()
     return Example(loss.detach(), known, error, slopes)
@@ -90,16 +94,6 @@ def gradients(
         allow_unused=True,
         materialize_grads=True,
     )
-
-
-def adam(weights: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    """Adam with torch's defaults (paper and released code), in one pass over memory where it can be.
-
-    The fused CPU kernel reads gradients as if they were laid out like the weights: make them
-    contiguous before a step.
-    """
-    weights = list(weights)
-    return torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda", "mps"))
 
 
 class SGDHead:
@@ -237,7 +231,7 @@ def meta_gradient(
     sources = {**meta, **fast} if first_order else meta
     slopes = gradients(loss, list(sources.values()))
     for weight, gradient in zip(meta.values(), slopes, strict=True):
-        weight.grad = gradient.contiguous() if weight.grad is None else weight.grad + gradient
+        weight.grad = gradient if weight.grad is None else weight.grad + gradient
     correct = (logits.detach().argmax(1) == labels).to(loss.dtype)
     return MetaStep(loss.detach(), correct[-steps:].mean(), correct[:-steps].mean(), inner_losses)
 
@@ -276,7 +270,7 @@ class MetaLearner:
         self.first_order = first_order
         self.reset = reset
         trained_parameters(net, rln)  # a wrong rln is an error now, not at the first step
-        self.optimizer = adam(net.parameters(), meta_lr)
+        self.optimizer = Adam(net.parameters(), meta_lr)
 
     def step(self, trajectory: Trajectory) -> MetaStep:
         """Learn from one trajectory: reset head rows, adapt, differentiate, one Adam step.
@@ -288,7 +282,7 @@ class MetaLearner:
         if self.reset:
             redraw(self.net.head.weight, self.generator, rows=trajectory.classes)
         query, labels = gather(self.images, trajectory.query)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.net.zero_grad(set_to_none=True)
         result = meta_gradient(
             self.net,
             query,
@@ -298,7 +292,7 @@ class MetaLearner:
             update_lr=self.update_lr,
             first_order=self.first_order,
         )
-        self.optimizer.step()
+        self.optimizer.step([weight.grad for weight in self.net.parameters() if weight.grad is not None])
         return result
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from datasets.samplers import sample_task
-from model.meta_learner import Weights, adam, gather, inner_gradients
+from model.meta_learner import Weights, gather, inner_gradients
 from model.modelfactory import Network, State, initialise, trained_parameters
+from model.optimizer import Adam
 
 Purpose = Literal["search", "report", "validation"]
 PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
@@ -103,9 +104,9 @@ class Learner:
         self.fast = fast
         *body, head_weight, head_bias = fast
         self.body = {name: fast[name] for name in body}
-        self.weight, self.bias = fast[head_weight], fast[head_bias]
-        self.weight.grad = torch.empty_like(self.weight)
-        self.optimizer = adam(fast.values(), lr)
+        self.weight, self.bias = fast[head_weight].detach(), fast[head_bias].detach()
+        self.slope = torch.empty_like(self.weight)
+        self.optimizer = Adam(fast.values(), lr)
 
     def logits(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.weight, self.bias)
@@ -116,11 +117,8 @@ class Learner:
     def update(self, state: State, label: Tensor) -> Tensor:
         """One example: `state` one row of `FrozenStates`, `label` [1]. Returns the loss before."""
         example = inner_gradients(self.net, self.body, self, state, label, self.rln)
-        for weight, slope in zip(self.body.values(), example.slopes, strict=True):
-            weight.grad = slope.contiguous()
-        torch.outer(example.error[0], example.inputs[0], out=self.weight.grad)
-        self.bias.grad = example.error[0]
-        self.optimizer.step()
+        torch.outer(example.error[0], example.inputs[0], out=self.slope)
+        self.optimizer.step([*example.slopes, self.slope, example.error[0]])
         return example.loss
 
     def learn(self, states: FrozenStates, stream: Tensor) -> None:

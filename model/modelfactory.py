@@ -141,9 +141,7 @@ def build(name: str, widths: dict[str, int], generator: torch.Generator) -> Netw
         widths: keyword arguments of its class.
         generator: source of the weights.
     """
-    with torch.device("meta"):
-        net = NETWORKS[name](**widths)
-    net.to_empty(device="cpu")
+    net = NETWORKS[name](**widths)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             initialise(name, parameter, generator)

@@ -27,6 +27,7 @@ from datasets.characters import CharacterSet
 from model.meta_learner import Weights, adapt, meta_gradient
 from model.meta_test import FrozenStates, Learner
 from model.modelfactory import Network, build
+from model.optimizer import Adam
 from utils.errors import UserError, run_script
 
 Array = np.ndarray[Any, Any]
@@ -149,12 +150,11 @@ def quantities(fixture: Fixture) -> Iterator[tuple[str, Array]]:
         yield f"inner_losses_{order}", result.inner_losses.numpy()
         yield f"meta_loss_{order}", result.loss.numpy()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        yield f"meta_grad_norm_{order}", _norms(gradients)
-        yield f"meta_grad_head_{order}", _heads(gradients)
-        yield f"meta_grad_sum_{order}", np.array([g.sum().item() for g in gradients])
+        for name, summary in gradient_summary(gradients).items():
+            yield f"meta_grad_{name}_{order}", summary
         if f"adam_norm_{order}" in arrays:
             initial = [p.detach().clone() for p in net.parameters()]
-            torch.optim.Adam(net.parameters(), lr=0.001).step()
+            Adam(net.parameters(), lr=0.001).step(gradients)
             yield f"adam_norm_{order}", _norms([p.detach() for p in net.parameters()])
             with torch.no_grad():
                 for parameter, value in zip(net.parameters(), initial, strict=True):
@@ -235,6 +235,12 @@ def _locate(characters: CharacterSet, name: str) -> tuple[int, int]:
     """Class and drawing of a file `split/alphabet/character/NNNN_DD.png`."""
     parts = Path(name).parts
     return characters.characters.index("/".join(parts[-3:-1])), int(Path(name).stem[-2:]) - 1
+
+
+def gradient_summary(gradients: list[Tensor]) -> dict[str, Array]:
+    """What a fixture keeps of a meta-gradient: norms [28], first values [28, 16] and sums [28]."""
+    sums = np.array([gradient.double().sum().item() for gradient in gradients])
+    return {"norm": _norms(gradients), "head": _heads(gradients), "sum": sums}
 
 
 def _norms(tensors: list[Tensor]) -> Array:

@@ -178,7 +178,7 @@ def test_reset_draws_the_rows_of_the_sampled_classes_only() -> None:
     net, _ = network("ANML")
     meta = learner(net, images(CLASSES, 20))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    meta.optimizer.param_groups[0]["lr"] = 0.0
+    meta.optimizer.lr = 0.0
     trajectory = sample_trajectory(
         CLASSES, 20, torch.Generator().manual_seed(0), update_step=4, tasks=2, remember=3
     )
@@ -194,7 +194,7 @@ def test_reset_draws_the_rows_of_the_sampled_classes_only() -> None:
 def test_no_reset_leaves_the_head_alone() -> None:
     net, _ = network("ANML")
     meta = learner(net, images(CLASSES, 20), reset=False)
-    meta.optimizer.param_groups[0]["lr"] = 0.0
+    meta.optimizer.lr = 0.0
     before = net.head.weight.detach().clone()
     meta.step(sample_trajectory(CLASSES, 20, torch.Generator(), update_step=2, remember=2))
     assert torch.equal(net.head.weight, before)

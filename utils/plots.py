@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from utils.files import atomic_write
+
+if TYPE_CHECKING:  # matplotlib takes most of a second to import and most runs draw nothing
+    from matplotlib.figure import Figure
 
 # Line style, marker and colour differ, so that curves stay apart in black and white.
 CURVES = (
@@ -33,6 +35,8 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     def percent(key: str) -> NDArray[np.float64]:
         return 100 * np.array([row[key] for row in rows], dtype=float)
+
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -60,6 +64,8 @@ def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figu
         gates: `[B, features]`, 0 to 1.
         labels: the class of each of the B images.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 0.8 + 0.25 * len(gates)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(gates, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")

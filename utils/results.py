@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from utils.files import write_text
 
@@ -25,6 +24,8 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     """
     if len(set(values)) < 2:
         return float(values[0]), float(values[0])
+    from scipy import stats  # a second to import, which only this function needs
+
     interval = stats.bootstrap(
         (np.asarray(values),), np.mean, method="percentile", rng=np.random.default_rng(seed)
     ).confidence_interval

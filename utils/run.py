@@ -22,11 +22,10 @@ from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -35,6 +34,9 @@ from utils.arguments import recorded
 from utils.errors import UserError
 from utils.files import write_text
 from utils.plots import figure_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger("anml")
 
