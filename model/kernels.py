@@ -199,8 +199,8 @@ class _MaxConv(torch.autograd.Function):
                 taken |= wins[:, :, position]
             pooled.append(best)
             winners.append(wins)
-        ctx.save_for_backward(patches, torch.cat(winners))
-        return torch.cat(pooled)
+        ctx.save_for_backward(patches, _joined(winners))
+        return _joined(pooled)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -231,17 +231,27 @@ class _Select(torch.autograd.Function):
     def forward(ctx: Any, kernel: Tensor, patches: Tensor, winners: Tensor) -> Tensor:
         ctx.save_for_backward(patches, winners)
         parts = zip(patches.split(CHUNK), winners.split(CHUNK), strict=True)
-        return torch.cat([(_responses(kernel, part) * wins).sum(2) for part, wins in parts])
+        return _joined([(_responses(kernel, part) * wins).sum(2) for part, wins in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Spread.apply(grad, *ctx.saved_tensors), None, None
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _responses(kernel: Tensor, patches: Tensor) -> Tensor:
     """kernel . patch for every position: [C, 9], [B, 9, 4, P] -> [B, C, 4, P]."""
-    y = torch.matmul(kernel, patches.flatten(2))
+    # Detached: torch.matmul takes a detour over copies where its matrix wants a gradient.
+    y = torch.matmul(kernel.detach(), patches.flatten(2))
     return y.view(*y.shape[:2], *patches.shape[2:])
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix, [B, K] and [K, N], as a matrix-vector product where B is 1: a third of the time."""
+    return torch.mv(matrix.t(), x[0])[None] if len(x) == 1 else x @ matrix
 
 
 class SharedLinear:
@@ -296,11 +306,11 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, token, matrix)
         ctx.factors, ctx.transposed = factors, transposed
-        return x @ matrix
+        return times(x, matrix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, token, matrix = ctx.saved_tensors
         ctx.factors.append((x, grad) if ctx.transposed else (grad, x))
-        return grad @ matrix.t(), token, None, None, None
+        return times(grad, matrix.t()), token, None, None, None
