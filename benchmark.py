@@ -58,7 +58,7 @@ from utils.arguments import (
 from utils.device import choose_device
 from utils.errors import UserError, run_script
 from utils.files import check_writable, write_text
-from utils.run import _cpu_name
+from utils.run import cpu_name
 from utils.timing import (
     Spread,
     convolution_rate,
@@ -154,7 +154,7 @@ class Setup(NamedTuple):
 def measure_machine(device: torch.device, repeats: int) -> dict[str, Any]:
     """Names, and rates in FLOP/s and bytes/s, each the median of `repeats` with its range."""
     about = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

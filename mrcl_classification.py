@@ -45,6 +45,8 @@ def initial_network(args: argparse.Namespace) -> Network:
             widths["nm_channels"] = args.nm_channels
         return build(args.treatment, widths, torch.Generator().manual_seed(args.seed))
     saved = load_checkpoint(args.saved_model)
+    if saved.network != args.treatment:
+        raise UserError(f"{args.saved_model} holds {saved.network}: add --treatment {saved.network}")
     return restore(saved.network, saved.widths, saved.state_dict, str(args.saved_model))
 
 
@@ -147,6 +149,11 @@ def main() -> None:
         raise UserError(
             f"--train_classes {args.train_classes}: {characters.name} has "
             f"{len(characters.characters)} classes"
+        )
+    if net.head.out_features < args.train_classes:
+        raise UserError(
+            f"the network has {net.head.out_features} outputs, too few for "
+            f"--train_classes {args.train_classes}"
         )
     images = characters.normalised(device)[: args.train_classes]
     extra = {"device": str(device), "data": characters.name, "manifest": characters.manifest}

@@ -129,7 +129,7 @@ class Run:
             },
             "machine": {
                 "platform": platform.platform(),
-                "cpu": _cpu_name(),
+                "cpu": cpu_name(),
                 "cpus": os.cpu_count(),
                 "threads": torch.get_num_threads(),
             },
@@ -293,7 +293,7 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name where Linux tells it, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
