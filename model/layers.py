@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from model.kernels import conv2d, grey_block
+from model.kernels import conv2d, grey_block, instance_norm
 
 NORM_EPS = 1e-5
 
@@ -75,7 +75,7 @@ class NormReLUPool(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=NORM_EPS)
+        x = instance_norm(x, self.weight, self.bias, NORM_EPS)
         x = F.max_pool2d(x, 2) if self.pool else x  # before the ReLU: the same, on a quarter of it
         return F.relu(x)
 

@@ -172,7 +172,7 @@ def adapt(
             net, fast, head, state, labels[t : t + 1], rln, order=1 if first_order else 2
         )
         for (name, weight), slope in zip(fast.items(), example.slopes, strict=True):
-            stepped = torch.sub(weight, slope, alpha=update_lr)
+            stepped = torch.add(weight, slope, alpha=-update_lr)
             fast[name] = stepped.detach().requires_grad_() if first_order else stepped
         head.step(example.inputs, example.error)
         losses.append(example.loss)

@@ -145,7 +145,7 @@ def build(name: str, widths: dict[str, int], generator: torch.Generator) -> Netw
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             initialise(name, parameter, generator)
-    return net
+    return net.to(memory_format=torch.channels_last)
 
 
 def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -179,7 +179,7 @@ def restore(name: str, widths: dict[str, int], weights: dict[str, Tensor], sourc
     except (TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{source} does not hold the weights of {name} {widths}: {reason}") from None
-    return net.float().requires_grad_()
+    return net.float().to(memory_format=torch.channels_last).requires_grad_()
 
 
 def redraw(weight: Tensor, generator: torch.Generator, rows: list[int] | None = None) -> None:

@@ -40,8 +40,7 @@ class Adam:
         """Move each weight by its gradient, a tensor of its shape."""
         adam(
             self.weights,
-            # The fused kernels read a gradient as if it were laid out like its weight.
-            [gradient.contiguous() for gradient in gradients],
+            [_laid_out_like(gradient, weight) for gradient, weight in zip(gradients, self.weights, strict=True)],
             self.means,
             self.squares,
             [],
@@ -55,3 +54,10 @@ class Adam:
             eps=EPS,
             maximize=False,
         )
+
+
+def _laid_out_like(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient in its weight's memory layout, which the fused kernels take for granted."""
+    if gradient.stride() == weight.stride():
+        return gradient
+    return torch.empty_like(weight).copy_(gradient)
