@@ -36,6 +36,9 @@ CHUNK = 4  # images whose full-size activations exist at a time, few enough to s
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """3x3 convolution without padding or bias: [B, I, H, W] and [O, I, 3, 3] -> [B, O, H', W']."""
+    if isinstance(weight, StandIn):
+        weight.shared.stride = stride
+        return weight.shared.forward(x)
     y: Tensor = _Conv.apply(x, weight, stride)
     return y
 
@@ -47,11 +50,16 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        if not _few_positions(x, stride):
+        if x.device.type != "cpu":
             return F.conv2d(x, weight, stride=stride)
-        height, width = _output_size(x, stride)
-        rows = _patch_rows(x, stride) @ _last(weight).flatten(1).t()
-        return rows.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+        if not _few_positions(x, stride):
+            # The CPU's channels-last kernel adds up 9 * I products one after the other, the other one in
+            # blocks: a third of the rounding error, and with it of the decisions of ReLU and max-pool
+            # that float32 gets wrong.
+            y = F.conv2d(x.contiguous(), weight.contiguous(), stride=stride)
+            return y.contiguous(memory_format=torch.channels_last)
+        rows = _patch_rows(x, stride) @ _kernel_rows(weight).t()
+        return _image(rows, *_output_size(x, stride))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -94,8 +102,7 @@ class _ConvWeight(torch.autograd.Function):
         ctx.stride = stride
         if not _few_positions(x, stride):
             return _native_backward(grad, x, like, stride, (False, True, False))[1]
-        product = _last(grad).flatten(0, 2).t() @ _patch_rows(x, stride)
-        return product.view(len(like), 3, 3, -1).permute(0, 3, 1, 2)
+        return _kernel_of_rows(_last(grad).flatten(0, 2).t() @ _patch_rows(x, stride))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -112,6 +119,21 @@ class _ConvWeight(torch.autograd.Function):
 def _last(x: Tensor) -> Tensor:
     """The channels of [B, C, H, W] last: [B, H, W, C]."""
     return x.permute(0, 2, 3, 1)
+
+
+def _image(rows: Tensor, height: int, width: int) -> Tensor:
+    """Rows of channels, position after position, as [B, C, H, W]."""
+    return rows.view(-1, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _kernel_rows(weight: Tensor) -> Tensor:
+    """A kernel [O, I, 3, 3] as the matrix [O, 9 * I] that multiplies patches, a view of it."""
+    return _last(weight).flatten(1)
+
+
+def _kernel_of_rows(rows: Tensor) -> Tensor:
+    """The inverse of `_kernel_rows`."""
+    return _image(rows.view(len(rows), 9, -1), 3, 3)
 
 
 def _output_size(x: Tensor, stride: int) -> tuple[int, int]:
@@ -149,7 +171,7 @@ def instance_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor
     """
     rows = _last(x).flatten(1, 2)
     y: Tensor = _Norm.apply(rows, scale, shift, eps)
-    return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return _image(y, x.shape[2], x.shape[3])
 
 
 class _Norm(torch.autograd.Function):
@@ -188,9 +210,7 @@ class _NormSlope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, v: Tensor, p: Tensor, q: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, v: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of g, x and scale from v, p and q, those of the three results."""
         g, scale, z, r, mean_g, mean_gz = ctx.saved_tensors
         slope = scale * r
@@ -232,7 +252,7 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
     slope = (scale * sign * torch.rsqrt(variance + eps)).to(x.dtype)
     pooled: Tensor = _MaxConv.apply(kernel, patches)
     out = torch.addcmul(shift, pooled, slope[:, None]).relu()
-    return out.unflatten(1, ((x.shape[2] - 2) // 2, (x.shape[3] - 2) // 2)).permute(0, 3, 1, 2)
+    return _image(out, (x.shape[2] - 2) // 2, (x.shape[3] - 2) // 2)
 
 
 def _centred_patches(x: Tensor) -> Tensor:
@@ -277,7 +297,8 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, patches: Tensor, wins: Tensor) -> Tensor:
         ctx.save_for_backward(patches, wins)
         total = grad.new_zeros(9, grad.shape[2])
-        for g, part, won in zip(*(t.split(CHUNK) for t in (grad, patches, wins)), strict=True):
+        counts = wins.view(torch.uint8)  # 0 and 1: torch multiplies by these far faster than by bool
+        for g, part, won in zip(*(t.split(CHUNK) for t in (grad, patches, counts)), strict=True):
             left = g * won[:, 2]
             right = g - left
             first, third = left * won[:, 0], right * won[:, 1]
@@ -323,62 +344,179 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 class SharedLinear:
-    """A weight [O, F] to multiply single rows with, forwards and transposed, many times in a graph.
+    """A weight [O, K] that few rows meet at a time, forwards and transposed, many times in a graph.
 
-    Multiplying by the tensor itself would give as many gradients of its full size to add up.
+    Multiplying by the tensor itself would give as many gradients of its full size to add up. Here each
+    product leaves the two factors of its part, errors [P, O] and inputs [P, K], in a list; sums are
+    formed where they are needed. Autograd sees an empty tensor in place of the weight, the token, which
+    every product depends on and through which it orders the work.
+
+    Attributes:
+        weight: the value now.
+        token: what to differentiate with respect to, to have the factors of the gradient left here.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach()
         self.factors: list[tuple[Tensor, Tensor]] = []
-        self.token = _Collect.apply(weight, self.factors)
+        self.slope: Tensor | None = None  # gradient of the weight as it is after the latest products
+        tracked = weight.requires_grad and torch.is_grad_enabled()
+        self.token = _Origin.apply(weight, self) if tracked else weight.new_empty(0, requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x @ weight.T: [B, F] -> [B, O]."""
-        product: Tensor = _Product.apply(x, self.token, self.weight.t(), self.factors, False)
+        """x @ weight.T: [P, K] -> [P, O]."""
+        product: Tensor = _Product.apply(x, self.token, self.weight, self, None)
         return product
 
     def transposed(self, y: Tensor) -> Tensor:
-        """y @ weight: [B, O] -> [B, F]."""
-        product: Tensor = _Product.apply(y, self.token, self.weight, self.factors, True)
+        """y @ weight: [P, O] -> [P, K]."""
+        product: Tensor = _Product.apply(y, self.token, self.weight, self, y)
         return product
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The map, with a weight of the caller's."""
+        return times(x, weight.t())
 
-class _Collect(torch.autograd.Function):
-    """Ties the products to the weight: autograd runs it after all of them."""
+    def adjoint(self, y: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """Its adjoint, with the shape of `like`."""
+        return times(y, weight)
+
+    def rows(self, errors: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors [P, O] and [P, K] whose product, `errors.T @ inputs`, is the gradient of `matrix`."""
+        return errors, inputs
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [O, K], a view of it."""
+        return weight
+
+    def step(self, lr: float) -> None:
+        """One SGD step along the gradient whose factors the latest backward pass has left here."""
+        errors, inputs = self.factors.pop()
+        left, right = self.rows(errors.detach(), inputs.detach())
+        stepped = torch.empty_like(self.weight)
+        torch.addmm(self.matrix(self.weight), left.t(), right, alpha=-lr, out=self.matrix(stepped))
+        self.weight = stepped
+        if self.token.grad_fn is not None:  # else no gradient passes through steps (first order)
+            self.token = _Step.apply(errors, inputs, self.token, self, lr)
+
+    def result(self) -> Tensor:
+        """The weight as a tensor like any other; not to be followed by another step."""
+        result: Tensor = _Result.apply(self.token, self)
+        return result
+
+    def gradient(self) -> Tensor:
+        """Sum of all factors so far and of the gradient that came from later on, in place."""
+        if self.slope is None:
+            self.slope = torch.zeros_like(self.weight)
+        if self.factors:
+            pairs = [self.rows(*pair) for pair in self.factors]
+            left, right = (torch.cat(part) for part in zip(*pairs, strict=True))
+            self.matrix(self.slope).addmm_(left.t(), right)
+            self.factors.clear()
+        return self.slope
+
+
+class SharedKernel(SharedLinear):
+    """The same for a kernel [O, I, 3, 3], channels last, that images meet: [B, I, H, W] -> [B, O, H', W']."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.contiguous(memory_format=torch.channels_last))
+        self.stride = 1  # `conv2d` sets it
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return conv2d(x, weight, self.stride)
+
+    def adjoint(self, y: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        return _native_backward(y, like, weight, self.stride, (True, False, False))[0]
+
+    def rows(self, errors: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return _last(errors).flatten(0, 2), _patch_rows(inputs, self.stride)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return _kernel_rows(weight)
+
+    def stand_in(self) -> StandIn:
+        """What the layers take for their weight, so that they multiply by this one."""
+        kernel: StandIn = Tensor._make_subclass(StandIn, self.weight)
+        kernel.shared = self
+        return kernel
+
+
+class StandIn(Tensor):
+    """A kernel that leads `conv2d` to a `SharedKernel`."""
+
+    shared: SharedKernel
+
+
+class _Origin(torch.autograd.Function):
+    """The token of an initial weight: autograd comes here after all products and steps."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
-        ctx.factors = factors
+    def forward(ctx: Any, weight: Tensor, shared: SharedLinear) -> Tensor:
+        ctx.shared = shared
         return weight.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        left, right = (torch.cat(part) for part in zip(*ctx.factors, strict=True))
-        ctx.factors.clear()
-        return left.t() @ right, None
+        return ctx.shared.gradient(), None
 
 
-class _Product(torch.autograd.Function):
-    """x @ matrix, which leaves the factors of the weight's gradient, [B, O] and [B, F], in a list."""
+class _Step(torch.autograd.Function):
+    """The token after weight - lr * errors.T @ inputs; all products with the new weight are behind it."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        token: Tensor,
-        matrix: Tensor,
-        factors: list[tuple[Tensor, Tensor]],
-        transposed: bool,
+        ctx: Any, errors: Tensor, inputs: Tensor, token: Tensor, shared: SharedLinear, lr: float
     ) -> Tensor:
-        ctx.save_for_backward(x, token, matrix)
-        ctx.factors, ctx.transposed = factors, transposed
-        return times(x, matrix)
+        ctx.save_for_backward(errors, inputs, token)
+        ctx.shared, ctx.lr = shared, lr
+        return token.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, token, matrix = ctx.saved_tensors
-        ctx.factors.append((x, grad) if ctx.transposed else (grad, x))
-        return times(grad, matrix.t()), token, None, None, None
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
+        errors, inputs, token = ctx.saved_tensors
+        slope = ctx.shared.gradient()
+        to_inputs = None
+        if ctx.needs_input_grad[1]:
+            to_inputs = -ctx.lr * ctx.shared.adjoint(errors, slope, inputs)
+        return -ctx.lr * ctx.shared.product(inputs, slope), to_inputs, token, None, None
+
+
+class _Result(torch.autograd.Function):
+    """The weight behind a token."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, shared: SharedLinear) -> Tensor:
+        ctx.save_for_backward(token)
+        ctx.shared = shared
+        return shared.weight.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.shared.slope = torch.empty_like(ctx.shared.weight).copy_(grad)
+        return ctx.saved_tensors[0], None
+
+
+class _Product(torch.autograd.Function):
+    """The map or, shaped like `like`, its adjoint; the backward leaves factors of the weight's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, token: Tensor, weight: Tensor, shared: SharedLinear, like: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, token, weight)
+        ctx.shared, ctx.adjoint = shared, like is not None
+        return shared.product(x, weight) if like is None else shared.adjoint(x, weight, like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        x, token, weight = ctx.saved_tensors
+        ctx.shared.factors.append((x, grad) if ctx.adjoint else (grad, x))
+        slope = None
+        if ctx.needs_input_grad[0]:
+            like = None if ctx.adjoint else x.detach()
+            slope = _Product.apply(grad, token, weight, ctx.shared, like)
+        return slope, token, None, None, None

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from datasets.samplers import Trajectory
-from model.kernels import SharedLinear
+from model.kernels import SharedKernel, SharedLinear, StandIn
 from model.modelfactory import Network, State, redraw, trained_parameters
 from model.optimizer import Adam
+
+CHANNELS = 3  # of the images that the published networks read
 
 Weights = dict[str, Tensor]
 """Fast weights: the parameters that the inner loop trains, by name."""
@@ -59,14 +61,15 @@ def inner_gradients(
 
     Args:
         net: supplies the parameters that are not in `fast`.
-        fast: the weights below the head that learn.
+        fast: the weights below the head that learn. A `StandIn` among them is left the factors of
+            its gradient; its place in the result means nothing.
         head: the head as it is now.
         state: the example as `net.lower(image, rln)` left it, one row.
         label: [1] class id.
         order: 2 to keep the graph, to differentiate through the update.
     """
     with torch.set_grad_enabled(order == 2 or bool(fast)):
-        inputs = functional_call(net, fast, (state, rln), {"head": False})
+        inputs = functional_call(net, fast, (state, rln), {"head": False}, tie_weights=False)
     known = inputs if order == 2 else inputs.detach()
     with torch.set_grad_enabled(order == 2):
         logits = head.logits(known)
@@ -77,7 +80,8 @@ def inner_gradients(
         others = logits.softmax(1) * (1 - one_hot)
         error = others - one_hot * others.sum(1, keepdim=True)
         back = head.pull_back(error) if fast else None
-    slopes = gradients(inputs, list(fast.values()), back, create_graph=order == 2) if fast else ()
+    sources = [w.shared.token if isinstance(w, StandIn) else w for w in fast.values()]
+    slopes = gradients(inputs, sources, back, create_graph=order == 2) if fast else ()
     return Example(loss.detach(), known, error, slopes)
 
 
@@ -157,25 +161,36 @@ def adapt(
     Returns:
         the fast weights, and [T] the loss before each step.
     """
-    *body, head_weight, head_bias = trained_parameters(net, rln)
-    meta = dict(net.named_parameters())
-    fast: Weights = {name: meta[name] for name in body}
+    *body, head_weight, head_bias = names = trained_parameters(net, rln)
+    meta: Weights = dict(net.named_parameters())
     if first_order:
-        fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
+        meta |= {name: meta[name].detach().requires_grad_() for name in names}
         support = tuple(part.detach() for part in support)
     with torch.set_grad_enabled(not first_order):
         head = SGDHead(meta[head_weight], meta[head_bias], update_lr)
+        # The kernels of all but the first convolution, large enough that passes over them count.
+        kernels = {
+            name: SharedKernel(meta[name])
+            for name in body
+            if meta[name].ndim == 4 and meta[name].shape[1] > CHANNELS
+        }
+    fast = {name: meta[name] for name in body}
     losses = []
     for t in range(len(labels)):
+        fast |= {name: kernel.stand_in() for name, kernel in kernels.items()}
         state = tuple(part[t : t + 1] for part in support)
         example = inner_gradients(
             net, fast, head, state, labels[t : t + 1], rln, order=1 if first_order else 2
         )
         for (name, weight), slope in zip(fast.items(), example.slopes, strict=True):
-            stepped = torch.add(weight, slope, alpha=-update_lr)
-            fast[name] = stepped.detach().requires_grad_() if first_order else stepped
+            if name in kernels:
+                kernels[name].step(update_lr)
+            else:
+                stepped = torch.add(weight, slope, alpha=-update_lr)
+                fast[name] = stepped.detach().requires_grad_() if first_order else stepped
         head.step(example.inputs, example.error)
         losses.append(example.loss)
+    fast |= {name: kernel.result() for name, kernel in kernels.items()}
     fast |= zip((head_weight, head_bias), head.weights(), strict=True)
     if first_order:
         fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}

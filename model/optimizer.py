@@ -40,7 +40,10 @@ class Adam:
         """Move each weight by its gradient, a tensor of its shape."""
         adam(
             self.weights,
-            [_laid_out_like(gradient, weight) for gradient, weight in zip(gradients, self.weights, strict=True)],
+            [
+                _laid_out_like(gradient, weight)
+                for gradient, weight in zip(gradients, self.weights, strict=True)
+            ],
             self.means,
             self.squares,
             [],
