@@ -5,16 +5,135 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from utils.errors import UserError
 from utils.files import write_text
 
 Row = Mapping[str, Any]
-"""One run: `classes`, `run`, `lr`, `test`, `train` (0 to 1), `above_chance` (classes)."""
+"""One run: `model` (its file), `classes`, `run`, `lr`, `test`, `train` (0 to 1), `above_chance` (classes)."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a results file holds.
+
+    Attributes:
+        rows: one per run: `classes` (int), `run` (int), `lr`, `test`, `train` (0 to 1),
+            `above_chance` (int, classes), `model` (file name; empty in files that do not say).
+        about: what `results.json` says beside the runs and their summary; empty without one.
+    """
+
+    rows: list[dict[str, Any]]
+    about: dict[str, Any]
+
+
+def read_results(path: Path) -> Results:
+    """Read and check what :func:`write_results` wrote.
+
+    Args:
+        path: a run folder; its `results.csv`, or another CSV of the same columns (a JSON of the same
+            name beside it tells `about`); or its `results.json`.
+
+    Raises:
+        UserError: no such file, or it is not a table of runs: wrong columns, a value of the wrong
+            kind or out of its range, a run twice, no runs at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "results.csv"
+        if not path.is_file():
+            raise UserError(f"{path.parent} holds no results.csv; evaluate_classification.py writes one")
+    if path.suffix == ".json":
+        about = _read_json(path)
+        found = about.get("runs")
+        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+            raise UserError(f"{path} is not a results.json: it holds no list of runs")
+        numbered = [(f"run {k}", row) for k, row in enumerate(found)]
+    else:
+        beside = path.with_suffix(".json")
+        about = _read_json(beside) if beside.is_file() else {}
+        reader = csv.DictReader(io.StringIO(_read(path)), strict=True)
+        try:
+            numbered = [(f"line {reader.line_num}", row) for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{path} is not a CSV file: {error}") from error
+    rows = [_checked(row, f"{path}, {where}") for where, row in numbered]
+    if not rows:
+        raise UserError(f"{path} holds no runs")
+    seen = set()
+    for row, (where, _) in zip(rows, numbered, strict=True):
+        run = (row["model"], row["classes"], row["run"])
+        if run in seen:
+            raise UserError(f"{path}, {where}: run {row['run']} of {row['classes']} classes is there twice")
+        seen.add(run)
+    return Results(rows, {key: value for key, value in about.items() if key not in ("runs", "summary")})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the results {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not a results file: it is not text") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a results.json: it holds a {type(content).__name__}")
+    return content
+
+
+def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        number = kind(text)
+        if not low <= number <= high:  # also false for NaN
+            raise ValueError
+        return number
+
+    return read
+
+
+_COLUMNS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "model": (str, "text"),
+    "classes": (_number(int, 1, math.inf), "a whole number of 1 or more"),
+    "run": (_number(int, 0, math.inf), "a whole number of 0 or more"),
+    "lr": (_number(float, math.ulp(0.0), 1e300), "a finite number above 0"),
+    "test": (_number(float, 0, 1), "an accuracy from 0 to 1"),
+    "train": (_number(float, 0, 1), "an accuracy from 0 to 1"),
+    "above_chance": (_number(int, 0, math.inf), "a whole number of 0 or more"),
+}
+"""How each column is read, and what it must hold."""
+
+
+def _checked(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """One row with its values read; texts from a CSV and values from a JSON pass the same checks."""
+    row = {"model": "", **row}
+    if row.keys() != _COLUMNS.keys():
+        given = ", ".join(sorted(str(key) for key in row if key is not None))
+        raise UserError(f"{where}: the columns should be {', '.join(_COLUMNS)}; they are {given}")
+    values = {}
+    for name, (read, kind) in _COLUMNS.items():
+        try:
+            values[name] = read(str(row[name]))
+        except ValueError:
+            raise UserError(f"{where}: {name} is {row[name]!r}, not {kind}") from None
+    if values["above_chance"] > values["classes"]:
+        raise UserError(
+            f"{where}: {values['above_chance']} classes above chance of {values['classes']} classes"
+        )
+    return values
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
