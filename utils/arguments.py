@@ -1,4 +1,4 @@
-"""The flags of both scripts, on the command line and in a config file.
+"""The flags of the scripts, on the command line and in a config file.
 
 Every flag of the released commands is here under its released spelling. `-` and `_` may stand for
 each other in a flag's name. A config file (TOML) holds flags under their destination's name
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         self.check = check
         self.may_change: frozenset[str] = frozenset()  # flags that `--resume` takes other values of
         self._spellings: dict[str, str] = {}
-        self.set_defaults(notices=())
+        self.set_defaults(notices=(), config=None)
 
     def error(self, message: str) -> NoReturn:
         """End the process with exit code 2 and one line on stderr, without the usage."""
@@ -400,13 +400,7 @@ def evaluation_parser() -> Parser:
         metavar="N",
     )
     parser.flag(evaluation, "--runs", _whole(1), 10, "class draws per class count")
-    parser.flag(
-        evaluation,
-        "--test_classes",
-        _whole(1),
-        650,
-        "meta-test classes that draws are made from, the first of the data; Omniglot has 659",
-    )
+    _test_classes(parser, evaluation, "meta-test classes that draws are made from")
     parser.flag(
         evaluation,
         "--class_order",
@@ -415,14 +409,7 @@ def evaluation_parser() -> Parser:
         "order in which classes are learned: drawn for each run, or that of the data",
         choices=("random", "dataset"),
     )
-    parser.flag(
-        evaluation,
-        "--split",
-        str.lower,
-        "random",
-        "15 images to learn and 5 to test: drawn for each run, or the first 15 of the data",
-        choices=("random", "dataset"),
-    )
+    _split(parser, evaluation)
     parser.flag(
         evaluation,
         "--track_every",
@@ -486,6 +473,21 @@ def evaluation_parser() -> Parser:
     return parser
 
 
+def ledger_parser() -> Parser:
+    """The flags of `python -m utils.ledger`."""
+    parser = Parser("Write published numbers beside ours into the README.", _no_check)
+    group = parser.add_argument_group("ledger")
+    parser.switch(group, "--check", "change nothing; exit code 1 if the README is not what would be written")
+    root = Path(__file__).resolve().parents[1]
+    for name, kind, text in (
+        ("results", "DIR", "folder of targets.csv, manifest.csv and the results"),
+        ("README.md", "FILE", "file with the two marker lines of the ledger"),
+    ):
+        flag = f"--{name.removesuffix('.md').lower()}"
+        parser.flag(group, flag, Path, root / name, text, shown=f"this project's {name}", metavar=kind)
+    return parser
+
+
 def comparison_parser() -> Parser:
     """The arguments of `compare_results.py`, which reads no config file."""
     parser = Parser("Test whether two evaluations differ, at each class count that both have.", _no_check)
@@ -517,6 +519,21 @@ def _widths(parser: Parser, group: argparse._ArgumentGroup) -> None:
     ):
         default = NETWORK[name]
         parser.flag(group, f"--{name}", _whole(1), default, text, shown=str(default))
+
+
+def _test_classes(parser: Parser, group: argparse._ArgumentGroup, text: str) -> None:
+    parser.flag(group, "--test_classes", _whole(1), 650, f"{text}, the first of the data; Omniglot has 659")
+
+
+def _split(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    parser.flag(
+        group,
+        "--split",
+        str.lower,
+        "random",
+        "15 images to learn and 5 to test: drawn for each run, or the first 15 of the data",
+        choices=("random", "dataset"),
+    )
 
 
 def _data(parser: Parser) -> None:
