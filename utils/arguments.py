@@ -473,6 +473,27 @@ def evaluation_parser() -> Parser:
     return parser
 
 
+def plot_parser() -> Parser:
+    """The flags of `plot_results.py`."""
+    parser = Parser("Draw accuracy against the number of classes, and the final accuracy as bars.", _no_check)
+    group = parser.add_argument_group("figures")
+    group.add_argument(
+        "results",
+        nargs="+",
+        metavar="[LABEL=]RESULTS",
+        help="run folders of evaluate_classification.py, or their results.csv; LABEL names it in the figures",
+    )
+    parser.switch(
+        group,
+        "--published",
+        "add published numbers, of the treatments that labels or results name, else of ANML",
+        default=True,
+    )
+    parser.flag(group, "--out", Path, Path("runs/figures"), "folder for the figures", metavar="DIR")
+    parser.flag(group, "--name", _folder_name, "results", "start of the figures' file names")
+    return parser
+
+
 def ledger_parser() -> Parser:
     """The flags of `python -m utils.ledger`."""
     parser = Parser("Write published numbers beside ours into the README.", _no_check)
