@@ -473,6 +473,38 @@ def evaluation_parser() -> Parser:
     return parser
 
 
+def analysis_parser() -> Parser:
+    """The flags of `analyze_representation.py`."""
+    parser = Parser(
+        "Measure and draw a model's features and gate on classes it has never seen.", _check_analysis
+    )
+    analysis = parser.add_argument_group("analysis")
+    parser.flag(
+        analysis,
+        "--model",
+        Path,
+        None,
+        "model file that mrcl_classification.py or pretrain_classification.py wrote",
+        shown="none: it must be given",
+        metavar="FILE",
+    )
+    _test_classes(parser, analysis, "meta-test classes to look at")
+    _split(parser, analysis)
+    parser.flag(
+        analysis, "--samples", _whole(1, 20), 6, "images whose activations are drawn, of different classes"
+    )
+    parser.flag(
+        analysis,
+        "--alphabets",
+        _whole(1),
+        5,
+        "alphabets in the picture of the embedding, the first of the data",
+    )
+    _data(parser)
+    _run(parser, name="representation", seed=222)
+    return parser
+
+
 def plot_parser() -> Parser:
     """The flags of `plot_results.py`."""
     parser = Parser("Draw accuracy against the number of classes, and the final accuracy as bars.", _no_check)
@@ -684,6 +716,11 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
             setattr(arguments, name, None)
             notice = f"--{name} has no effect: the model file says which network it is"
             arguments.notices = (*arguments.notices, notice)
+
+
+def _check_analysis(parser: Parser, arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        parser.error("give --model FILE, which mrcl_classification.py writes")
 
 
 def _apply_preset(parser: Parser, arguments: argparse.Namespace) -> None:
