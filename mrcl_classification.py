@@ -18,12 +18,12 @@ import time
 
 import torch
 
-from datasets import load_characters
+from datasets import load_pool
 from datasets.samplers import sample_trajectory
 from model.meta_learner import MetaLearner, active_fraction, gather
 from model.meta_test import MetaTest
 from model.modelfactory import Network, build, restore
-from utils.arguments import parse, recorded, training_parser
+from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.device import choose_device
 from utils.errors import UserError, run_script
@@ -40,10 +40,7 @@ VALIDATION_LR = 0.001  # of the small meta-tests on the way: the best rate at mo
 def initial_network(args: argparse.Namespace) -> Network:
     """The network to train: new, or the one in `--saved_model`."""
     if not args.checkpoint:
-        widths = {"pln_channels": args.pln_channels, "num_classes": args.num_classes}
-        if args.treatment == "ANML":
-            widths["nm_channels"] = args.nm_channels
-        return build(args.treatment, widths, torch.Generator().manual_seed(args.seed))
+        return build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
     saved = load_checkpoint(args.saved_model)
     if saved.network != args.treatment:
         raise UserError(f"{args.saved_model} holds {saved.network}: add --treatment {saved.network}")
@@ -142,21 +139,8 @@ def main() -> None:
     device = choose_device(args.device, args.threads)
     net = initial_network(args)
     check_writable(args.model_name)
-    characters = load_characters(
-        args.dataset, "background", args.dataset_path, args.cache_dir, args.glyph_seed
-    )
-    if args.train_classes > len(characters.characters):
-        raise UserError(
-            f"--train_classes {args.train_classes}: {characters.name} has "
-            f"{len(characters.characters)} classes"
-        )
-    if net.head.out_features < args.train_classes:
-        raise UserError(
-            f"the network has {net.head.out_features} outputs, too few for "
-            f"--train_classes {args.train_classes}"
-        )
-    images = characters.normalised(device)[: args.train_classes]
-    extra = {"device": str(device), "data": characters.name, "manifest": characters.manifest}
+    images, about = load_pool(args, "background", args.train_classes, net.head.out_features, device)
+    extra = {"device": str(device), **about}
     with Run.create(args.runs_dir, args.name, args, extra) as run, Interrupt() as interrupt:
         log.info("run folder %s, device %s", run.folder, device)
         step = train(args, run, net.to(device), images, interrupt)

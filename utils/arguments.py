@@ -1,20 +1,25 @@
-"""The flags of both scripts, on the command line and in a config file.
+"""The flags of the scripts, on the command line and in a config file.
 
 Every flag of the released commands is here under its released spelling. `-` and `_` may stand for
 each other in a flag's name. A config file (TOML) holds flags under their destination's name
 (`--dataset-path` is `dataset_path`, `--no-reset` is `reset = false`) and passes through the same
-parser as the command line, ahead of it: so both have the same ranges, and what is typed wins.
+parser as the command line, ahead of it: so both have the same ranges, and what is typed wins. So do
+the arguments of an evaluation that is resumed; there, what is typed must not change its numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from model.treatments import TABLE
+from utils.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,8 +43,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False)
         self.flags: dict[str, argparse.Action] = {}
         self.check = check
+        self.may_change: frozenset[str] = frozenset()  # flags that `--resume` takes other values of
         self._spellings: dict[str, str] = {}
-        self.set_defaults(notices=())
+        self.set_defaults(notices=(), config=None)
 
     def error(self, message: str) -> NoReturn:
         """End the process with exit code 2 and one line on stderr, without the usage."""
@@ -104,22 +110,95 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespa
 
     The namespace's `notices` are lines for the user about flags typed without effect. Anything
     wrong ends the process with exit code 2 and one line on stderr.
+
+    With `--resume`, arguments are those of the run, and what is given must agree with them but for
+    the flags of `parser.may_change`.
     """
     tokens = [parser.canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
     arguments = parser.read(tokens)
-    if arguments.config is not None:
-        arguments = parser.read([*_config_tokens(parser, arguments.config), *tokens])
+    config, resume = arguments.config, getattr(arguments, "resume", None)
+    if config is not None:
+        tokens = [*_config_tokens(parser, config), *tokens]
+    if resume is not None:
+        settings = _settings_of_run(parser, resume)
+        earlier_config = settings.pop("config", None)
+        config = config or earlier_config
+        before = _tokens(parser, settings, resume / "config.json")
+        _refuse_contradictions(parser, resume, before, tokens)
+        tokens = [*before, *tokens]
+    arguments = parser.read(tokens)
+    arguments.config = config
     parser.check(parser, arguments)
     return arguments
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a run folder.
+
+    Raises:
+        UserError: there is none, or it is not one that a run writes.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{folder} is not a run folder: cannot read its config.json: {error.strerror or error}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+        raise UserError(f"{path} is damaged: it holds no arguments")
+    return config
+
+
+def _settings_of_run(parser: Parser, folder: Path) -> dict[str, Any]:
+    """The arguments that a run folder records, but for flags that had no value."""
+    try:
+        settings = read_config(folder)["arguments"]
+    except UserError as error:
+        parser.error(f"--resume: {error}")
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], tokens: list[str]) -> None:
+    """End the process if `tokens` ask for another run than that of the tokens `before`."""
+    of_run = parser.read(before)
+    given = parser.parse_args(
+        tokens, argparse.Namespace(notices=(), **dict.fromkeys(parser.flags, _NOT_GIVEN))
+    )
+    contradictions = [
+        f"{parser.flags[key].option_strings[0]} is {value} and was {getattr(of_run, key)}"
+        for key, value in vars(given).items()
+        if key in parser.flags and key not in parser.may_change
+        if value is not _NOT_GIVEN and value != getattr(of_run, key)
+    ]
+    if contradictions:
+        parser.error(
+            f"--resume {folder} goes on as it began: {'; '.join(contradictions)}; drop these flags, or "
+            "start a new run without --resume"
+        )
+
+
+_NOT_GIVEN = object()
+
+
 def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments as plain values (JSON, and loadable with `weights_only=True`), to be stored."""
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in sorted(vars(arguments).items())
-        if key != "notices"
-    }
+
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    left_out = ("notices", "resume")
+    return {key: plain(value) for key, value in sorted(vars(arguments).items()) if key not in left_out}
+
+
+def network_widths(arguments: argparse.Namespace) -> dict[str, int]:
+    """The network flags as keyword arguments of the class of `--treatment`."""
+    names = ["pln_channels", "num_classes", *(["nm_channels"] if arguments.treatment == "ANML" else [])]
+    return {name: getattr(arguments, name) for name in names}
 
 
 def training_parser() -> Parser:
@@ -210,11 +289,54 @@ def training_parser() -> Parser:
     return parser
 
 
+def pretraining_parser() -> Parser:
+    """The flags of `pretrain_classification.py`; the default budget is what meta-training sees."""
+    parser = Parser("Train a network on shuffled images of all meta-training classes.", _check_pretraining)
+
+    method = parser.add_argument_group("method")
+    _treatment(parser, method, "OML")
+    parser.flag(
+        method,
+        "--images",
+        _whole(1),
+        1680000,
+        "images to train on, counted each time they come: 20,000 steps of 84 in meta-training",
+    )
+    parser.flag(method, "--batch_size", _whole(1), 84, "images per step")
+    parser.flag(method, "--lr", _positive, 0.0001, "learning rate of Adam")
+    parser.flag(method, "--train_classes", _whole(1), 963, "classes to train on, the first of the data")
+
+    network = parser.add_argument_group("network")
+    _widths(parser, network)
+
+    _data(parser)
+
+    checks = parser.add_argument_group("checks on the way")
+    parser.flag(checks, "--log_every", _whole(1), 50, "steps between lines of the log")
+    parser.flag(
+        checks,
+        "--save_every",
+        _whole(1),
+        1000,
+        "steps between writes of --model_name, which the last step always writes",
+    )
+
+    run = _run(parser, name="pretrain", seed=9)
+    default = "Pretrain_Model.net"
+    parser.flag(run, "--model_name", Path, Path(default), "file for the trained weights", metavar="FILE")
+    return parser
+
+
 def evaluation_parser() -> Parser:
     """The flags of `evaluate_classification.py`; defaults are the paper's main treatment."""
     parser = Parser(
         "Meta-test a model: learn unseen classes one after another, then measure accuracy.",
         _check_evaluation,
+    )
+    # None of these changes a number: more runs or class counts add to what there is, and models are
+    # compared by content.
+    parser.may_change = frozenset(
+        ("model", "runs", "schedule", "device", "threads", "dataset_path", "cache_dir")
     )
 
     method = parser.add_argument_group("method")
@@ -223,9 +345,20 @@ def evaluation_parser() -> Parser:
         "--model",
         Path,
         None,
-        "model file that mrcl_classification.py wrote",
+        "model file that mrcl_classification.py or pretrain_classification.py wrote; of several, "
+        "each is tested on draws of its own, and all of them are one row of the results",
         shown="none: give it, or --scratch",
+        nargs="+",
         metavar="FILE",
+    )
+    parser.flag(
+        method,
+        "--treatment-preset",
+        _known_preset,
+        None,
+        f"treatment of the paper, which sets --rln, --scratch, --iid and --epoch: {', '.join(TABLE)}",
+        shown="none",
+        metavar="NAME",
     )
     parser.switch(
         method,
@@ -245,14 +378,14 @@ def evaluation_parser() -> Parser:
     parser.switch(method, "--freeze", "freeze layers; --no-freeze is the same as --rln 0", default=True)
     parser.switch(method, "--reset", "re-draw every trained layer before learning, not the head alone")
     parser.switch(method, "--iid", "shuffle the stream of images (the Oracle) instead of class after class")
-    parser.flag(method, "--epoch", _whole(1), 1, "passes over the stream of images")
+    parser.flag(method, "--epoch", _whole(1), None, "passes over the stream of images", shown="1")
 
     network = parser.add_argument_group("network, for --scratch without --model")
     _treatment(parser, network, None)
     _widths(parser, network)
     # None tells a flag that was not given from one that was; the check fills in the defaults,
     # or leaves None where the model file decides.
-    parser.set_defaults(**dict.fromkeys(NETWORK))
+    parser.set_defaults(**dict.fromkeys((*NETWORK, "scratch", "iid")))
 
     evaluation = parser.add_argument_group("evaluation")
     parser.flag(
@@ -267,13 +400,7 @@ def evaluation_parser() -> Parser:
         metavar="N",
     )
     parser.flag(evaluation, "--runs", _whole(1), 10, "class draws per class count")
-    parser.flag(
-        evaluation,
-        "--test_classes",
-        _whole(1),
-        650,
-        "meta-test classes that draws are made from, the first of the data; Omniglot has 659",
-    )
+    _test_classes(parser, evaluation, "meta-test classes that draws are made from")
     parser.flag(
         evaluation,
         "--class_order",
@@ -282,13 +409,21 @@ def evaluation_parser() -> Parser:
         "order in which classes are learned: drawn for each run, or that of the data",
         choices=("random", "dataset"),
     )
+    _split(parser, evaluation)
     parser.flag(
         evaluation,
-        "--split",
-        str.lower,
-        "random",
-        "15 images to learn and 5 to test: drawn for each run, or the first 15 of the data",
-        choices=("random", "dataset"),
+        "--track_every",
+        _whole(0),
+        0,
+        "classes between measurements, while the first run of each class count is under way, of the "
+        "accuracy on every class learned so far; 0 for none",
+    )
+    evaluation.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_FOLDER",
+        help="go on with an evaluation that was interrupted, in its run folder and with its arguments: "
+        "what it measured is not measured again; --runs and --schedule may ask for more (default: none)",
     )
 
     search = parser.add_argument_group("learning rate")
@@ -309,7 +444,8 @@ def evaluation_parser() -> Parser:
         "--lr_search_runs",
         _whole(1),
         10,
-        "class draws, each trying every rate; the rate that wins most of them is used",
+        "class draws of each model, each trying every rate; the rate that wins most draws, of all "
+        "models together, is used",
     )
     parser.flag(
         search,
@@ -337,6 +473,85 @@ def evaluation_parser() -> Parser:
     return parser
 
 
+def analysis_parser() -> Parser:
+    """The flags of `analyze_representation.py`."""
+    parser = Parser(
+        "Measure and draw a model's features and gate on classes it has never seen.", _check_analysis
+    )
+    analysis = parser.add_argument_group("analysis")
+    parser.flag(
+        analysis,
+        "--model",
+        Path,
+        None,
+        "model file that mrcl_classification.py or pretrain_classification.py wrote",
+        shown="none: it must be given",
+        metavar="FILE",
+    )
+    _test_classes(parser, analysis, "meta-test classes to look at")
+    _split(parser, analysis)
+    parser.flag(
+        analysis, "--samples", _whole(1, 20), 6, "images whose activations are drawn, of different classes"
+    )
+    parser.flag(
+        analysis,
+        "--alphabets",
+        _whole(1),
+        5,
+        "alphabets in the picture of the embedding, the first of the data",
+    )
+    _data(parser)
+    _run(parser, name="representation", seed=222)
+    return parser
+
+
+def plot_parser() -> Parser:
+    """The flags of `plot_results.py`."""
+    parser = Parser("Draw accuracy against the number of classes, and the final accuracy as bars.", _no_check)
+    group = parser.add_argument_group("figures")
+    group.add_argument(
+        "results",
+        nargs="+",
+        metavar="[LABEL=]RESULTS",
+        help="run folders of evaluate_classification.py, or their results.csv; LABEL names it in the figures",
+    )
+    parser.switch(
+        group,
+        "--published",
+        "add published numbers, of the treatments that labels or results name, else of ANML",
+        default=True,
+    )
+    parser.flag(group, "--out", Path, Path("runs/figures"), "folder for the figures", metavar="DIR")
+    parser.flag(group, "--name", _folder_name, "results", "start of the figures' file names")
+    return parser
+
+
+def ledger_parser() -> Parser:
+    """The flags of `python -m utils.ledger`."""
+    parser = Parser("Write published numbers beside ours into the README.", _no_check)
+    group = parser.add_argument_group("ledger")
+    parser.switch(group, "--check", "change nothing; exit code 1 if the README is not what would be written")
+    root = Path(__file__).resolve().parents[1]
+    for name, kind, text in (
+        ("results", "DIR", "folder of targets.csv, manifest.csv and the results"),
+        ("README.md", "FILE", "file with the two marker lines of the ledger"),
+    ):
+        flag = f"--{name.removesuffix('.md').lower()}"
+        parser.flag(group, flag, Path, root / name, text, shown=f"this project's {name}", metavar=kind)
+    return parser
+
+
+def comparison_parser() -> Parser:
+    """The arguments of `compare_results.py`, which reads no config file."""
+    parser = Parser("Test whether two evaluations differ, at each class count that both have.", _no_check)
+    for name in ("A", "B"):
+        text = "run folder of an evaluation, or its results.csv or results.json"
+        parser.add_argument(name.lower(), type=Path, metavar=name, help=text)
+    output = parser.add_argument_group("output")
+    parser.switch(output, "--json", "print JSON instead of a table")
+    return parser
+
+
 def _treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) -> None:
     parser.flag(
         group,
@@ -344,7 +559,7 @@ def _treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) 
         _known_treatment,
         default,
         "network: ANML (the released code's name for it is Neuromodulation) or OML",
-        shown=str(NETWORK["treatment"]),
+        shown=str(default or NETWORK["treatment"]),
         metavar="{ANML,Neuromodulation,OML}",
     )
 
@@ -357,6 +572,21 @@ def _widths(parser: Parser, group: argparse._ArgumentGroup) -> None:
     ):
         default = NETWORK[name]
         parser.flag(group, f"--{name}", _whole(1), default, text, shown=str(default))
+
+
+def _test_classes(parser: Parser, group: argparse._ArgumentGroup, text: str) -> None:
+    parser.flag(group, "--test_classes", _whole(1), 650, f"{text}, the first of the data; Omniglot has 659")
+
+
+def _split(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    parser.flag(
+        group,
+        "--split",
+        str.lower,
+        "random",
+        "15 images to learn and 5 to test: drawn for each run, or the first 15 of the data",
+        choices=("random", "dataset"),
+    )
 
 
 def _data(parser: Parser) -> None:
@@ -416,6 +646,10 @@ def _commit(parser: Parser, group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _no_check(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Nothing contradicts."""
+
+
 def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
     if arguments.checkpoint and arguments.saved_model is None:
@@ -438,16 +672,36 @@ def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
         arguments.model_name = Path("Neuromodulation_Model.net" if anml else "OML_Model.net")
 
 
+def _check_pretraining(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other."""
+    if arguments.train_classes > arguments.num_classes:
+        parser.error(
+            f"--train_classes {arguments.train_classes} must not be larger than --num_classes "
+            f"{arguments.num_classes}"
+        )
+
+
 def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
-    if arguments.model is None and not arguments.scratch:
-        parser.error("give --model FILE, which mrcl_classification.py writes, or --scratch")
     if not arguments.freeze:
         if arguments.rln:
             parser.error(f"--no-freeze means --rln 0: drop it, or drop --rln {arguments.rln}")
         arguments.rln = 0
+    _apply_preset(parser, arguments)
+    if arguments.model is None and not arguments.scratch:
+        parser.error("give --model FILE, which mrcl_classification.py writes, or --scratch")
+    if arguments.model is not None:
+        twice = [str(path) for path in arguments.model if arguments.model.count(path) > 1]
+        if twice:
+            parser.error(f"--model names {twice[0]} twice")
+        if arguments.scratch and len(arguments.model) > 1:
+            parser.error("--scratch takes the network of one --model, not of several")
     if arguments.scratch and arguments.rln is None:
         arguments.rln = 0
+    if arguments.track_every and (arguments.iid or arguments.epoch > 1):
+        parser.error("--track_every follows classes learned one after another, once: drop --iid and --epoch")
+    for name in ("schedule", "lrs"):  # what is there twice would be done twice
+        setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
     longest = max(arguments.schedule)
     if longest > arguments.test_classes:
         parser.error(
@@ -464,6 +718,40 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
             arguments.notices = (*arguments.notices, notice)
 
 
+def _check_analysis(parser: Parser, arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        parser.error("give --model FILE, which mrcl_classification.py writes")
+
+
+def _apply_preset(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Set what `--treatment-preset` stands for, refuse typed flags that say otherwise, fill in the rest."""
+    if arguments.treatment_preset is not None:
+        row = TABLE[arguments.treatment_preset]
+        if arguments.reset and not row.scratch:
+            parser.error(f"--treatment-preset {row.name} keeps the weights it starts from: drop --reset")
+        # The paper gives Oracles of 1 and of 20 passes: their number is the user's.
+        epochs = arguments.epoch if row.iid and arguments.epoch else row.epochs
+        means = {"rln": row.rln, "scratch": row.scratch, "iid": row.iid, "epoch": epochs}
+        for name, value in means.items():
+            typed = getattr(arguments, name)
+            if typed is not None and typed != value:
+                parser.error(
+                    f"--treatment-preset {row.name} means {_flag(name, value)}, not {_flag(name, typed)}: "
+                    "drop one of them"
+                )
+            setattr(arguments, name, value)
+    for name, default in (("scratch", False), ("iid", False), ("epoch", 1)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
+def _flag(name: str, value: object) -> str:
+    """A setting as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
+
+
 def _config_tokens(parser: Parser, path: Path) -> list[str]:
     """The settings of a TOML file as the command-line tokens that say the same."""
     try:
@@ -472,41 +760,51 @@ def _config_tokens(parser: Parser, path: Path) -> list[str]:
         parser.error(f"--config {path}: {error.strerror or error}")
     except ValueError as error:  # also what TOML and UTF-8 decoding raise
         parser.error(f"--config {path}: not a TOML file: {error}")
+    return _tokens(parser, settings, path)
+
+
+def _tokens(parser: Parser, settings: Mapping[str, object], path: Path) -> list[str]:
+    """The settings that `path` holds as the command-line tokens that say the same."""
     tokens = []
     for key, value in settings.items():
         if key not in parser.flags:
             parser.error(f"{path}: unknown key {key!r}; --help lists the flags")
-        token = _token(parser.flags[key], value)
+        spelled = _spelled(parser.flags[key], value)
         try:
-            parsed = getattr(parser.parse_args([token]), key)
+            parsed = getattr(parser.parse_args(spelled), key)
         except argparse.ArgumentError as error:
             parser.error(f"{path}: {key}: {error.message}")
         if not _same_kind(value, parsed):
-            parser.error(f"{path}: {key}: {value!r} is not {_KINDS.get(type(parsed), 'a text in quotes')}")
-        tokens.append(token)
+            kind = type(parsed[0]) if isinstance(parsed, list) else type(parsed)
+            several = "one or more of " if isinstance(parsed, list) else ""
+            parser.error(f"{path}: {key}: {value!r} is not {several}{_KINDS.get(kind, 'a text in quotes')}")
+        tokens += spelled
     return tokens
 
 
-def _token(action: argparse.Action, value: object) -> str:
-    """One token, so that a value which starts with a dash cannot be taken for a flag."""
+def _spelled(action: argparse.Action, value: object) -> list[str]:
+    """One token if it can be, so that a value which starts with a dash cannot be taken for a flag."""
+    option = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
-        return action.option_strings[1 if value is False else 0]
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"{action.option_strings[0]}={text}"
+        return [action.option_strings[1 if value is False else 0]]
+    if isinstance(value, list):
+        if action.nargs:
+            return [option, *map(str, value)]
+        value = ",".join(map(str, value))
+    return [f"{option}={value}"]
 
 
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    list: "a list of numbers",
 }
 
 
 def _same_kind(given: object, parsed: object) -> bool:
     """Whether a TOML value is of its flag's type: 1 may stand for 1.0, "1" and true may not."""
-    if isinstance(parsed, list):
-        return isinstance(given, list) and all(map(_same_kind, given, parsed))
+    if isinstance(parsed, list):  # of which one value alone is one as well
+        return all(map(_same_kind, given if isinstance(given, list) else [given], parsed))
     if isinstance(given, bool) or isinstance(parsed, bool):
         return given is parsed
     if isinstance(parsed, float):
@@ -587,6 +885,13 @@ def _several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [read(part) for part in parts]
 
     return read_all
+
+
+def _known_preset(text: str) -> str:
+    by_name = {name.lower(): name for name in TABLE}
+    if text.lower() not in by_name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(TABLE)}")
+    return by_name[text.lower()]
 
 
 def _known_treatment(text: str) -> str:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from utils.arguments import recorded
+from utils.arguments import read_config, recorded
 from utils.errors import UserError
 from utils.files import write_text
 from utils.plots import figure_pixels
@@ -143,6 +143,30 @@ class Run:
         for notice in arguments.notices:
             log.warning(notice)
         return run
+
+    @classmethod
+    def resume(
+        cls,
+        folder: Path,
+        arguments: argparse.Namespace,
+        done: int,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Go on in the folder of an earlier run; `config.json` gets the arguments and the time.
+
+        Raises:
+            UserError: the folder cannot be written, or its data is other than that of `extra`.
+        """
+        config, manifest = read_config(folder), (extra or {}).get("manifest")
+        if config.get("manifest") != manifest:
+            raise UserError(
+                f"the data is not that of {folder}: manifest {manifest}, then {config.get('manifest')}"
+            )
+        resumed = [*config.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
+        config |= {"arguments": recorded(arguments), "resumed": resumed}
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "metrics.csv", "")
+        return cls(folder)
 
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`; the first row's keys are its columns.

@@ -1,0 +1,130 @@
+"""What the features and the gate look like on classes that training has never seen (paper, section 5).
+
+Nothing is learned here: the network is taken as meta-training left it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.samplers import Task
+from model.meta_learner import active_fraction, gather
+from model.modelfactory import Network
+
+CHUNK = 100  # images that pass through the network at a time
+QUERIES = 500  # images whose distances to all examples are held at a time
+ACTIVE = 0.01  # a unit above this counts as active (paper)
+NEIGHBOURS = 5  # of the KNN classifier (paper)
+
+
+@dataclass(frozen=True)
+class Representation:
+    """Input of the head for some images, and what it is made of.
+
+    Attributes:
+        before: [..., F] features of the prediction network before the gate, 0 or more.
+        gate: [..., F], 0 to 1; None in a network without one.
+    """
+
+    before: Tensor
+    gate: Tensor | None
+
+    @property
+    def after(self) -> Tensor:
+        """[..., F] features times gate: what the head sees."""
+        return self.before if self.gate is None else self.before * self.gate
+
+    def at(self, index: Tensor) -> Representation:
+        """The representation of the images at `index` [..., 2] of (class, drawing)."""
+        gate = None if self.gate is None else gather(self.gate, index)[0]
+        return Representation(gather(self.before, index)[0], gate)
+
+
+@torch.no_grad()
+def represent(net: Network, images: Tensor) -> Representation:
+    """Representation [C, D, F] of the images [C, D, 1, 28, 28], on their device."""
+    parts = [net.features(net.lower(part, 0)) for part in images.flatten(0, 1).split(CHUNK)]
+    shape = (*images.shape[:2], -1)
+    gates = [gate for _, gate in parts if gate is not None]
+    return Representation(
+        torch.cat([features for features, _ in parts]).reshape(shape),
+        torch.cat(gates).reshape(shape) if gates else None,
+    )
+
+
+def dead_fraction(activations: Tensor) -> float:
+    """Fraction of the units of `activations` [..., F] that are active for none of the images."""
+    return 1 - (activations.flatten(0, -2) > ACTIVE).any(0).double().mean().item()
+
+
+def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """The class of each query by a majority vote of its k nearest examples (Euclidean distance).
+
+    Of classes with equally many votes, the one with the nearest example.
+
+    Args:
+        examples: [E, F], E at least k.
+        labels: [E] their classes.
+        queries: [Q, F].
+
+    Returns:
+        [Q] classes.
+    """
+    classes = []
+    for part in queries.split(QUERIES):
+        nearest = labels[torch.cdist(part, examples).topk(k, largest=False).indices]  # [Q, k]
+        votes = (nearest[:, :, None] == nearest[:, None, :]).sum(2)
+        # Fewer points the farther away, never as many as a vote is worth: they only break ties.
+        rank = torch.arange(k, device=votes.device)
+        winner = (votes * k - rank).argmax(1, keepdim=True)
+        classes.append(nearest.gather(1, winner).squeeze(1))
+    return torch.cat(classes)
+
+
+def knn_accuracy(activations: Tensor, task: Task, k: int = NEIGHBOURS) -> float:
+    """Fraction of the test images of `task` that KNN on its training images classifies right.
+
+    Args:
+        activations: [C, D, F] of every image of the pool that `task` indexes.
+    """
+    examples, labels = gather(activations, task.train.flatten(0, 1))
+    queries, truth = gather(activations, task.test.flatten(0, 1))
+    labels, truth = labels.to(examples.device), truth.to(examples.device)
+    return (nearest_neighbours(examples, labels, queries, k) == truth).double().mean().item()
+
+
+def measure(representation: Representation, task: Task) -> dict[str, float]:
+    """The paper's quantities, each 0 to 1; those of the gate only where there is one.
+
+    Activity is that on the test images of `task`, KNN learns its training images and is tested on
+    its test images. Keys are the quantities of `results/targets.csv`.
+
+    Args:
+        representation: [C, D, F] of every image of the pool that `task` indexes.
+    """
+    test = representation.at(task.test)
+    values = {"active_before": active_fraction(test.before, ACTIVE)}
+    if test.gate is not None:
+        values["active_after"] = active_fraction(test.after, ACTIVE)
+        values["gate_mean"] = test.gate.double().mean().item()
+    values["dead"] = dead_fraction(test.after)
+    values["knn_before"] = knn_accuracy(representation.before, task)
+    if representation.gate is not None:
+        values["knn_gate"] = knn_accuracy(representation.gate, task)
+        values["knn_after"] = knn_accuracy(representation.after, task)
+    return values
+
+
+def principal_components(points: Tensor, count: int = 2) -> Tensor:
+    """Points [N, F] in the plane of their largest variance: [N, count].
+
+    By a full SVD, which needs no random numbers; each axis points to where its largest loading is
+    positive, as the sign is arbitrary.
+    """
+    centred = points - points.mean(0)
+    axes: Tensor = torch.linalg.svd(centred, full_matrices=False)[2][:count]
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    return centred @ (axes * largest.sign()).t()

@@ -1,0 +1,107 @@
+"""Draw results of evaluations beside each other and beside what was published.
+
+    python plot_results.py runs/Omni_test_traj_0
+    python plot_results.py ANML=runs/anml_0 OML=runs/oml_0/results.csv --out figures --name main
+
+Two figures, each as PNG and PDF: `<name>_curves`, accuracy against the number of classes, and
+`<name>_bars`, the accuracy at the largest class count that all results have.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from utils.arguments import parse, plot_parser
+from utils.errors import UserError, run_script
+from utils.plots import bars_figure, comparison_figure, save_figure
+from utils.results import Results, read_results, summarise
+from utils.targets import ACCURACIES, Target, read_targets
+
+
+def labelled(text: str) -> tuple[str, Path]:
+    """A label and a path from `label=path`; a path alone is named after its run folder or file."""
+    label, equals, rest = text.partition("=")
+    if equals and not Path(text).exists():
+        if not label.strip() or not rest:
+            raise UserError(f"{text!r} is neither a path nor LABEL=PATH")
+        return label, Path(rest)
+    path = Path(text)
+    return path.resolve().parent.name if path.stem == "results" else path.resolve().stem, path
+
+
+def read_all(texts: list[str]) -> dict[str, Results]:
+    """The results by label.
+
+    Raises:
+        UserError: no results there, or two of the same label.
+    """
+    results: dict[str, Results] = {}
+    for text in texts:
+        label, path = labelled(text)
+        if label.startswith("_") or "$" in label:  # which mean something else to matplotlib
+            raise UserError(f"the label {label!r} begins with _ or holds $: give another one, LABEL=PATH")
+        if label in results:
+            raise UserError(f"two results are called {label!r}: give one another LABEL=PATH")
+        results[label] = read_results(path)
+    return results
+
+
+def published(results: dict[str, Results]) -> tuple[dict[str, str], list[Target]]:
+    """The treatment of each label that something is published of, and what is; ANML's if nothing is.
+
+    A label that names a treatment counts more than what the results say they are, which does not
+    tell how a model was trained.
+    """
+    accuracies = [target for target in read_targets() if target.quantity in ACCURACIES]
+    known = {target.treatment.lower(): target.treatment for target in accuracies}
+    treatments: dict[str, str] = {}
+    for label, result in results.items():
+        for name in (label, str(result.about.get("treatment"))):
+            if name.lower() in known:
+                treatments.setdefault(label, known[name.lower()])
+    shown = set(treatments.values()) or {"ANML"}
+    return treatments, [target for target in accuracies if target.treatment in shown]
+
+
+def draw(args: argparse.Namespace) -> list[Path]:
+    """Both figures; returns the files."""
+    results = read_all(args.results)
+    summaries = {label: summarise(result.rows) for label, result in results.items()}
+    common = set.intersection(*({line["classes"] for line in lines} for lines in summaries.values()))
+    if not common:
+        raise UserError(f"{', '.join(results)} have no class count in common: there are no bars to draw")
+    longest = max(common)
+    final = {
+        label: next(line for line in lines if line["classes"] == longest)
+        for label, lines in summaries.items()
+    }
+    treatments, targets = published(results) if args.published else ({}, [])
+    # Published numbers at more classes than ours would only squeeze the curves.
+    end = max(line["classes"] for lines in summaries.values() for line in lines)
+    targets = [target for target in targets if target.classes is not None and target.classes <= end]
+    beside = [
+        (label, target)
+        for label, treatment in treatments.items()
+        for target in targets
+        if (target.classes, target.treatment) == (longest, treatment)
+    ]
+    files = []
+    for name, figure in (
+        ("curves", comparison_figure(summaries, targets)),
+        ("bars", bars_figure(final, beside)),
+    ):
+        for suffix in ("png", "pdf"):
+            files.append(args.out / f"{args.name}_{name}.{suffix}")
+            save_figure(figure, files[-1])
+    return files
+
+
+def main() -> None:
+    args = parse(plot_parser())
+    for path in draw(args):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,199 @@
+"""The ledger: what was published beside what we measured, as tables in the README.
+
+    python -m utils.ledger            # write them into README.md
+    python -m utils.ledger --check    # exit 1 if README.md does not say what results/ holds
+
+`results/` holds the targets (see `utils/targets.py`), our results as `<result>.csv`, the `results.csv`
+of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone,
+the `representation.json` of an analysis, and `manifest.csv`, which says how each was made. What has
+no result is listed as not run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from utils.arguments import ledger_parser, parse
+from utils.errors import UserError, run_script
+from utils.files import write_text
+from utils.results import read_results, summarise
+from utils.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
+
+MANIFEST = ("result", "training", "command")
+NOT_RESULTS = ("targets.csv", "manifest.csv")
+START = "<!-- ledger: `python -m utils.ledger` writes what is between these two lines -->"
+END = "<!-- end of the ledger -->"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One of our numbers in percent, with half the width of its 95% interval where there are runs to
+    have one."""
+
+    mean: float
+    half: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.half is None else f"{self.mean:.1f} ± {self.half:.1f}"
+
+
+Result = dict[tuple[str, int | None], Measured]
+"""What one result says, by quantity and class count (None for a representation)."""
+
+
+def read_accuracies(path: Path) -> Result:
+    """The accuracies of an evaluation's `results.csv`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    return {
+        (key, line["classes"]): Measured(100 * line[key], 50 * (line[f"{key}_high"] - line[f"{key}_low"]))
+        for line in summarise(read_results(path).rows)
+        for key in ACCURACIES
+    }
+
+
+def read_representation(path: Path) -> Result:
+    """The quantities in a `representation.json`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+        result: Result = {(key, None): Measured(100 * float(value)) for key, value in measured.items()}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise UserError(f"{path} is not a representation.json of analyze_representation.py") from None
+    for (quantity, _), value in result.items():
+        if quantity not in REPRESENTATION or not 0 <= value.mean <= 100:
+            raise UserError(f"{path}: {quantity} = {value.mean / 100:g} is no fraction that is known")
+    return result
+
+
+READERS: dict[str, Callable[[Path], Result]] = {".csv": read_accuracies, ".json": read_representation}
+
+
+def our_results(folder: Path, known: set[str]) -> tuple[dict[str, Result], list[dict[str, str]]]:
+    """All results in `folder` by name, and the rows of its manifest.
+
+    Args:
+        known: names that results may have, those of the targets.
+
+    Raises:
+        UserError: a file is malformed, or is not in the manifest, or the other way round.
+    """
+    manifest = read_table(folder / "manifest.csv", MANIFEST)
+    listed = [row["result"] for row in manifest]
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):  # a .csv before the .json beside it, which says more of it
+        if path.suffix in READERS and path.name not in NOT_RESULTS:
+            files.setdefault(path.stem, path)
+    for name in sorted({*listed, *files} - known):
+        raise UserError(f"{folder}: {name!r} is a result of no target in targets.csv")
+    for name in sorted(set(listed) ^ set(files)):
+        where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
+        raise UserError(f"{folder}: the result {name!r} {where}")
+    if len(listed) != len(set(listed)) or any("|" in cell for row in manifest for cell in row.values()):
+        raise UserError(f"{folder / 'manifest.csv'}: a result listed twice, or a | that breaks the table")
+    return {name: READERS[path.suffix](path) for name, path in files.items()}, manifest
+
+
+def ledger(folder: Path) -> str:
+    """The tables of the README, from the files in `folder`.
+
+    Raises:
+        UserError: a file is malformed.
+    """
+    targets = read_targets(folder / "targets.csv")
+    results, manifest = our_results(folder, {target.result for target in targets})
+    pairs = [
+        (target, results.get(target.result, {}).get((target.quantity, target.classes))) for target in targets
+    ]
+    outcomes = [None if ours is None else target.met_by(ours.mean) for target, ours in pairs]
+    lines = [
+        f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
+        f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is half of a 95% "
+        "interval. Tolerances are in `results/targets.csv`: twice the published spread and at least 2 "
+        "points, 3 or more without one. Second-hand: cited by others, not checked against the paper's text.",
+        "",
+        "| treatment | quantity | classes | published | source | ours | difference | command |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(list(group)) for _, group in groupby(pairs, key=_together)]
+    if manifest:
+        lines += ["", "| result | training | made by |", "|---|---|---|"]
+        lines += [f"| {row['result']} | {row['training']} | `{row['command']}` |" for row in manifest]
+    return "\n".join(lines)
+
+
+def _together(pair: tuple[Target, Measured | None]) -> tuple[str, ...]:
+    """What the class counts of one row of the table share."""
+    target, _ = pair
+    return target.result, target.treatment, target.quantity, target.source
+
+
+def _row(pairs: Sequence[tuple[Target, Measured | None]]) -> str:
+    first, _ = pairs[0]
+    counts, published, ours, differences = (
+        " / ".join(cells)
+        for cells in zip(
+            *(
+                (str(target.classes or ""), str(target), str(measured or "-"), _difference(target, measured))
+                for target, measured in pairs
+            ),
+            strict=True,
+        )
+    )
+    if all(measured is None for _, measured in pairs):
+        ours, differences = "not run", ""
+    command = f"`configs/paper.sh {first.result}`"
+    quantity = QUANTITIES[first.quantity]
+    cells = (first.treatment, quantity, counts, published, first.source, ours, differences, command)
+    return f"| {' | '.join(cells)} |"
+
+
+def _difference(target: Target, ours: Measured | None) -> str:
+    if ours is None:
+        return "-"
+    text = f"{ours.mean - target.published:+.1f}"
+    return text if target.met_by(ours.mean) else f"**{text}**"
+
+
+def inserted(text: str, tables: str, source: Path) -> str:
+    """`text` with `tables` between the two marker lines.
+
+    Raises:
+        UserError: the markers are not there once each, in order.
+    """
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    if (text.count(START), text.count(END), rest.count(END)) != (1, 1, 1):
+        raise UserError(f"{source} must hold these two lines once each: {START} and {END}")
+    return f"{before}{START}\n\n{tables}\n\n{END}{after}"
+
+
+def main() -> None:
+    args = parse(ledger_parser())
+    try:
+        text = args.readme.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {args.readme}: {error}") from None
+    current = inserted(text, ledger(args.results), args.readme)
+    if not args.check:
+        write_text(args.readme, current)
+        print(f"{args.readme} says what {args.results} holds")
+    elif text != current:
+        print(f"{args.readme} and {args.results} disagree: run python -m utils.ledger", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)
