@@ -272,14 +272,18 @@ class _MaxConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernel: Tensor, patches: Tensor) -> Tensor:
-        pooled, wins = [], []
-        for part in patches.split(CHUNK):
+        batch, _, positions, _ = patches.shape
+        pooled = patches.new_empty(batch, positions, len(kernel))
+        wins = patches.new_empty(batch, 3, positions, len(kernel), dtype=torch.bool)
+        for part, best, won in zip(*(t.split(CHUNK) for t in (patches, pooled, wins)), strict=True):
             first, second, third, fourth = _responses(kernel, part).unbind(1)
+            torch.ge(first, second, out=won[:, 0])
+            torch.ge(third, fourth, out=won[:, 1])
             left, right = torch.maximum(first, second), torch.maximum(third, fourth)
-            wins.append(torch.stack([first >= second, third >= fourth, left >= right], 1))
-            pooled.append(torch.maximum(left, right))
-        ctx.save_for_backward(patches, _joined(wins))
-        return _joined(pooled)
+            torch.ge(left, right, out=won[:, 2])
+            torch.maximum(left, right, out=best)
+        ctx.save_for_backward(patches, wins)
+        return pooled
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -317,20 +321,17 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Tensor, patches: Tensor, wins: Tensor) -> Tensor:
         ctx.save_for_backward(patches, wins)
-        chosen = []
-        for part, won in zip(patches.split(CHUNK), wins.split(CHUNK), strict=True):
+        batch, _, positions, _ = patches.shape
+        chosen = patches.new_empty(batch, positions, len(kernel))
+        for part, won, out in zip(*(t.split(CHUNK) for t in (patches, wins, chosen)), strict=True):
             first, second, third, fourth = _responses(kernel, part).unbind(1)
             left, right = torch.where(won[:, 0], first, second), torch.where(won[:, 1], third, fourth)
-            chosen.append(torch.where(won[:, 2], left, right))
-        return _joined(chosen)
+            torch.where(won[:, 2], left, right, out=out)
+        return chosen
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Spread.apply(grad, *ctx.saved_tensors), None, None
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _responses(kernel: Tensor, patches: Tensor) -> Tensor:
