@@ -237,7 +237,7 @@ def meta_gradient(
 
 
 class MetaLearner:
-    """Meta-trains a network with Adam, one trajectory per step.
+    """Meta-trains a network with Adam, one trajectory per step or the mean over several.
 
     Args:
         net: the network, on the device where training happens.
@@ -272,28 +272,59 @@ class MetaLearner:
         trained_parameters(net, rln)  # a wrong rln is an error now, not at the first step
         self.optimizer = Adam(net.parameters(), meta_lr)
 
-    def step(self, trajectory: Trajectory) -> MetaStep:
-        """Learn from one trajectory: reset head rows, adapt, differentiate, one Adam step.
+    def step(self, *trajectories: Trajectory) -> MetaStep:
+        """Learn from trajectories: reset head rows, adapt, differentiate, one Adam step."""
+        result = self.differentiate(*trajectories)
+        self.update()
+        return result
+
+    def differentiate(self, *trajectories: Trajectory) -> MetaStep:
+        """The first half of a step: reset head rows, then leave the mean meta-gradient in `.grad`.
 
         The rows are drawn anew in the meta-weights themselves and for good, so that a class the
         network has met before cannot be remembered in the head; bias and Adam moments stay
-        (released code, `reset_classifer`).
+        (released code, `reset_classifer`). Those of all trajectories are drawn before the first.
+
+        Returns:
+            means over the trajectories.
         """
         if self.reset:
-            redraw(self.net.head.weight, self.generator, rows=trajectory.classes)
-        query, labels = gather(self.images, trajectory.query)
+            rows = [label for trajectory in trajectories for label in trajectory.classes]
+            redraw(self.net.head.weight, self.generator, rows=rows)
         self.net.zero_grad(set_to_none=True)
-        result = meta_gradient(
-            self.net,
-            query,
-            labels,
-            len(trajectory.support),
-            rln=self.rln,
-            update_lr=self.update_lr,
-            first_order=self.first_order,
-        )
-        self.optimizer.step([weight.grad for weight in self.net.parameters() if weight.grad is not None])
-        return result
+        results = []
+        for trajectory in trajectories:
+            query, labels = gather(self.images, trajectory.query)
+            results.append(
+                meta_gradient(
+                    self.net,
+                    query,
+                    labels,
+                    len(trajectory.support),
+                    rln=self.rln,
+                    update_lr=self.update_lr,
+                    first_order=self.first_order,
+                )
+            )
+        if len(results) == 1:
+            return results[0]
+        for weight in self.net.parameters():
+            weight.grad = self._gradient(weight) / len(results)
+        return MetaStep(*(torch.stack(values).mean(0) for values in zip(*results, strict=True)))
+
+    def finite(self) -> bool:
+        """Whether the meta-gradient in `.grad` is; waits for the device."""
+        norm = torch.nn.utils.get_total_norm([self._gradient(weight) for weight in self.net.parameters()])
+        return bool(norm.isfinite())
+
+    def update(self) -> None:
+        """The second half of a step: one Adam step along `.grad`."""
+        self.optimizer.step([self._gradient(weight) for weight in self.net.parameters()])
+
+    @staticmethod
+    def _gradient(weight: Tensor) -> Tensor:
+        assert weight.grad is not None
+        return weight.grad
 
 
 def gather(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,15 @@ parser as the command line, ahead of it: so both have the same ranges, and what 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from utils.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,6 +30,12 @@ LEARNING_RATES = (
     *(0.0002, 0.00015, 0.0001, 0.00009, 0.00008, 0.00006, 0.00003, 0.00001),
 )
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
+MAY_CHANGE = (
+    *("steps", "log_every", "save_every", "eval_every", "eval_classes"),
+    *("device", "threads", "dataset_path", "cache_dir"),
+)
+"""Flags of training that `--resume` takes other values of: how long, how often and where."""
+
 TREATMENTS = {"anml": "ANML", "neuromodulation": "ANML", "oml": "OML"}
 NETWORK = {"treatment": "ANML", "nm_channels": 112, "pln_channels": 256, "num_classes": 1000}
 
@@ -104,13 +113,77 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespa
 
     The namespace's `notices` are lines for the user about flags typed without effect. Anything
     wrong ends the process with exit code 2 and one line on stderr.
+
+    With `--resume`, arguments are those of the run, and what is given must agree with them but for
+    what `MAY_CHANGE`.
     """
     tokens = [parser.canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
     arguments = parser.read(tokens)
-    if arguments.config is not None:
-        arguments = parser.read([*_config_tokens(parser, arguments.config), *tokens])
+    config, resume = arguments.config, getattr(arguments, "resume", None)
+    if config is not None:
+        tokens = [*_config_tokens(parser, config), *tokens]
+    if resume is not None:
+        settings = _settings_of_run(parser, resume)
+        earlier_config = settings.pop("config", None)
+        config = config or earlier_config
+        before = _tokens(parser, settings, resume / "config.json")
+        _refuse_contradictions(parser, resume, before, tokens)
+        tokens = [*before, *tokens]
+    arguments = parser.read(tokens)
+    arguments.config = config
     parser.check(parser, arguments)
     return arguments
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a run folder.
+
+    Raises:
+        UserError: there is none, or it is not one that a run writes.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{folder} is not a run folder: cannot read its config.json: {error.strerror or error}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+        raise UserError(f"{path} is damaged: it holds no arguments")
+    return config
+
+
+def _settings_of_run(parser: Parser, folder: Path) -> dict[str, Any]:
+    """The arguments that a run folder records, but for flags that had no value."""
+    try:
+        settings = read_config(folder)["arguments"]
+    except UserError as error:
+        parser.error(f"--resume: {error}")
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], tokens: list[str]) -> None:
+    """End the process if `tokens` ask for another run than that of the tokens `before`."""
+    of_run = parser.read(before)
+    given = parser.parse_args(
+        tokens, argparse.Namespace(notices=(), **dict.fromkeys(parser.flags, _NOT_GIVEN))
+    )
+    contradictions = [
+        f"{parser.flags[key].option_strings[0]} is {value} and was {getattr(of_run, key)}"
+        for key, value in vars(given).items()
+        if key in parser.flags and key not in MAY_CHANGE
+        if value is not _NOT_GIVEN and value != getattr(of_run, key)
+    ]
+    if contradictions:
+        parser.error(
+            f"--resume {folder} goes on as it began: {'; '.join(contradictions)}; drop these flags, or "
+            "start a new run without --resume"
+        )
+
+
+_NOT_GIVEN = object()
 
 
 def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -118,7 +191,7 @@ def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in sorted(vars(arguments).items())
-        if key != "notices"
+        if key not in ("notices", "resume")
     }
 
 
@@ -142,6 +215,14 @@ def training_parser() -> Parser:
     parser.flag(method, "--update_lr", _positive, 0.1, "learning rate of the inner SGD")
     parser.flag(method, "--update_step", _whole(1), 20, "inner steps, that is images, per trajectory")
     parser.flag(method, "--tasks", _whole(1), 1, "classes per trajectory, sharing the --update_step images")
+    parser.flag(
+        method,
+        "--meta_batch",
+        _whole(1),
+        1,
+        "trajectories per outer step, whose meta-gradients are averaged; under torchrun the "
+        "processes share them",
+    )
     parser.flag(method, "--remember", _whole(1), 64, "random images added to the trajectory's in the loss")
     parser.flag(method, "--train_classes", _whole(1), 963, "classes to meta-train on, the first of the data")
     parser.switch(
@@ -177,7 +258,8 @@ def training_parser() -> Parser:
         "--save_every",
         _whole(1),
         1000,
-        "steps between writes of --model_name, which the last step always writes",
+        "steps between writes of --model_name and of the training state that --resume goes on from, "
+        "which the last step always writes",
     )
 
     run = _run(parser, name="mrcl_omniglot", seed=9)
@@ -190,7 +272,15 @@ def training_parser() -> Parser:
         shown="Neuromodulation_Model.net, OML_Model.net for OML",
         metavar="FILE",
     )
-    parser.switch(run, "--checkpoint", "start from the weights in --saved_model")
+    run.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="run folder of an interrupted run, to go on from its last training state with its own "
+        "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
+        "flags only these may change: " + " ".join(f"--{name}" for name in MAY_CHANGE) + " (default: none)",
+    )
+    parser.switch(run, "--checkpoint", "start a new run from the weights in --saved_model")
     parser.flag(
         run,
         "--saved_model",
@@ -472,6 +562,11 @@ def _config_tokens(parser: Parser, path: Path) -> list[str]:
         parser.error(f"--config {path}: {error.strerror or error}")
     except ValueError as error:  # also what TOML and UTF-8 decoding raise
         parser.error(f"--config {path}: not a TOML file: {error}")
+    return _tokens(parser, settings, path)
+
+
+def _tokens(parser: Parser, settings: Mapping[str, object], path: Path) -> list[str]:
+    """The settings that `path` holds as the command-line tokens that say the same."""
     tokens = []
     for key, value in settings.items():
         if key not in parser.flags:
