@@ -17,46 +17,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import mrcl_classification
+from tests.conftest import TINY, Trainer
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
-from utils.state import TrainingState, load_state, save_state
+from utils.state import load_state, save_state
 
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 220, 20
-TINY = [
-    *("--config", str(ROOT / "configs/smoke.toml"), "--eval_every=0", "--threads=1", "--log_every=10"),
-    *("--nm_channels=2", "--pln_channels=2", "--update_step=2"),
-]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-class Trainer:
-    """Runs the training script in a folder of its own, within this process."""
-
-    def __init__(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.run, self.flags = folder / "runs/smoke_0", [*TINY, f"--cache_dir={cache}"]
-        self.monkeypatch = monkeypatch
-        monkeypatch.chdir(folder)
-
-    def __call__(self, *flags: str) -> None:
-        self.monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", *self.flags, *flags])
-        mrcl_classification.main()
-
-    def resume(self, *flags: str) -> None:
-        self.monkeypatch.setattr(sys, "argv", ["m", "--resume", str(self.run), *flags])
-        mrcl_classification.main()
-
-    def state(self) -> TrainingState:
-        state = load_state(self.run)
-        assert state is not None
-        return state
-
-
-@pytest.fixture
-def trainer(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    return Trainer(tmp_path, cache, monkeypatch)
 
 
 def rows(run: Path) -> list[dict[str, str]]:
