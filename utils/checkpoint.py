@@ -103,10 +103,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             warnings.simplefilter("ignore")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make torch raise nearly anything
-        raise UserError(f"cannot load the model {path}: {_unreadable(data, error)}") from error
+        raise UserError(f"cannot load the model {path}: {_unreadable(path, data, error)}") from error
     fault = model_fault(content)
     if fault is not None:
-        raise UserError(f"{path} is not a model of this project: {fault}; train one anew")
+        raise UserError(
+            f"{path} is not a model of this project: {fault}; python -m utils.convert_released reads "
+            "those of the released code and of higherANML"
+        )
     return Checkpoint(
         network=content["network"],
         widths=content["widths"],
@@ -116,14 +119,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _unreadable(data: bytes, error: Exception) -> str:
+def _unreadable(path: Path, data: bytes, error: Exception) -> str:
     """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
     archive, pickled = data.startswith(b"PK"), data.startswith(b"\x80")
     if (archive or pickled) and isinstance(error, pickle.UnpicklingError):
-        return (
-            "it holds pickled Python objects, as models of the released ANML code do, and loading "
-            "those could run code; train one anew with mrcl_classification.py"
-        )
+        from utils.convert_released import is_foreign_model  # which imports this module
+
+        if is_foreign_model(path):
+            return (
+                "it is a pickled module, as the released ANML code saves them, and loading one could run "
+                f"code; this reads it without: python -m utils.convert_released {path} NEW.net"
+            )
+        return "it holds pickled Python objects that are no known model, and loading those could run code"
     if archive or not data:
         return "the file is damaged or cut short; copy or train it again"
     return "it is not a model file; mrcl_classification.py writes one under --model_name"
