@@ -21,12 +21,12 @@ from typing import NoReturn
 
 import torch
 
-from datasets import load_characters
+from datasets import load_pool
 from datasets.samplers import sample_trajectory
 from model.meta_learner import MetaLearner, active_fraction, gather
 from model.meta_test import MetaTest
 from model.modelfactory import Network, build, restore
-from utils.arguments import parse, recorded, training_parser
+from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.device import choose_device
 from utils.errors import UserError, run_script
@@ -44,10 +44,7 @@ VALIDATION_LR = 0.001  # of the small meta-tests on the way: the best rate at mo
 def initial_network(args: argparse.Namespace, state: TrainingState | None) -> Network:
     """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
     if state is None and not args.checkpoint:
-        widths = {"pln_channels": args.pln_channels, "num_classes": args.num_classes}
-        if args.treatment == "ANML":
-            widths["nm_channels"] = args.nm_channels
-        return build(args.treatment, widths, torch.Generator().manual_seed(args.seed))
+        return build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
     source = args.saved_model if state is None else args.resume
     saved = load_checkpoint(source) if state is None else state
     if saved.network != args.treatment:
@@ -168,22 +165,10 @@ def main() -> None:
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
     check_writable(args.model_name)
-    characters = load_characters(
-        args.dataset, "background", args.dataset_path, args.cache_dir, args.glyph_seed
-    )
-    if args.train_classes > len(characters.characters):
-        raise UserError(
-            f"--train_classes {args.train_classes}: {characters.name} has "
-            f"{len(characters.characters)} classes"
-        )
-    if net.head.out_features < args.train_classes:
-        raise UserError(
-            f"the network has {net.head.out_features} outputs, too few for "
-            f"--train_classes {args.train_classes}"
-        )
+    images, about = load_pool(args, "background", args.train_classes, net.head.out_features, device)
     learner = MetaLearner(
         net.to(device),
-        characters.normalised(device)[: args.train_classes],
+        images,
         torch.Generator().manual_seed(args.seed),
         meta_lr=args.meta_lr,
         update_lr=args.update_lr,
@@ -193,7 +178,7 @@ def main() -> None:
     )
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume))
-    extra = {"device": str(device), "data": characters.name, "manifest": characters.manifest}
+    extra = {"device": str(device), **about}
     with Interrupt() as interrupt, open_run(args, done, extra) as run:
         log.info("run folder %s, device %s", run.folder, device)
         step = train(args, run, learner, interrupt, done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from datasets.cache import cached
 from datasets.characters import CLASSES, DRAWINGS, SIZE, CharacterSet
 from utils.errors import UserError
 
-__all__ = ["DATASETS", "SPLITS", "CharacterSet", "load_characters"]
+__all__ = ["DATASETS", "SPLITS", "CharacterSet", "load_characters", "load_pool"]
 
 DATASETS = ("omniglot", "glyphs")
 SPLITS = ("background", "evaluation")
@@ -55,6 +56,38 @@ def load_characters(
         characters.manifest,
     )
     return characters
+
+
+def load_pool(
+    arguments: argparse.Namespace, split: str, classes: int | None, outputs: int, device: torch.device
+) -> tuple[torch.Tensor, dict[str, str]]:
+    """The first classes of a split as network inputs, and what a run folder says of them.
+
+    Args:
+        arguments: those of a script, with its data flags.
+        split: see :func:`load_characters`.
+        classes: how many; None for as many as the split and the network have.
+        outputs: of the network, which class ids must be below.
+
+    Returns:
+        Images `[classes, 20, 1, 28, 28]` on `device`, and `data` and `manifest`.
+
+    Raises:
+        UserError: as :func:`load_characters`, or the data or the network has too few classes.
+    """
+    characters = load_characters(
+        arguments.dataset, split, arguments.dataset_path, arguments.cache_dir, arguments.glyph_seed
+    )
+    present = len(characters.characters)
+    if classes is None:
+        classes = min(present, outputs)
+    flag = "--train_classes" if split == "background" else "--test_classes"
+    if classes > present:
+        raise UserError(f"{flag} {classes}: {characters.name} has {present} classes")
+    if classes > outputs:
+        raise UserError(f"the network has {outputs} outputs, too few for {flag} {classes}; lower it")
+    about = {"data": characters.name, "manifest": characters.manifest}
+    return characters.normalised(device)[:classes], about
 
 
 def _load_glyphs(split: str, seed: int, cache_dir: Path) -> CharacterSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -119,3 +120,27 @@ def sample_task(
         orders = torch.arange(drawings).expand(classes, drawings)
     index = torch.stack([drawn[:, None].expand(classes, drawings), orders], 2)
     return Task(index[:, :train_images], index[:, train_images:])
+
+
+def shuffled_batches(
+    num_classes: int, drawings: int, generator: torch.Generator, *, total: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Batches of an i.i.d. stream of `total` images: every image once, in random order, then again.
+
+    Args:
+        num_classes: classes to draw from.
+        drawings: images per class (20).
+        generator: source of all randomness.
+        total: images in all batches together; an image counts each time it comes.
+        batch_size: images in each batch; the last has what is left.
+
+    Yields:
+        [batch_size, 2] (class, drawing).
+    """
+    order = torch.empty(0, dtype=torch.long)
+    for start in range(0, total, batch_size):
+        size = min(batch_size, total - start)
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(num_classes * drawings, generator=generator)])
+        drawn, order = order[:size], order[size:]
+        yield torch.stack([drawn // drawings, drawn % drawings], 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from datasets.samplers import sample_task
+from datasets.samplers import Task, sample_task
 from model.kernels import times
 from model.meta_learner import Weights, gather, inner_gradients
 from model.modelfactory import Network, State, initialise, trained_parameters
@@ -154,6 +155,21 @@ class Score(NamedTuple):
     above_chance: int
 
 
+@dataclass
+class Track:
+    """What is remembered while a run is under way.
+
+    Attributes:
+        every: classes between measurements; there is one after the last class in any case.
+        rows: one per measurement and class learned by then: `seen` (classes learned), `position`
+            (of the class in the order of learning, from 0), `class` (its id), and its accuracy
+            on `train` (15 images) and `test` (5), 0 to 1.
+    """
+
+    every: int
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+
 class MetaTest:
     """The meta-test of one network: draws, scores and the search of a learning rate.
 
@@ -193,12 +209,22 @@ class MetaTest:
         self.split = split
         self.states = FrozenStates(net, images, rln)
 
-    def score(self, classes: int, lr: float, purpose: Purpose, draw: int) -> Score:
+    def score(
+        self, classes: int, lr: float, purpose: Purpose, draw: int, track: Track | None = None
+    ) -> Score:
         """Learn one sequence of `classes` classes from a fresh head, then test on all of it.
 
         The draw of classes, split, order and head is a function of the seed, `purpose`, `classes`
         and `draw` alone: all learning rates meet the same draws, and draws that a rate was chosen
         on are never the ones it is reported on.
+
+        Args:
+            track: filled on the way, which leaves the run's numbers alone: measuring draws nothing
+                and trains nothing. (Where frozen outputs do not fit their budget, images pass the
+                frozen layers in other batches, which may change the last bits.)
+
+        Raises:
+            ValueError: `track` in a stream that is shuffled or passed more than once.
         """
         sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), classes, draw))
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
@@ -212,36 +238,57 @@ class MetaTest:
         )
         fast = initial_weights(self.net, self.rln, generator, self.reset_all)
         learner = Learner(self.net, self.rln, lr, fast)
-        stream = task.train.reshape(-1, 2)
-        for _ in range(self.epochs):
-            if self.iid:
-                stream = stream[torch.randperm(len(stream), generator=generator)]
-            learner.learn(self.states, stream)
+        if track is not None:
+            self._learn_and_track(learner, task, track)
+        else:
+            stream = task.train.reshape(-1, 2)
+            for _ in range(self.epochs):
+                if self.iid:
+                    stream = stream[torch.randperm(len(stream), generator=generator)]
+                learner.learn(self.states, stream)
         test = learner.correct(self.states, task.test).cpu().double().mean(1)
         train = learner.correct(self.states, task.train).cpu().double().mean()
         return Score(test.mean().item(), train.item(), int((test > 1 / classes).sum()))
 
+    def _learn_and_track(self, learner: Learner, task: Task, track: Track) -> None:
+        if self.iid or self.epochs > 1:
+            raise ValueError("only a stream of one class after another, passed once, can be tracked")
+        classes = len(task.train)
+        for start in range(0, classes, track.every):
+            seen = min(start + track.every, classes)
+            learner.learn(self.states, task.train[start:seen].reshape(-1, 2))
+            columns = {
+                "class": task.train[:seen, 0, 0],
+                "train": learner.correct(self.states, task.train[:seen]).cpu().double().mean(1),
+                "test": learner.correct(self.states, task.test[:seen]).cpu().double().mean(1),
+            }
+            for position, values in enumerate(zip(*(c.tolist() for c in columns.values()), strict=True)):
+                row = dict(zip(columns, values, strict=True))
+                track.rows.append({"seen": seen, "position": position, **row})
+
 
 class Trial(NamedTuple):
-    """One learning rate on one draw of the search."""
+    """One learning rate on one draw of the search, of one of the models that are tested together."""
 
     draw: int
     lr: float
     score: Score
+    model: str = ""
 
 
 def best_rate(trials: Sequence[Trial], objective: str) -> float:
     """The learning rate that wins most draws (paper and released code: the mode of the winners).
 
-    Of rates that win equally often, the one with the best mean over all draws.
+    Of rates that win equally often, the one with the best mean over all draws. Several models share
+    one rate: their draws count alike.
 
     Args:
-        trials: every rate on every draw.
+        trials: every rate on every draw of every model.
         objective: field of `Score` to maximise, `train` (as released) or `test`.
     """
-    by_draw: defaultdict[int, dict[float, float]] = defaultdict(dict)
+    by_draw: defaultdict[tuple[str, int], dict[float, float]] = defaultdict(dict)
     for trial in trials:
-        by_draw[trial.draw][trial.lr] = getattr(trial.score, objective)
+        by_draw[trial.model, trial.draw][trial.lr] = getattr(trial.score, objective)
     wins = Counter(max(scores, key=scores.__getitem__) for scores in by_draw.values())
 
     def rank(lr: float) -> tuple[int, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,15 @@ TINY = [
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of generated characters for all runs of the session: drawing them takes seconds."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def forget_log_lines() -> Iterator[None]:
+    """Scripts that run within this process leave lines for the `log.txt` of a run that does not come."""
+    yield
+    log = logging.getLogger("anml")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
 
 
 class Trainer:

@@ -52,7 +52,7 @@ def test_every_released_flag_is_accepted() -> None:
     assert (arguments.treatment, arguments.reset, arguments.rln) == ("ANML", False, 7)
     assert [notice.split()[0] for notice in arguments.notices] == ["--seeds", "--commit", "--model"]
     arguments = evaluate(RELEASED_EVALUATE)
-    assert (arguments.schedule, arguments.model) == ([10, 50], Path("m.net"))
+    assert (arguments.schedule, arguments.model) == ([10, 50], [Path("m.net")])
     assert arguments.iid
     assert arguments.test
     noticed = [notice.split()[0] for notice in arguments.notices]

@@ -235,7 +235,7 @@ def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.Capture
     config = trainer.run / "config.json"
     good = config.read_text()
     for content, named in (
-        (good.replace('"manifest": "', '"manifest": "0'), "the data are not those"),
+        (good.replace('"manifest": "', '"manifest": "0'), "the data is not that"),
         (good[:-9], "damaged"),
         ("[]", "damaged"),
         ('{"arguments": {"stepz": 1}}', "stepz"),

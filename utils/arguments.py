@@ -3,7 +3,8 @@
 Every flag of the released commands is here under its released spelling. `-` and `_` may stand for
 each other in a flag's name. A config file (TOML) holds flags under their destination's name
 (`--dataset-path` is `dataset_path`, `--no-reset` is `reset = false`) and passes through the same
-parser as the command line, ahead of it: so both have the same ranges, and what is typed wins.
+parser as the command line, ahead of it: so both have the same ranges, and what is typed wins. So do
+the arguments of a run that is resumed; there, what is typed must not change its numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model.treatments import TABLE
 from utils.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -30,12 +32,6 @@ LEARNING_RATES = (
     *(0.0002, 0.00015, 0.0001, 0.00009, 0.00008, 0.00006, 0.00003, 0.00001),
 )
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
-MAY_CHANGE = (
-    *("steps", "log_every", "save_every", "eval_every", "eval_classes"),
-    *("device", "threads", "dataset_path", "cache_dir"),
-)
-"""Flags of training that `--resume` takes other values of: how long, how often and where."""
-
 TREATMENTS = {"anml": "ANML", "neuromodulation": "ANML", "oml": "OML"}
 NETWORK = {"treatment": "ANML", "nm_channels": 112, "pln_channels": 256, "num_classes": 1000}
 
@@ -47,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False)
         self.flags: dict[str, argparse.Action] = {}
         self.check = check
+        self.may_change: frozenset[str] = frozenset()  # flags that `--resume` takes other values of
         self._spellings: dict[str, str] = {}
         self.set_defaults(notices=())
 
@@ -115,7 +112,7 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespa
     wrong ends the process with exit code 2 and one line on stderr.
 
     With `--resume`, arguments are those of the run, and what is given must agree with them but for
-    what `MAY_CHANGE`.
+    the flags of `parser.may_change`.
     """
     tokens = [parser.canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
     arguments = parser.read(tokens)
@@ -173,7 +170,7 @@ def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], toke
     contradictions = [
         f"{parser.flags[key].option_strings[0]} is {value} and was {getattr(of_run, key)}"
         for key, value in vars(given).items()
-        if key in parser.flags and key not in MAY_CHANGE
+        if key in parser.flags and key not in parser.may_change
         if value is not _NOT_GIVEN and value != getattr(of_run, key)
     ]
     if contradictions:
@@ -188,16 +185,32 @@ _NOT_GIVEN = object()
 
 def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments as plain values (JSON, and loadable with `weights_only=True`), to be stored."""
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in sorted(vars(arguments).items())
-        if key not in ("notices", "resume")
-    }
+
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    left_out = ("notices", "resume")
+    return {key: plain(value) for key, value in sorted(vars(arguments).items()) if key not in left_out}
+
+
+def network_widths(arguments: argparse.Namespace) -> dict[str, int]:
+    """The network flags as keyword arguments of the class of `--treatment`."""
+    names = ["pln_channels", "num_classes", *(["nm_channels"] if arguments.treatment == "ANML" else [])]
+    return {name: getattr(arguments, name) for name in names}
 
 
 def training_parser() -> Parser:
     """The flags of `mrcl_classification.py`; defaults are those of the released train command."""
     parser = Parser("Meta-train ANML or OML and write the initial weights found.", _check_training)
+    # How long, how often and where: none of these changes a number.
+    parser.may_change = frozenset(
+        (
+            *("steps", "log_every", "save_every", "eval_every", "eval_classes"),
+            *("device", "threads", "dataset_path", "cache_dir"),
+        )
+    )
 
     method = parser.add_argument_group("method")
     _treatment(parser, method, NETWORK["treatment"])
@@ -278,7 +291,9 @@ def training_parser() -> Parser:
         metavar="RUN",
         help="run folder of an interrupted run, to go on from its last training state with its own "
         "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
-        "flags only these may change: " + " ".join(f"--{name}" for name in MAY_CHANGE) + " (default: none)",
+        "flags only these may change: "
+        + ", ".join(f"--{name}" for name in sorted(parser.may_change))
+        + " (default: none)",
     )
     parser.switch(run, "--checkpoint", "start a new run from the weights in --saved_model")
     parser.flag(
@@ -300,11 +315,54 @@ def training_parser() -> Parser:
     return parser
 
 
+def pretraining_parser() -> Parser:
+    """The flags of `pretrain_classification.py`; the default budget is what meta-training sees."""
+    parser = Parser("Train a network on shuffled images of all meta-training classes.", _check_pretraining)
+
+    method = parser.add_argument_group("method")
+    _treatment(parser, method, "OML")
+    parser.flag(
+        method,
+        "--images",
+        _whole(1),
+        1680000,
+        "images to train on, counted each time they come: 20,000 steps of 84 in meta-training",
+    )
+    parser.flag(method, "--batch_size", _whole(1), 84, "images per step")
+    parser.flag(method, "--lr", _positive, 0.0001, "learning rate of Adam")
+    parser.flag(method, "--train_classes", _whole(1), 963, "classes to train on, the first of the data")
+
+    network = parser.add_argument_group("network")
+    _widths(parser, network)
+
+    _data(parser)
+
+    checks = parser.add_argument_group("checks on the way")
+    parser.flag(checks, "--log_every", _whole(1), 50, "steps between lines of the log")
+    parser.flag(
+        checks,
+        "--save_every",
+        _whole(1),
+        1000,
+        "steps between writes of --model_name, which the last step always writes",
+    )
+
+    run = _run(parser, name="pretrain", seed=9)
+    default = "Pretrain_Model.net"
+    parser.flag(run, "--model_name", Path, Path(default), "file for the trained weights", metavar="FILE")
+    return parser
+
+
 def evaluation_parser() -> Parser:
     """The flags of `evaluate_classification.py`; defaults are the paper's main treatment."""
     parser = Parser(
         "Meta-test a model: learn unseen classes one after another, then measure accuracy.",
         _check_evaluation,
+    )
+    # None of these changes a number: more runs or class counts add to what there is, and models are
+    # compared by content.
+    parser.may_change = frozenset(
+        ("model", "runs", "schedule", "device", "threads", "dataset_path", "cache_dir")
     )
 
     method = parser.add_argument_group("method")
@@ -313,9 +371,20 @@ def evaluation_parser() -> Parser:
         "--model",
         Path,
         None,
-        "model file that mrcl_classification.py wrote",
+        "model file that mrcl_classification.py or pretrain_classification.py wrote; of several, "
+        "each is tested on draws of its own, and all of them are one row of the results",
         shown="none: give it, or --scratch",
+        nargs="+",
         metavar="FILE",
+    )
+    parser.flag(
+        method,
+        "--treatment-preset",
+        _known_preset,
+        None,
+        f"treatment of the paper, which sets --rln, --scratch, --iid and --epoch: {', '.join(TABLE)}",
+        shown="none",
+        metavar="NAME",
     )
     parser.switch(
         method,
@@ -335,14 +404,14 @@ def evaluation_parser() -> Parser:
     parser.switch(method, "--freeze", "freeze layers; --no-freeze is the same as --rln 0", default=True)
     parser.switch(method, "--reset", "re-draw every trained layer before learning, not the head alone")
     parser.switch(method, "--iid", "shuffle the stream of images (the Oracle) instead of class after class")
-    parser.flag(method, "--epoch", _whole(1), 1, "passes over the stream of images")
+    parser.flag(method, "--epoch", _whole(1), None, "passes over the stream of images", shown="1")
 
     network = parser.add_argument_group("network, for --scratch without --model")
     _treatment(parser, network, None)
     _widths(parser, network)
     # None tells a flag that was not given from one that was; the check fills in the defaults,
     # or leaves None where the model file decides.
-    parser.set_defaults(**dict.fromkeys(NETWORK))
+    parser.set_defaults(**dict.fromkeys((*NETWORK, "scratch", "iid")))
 
     evaluation = parser.add_argument_group("evaluation")
     parser.flag(
@@ -380,6 +449,21 @@ def evaluation_parser() -> Parser:
         "15 images to learn and 5 to test: drawn for each run, or the first 15 of the data",
         choices=("random", "dataset"),
     )
+    parser.flag(
+        evaluation,
+        "--track_every",
+        _whole(0),
+        0,
+        "classes between measurements, while the first run of each class count is under way, of the "
+        "accuracy on every class learned so far; 0 for none",
+    )
+    evaluation.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_FOLDER",
+        help="go on with an evaluation that was interrupted, in its run folder and with its arguments: "
+        "what it measured is not measured again; --runs and --schedule may ask for more (default: none)",
+    )
 
     search = parser.add_argument_group("learning rate")
     parser.flag(search, "--lr", _positive, None, "learning rate of Adam; skips the search", shown="search")
@@ -399,7 +483,8 @@ def evaluation_parser() -> Parser:
         "--lr_search_runs",
         _whole(1),
         10,
-        "class draws, each trying every rate; the rate that wins most of them is used",
+        "class draws of each model, each trying every rate; the rate that wins most draws, of all "
+        "models together, is used",
     )
     parser.flag(
         search,
@@ -427,6 +512,17 @@ def evaluation_parser() -> Parser:
     return parser
 
 
+def comparison_parser() -> Parser:
+    """The arguments of `compare_results.py`, which reads no config file."""
+    parser = Parser("Test whether two evaluations differ, at each class count that both have.", _no_check)
+    for name in ("A", "B"):
+        text = "run folder of an evaluation, or its results.csv or results.json"
+        parser.add_argument(name.lower(), type=Path, metavar=name, help=text)
+    output = parser.add_argument_group("output")
+    parser.switch(output, "--json", "print JSON instead of a table")
+    return parser
+
+
 def _treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) -> None:
     parser.flag(
         group,
@@ -434,7 +530,7 @@ def _treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) 
         _known_treatment,
         default,
         "network: ANML (the released code's name for it is Neuromodulation) or OML",
-        shown=str(NETWORK["treatment"]),
+        shown=str(default or NETWORK["treatment"]),
         metavar="{ANML,Neuromodulation,OML}",
     )
 
@@ -506,6 +602,10 @@ def _commit(parser: Parser, group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _no_check(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Nothing contradicts."""
+
+
 def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
     if arguments.checkpoint and arguments.saved_model is None:
@@ -528,16 +628,36 @@ def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
         arguments.model_name = Path("Neuromodulation_Model.net" if anml else "OML_Model.net")
 
 
+def _check_pretraining(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other."""
+    if arguments.train_classes > arguments.num_classes:
+        parser.error(
+            f"--train_classes {arguments.train_classes} must not be larger than --num_classes "
+            f"{arguments.num_classes}"
+        )
+
+
 def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
-    if arguments.model is None and not arguments.scratch:
-        parser.error("give --model FILE, which mrcl_classification.py writes, or --scratch")
     if not arguments.freeze:
         if arguments.rln:
             parser.error(f"--no-freeze means --rln 0: drop it, or drop --rln {arguments.rln}")
         arguments.rln = 0
+    _apply_preset(parser, arguments)
+    if arguments.model is None and not arguments.scratch:
+        parser.error("give --model FILE, which mrcl_classification.py writes, or --scratch")
+    if arguments.model is not None:
+        twice = [str(path) for path in arguments.model if arguments.model.count(path) > 1]
+        if twice:
+            parser.error(f"--model names {twice[0]} twice")
+        if arguments.scratch and len(arguments.model) > 1:
+            parser.error("--scratch takes the network of one --model, not of several")
     if arguments.scratch and arguments.rln is None:
         arguments.rln = 0
+    if arguments.track_every and (arguments.iid or arguments.epoch > 1):
+        parser.error("--track_every follows classes learned one after another, once: drop --iid and --epoch")
+    for name in ("schedule", "lrs"):  # what is there twice would be done twice
+        setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
     longest = max(arguments.schedule)
     if longest > arguments.test_classes:
         parser.error(
@@ -552,6 +672,35 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
             setattr(arguments, name, None)
             notice = f"--{name} has no effect: the model file says which network it is"
             arguments.notices = (*arguments.notices, notice)
+
+
+def _apply_preset(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Set what `--treatment-preset` stands for, refuse typed flags that say otherwise, fill in the rest."""
+    if arguments.treatment_preset is not None:
+        row = TABLE[arguments.treatment_preset]
+        if arguments.reset and not row.scratch:
+            parser.error(f"--treatment-preset {row.name} keeps the weights it starts from: drop --reset")
+        # The paper gives Oracles of 1 and of 20 passes: their number is the user's.
+        epochs = arguments.epoch if row.iid and arguments.epoch else row.epochs
+        means = {"rln": row.rln, "scratch": row.scratch, "iid": row.iid, "epoch": epochs}
+        for name, value in means.items():
+            typed = getattr(arguments, name)
+            if typed is not None and typed != value:
+                parser.error(
+                    f"--treatment-preset {row.name} means {_flag(name, value)}, not {_flag(name, typed)}: "
+                    "drop one of them"
+                )
+            setattr(arguments, name, value)
+    for name, default in (("scratch", False), ("iid", False), ("epoch", 1)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
+def _flag(name: str, value: object) -> str:
+    """A setting as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def _config_tokens(parser: Parser, path: Path) -> list[str]:
@@ -571,37 +720,42 @@ def _tokens(parser: Parser, settings: Mapping[str, object], path: Path) -> list[
     for key, value in settings.items():
         if key not in parser.flags:
             parser.error(f"{path}: unknown key {key!r}; --help lists the flags")
-        token = _token(parser.flags[key], value)
+        spelled = _spelled(parser.flags[key], value)
         try:
-            parsed = getattr(parser.parse_args([token]), key)
+            parsed = getattr(parser.parse_args(spelled), key)
         except argparse.ArgumentError as error:
             parser.error(f"{path}: {key}: {error.message}")
         if not _same_kind(value, parsed):
-            parser.error(f"{path}: {key}: {value!r} is not {_KINDS.get(type(parsed), 'a text in quotes')}")
-        tokens.append(token)
+            kind = type(parsed[0]) if isinstance(parsed, list) else type(parsed)
+            several = "one or more of " if isinstance(parsed, list) else ""
+            parser.error(f"{path}: {key}: {value!r} is not {several}{_KINDS.get(kind, 'a text in quotes')}")
+        tokens += spelled
     return tokens
 
 
-def _token(action: argparse.Action, value: object) -> str:
-    """One token, so that a value which starts with a dash cannot be taken for a flag."""
+def _spelled(action: argparse.Action, value: object) -> list[str]:
+    """One token if it can be, so that a value which starts with a dash cannot be taken for a flag."""
+    option = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
-        return action.option_strings[1 if value is False else 0]
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"{action.option_strings[0]}={text}"
+        return [action.option_strings[1 if value is False else 0]]
+    if isinstance(value, list):
+        if action.nargs:
+            return [option, *map(str, value)]
+        value = ",".join(map(str, value))
+    return [f"{option}={value}"]
 
 
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    list: "a list of numbers",
 }
 
 
 def _same_kind(given: object, parsed: object) -> bool:
     """Whether a TOML value is of its flag's type: 1 may stand for 1.0, "1" and true may not."""
-    if isinstance(parsed, list):
-        return isinstance(given, list) and all(map(_same_kind, given, parsed))
+    if isinstance(parsed, list):  # of which one value alone is one as well
+        return all(map(_same_kind, given if isinstance(given, list) else [given], parsed))
     if isinstance(given, bool) or isinstance(parsed, bool):
         return given is parsed
     if isinstance(parsed, float):
@@ -682,6 +836,13 @@ def _several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [read(part) for part in parts]
 
     return read_all
+
+
+def _known_preset(text: str) -> str:
+    by_name = {name.lower(): name for name in TABLE}
+    if text.lower() not in by_name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(TABLE)}")
+    return by_name[text.lower()]
 
 
 def _known_treatment(text: str) -> str:

@@ -57,6 +57,37 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Accuracy on every class learned so far, over the course of one run: dark is forgotten.
+
+    Args:
+        rows: mappings with `seen` (classes learned by then), `position` (of a class, in the order of
+            learning), and `train` and `test` (accuracy on its images, 0 to 1). A picture row is one
+            time, a column one class; the panels are the images trained on and unseen ones.
+    """
+    times = sorted({int(row["seen"]) for row in rows})
+    accuracy = np.full((2, len(times), times[-1]), np.nan)
+    for row in rows:
+        accuracy[:, times.index(int(row["seen"])), int(row["position"])] = row["train"], row["test"]
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, values, name in zip(panels, accuracy, ("images trained on", "unseen images"), strict=True):
+        # A time's row reaches down from the time before, so that the vertical axis is to scale.
+        image = axes.pcolormesh(
+            np.arange(times[-1] + 1), [0, *times], 100 * values, cmap="gray", vmin=0, vmax=100
+        )
+        axes.set_facecolor("tab:blue")  # not yet learned
+        axes.invert_yaxis()
+        axes.set_ylabel("classes learned by then")
+        axes.set_title(f"{name} (blue: class not learned yet)", fontsize="medium")
+    panels[-1].set_xlabel("class, in the order of learning")
+    figure.colorbar(image, ax=panels, label="accuracy (%)")
+    return figure
+
+
 def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figure:
     """The gate of several images as rows of grey values, black where a feature is shut off.
 

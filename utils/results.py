@@ -5,16 +5,135 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from utils.errors import UserError
 from utils.files import write_text
 
 Row = Mapping[str, Any]
-"""One run: `classes`, `run`, `lr`, `test`, `train` (0 to 1), `above_chance` (classes)."""
+"""One run: `model` (its file), `classes`, `run`, `lr`, `test`, `train` (0 to 1), `above_chance` (classes)."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a results file holds.
+
+    Attributes:
+        rows: one per run: `classes` (int), `run` (int), `lr`, `test`, `train` (0 to 1),
+            `above_chance` (int, classes), `model` (file name; empty in files that do not say).
+        about: what `results.json` says beside the runs and their summary; empty without one.
+    """
+
+    rows: list[dict[str, Any]]
+    about: dict[str, Any]
+
+
+def read_results(path: Path) -> Results:
+    """Read and check what :func:`write_results` wrote.
+
+    Args:
+        path: a run folder; its `results.csv`, or another CSV of the same columns (a JSON of the same
+            name beside it tells `about`); or its `results.json`.
+
+    Raises:
+        UserError: no such file, or it is not a table of runs: wrong columns, a value of the wrong
+            kind or out of its range, a run twice, no runs at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "results.csv"
+        if not path.is_file():
+            raise UserError(f"{path.parent} holds no results.csv; evaluate_classification.py writes one")
+    if path.suffix == ".json":
+        about = _read_json(path)
+        found = about.get("runs")
+        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+            raise UserError(f"{path} is not a results.json: it holds no list of runs")
+        numbered = [(f"run {k}", row) for k, row in enumerate(found)]
+    else:
+        beside = path.with_suffix(".json")
+        about = _read_json(beside) if beside.is_file() else {}
+        reader = csv.DictReader(io.StringIO(_read(path)), strict=True)
+        try:
+            numbered = [(f"line {reader.line_num}", row) for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{path} is not a CSV file: {error}") from error
+    rows = [_checked(row, f"{path}, {where}") for where, row in numbered]
+    if not rows:
+        raise UserError(f"{path} holds no runs")
+    seen = set()
+    for row, (where, _) in zip(rows, numbered, strict=True):
+        run = (row["model"], row["classes"], row["run"])
+        if run in seen:
+            raise UserError(f"{path}, {where}: run {row['run']} of {row['classes']} classes is there twice")
+        seen.add(run)
+    return Results(rows, {key: value for key, value in about.items() if key not in ("runs", "summary")})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the results {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not a results file: it is not text") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a results.json: it holds a {type(content).__name__}")
+    return content
+
+
+def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        number = kind(text)
+        if not low <= number <= high:  # also false for NaN
+            raise ValueError
+        return number
+
+    return read
+
+
+_COLUMNS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "model": (str, "text"),
+    "classes": (_number(int, 1, math.inf), "a whole number of 1 or more"),
+    "run": (_number(int, 0, math.inf), "a whole number of 0 or more"),
+    "lr": (_number(float, math.ulp(0.0), 1e300), "a finite number above 0"),
+    "test": (_number(float, 0, 1), "an accuracy from 0 to 1"),
+    "train": (_number(float, 0, 1), "an accuracy from 0 to 1"),
+    "above_chance": (_number(int, 0, math.inf), "a whole number of 0 or more"),
+}
+"""How each column is read, and what it must hold."""
+
+
+def _checked(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """One row with its values read; texts from a CSV and values from a JSON pass the same checks."""
+    row = {"model": "", **row}
+    if row.keys() != _COLUMNS.keys():
+        given = ", ".join(sorted(str(key) for key in row if key is not None))
+        raise UserError(f"{where}: the columns should be {', '.join(_COLUMNS)}; they are {given}")
+    values = {}
+    for name, (read, kind) in _COLUMNS.items():
+        try:
+            values[name] = read(str(row[name]))
+        except ValueError:
+            raise UserError(f"{where}: {name} is {row[name]!r}, not {kind}") from None
+    if values["above_chance"] > values["classes"]:
+        raise UserError(
+            f"{where}: {values['above_chance']} classes above chance of {values['classes']} classes"
+        )
+    return values
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -32,22 +151,55 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return float(interval.low), float(interval.high)
 
 
+def cluster_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of all values by resampling groups, then values within each drawn group.
+
+    Runs of one model resemble each other, so that they say less of the treatment than as many runs
+    of different models would: the interval is one over models and trajectories (percentiles of 9,999
+    means). One group alone, or groups of one value, are resampled as in :func:`bootstrap_interval`.
+
+    Args:
+        groups: the values of each model; none is empty.
+    """
+    if len(groups) == 1:
+        return bootstrap_interval(groups[0], seed)
+    sizes = np.array([len(group) for group in groups])
+    if sizes.max() == 1 or len({value for group in groups for value in group}) < 2:
+        return bootstrap_interval([value for group in groups for value in group], seed)
+    values = np.zeros((len(groups), sizes.max()))
+    for row, group in zip(values, groups, strict=True):
+        row[: len(group)] = group
+    rng = np.random.default_rng(seed)
+    means = []
+    # In parts, since all resamples at once would take gigabytes.
+    for part in np.array_split(np.arange(9999), 1 + 9999 * values.size // 10**6):
+        drawn = rng.integers(len(groups), size=(len(part), len(groups), 1))
+        within = rng.random((len(part), *values.shape)) * sizes[drawn]
+        counted = np.arange(sizes.max()) < sizes[drawn]
+        picked = values[drawn, within.astype(int)] * counted
+        means.append(picked.sum((1, 2)) / counted.sum((1, 2)))
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    return float(low), float(high)
+
+
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Mean and 95% interval over the runs of each class count, in order of class count.
+    """Mean and 95% interval over the models and runs of each class count, in order of class count.
 
     Returns:
-        mappings with `classes`, `runs`, `lr` (that of the first run), `test`, `test_low`,
-        `test_high`, the same for `train`, and `above_chance` (mean number of classes whose test
-        accuracy is above chance).
+        mappings with `classes`, `models`, `runs` (of all models), `lr` (that of the first run),
+        `test`, `test_low`, `test_high` (see :func:`cluster_interval`), the same for `train`, and
+        `above_chance` (mean number of classes whose test accuracy is above chance).
     """
     summary = []
     for classes in sorted({row["classes"] for row in rows}):
         runs = [row for row in rows if row["classes"] == classes]
-        line: dict[str, Any] = {"classes": classes, "runs": len(runs), "lr": runs[0]["lr"]}
+        models = list(dict.fromkeys(row.get("model", "") for row in runs))
+        line: dict[str, Any] = {"classes": classes, "models": len(models), "runs": len(runs)}
+        line["lr"] = runs[0]["lr"]
         for key in ("test", "train"):
-            values = [row[key] for row in runs]
-            line[key] = float(np.mean(values))
-            line[f"{key}_low"], line[f"{key}_high"] = bootstrap_interval(values)
+            groups = [[row[key] for row in runs if row.get("model", "") == model] for model in models]
+            line[key] = float(np.mean([row[key] for row in runs]))
+            line[f"{key}_low"], line[f"{key}_high"] = cluster_interval(groups)
         line["above_chance"] = float(np.mean([row["above_chance"] for row in runs]))
         summary.append(line)
     return summary
@@ -71,6 +223,32 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def compare(a: Sequence[Row], b: Sequence[Row]) -> list[dict[str, Any]]:
+    """Two-sided Mann-Whitney U test between two results at each class count that both have.
+
+    The paper's test. It takes all runs of all models of a result for independent.
+
+    Returns:
+        mappings with `classes`, `runs_a`, `runs_b`, and for `key` of `test` and `train`: `key_a` and
+        `key_b` (mean accuracies, 0 to 1), `key_u` (U of `a`: pairs of runs in which `a` is better,
+        ties counting half) and `key_p` (probability of such a U, or one further from the middle,
+        if both were alike). In order of class count; empty if they have none in common.
+    """
+    from scipy import stats  # a second to import
+
+    lines = []
+    for classes in sorted({row["classes"] for row in a} & {row["classes"] for row in b}):
+        runs = [[row for row in rows if row["classes"] == classes] for rows in (a, b)]
+        line: dict[str, Any] = {"classes": classes, "runs_a": len(runs[0]), "runs_b": len(runs[1])}
+        for key in ("test", "train"):
+            of_a, of_b = ([row[key] for row in rows] for rows in runs)
+            line |= {f"{key}_a": float(np.mean(of_a)), f"{key}_b": float(np.mean(of_b))}
+            found = stats.mannwhitneyu(of_a, of_b, alternative="two-sided")
+            line |= {f"{key}_u": float(found.statistic), f"{key}_p": float(found.pvalue)}
+        lines.append(line)
+    return lines
+
+
 def write_results(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
     """Write `results.csv` and `results.json` into `folder`, each whole or not at all.
 
@@ -81,10 +259,19 @@ def write_results(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -
     Raises:
         UserError: a file cannot be written.
     """
+    write_table(folder / "results.csv", rows)
+    content = {**about, "summary": summarise(rows), "runs": list(rows)}
+    write_text(folder / "results.json", json.dumps(content, indent=2) + "\n")
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows of equal keys as a CSV file, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "results.csv", text.getvalue())
-    content = {**about, "summary": summarise(rows), "runs": list(rows)}
-    write_text(folder / "results.json", json.dumps(content, indent=2) + "\n")
+    write_text(path, text.getvalue())

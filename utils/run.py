@@ -215,7 +215,7 @@ class Run:
         manifest = (extra or {}).get("manifest")
         if config.get("manifest") != manifest:
             raise UserError(
-                f"the data are not those of {folder}: manifest {manifest}, then {config.get('manifest')}"
+                f"the data is not that of {folder}: manifest {manifest}, then {config.get('manifest')}"
             )
         for name in ("config.json", "metrics.csv", "model.net", "state.pt"):
             remove_drafts(folder / name)

@@ -1,0 +1,85 @@
+"""The treatments of the paper's meta-test, one row each: which network, whose weights, what learns.
+
+`--treatment-preset NAME` sets the flags of a row; an evaluation without it is named by its row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Weights = Literal["meta-trained", "pretrained", "random"]
+"""How weights were made: by `mrcl_classification.py`, `pretrain_classification.py`, not at all."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """One row of the table.
+
+    Attributes:
+        name: as the paper calls it.
+        network: entry of `modelfactory.NETWORKS`; None for any.
+        weights: what meta-test starts from. Random weights are drawn anew for each run, all others
+            keep everything but the head.
+        rln: layers frozen at meta-test; see `modelfactory.trained_parameters`.
+        trained: what learns at meta-test, for people.
+        iid: the stream is shuffled (an Oracle) instead of class after class.
+        epochs: passes over the stream. The paper's Oracles make 1 or 20, all others 1.
+    """
+
+    name: str
+    network: str | None
+    weights: Weights
+    rln: int
+    trained: str
+    iid: bool = False
+    epochs: int = 1
+
+    @property
+    def scratch(self) -> bool:
+        """Whether every trained layer starts from random weights."""
+        return self.weights == "random"
+
+
+# Paper, section 4 and its supplement. Pretrain is its Pretrain & Transfer.
+_SEQUENTIAL = (
+    Treatment("ANML", "ANML", "meta-trained", 13, "head"),
+    Treatment("ANML-FT:PLN", "ANML", "meta-trained", 7, "all of the prediction network"),
+    Treatment("ANML-FT:PLN+NM-out", "ANML", "meta-trained", 6, "that and the gate's layer"),
+    Treatment("ANML-Unlimited", "ANML", "meta-trained", 0, "everything"),
+    Treatment("OML", "OML", "meta-trained", 6, "both linear layers"),
+    Treatment("OML-OLFT", "OML", "meta-trained", 7, "last linear layer"),
+    Treatment("OML-Unlimited", "OML", "meta-trained", 0, "everything"),
+    Treatment("Pretrain", "OML", "pretrained", 6, "both linear layers"),
+    Treatment("Scratch", None, "random", 0, "everything"),
+)
+TABLE: dict[str, Treatment] = {row.name: row for row in _SEQUENTIAL} | {
+    f"{row.name}-Oracle": replace(row, name=f"{row.name}-Oracle", iid=True) for row in _SEQUENTIAL
+}
+"""All treatments by name; `<name>-Oracle` is the same on a shuffled stream."""
+
+
+def describe(
+    network: str, weights: Weights, rln: int, *, iid: bool = False, epochs: int = 1, reset: bool = False
+) -> str:
+    """The name of what an evaluation does: equal names, equal treatments.
+
+    That of a row of the table, `-Oracle` included, followed by the passes if they are not one. What
+    has no row is spelled out: `ANML --rln 9`.
+
+    Args:
+        network, weights, rln, iid, epochs: see :class:`Treatment`.
+        reset: every trained layer starts anew, although there are weights to start from.
+    """
+    if reset and rln == 0:  # nothing is left of the weights
+        weights, reset = "random", False
+    kind = "" if weights == "meta-trained" else f" ({weights})"
+    name = f"{network}{kind} --rln {rln}"
+    for row in _SEQUENTIAL:
+        if row.network in (network, None) and (row.weights, row.rln) == (weights, rln):
+            name = row.name
+    if reset:
+        name += " --reset"
+    if iid:
+        name += "-Oracle"
+    return name if epochs == 1 else f"{name}, {epochs} epochs"

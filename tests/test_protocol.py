@@ -1,0 +1,373 @@
+"""The protocol of an evaluation: treatments, several models, kills and what is resumed, tracking."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import evaluate_classification
+import model.meta_test
+from datasets.samplers import Task, sample_task
+from model.meta_test import MetaTest, Score, Track, Trial, best_rate
+from model.modelfactory import build
+from model.treatments import TABLE
+from utils.checkpoint import save_checkpoint
+from utils.errors import UserError
+from utils.journal import COLUMNS, Journal, Key
+from utils.results import read_results
+
+ROOT = Path(__file__).parents[1]
+WIDTHS = {
+    "ANML": {"nm_channels": 4, "pln_channels": 4, "num_classes": 20},
+    "OML": {"pln_channels": 4, "num_classes": 20},
+}
+TINY = "--dataset glyphs --test_classes 10 --threads 1 --name e"
+SHORT = "--schedule 2 --runs 1 --lr 0.001"
+
+Evaluate = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of untrained models: `ANML.net`, `ANML1.net`, `ANML2.net`, `OML.net` and `Pretrain.net`."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("ANML", "ANML1", "ANML2", "OML", "Pretrain")):
+        kind = "ANML" if name.startswith("ANML") else "OML"
+        net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(seed))
+        arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
+        save_checkpoint(folder / f"{name}.net", kind, net.widths, net.state_dict(), arguments, 0)
+    return folder
+
+
+@pytest.fixture
+def evaluate(models: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    """Runs the script in this process, beside the models; returns the latest run folder."""
+    for path in models.glob("*.net"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+    def run(flags: str) -> Path:
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate_classification.py", *flags.split(), f"--cache_dir={cache}"]
+        )
+        evaluate_classification.main()
+        return max(Path("runs").iterdir(), key=lambda folder: int(folder.name.rpartition("_")[2]))
+
+    return run
+
+
+def refused(run: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line that a command ends with, of the parser or of a UserError."""
+    capsys.readouterr()
+    with pytest.raises((UserError, SystemExit)) as ended:
+        run()
+    if isinstance(ended.value, UserError):
+        return str(ended.value)
+    assert isinstance(ended.value, SystemExit)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(folder: Path) -> tuple[list[dict[str, Any]], Any, Any]:
+    """What an evaluation found, without what tells one run folder from another."""
+    results = json.loads((folder / "results.json").read_text())
+    return read_results(folder).rows, results["summary"], results["search"]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_treatment_runs_and_is_recorded(name: str, evaluate: Evaluate) -> None:
+    row = TABLE[name]
+    file = "Pretrain.net" if row.weights == "pretrained" else f"{row.network}.net"
+    # Scratch needs no model, but takes the shape of one, here a small one.
+    model = "--model ANML.net" if row.scratch else f"--model {file}"
+    folder = evaluate(f"{TINY} {SHORT} {model} --treatment-preset {name}")
+    results = read_results(folder)
+    assert (results.about["treatment"], results.about["rln"]) == (name, row.rln)
+    assert results.about["models"][0]["weights"] == row.weights
+    assert [line["model"] for line in results.rows] == ["scratch" if row.scratch else file]
+
+
+def test_without_a_preset_the_name_is_found(evaluate: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, name in (
+        ("--model ANML.net", "ANML"),
+        ("--model ANML.net --rln 6 --iid --epoch 2", "ANML-FT:PLN+NM-out-Oracle, 2 epochs"),
+        ("--model Pretrain.net", "Pretrain"),
+        ("--model ANML.net --scratch", "Scratch"),
+    ):
+        assert read_results(evaluate(f"{TINY} {SHORT} {flags}")).about["treatment"] == name
+    assert "treatment Scratch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        ("--model OML.net --treatment-preset ANML", ["ANML", "OML.net holds meta-trained OML"]),
+        ("--model OML.net --treatment-preset Pretrain", ["pretrained OML", "meta-trained OML"]),
+        ("--model Pretrain.net --treatment-preset OML", ["meta-trained OML", "pretrained OML"]),
+        ("--model OML.net --rln 13", ["--rln 13", "OML"]),
+        ("--model ANML.net OML.net", ["one treatment", "OML.net"]),
+        ("--model OML.net Pretrain.net", ["one treatment", "Pretrain.net"]),
+        ("--model ANML.net nowhere.net", ["nowhere.net"]),
+        ("--resume nowhere", ["nowhere"]),
+    ],
+)
+def test_models_that_do_not_fit(
+    flags: str, messages: list[str], evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(lambda: evaluate(f"{TINY} {SHORT} {flags}"), capsys)
+    assert all(message in line for message in messages)
+    assert not Path("runs").exists()
+
+
+def test_draws_of_search_and_report_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All draws of one evaluation differ, and a draw is the same for all learning rates."""
+    drawn: list[bytes] = []
+
+    def spy(*args: Any, **options: Any) -> Task:
+        task = sample_task(*args, **options)
+        drawn.append(torch.cat([task.train, task.test], 1).numpy().tobytes())
+        return task
+
+    monkeypatch.setattr(model.meta_test, "sample_task", spy)
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(10, 20, 1, 28, 28), 13, seed=0)
+    for purpose in model.meta_test.PURPOSES:
+        for draw in range(10):
+            for lr in (0.1, 0.01):
+                meta_test.score(2, lr, purpose, draw)
+    assert drawn[0::2] == drawn[1::2]
+    assert len(set(drawn)) == 30
+
+
+def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evaluate) -> None:
+    search = "--schedule 2 --runs 2 --lrs 0.01 0.001 --lr_search_runs 1"
+    together = evaluate(f"{TINY} {search} --model ANML.net ANML1.net")
+    rows, (line,), trials = numbers(together)
+    assert [(row["model"], row["run"]) for row in rows] == [
+        *(("ANML.net", 0), ("ANML.net", 1), ("ANML1.net", 0), ("ANML1.net", 1)),
+    ]
+    assert (line["models"], line["runs"], len({row["lr"] for row in rows})) == (2, 4, 1)
+    assert line["test"] == pytest.approx(sum(row["test"] for row in rows) / 4)
+    assert sorted({trial["model"] for trial in trials}) == ["ANML.net", "ANML1.net"]
+    assert "for each of 2 models" in read_results(together).about["lr_chosen"]
+    assert read_results(together).about["models"][0]["name"] == "ANML.net"
+    # The first model's first run is that of the model alone.
+    alone = numbers(evaluate(f"{TINY} {search} --model ANML.net --lr {rows[0]['lr']}"))[0]
+    assert alone[0] == rows[0]
+    assert alone[1] != rows[1]
+
+
+def test_the_rate_that_wins_most_draws_of_all_models() -> None:
+    def trial(model: str, draw: int, lr: float, train: float) -> Trial:
+        return Trial(draw, lr, Score(0, train, 0), model)
+
+    # 0.1 has the best mean, 0.01 wins both draws of the second model and one of the first.
+    trials = [
+        *(
+            trial("a", 0, 0.1, 0.9),
+            trial("a", 0, 0.01, 0.1),
+            trial("a", 1, 0.1, 0.4),
+            trial("a", 1, 0.01, 0.5),
+        ),
+        *(
+            trial("b", 0, 0.1, 0.4),
+            trial("b", 0, 0.01, 0.5),
+            trial("b", 1, 0.1, 0.4),
+            trial("b", 1, 0.01, 0.5),
+        ),
+    ]
+    assert best_rate(trials, "train") == 0.01
+    assert best_rate(trials[:2], "train") == 0.1
+
+
+SEARCH = "--schedule 2 3 --runs 4 --lrs 0.01 0.003 0.001 --lr_search_runs 5 --model ANML.net ANML1.net"
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_numbers(
+    evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(f"{TINY} {SEARCH} --track_every 1")
+    killed = Path("runs/e_1")
+    flags = f"{TINY} {SEARCH} --track_every 1".split()
+    for lines in (10, 45):  # within the first search, and within the second
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "evaluate_classification.py"), *flags, f"--cache_dir={cache}"],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        deadline = time.monotonic() + 120
+        while not (killed / "scores.csv").exists() or len(table(killed)) < lines:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        flags = ["--resume", str(killed)]
+    known = table(killed)
+    assert lines <= len(known) < len(table(whole))
+    with (killed / "scores.csv").open("a") as file:
+        file.write("search,ANML.net,3,0,0.")  # as a full disk would tear a line
+
+    made: list[tuple[Any, ...]] = []
+    original = MetaTest.score
+
+    def counted(self: MetaTest, *arguments: Any) -> Score:
+        made.append(arguments)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(MetaTest, "score", counted)
+    evaluate(f"--resume {killed}")
+    assert numbers(killed) == numbers(whole)
+    assert table(killed) == table(whole)
+    assert len(made) == len(table(whole)) - len(known)
+    for name in ("results.csv", "metrics.csv", "forgetting_2.csv", "forgetting_3.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert len(json.loads((killed / "config.json").read_text())["resumed"]) == 2
+
+    # Once more, and nothing is left to do; more runs and class counts add to what there is.
+    made.clear()
+    evaluate(f"--resume {killed}")
+    assert not made
+    evaluate(f"--resume {killed} --runs 5 --schedule 2 --model {Path.cwd()}/ANML.net ANML1.net")
+    assert len(made) == 2
+    rows = read_results(killed).rows
+    assert [row for row in rows if row["run"] < 4] == [
+        row for row in numbers(whole)[0] if row["classes"] == 2
+    ]
+
+
+def test_what_would_change_numbers_is_refused_by_name(
+    evaluate: Evaluate, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = evaluate(f"{TINY} --schedule 2 --runs 1 --lr_search_runs 1 --lrs 0.1 --model ANML.net")
+    before = (folder / "scores.csv").read_bytes()
+    for flags, message in (
+        ("--rln 7", "--rln is 7 and was 13"),
+        ("--seed 1", "--seed is 1 and was 222"),
+        ("--lrs 0.1 0.2", "--lrs is [0.1, 0.2] and was [0.1]"),
+        ("--lr 0.1", "--lr is 0.1 and was None"),
+        ("--iid", "--iid"),
+        ("--epoch 2", "--epoch"),
+        ("--split dataset", "--split"),
+        ("--class_order dataset", "--class_order"),
+        ("--test", "--test"),
+        ("--test_classes 11", "--test_classes"),
+        ("--lr_search_runs 2", "--lr_search_runs"),
+        ("--lr_search_split background", "--lr_search_split"),
+        ("--dataset omniglot", "--dataset"),
+        ("--glyph_seed 1", "--glyph_seed"),
+        ("--track_every 1", "--track_every"),
+        ("--model ANML1.net", "ANML1.net is another file"),
+        ("--model ANML.net ANML1.net", "2 files"),
+    ):
+        line = refused(lambda flags=flags: evaluate(f"--resume {folder} {flags}"), capsys)  # type: ignore[misc]
+        assert message in line
+        assert "--resume" in line
+    Path("ANML.net").write_bytes((models / "ANML1.net").read_bytes())
+    assert "has changed since" in refused(lambda: evaluate(f"--resume {folder}"), capsys)
+    Path("ANML.net").write_bytes((models / "ANML.net").read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    for damage, message in (
+        ({"manifest": "0" * 64}, "manifest"),
+        ({"models": None}, "--model"),
+        ({"models": [5]}, "ANML.net is another file"),
+        ({"arguments": {"steps": 5}}, "unknown key 'steps'"),
+        ({"arguments": []}, "config.json"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **damage}))
+        assert message in refused(lambda: evaluate(f"--resume {folder}"), capsys)
+    assert (folder / "scores.csv").read_bytes() == before
+
+
+def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
+    path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
+    score = Score(1 / 3, 0.1 + 0.2, 7)
+    with Journal(path) as journal:
+        assert journal.score(key, lambda: score) == score
+        assert path.read_bytes().endswith(b"7\n")  # on disk before the next one
+    whole = path.read_bytes()
+    for torn in range(len(whole)):
+        path.write_bytes(whole[:torn])
+        with Journal(path) as journal:
+            assert journal.known == {}
+            journal.score(key, lambda: score)
+        assert path.read_bytes() == whole
+    with Journal(path) as journal:
+        assert journal.score(key, lambda: pytest.fail("computed again")) == score
+        other = key._replace(lr=0.0009)
+        assert journal.score(other, lambda: Score(0, 0, 0)) == Score(0, 0, 0)
+    with Journal(path) as journal:
+        assert journal.known == {key: score, other: Score(0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step,loss\n1,2\n", "columns"),
+        (f"{','.join(COLUMNS)}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2"),
+        (f"{','.join(COLUMNS)}\nlunch,a,2,0,0.1,0.5,0.5,1\n", "line 2"),
+        (f"{','.join(COLUMNS)}\nsearch,a,2,0,x,0.5,0.5,1\n", "line 2"),
+        ("\xff\x00\n", "s.csv"),
+    ],
+)
+def test_a_journal_of_something_else(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        Journal(path)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.parametrize("rln", [0, 7, 13])
+def test_tracking_leaves_the_numbers_alone(rln: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = build("ANML", WIDTHS["ANML"], generator)
+    meta_test = MetaTest(net, torch.randn(10, 20, 1, 28, 28, generator=generator), rln, seed=0)
+    track = Track(every=2)
+    score = meta_test.score(5, 0.01, "report", 0, track)
+    assert score == meta_test.score(5, 0.01, "report", 0)
+    moments = [(row["seen"], row["position"]) for row in track.rows]
+    assert moments == [(seen, position) for seen in (2, 4, 5) for position in range(seen)]
+    last = [row for row in track.rows if row["seen"] == 5]
+    assert sum(row["test"] for row in last) / 5 == pytest.approx(score.test)
+    assert sum(row["train"] for row in last) / 5 == pytest.approx(score.train)
+    assert len({row["class"] for row in last}) == 5
+    # Whoever has learned two classes only knows as much of them as was measured at that time.
+    assert [row["class"] for row in track.rows[:2]] == [row["class"] for row in last[:2]]
+    with pytest.raises(ValueError, match="one class after another"):
+        MetaTest(net, meta_test.images, rln, 0, iid=True).score(2, 0.01, "report", 0, track)
+
+
+def test_a_tracked_evaluation_leaves_table_and_picture(evaluate: Evaluate) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = f"{TINY} --schedule 2 5 --runs 2 --lr 0.01 --model ANML.net"
+    plain, tracked = evaluate(flags), evaluate(f"{flags} --track_every 2")
+    assert read_results(plain).rows == read_results(tracked).rows
+    assert not list(plain.glob("forgetting*"))
+    with (tracked / "forgetting_5.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["seen", "position", "class", "train", "test"]
+    assert len(rows) == 2 + 4 + 5
+    first = read_results(tracked).rows[2]
+    assert sum(float(row["test"]) for row in rows[-5:]) / 5 == pytest.approx(first["test"])
+    assert (tracked / "forgetting_5.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(tracked))
+    events.Reload()
+    assert {"meta_test/forgetting_2", "meta_test/forgetting_5"} <= set(events.Tags()["images"])

@@ -1,0 +1,118 @@
+"""The models that an evaluation tests: read, of one treatment, known by their content."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from model.modelfactory import Network, build, restore
+from model.treatments import TABLE, Weights
+from utils.arguments import network_widths, read_config
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+log = logging.getLogger("anml")
+
+
+class Model(NamedTuple):
+    """One model to test.
+
+    Attributes:
+        name: its column `model` in the results: the file as it was typed, or `scratch`.
+        net: on the device of `load_models`.
+        weights: how they were made.
+        sha256: of the file, hexadecimal; empty without one.
+    """
+
+    name: str
+    net: Network
+    weights: Weights
+    sha256: str
+
+    def about(self) -> dict[str, str]:
+        """What a run folder says of it."""
+        return {"name": self.name, "weights": self.weights, "sha256": self.sha256}
+
+
+def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
+    """The models of `--model`; for `--scratch` one new network, of the shape of `--model` if that is given.
+
+    Raises:
+        UserError: a file is unreadable, or the models are not all of one treatment, that of
+            `--treatment-preset` if it is given.
+    """
+    if args.scratch:
+        name, widths = args.treatment, network_widths(args)
+        if args.model:
+            shape = _load(args.model[0]).net
+            name, widths = type(shape).__name__, shape.widths
+        net = build(name, widths, torch.Generator().manual_seed(args.seed))
+        models = [Model("scratch", net, "random", "")]
+    else:
+        models = [_load(path) for path in args.model]
+    first = models[0]
+    for model in models[1:]:
+        if (_kind(model), model.net.widths) != (_kind(first), first.net.widths):
+            raise UserError(
+                f"--model takes models of one treatment: {first.name} holds {_kind(first)} of "
+                f"{first.net.widths}, {model.name} holds {_kind(model)} of {model.net.widths}"
+            )
+    if args.treatment_preset is not None:
+        row = TABLE[args.treatment_preset]
+        if row.network not in (type(first.net).__name__, None) or row.weights != first.weights:
+            raise UserError(
+                f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
+                f"{first.name} holds {_kind(first)}"
+            )
+    return [model._replace(net=model.net.to(device)) for model in models]
+
+
+def match_earlier(models: list[Model], data: Mapping[str, str], folder: Path) -> list[Model]:
+    """The models under the names that the evaluation in a run folder gave them.
+
+    Args:
+        data: what `load_pool` says of the data in use, as `config.json` has it.
+        folder: of the evaluation that is resumed.
+
+    Raises:
+        UserError: models or data are not those of the folder, by content.
+    """
+    config = read_config(folder)
+    for key, value in data.items():
+        if config.get(key) != value:
+            raise UserError(f"--resume {folder}: its {key} was {config.get(key)}, and is now {value}")
+    recorded = config.get("models")
+    if not isinstance(recorded, list) or len(recorded) != len(models):
+        raise UserError(f"--resume {folder}: --model names {len(models)} files, not those it was begun with")
+    matched = []
+    for model, before in zip(models, recorded, strict=True):
+        if not isinstance(before, dict) or before.get("sha256") != model.sha256:
+            raise UserError(
+                f"--resume {folder}: --model {model.name} is another file than the one it was begun with, "
+                f"or has changed since: its sha256 is {model.sha256}"
+            )
+        matched.append(model._replace(name=str(before.get("name"))))
+    return matched
+
+
+def weights_of(arguments: Mapping[str, Any]) -> Weights:
+    """How the weights of a model file were made, from the arguments in it."""
+    return "pretrained" if arguments.get("weights") == "pretrained" else "meta-trained"
+
+
+def _load(path: Path) -> Model:
+    saved = load_checkpoint(path)
+    log.info("%s: %s after %d steps", path, saved.network, saved.step)
+    net = restore(saved.network, saved.widths, saved.state_dict, str(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Model(str(path), net, weights_of(saved.arguments), sha256)
+
+
+def _kind(model: Model) -> str:
+    return f"{model.weights} {type(model.net).__name__}"
