@@ -279,7 +279,7 @@ def training_parser() -> Parser:
     parser.flag(
         run,
         "--model_name",
-        Path,
+        _path,
         None,
         "file for the trained weights",
         shown="Neuromodulation_Model.net, OML_Model.net for OML",
@@ -287,7 +287,7 @@ def training_parser() -> Parser:
     )
     run.add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         metavar="RUN",
         help="run folder of an interrupted run, to go on from its last training state with its own "
         "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
@@ -299,7 +299,7 @@ def training_parser() -> Parser:
     parser.flag(
         run,
         "--saved_model",
-        Path,
+        _path,
         None,
         "model file to start from, with --checkpoint",
         shown="none",
@@ -349,7 +349,7 @@ def pretraining_parser() -> Parser:
 
     run = _run(parser, name="pretrain", seed=9)
     default = "Pretrain_Model.net"
-    parser.flag(run, "--model_name", Path, Path(default), "file for the trained weights", metavar="FILE")
+    parser.flag(run, "--model_name", _path, Path(default), "file for the trained weights", metavar="FILE")
     return parser
 
 
@@ -369,7 +369,7 @@ def evaluation_parser() -> Parser:
     parser.flag(
         method,
         "--model",
-        Path,
+        _path,
         None,
         "model file that mrcl_classification.py or pretrain_classification.py wrote; of several, "
         "each is tested on draws of its own, and all of them are one row of the results",
@@ -459,7 +459,7 @@ def evaluation_parser() -> Parser:
     )
     evaluation.add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         metavar="RUN_FOLDER",
         help="go on with an evaluation that was interrupted, in its run folder and with its arguments: "
         "what it measured is not measured again; --runs and --schedule may ask for more (default: none)",
@@ -517,7 +517,7 @@ def comparison_parser() -> Parser:
     parser = Parser("Test whether two evaluations differ, at each class count that both have.", _no_check)
     for name in ("A", "B"):
         text = "run folder of an evaluation, or its results.csv or results.json"
-        parser.add_argument(name.lower(), type=Path, metavar=name, help=text)
+        parser.add_argument(name.lower(), type=_path, metavar=name, help=text)
     output = parser.add_argument_group("output")
     parser.switch(output, "--json", "print JSON instead of a table")
     return parser
@@ -558,7 +558,7 @@ def _data(parser: Parser) -> None:
     parser.flag(
         group,
         "--dataset-path",
-        Path,
+        _path,
         Path("data"),
         "folder that holds Omniglot's zips or folders, or that they are downloaded to",
         metavar="DIR",
@@ -566,7 +566,7 @@ def _data(parser: Parser) -> None:
     parser.flag(
         group,
         "--cache_dir",
-        Path,
+        _path,
         Path("data/cache"),
         "folder for the decoded images",
         metavar="DIR",
@@ -577,7 +577,7 @@ def _data(parser: Parser) -> None:
 def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("run")
     parser.flag(group, "--name", _folder_name, name, "name of the run folder, which a number is added to")
-    parser.flag(group, "--runs_dir", Path, Path("runs"), "folder of run folders", metavar="DIR")
+    parser.flag(group, "--runs_dir", _path, Path("runs"), "folder of run folders", metavar="DIR")
     parser.flag(group, "--seed", _SEED, seed, "seed of all random draws, 0 to 2**32-1")
     parser.flag(
         group,
@@ -589,7 +589,7 @@ def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
     parser.flag(group, "--threads", _whole(1), None, "CPU threads", shown="torch's choice")
     group.add_argument(
         "--config",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="TOML file of flags, which flags typed here override (default: none)",
     )
@@ -858,7 +858,22 @@ def _device(text: str) -> str:
     return device
 
 
+def _path(text: str) -> Path:
+    if not _is_text(text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a file's name")
+    return Path(text)
+
+
+def _is_text(text: str) -> bool:
+    """Whether a name can be given to the system and written in a log: no NUL, no stray bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
 def _folder_name(text: str) -> str:
-    if not text.strip(". ") or re.search(r"[/\\\0]", text):
+    if not _is_text(text) or not text.strip(". ") or re.search(r"[/\\\0]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
     return text

@@ -81,9 +81,9 @@ def check_writable(path: Path) -> None:
         UserError: its folder cannot be written, or it is a folder itself.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
     try:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
