@@ -5,6 +5,7 @@
     python mrcl_classification.py --config configs/anml_first_order.toml     # as released
     python mrcl_classification.py --dataset glyphs --steps 100               # without any data
     python mrcl_classification.py --resume runs/mrcl_omniglot_0              # go on after an interruption
+    torchrun --nproc_per_node 2 mrcl_classification.py --meta_batch 2        # two processes, two GPUs
 
 Each step draws a class, learns its 20 images one by one, and improves the weights it started from so
 that afterwards these images and 64 others of all classes are classified right.
@@ -25,10 +26,11 @@ from datasets import load_pool
 from datasets.samplers import sample_trajectory
 from model.meta_learner import MetaLearner, active_fraction, gather
 from model.meta_test import MetaTest
-from model.modelfactory import Network, build, restore
+from model.modelfactory import Network, build, fingerprint, restore
 from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.device import choose_device
+from utils.distributed import join, launched
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
@@ -119,11 +121,11 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
                 remembered, _ = gather(images, trajectories[0].query[: args.remember])
                 statistics = gate_statistics(net, remembered)
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
-            if args.eval_every and step % args.eval_every == 0:
+            if args.eval_every and step % args.eval_every == 0 and learner.group.first:
                 validate(run, net, images, step, args.eval_classes)
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
-            if interrupt.requested:
+            if interrupt.agree(learner.group):
                 break
     return progress.step
 
@@ -132,6 +134,8 @@ def stop_diverged(
     args: argparse.Namespace, run: Run, learner: MetaLearner, step: int, loss: float
 ) -> NoReturn:
     """Keep the weights before `step`, whose loss or gradient is not finite, and end the run."""
+    if not learner.group.first:
+        sys.exit(2)  # the first process says why
     try:
         save(args, run, learner, step - 1)
         kept = f"the state before it is in {run.folder}"
@@ -146,6 +150,8 @@ def stop_diverged(
 
 def save(args: argparse.Namespace, run: Run, learner: MetaLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
+    if not learner.group.first:
+        return
     net = learner.net
     model = type(net).__name__, net.widths, net.state_dict()
     run.sync()
@@ -159,13 +165,20 @@ def main() -> None:
     args = parse(training_parser())
     log_to_terminal()
     device = choose_device(args.device, args.threads)
+    group = join(device)
+    if args.meta_batch < group.size:
+        raise UserError(f"--meta_batch {args.meta_batch} is too few for {group.size} processes to share")
     state = load_state(args.resume) if args.resume else None
     done = state.step if state else 0
     if done > args.steps:
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
-    check_writable(args.model_name)
-    images, about = load_pool(args, "background", args.train_classes, net.head.out_features, device)
+    if group.first:
+        check_writable(args.model_name)
+    outputs = net.head.out_features
+    images, about = group.one_before_others(
+        lambda: load_pool(args, "background", args.train_classes, outputs, device)
+    )
     learner = MetaLearner(
         net.to(device),
         images,
@@ -175,15 +188,18 @@ def main() -> None:
         rln=args.rln,
         first_order=args.first_order,
         reset=args.reset,
+        group=group,
     )
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume))
+    group.check_same("weights", fingerprint(net))
     extra = {"device": str(device), **about}
-    with Interrupt() as interrupt, open_run(args, done, extra) as run:
+    with Interrupt(patient=launched()) as interrupt, open_run(args, done, extra) as run:
         log.info("run folder %s, device %s", run.folder, device)
         step = train(args, run, learner, interrupt, done)
         save(args, run, learner, step)
         log.info("step %d of %d: model written to %s", step, args.steps, args.model_name)
+        group.leave()
     if step < args.steps:
         sys.exit(interrupt.exit_code)
 

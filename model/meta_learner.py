@@ -17,6 +17,7 @@ from datasets.samplers import Trajectory
 from model.kernels import SharedLinear
 from model.modelfactory import Network, State, redraw, trained_parameters
 from model.optimizer import Adam
+from utils.distributed import Group
 
 Weights = dict[str, Tensor]
 """Fast weights: the parameters that the inner loop trains, by name."""
@@ -248,6 +249,7 @@ class MetaLearner:
         rln: layers that the inner loop leaves alone; the outer step trains everything.
         first_order: treat inner gradients as constants.
         reset: draw the sampled classes' rows of the head anew before each trajectory.
+        group: processes that share the trajectories of a step.
     """
 
     def __init__(
@@ -261,8 +263,10 @@ class MetaLearner:
         rln: int,
         first_order: bool = False,
         reset: bool = True,
+        group: Group | None = None,
     ) -> None:
         self.net = net
+        self.group = group or Group()
         self.images = images
         self.generator = generator
         self.update_lr = update_lr
@@ -283,7 +287,8 @@ class MetaLearner:
 
         The rows are drawn anew in the meta-weights themselves and for good, so that a class the
         network has met before cannot be remembered in the head; bias and Adam moments stay
-        (released code, `reset_classifer`). Those of all trajectories are drawn before the first.
+        (released code, `reset_classifer`). Those of all trajectories are drawn before the first, in
+        all processes, which then share the trajectories; there are no fewer of these.
 
         Returns:
             means over the trajectories.
@@ -293,7 +298,7 @@ class MetaLearner:
             redraw(self.net.head.weight, self.generator, rows=rows)
         self.net.zero_grad(set_to_none=True)
         results = []
-        for trajectory in trajectories:
+        for trajectory in self.group.share(trajectories):
             query, labels = gather(self.images, trajectory.query)
             results.append(
                 meta_gradient(
@@ -306,11 +311,14 @@ class MetaLearner:
                     first_order=self.first_order,
                 )
             )
-        if len(results) == 1:
+        if len(trajectories) == 1:
             return results[0]
-        for weight in self.net.parameters():
-            weight.grad = self._gradient(weight) / len(results)
-        return MetaStep(*(torch.stack(values).mean(0) for values in zip(*results, strict=True)))
+        weights = list(self.net.parameters())
+        slopes = self.group.sum([self._gradient(weight) for weight in weights])
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.grad = slope / len(trajectories)
+        sums = self.group.sum([torch.stack(values).sum(0) for values in zip(*results, strict=True)])
+        return MetaStep(*(value / len(trajectories) for value in sums))
 
     def finite(self) -> bool:
         """Whether the meta-gradient in `.grad` is; waits for the device."""

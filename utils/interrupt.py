@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+from utils.distributed import Group
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends the one, `kill` and Slurm the other
 
 
@@ -27,6 +29,11 @@ class Interrupt:
     def requested(self) -> bool:
         """Whether a signal asks to stop."""
         return self.signal is not None
+
+    def agree(self, group: Group) -> bool:
+        """Whether a signal asks any of the processes to stop, which all of them then do."""
+        self.signal = group.largest(self.signal or 0) or None
+        return self.requested
 
     @property
     def exit_code(self) -> int:

@@ -34,6 +34,7 @@ from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from utils.arguments import read_config, recorded
+from utils.distributed import is_first
 from utils.errors import UserError
 from utils.files import atomic_write, remove_drafts, write_text
 from utils.plots import figure_pixels
@@ -66,13 +67,14 @@ def log_to_terminal() -> _Terminal:
     """Show the lines of the `anml` logger on stdout; the next run's `log.txt` gets them as well.
 
     A script calls it first, since it reads its data before it has a run. Calling again is harmless.
+    Of several processes, the first alone speaks.
     """
     for handler in log.handlers:
         if isinstance(handler, _Terminal):
             return handler
     terminal = _Terminal()
     log.addHandler(terminal)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if is_first() else logging.CRITICAL)
     return terminal
 
 
@@ -132,6 +134,8 @@ class _EventFile:
 class Run:
     """One run's folder, log, metrics and TensorBoard events; a context manager.
 
+    Of several processes the first alone writes; `create` and `resume` see to that.
+
     Attributes:
         folder: the run folder, made by :meth:`create`.
     """
@@ -183,6 +187,8 @@ class Run:
         Raises:
             UserError: the folder cannot be made or written.
         """
+        if not is_first():
+            return _Bystander(Path(runs_dir))
         settings = recorded(arguments)
         folder = _new_folder(Path(runs_dir), name)
         config = {"name": folder.name, "arguments": settings, **_circumstances(), **(extra or {})}
@@ -211,6 +217,8 @@ class Run:
             UserError: the folder cannot be read or written, or `extra["manifest"]` is not that of
                 the run: it would go on with other data.
         """
+        if not is_first():
+            return _Bystander(folder)
         config = read_config(folder)
         manifest = (extra or {}).get("manifest")
         if config.get("manifest") != manifest:
@@ -326,6 +334,36 @@ class Run:
             log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
         with suppress(UserError):
             self.close()
+
+
+class _Bystander(Run):
+    """What processes other than the first have for a run: it takes everything and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def metrics(self, row: Mapping[str, float | int | str]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
+        pass
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        pass
+
+    @contextmanager
+    def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
+        with tqdm(total=total, disable=True) as bar:
+            yield Progress(bar, total, every, unit, done)
+
+    def close(self) -> None:
+        pass
 
 
 class Progress:
