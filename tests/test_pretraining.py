@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ TINY = "--dataset glyphs --pln_channels 6 --nm_channels 6 --train_classes 5 --nu
 
 def pretrain(flags: str, cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(logging.getLogger("anml"), "handlers", [])  # the script's goes with the test
     monkeypatch.setattr(sys, "argv", ["pretrain_classification.py", *flags.split(), f"--cache_dir={cache}"])
     pretrain_classification.main()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -56,6 +57,7 @@ def evaluate(models: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for path in models.glob("*.net"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("anml"), "handlers", [])  # the script's goes with the test
 
     def run(flags: str) -> Path:
         monkeypatch.setattr(

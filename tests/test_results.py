@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,14 @@ def test_comparing_what_cannot_be_compared(
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no results"):
         compared(capsys, monkeypatch, tmp_path / "a", tmp_path / "empty")
+    done = subprocess.run(
+        [sys.executable, compare_results.__file__, "a", "empty"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     with pytest.raises(SystemExit) as ended:
         compared(capsys, monkeypatch, tmp_path / "a")
     assert ended.value.code == 2

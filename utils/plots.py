@@ -58,7 +58,7 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Accuracy on every class learned so far, over the course of one run: dark is forgotten.
+    """Accuracy on every class learned so far, over the course of one run: black is forgotten.
 
     Args:
         rows: mappings with `seen` (classes learned by then), `position` (of a class, in the order of
@@ -79,10 +79,10 @@ def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
         image = axes.pcolormesh(
             np.arange(times[-1] + 1), [0, *times], 100 * values, cmap="gray", vmin=0, vmax=100
         )
-        axes.set_facecolor("tab:blue")  # not yet learned
+        axes.patch.set(facecolor="white", hatch="////", edgecolor="lightgray")
         axes.invert_yaxis()
         axes.set_ylabel("classes learned by then")
-        axes.set_title(f"{name} (blue: class not learned yet)", fontsize="medium")
+        axes.set_title(f"{name} (hatched: not learned yet)", fontsize="medium")
     panels[-1].set_xlabel("class, in the order of learning")
     figure.colorbar(image, ax=panels, label="accuracy (%)")
     return figure
