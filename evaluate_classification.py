@@ -7,6 +7,7 @@
     python evaluate_classification.py --treatment-preset Scratch-Oracle --epoch 20
     python evaluate_classification.py --model A.net B.net C.net                 # one row for all of them
     python evaluate_classification.py --resume runs/Omni_test_traj_0            # after an interruption
+    torchrun --nproc_per_node 2 evaluate_classification.py --model A.net        # two processes, two GPUs
 
 Per class count: search the learning rate, then report `--runs` fresh draws at it.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 from datasets import load_pool
@@ -23,6 +26,7 @@ from model.modelfactory import trained_parameters
 from model.treatments import describe
 from utils.arguments import evaluation_parser, parse, recorded
 from utils.device import choose_device
+from utils.distributed import is_first, join
 from utils.errors import UserError, run_script
 from utils.journal import Journal
 from utils.models import Model, load_models, match_earlier
@@ -35,24 +39,21 @@ log = logging.getLogger("anml")
 
 
 def search(
-    args: argparse.Namespace, run: Run, score: Scorer, models: list[Model], classes: int
+    args: argparse.Namespace, run: Run, scores: Scorer, models: list[Model], classes: int
 ) -> list[Trial]:
     """Every rate of `--lrs` on each of `--lr_search_runs` draws of `classes` classes for each model."""
+    jobs = list(product(range(len(models)), range(args.lr_search_runs), args.lrs))
     trials = []
-    total = len(models) * args.lr_search_runs * len(args.lrs)
-    with run.progress(total, every=len(args.lrs), unit="try") as bar:
-        for position, model in enumerate(models):
-            for draw in range(args.lr_search_runs):
-                for lr in args.lrs:
-                    found = score("search", position, classes, draw, lr)
-                    trials.append(Trial(draw, lr, found, model.name))
-                    if bar.advance(test=found.test, train=found.train):
-                        bar.report()
+    with run.progress(len(jobs), every=len(args.lrs), unit="try") as bar:
+        for (position, draw, lr), found in zip(jobs, scores("search", classes, jobs), strict=True):
+            trials.append(Trial(draw, lr, found, models[position].name))
+            if bar.advance(test=found.test, train=found.train):
+                bar.report()
     return trials
 
 
 def evaluate(
-    args: argparse.Namespace, run: Run, score: Scorer, models: list[Model], about: dict[str, Any]
+    args: argparse.Namespace, run: Run, scores: Scorer, models: list[Model], about: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Search and report each class count of `--schedule`; results are written after each."""
     rows: list[dict[str, Any]] = []
@@ -60,28 +61,28 @@ def evaluate(
     for classes in args.schedule:
         lr = args.lr
         if lr is None:
-            trials = search(args, run, score, models, classes)
+            trials = search(args, run, scores, models, classes)
             lr = best_rate(trials, "test" if args.test else "train")
             about["search"] += [
                 {"model": t.model, "classes": classes, "draw": t.draw, "lr": t.lr, **t.score._asdict()}
                 for t in trials
             ]
-        scores = []
-        with run.progress(len(models) * args.runs, every=args.runs, unit="run") as bar:
-            for position, model in enumerate(models):
-                for draw in range(args.runs):
-                    found = score("report", position, classes, draw, lr)
-                    row = {"model": model.name, "classes": classes, "run": draw, "lr": lr}
-                    scores.append({**row, **found._asdict()})
-                    run.metrics(scores[-1])
-                    if bar.advance(test=found.test, train=found.train):
-                        bar.report()
-        rows += scores
-        (line,) = summarise(scores)
+        jobs = list(product(range(len(models)), range(args.runs), [lr]))
+        found_rows = []
+        with run.progress(len(jobs), every=args.runs, unit="run") as bar:
+            for (position, draw, _), found in zip(jobs, scores("report", classes, jobs), strict=True):
+                row = {"model": models[position].name, "classes": classes, "run": draw, "lr": lr}
+                found_rows.append({**row, **found._asdict()})
+                run.metrics(found_rows[-1])
+                if bar.advance(test=found.test, train=found.train):
+                    bar.report()
+        rows += found_rows
+        (line,) = summarise(found_rows)
         for key in ("test", "train"):
             run.scalars(classes, {f"meta_test/accuracy_{key}": line[key]})
         run.scalars(classes, {"meta_test/lr": lr, "meta_test/classes_above_chance": line["above_chance"]})
-        write_results(run.folder, rows, about)
+        if is_first():
+            write_results(run.folder, rows, about)
     return rows
 
 
@@ -89,16 +90,21 @@ def main() -> None:
     args = parse(evaluation_parser())
     log_to_terminal()
     device = choose_device(args.device, args.threads)
+    group = join(device)
     models = load_models(args, device)
     net = models[0].net
     if args.rln is None:
         args.rln = net.rln_meta_test
     trained_parameters(net, args.rln)  # a wrong rln is an error now, not after the data is read
     outputs = net.head.out_features
-    images, data = load_pool(args, "evaluation", args.test_classes, outputs, device)
+    images, data = group.one_before_others(
+        lambda: load_pool(args, "evaluation", args.test_classes, outputs, device)
+    )
     pools = {"evaluation": images}
     if args.lr is None and args.lr_search_split == "background":
-        pools["background"], searched = load_pool(args, "background", None, outputs, device)
+        pools["background"], searched = group.one_before_others(
+            lambda: load_pool(args, "background", None, outputs, device)
+        )
         data |= {f"search_{key}": value for key, value in searched.items()}
     longest = max(args.schedule)
     for pool in pools.values():
@@ -120,12 +126,15 @@ def main() -> None:
         run = Run.create(args.runs_dir, args.name, args, about)
     else:
         run = Run.resume(args.resume, args, 0, about)
-    with run, Journal(run.folder / "scores.csv") as journal:
+    with run, Journal(run.folder / "scores.csv") if group.first else nullcontext() as journal:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", about["treatment"], args.rln)
-        score = scorer(args, run, journal, models, pools)
-        rows = evaluate(args, run, score, models, {**about, "arguments": recorded(args)})
+        scores = scorer(args, run, journal, models, pools, group)
+        rows = evaluate(args, run, scores, models, {**about, "arguments": recorded(args)})
+        group.leave()
+        if not group.first:
+            return
         figure = accuracy_figure(summarise(rows))
         save_figure(figure, run.folder / "accuracy.png")
         run.figure("meta_test/accuracy", figure, max(args.schedule))

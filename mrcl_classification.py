@@ -4,6 +4,8 @@
         --steps 20000 --seed 9 --model_name "Neuromodulation_Model.net"
     python mrcl_classification.py --config configs/anml_first_order.toml     # as released
     python mrcl_classification.py --dataset glyphs --steps 100               # without any data
+    python mrcl_classification.py --resume runs/mrcl_omniglot_0              # go on after an interruption
+    torchrun --nproc_per_node 2 mrcl_classification.py --meta_batch 2        # two processes, two GPUs
 
 Each step draws a class, learns its 20 images one by one, and improves the weights it started from so
 that afterwards these images and 64 others of all classes are classified right.
@@ -13,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import time
+from typing import NoReturn
 
 import torch
 
@@ -22,29 +26,32 @@ from datasets import load_pool
 from datasets.samplers import sample_trajectory
 from model.meta_learner import MetaLearner, active_fraction, gather
 from model.meta_test import MetaTest
-from model.modelfactory import Network, build, restore
+from model.modelfactory import Network, build, fingerprint, restore
 from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.device import choose_device
+from utils.distributed import join, launched
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
 from utils.plots import gate_figure
 from utils.run import Run, log_to_terminal
+from utils.state import TrainingState, load_state, save_state
 
 log = logging.getLogger("anml")
 
 VALIDATION_LR = 0.001  # of the small meta-tests on the way: the best rate at most lengths
 
 
-def initial_network(args: argparse.Namespace) -> Network:
-    """The network to train: new, or the one in `--saved_model`."""
-    if not args.checkpoint:
+def initial_network(args: argparse.Namespace, state: TrainingState | None) -> Network:
+    """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
+    if state is None and not args.checkpoint:
         return build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
-    saved = load_checkpoint(args.saved_model)
+    source = args.saved_model if state is None else args.resume
+    saved = load_checkpoint(source) if state is None else state
     if saved.network != args.treatment:
-        raise UserError(f"{args.saved_model} holds {saved.network}: add --treatment {saved.network}")
-    return restore(saved.network, saved.widths, saved.state_dict, str(args.saved_model))
+        raise UserError(f"{source} holds {saved.network}: add --treatment {saved.network}")
+    return restore(saved.network, saved.widths, saved.state_dict, str(source))
 
 
 def validate(run: Run, net: Network, images: torch.Tensor, step: int, classes: int) -> None:
@@ -80,74 +87,130 @@ def gate_statistics(net: Network, images: torch.Tensor) -> dict[str, float]:
     }
 
 
-def train(
-    args: argparse.Namespace, run: Run, net: Network, images: torch.Tensor, interrupt: Interrupt
-) -> int:
-    """Meta-train `net` for `--steps` steps or until Ctrl-C; returns the number of steps done."""
-    generator = torch.Generator().manual_seed(args.seed)
-    learner = MetaLearner(
-        net,
-        images,
-        generator,
-        meta_lr=args.meta_lr,
-        update_lr=args.update_lr,
-        rln=args.rln,
-        first_order=args.first_order,
-        reset=args.reset,
-    )
-    with run.progress(args.steps, every=args.log_every) as progress:
-        for step in range(1, args.steps + 1):
+def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: Interrupt, done: int) -> int:
+    """Meta-train after `done` steps until `--steps` or a signal; returns the number of steps done."""
+    net, images, generator = learner.net, learner.images, learner.generator
+    with run.progress(args.steps, every=args.log_every, done=done) as progress:
+        for step in range(done + 1, args.steps + 1):
             start = time.perf_counter()
-            trajectory = sample_trajectory(
-                len(images),
-                images.shape[1],
-                generator,
-                update_step=args.update_step,
-                tasks=args.tasks,
-                remember=args.remember,
-            )
-            result = learner.step(trajectory)
+            before = generator.get_state()
+            trajectories = [
+                sample_trajectory(
+                    len(images),
+                    images.shape[1],
+                    generator,
+                    update_step=args.update_step,
+                    tasks=args.tasks,
+                    remember=args.remember,
+                )
+                for _ in range(args.meta_batch)
+            ]
+            result = learner.differentiate(*trajectories)
             values = {
                 "loss": result.loss.item(),
                 "accuracy_trajectory": result.accuracy_trajectory.item(),
                 "accuracy_remember": result.accuracy_remember.item(),
             }
+            if not (math.isfinite(values["loss"]) and learner.finite()):
+                generator.set_state(before)
+                stop_diverged(args, run, learner, step, values["loss"])
+            learner.update()
             run.metrics({"step": step, **values, "seconds": time.perf_counter() - start})
             run.scalars(step, {f"meta_train/{key}": value for key, value in values.items()})
             if progress.advance(**values):
-                remembered, _ = gather(images, trajectory.query[: args.remember])
+                remembered, _ = gather(images, trajectories[0].query[: args.remember])
                 statistics = gate_statistics(net, remembered)
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
-            if args.eval_every and step % args.eval_every == 0:
+            if args.eval_every and step % args.eval_every == 0 and learner.group.first:
                 validate(run, net, images, step, args.eval_classes)
             if step % args.save_every == 0 and step < args.steps:
-                save(args, run, net, step)
-            if interrupt.requested:
+                save(args, run, learner, step)
+            if interrupt.agree(learner.group):
                 break
     return progress.step
 
 
-def save(args: argparse.Namespace, run: Run, net: Network, step: int) -> None:
-    """Write the model to the run folder and to `--model_name`."""
+def stop_diverged(
+    args: argparse.Namespace, run: Run, learner: MetaLearner, step: int, loss: float
+) -> NoReturn:
+    """Keep the weights before `step`, whose loss or gradient is not finite, and end the run."""
+    if not learner.group.first:
+        sys.exit(2)  # the first process says why
+    try:
+        save(args, run, learner, step - 1)
+        kept = f"the state before it is in {run.folder}"
+    except UserError as error:
+        kept = f"the state before it is not kept: {error}"
+    raise UserError(
+        f"step {step}: the meta-loss is {loss:g} and its gradient not finite with --meta_lr "
+        f"{args.meta_lr:g} --update_lr {args.update_lr:g} --seed {args.seed}; lower one of the "
+        f"learning rates; {kept}"
+    )
+
+
+def save(args: argparse.Namespace, run: Run, learner: MetaLearner, step: int) -> None:
+    """Write the training state to the run folder, and the model there and to `--model_name`."""
+    if not learner.group.first:
+        return
+    net = learner.net
+    model = type(net).__name__, net.widths, net.state_dict()
+    run.sync()
+    state = TrainingState(*model, learner.optimizer.state_dict(), learner.generator.get_state(), step)
+    save_state(run.folder, state, recorded(args))
     for path in (run.folder / "model.net", args.model_name):
-        save_checkpoint(path, type(net).__name__, net.widths, net.state_dict(), recorded(args), step)
+        save_checkpoint(path, *model, recorded(args), step)
 
 
 def main() -> None:
     args = parse(training_parser())
     log_to_terminal()
     device = choose_device(args.device, args.threads)
-    net = initial_network(args)
-    check_writable(args.model_name)
-    images, about = load_pool(args, "background", args.train_classes, net.head.out_features, device)
+    group = join(device)
+    if args.meta_batch < group.size:
+        raise UserError(f"--meta_batch {args.meta_batch} is too few for {group.size} processes to share")
+    state = load_state(args.resume) if args.resume else None
+    done = state.step if state else 0
+    if done > args.steps:
+        raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
+    net = initial_network(args, state)
+    if group.first:
+        check_writable(args.model_name)
+    outputs = net.head.out_features
+    images, about = group.one_before_others(
+        lambda: load_pool(args, "background", args.train_classes, outputs, device)
+    )
+    learner = MetaLearner(
+        net.to(device),
+        images,
+        torch.Generator().manual_seed(args.seed),
+        meta_lr=args.meta_lr,
+        update_lr=args.update_lr,
+        rln=args.rln,
+        first_order=args.first_order,
+        reset=args.reset,
+        group=group,
+    )
+    if state:
+        state.restore(learner.optimizer, learner.generator, str(args.resume))
+    group.check_same("weights", fingerprint(net))
     extra = {"device": str(device), **about}
-    with Run.create(args.runs_dir, args.name, args, extra) as run, Interrupt() as interrupt:
+    with Interrupt(patient=launched()) as interrupt, open_run(args, done, extra) as run:
         log.info("run folder %s, device %s", run.folder, device)
-        step = train(args, run, net.to(device), images, interrupt)
-        save(args, run, net, step)
+        step = train(args, run, learner, interrupt, done)
+        save(args, run, learner, step)
         log.info("step %d of %d: model written to %s", step, args.steps, args.model_name)
+        group.leave()
     if step < args.steps:
-        sys.exit(130)
+        sys.exit(interrupt.exit_code)
+
+
+def open_run(args: argparse.Namespace, done: int, extra: dict[str, str]) -> Run:
+    """A new run folder, or that of `--resume` cut back to its `done` steps."""
+    if args.resume is None:
+        return Run.create(args.runs_dir, args.name, args, extra)
+    run = Run.resume(args.resume, args, done, extra)
+    log.info("going on after step %d", done)
+    return run
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ log = logging.getLogger("anml")
 def train(
     args: argparse.Namespace, run: Run, net: Network, images: torch.Tensor, interrupt: Interrupt
 ) -> tuple[int, int]:
-    """Train `net` on `--images` images or until Ctrl-C; returns the steps done and the images seen."""
+    """Train `net` on `--images` images or until a signal; returns the steps done and the images seen."""
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = Adam(net.parameters(), args.lr)
     batches = shuffled_batches(
@@ -85,7 +85,7 @@ def main() -> None:
         save(args, run, net, step)
         log.info("%d of %d images seen: model written to %s", seen, args.images, args.model_name)
     if seen < args.images:
-        sys.exit(130)
+        sys.exit(interrupt.exit_code)
 
 
 if __name__ == "__main__":

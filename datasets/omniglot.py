@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import io
 import logging
+import lzma
 import os
 import re
 import socket
@@ -47,6 +48,7 @@ DAMAGE = (
     RuntimeError,
     SyntaxError,
     ValueError,
+    lzma.LZMAError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,

@@ -17,6 +17,7 @@ from datasets.samplers import Trajectory
 from model.kernels import SharedKernel, SharedLinear, StandIn
 from model.modelfactory import Network, State, redraw, trained_parameters
 from model.optimizer import Adam
+from utils.distributed import Group
 
 CHANNELS = 3  # of the images that the published networks read
 
@@ -252,7 +253,7 @@ def meta_gradient(
 
 
 class MetaLearner:
-    """Meta-trains a network with Adam, one trajectory per step.
+    """Meta-trains a network with Adam, one trajectory per step or the mean over several.
 
     Args:
         net: the network, on the device where training happens.
@@ -263,6 +264,7 @@ class MetaLearner:
         rln: layers that the inner loop leaves alone; the outer step trains everything.
         first_order: treat inner gradients as constants.
         reset: draw the sampled classes' rows of the head anew before each trajectory.
+        group: processes that share the trajectories of a step.
     """
 
     def __init__(
@@ -276,8 +278,10 @@ class MetaLearner:
         rln: int,
         first_order: bool = False,
         reset: bool = True,
+        group: Group | None = None,
     ) -> None:
         self.net = net
+        self.group = group or Group()
         self.images = images
         self.generator = generator
         self.update_lr = update_lr
@@ -287,28 +291,63 @@ class MetaLearner:
         trained_parameters(net, rln)  # a wrong rln is an error now, not at the first step
         self.optimizer = Adam(net.parameters(), meta_lr)
 
-    def step(self, trajectory: Trajectory) -> MetaStep:
-        """Learn from one trajectory: reset head rows, adapt, differentiate, one Adam step.
+    def step(self, *trajectories: Trajectory) -> MetaStep:
+        """Learn from trajectories: reset head rows, adapt, differentiate, one Adam step."""
+        result = self.differentiate(*trajectories)
+        self.update()
+        return result
+
+    def differentiate(self, *trajectories: Trajectory) -> MetaStep:
+        """The first half of a step: reset head rows, then leave the mean meta-gradient in `.grad`.
 
         The rows are drawn anew in the meta-weights themselves and for good, so that a class the
         network has met before cannot be remembered in the head; bias and Adam moments stay
-        (released code, `reset_classifer`).
+        (released code, `reset_classifer`). Those of all trajectories are drawn before the first, in
+        all processes, which then share the trajectories; there are no fewer of these.
+
+        Returns:
+            means over the trajectories.
         """
         if self.reset:
-            redraw(self.net.head.weight, self.generator, rows=trajectory.classes)
-        query, labels = gather(self.images, trajectory.query)
+            rows = [label for trajectory in trajectories for label in trajectory.classes]
+            redraw(self.net.head.weight, self.generator, rows=rows)
         self.net.zero_grad(set_to_none=True)
-        result = meta_gradient(
-            self.net,
-            query,
-            labels,
-            len(trajectory.support),
-            rln=self.rln,
-            update_lr=self.update_lr,
-            first_order=self.first_order,
-        )
-        self.optimizer.step([weight.grad for weight in self.net.parameters() if weight.grad is not None])
-        return result
+        results = []
+        for trajectory in self.group.share(trajectories):
+            query, labels = gather(self.images, trajectory.query)
+            results.append(
+                meta_gradient(
+                    self.net,
+                    query,
+                    labels,
+                    len(trajectory.support),
+                    rln=self.rln,
+                    update_lr=self.update_lr,
+                    first_order=self.first_order,
+                )
+            )
+        if len(trajectories) == 1:
+            return results[0]
+        weights = list(self.net.parameters())
+        slopes = self.group.sum([self._gradient(weight) for weight in weights])
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.grad = slope / len(trajectories)
+        sums = self.group.sum([torch.stack(values).sum(0) for values in zip(*results, strict=True)])
+        return MetaStep(*(value / len(trajectories) for value in sums))
+
+    def finite(self) -> bool:
+        """Whether the meta-gradient in `.grad` is; waits for the device."""
+        norm = torch.nn.utils.get_total_norm([self._gradient(weight) for weight in self.net.parameters()])
+        return bool(norm.isfinite())
+
+    def update(self) -> None:
+        """The second half of a step: one Adam step along `.grad`."""
+        self.optimizer.step([self._gradient(weight) for weight in self.net.parameters()])
+
+    @staticmethod
+    def _gradient(weight: Tensor) -> Tensor:
+        assert weight.grad is not None
+        return weight.grad
 
 
 def gather(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

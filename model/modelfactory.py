@@ -9,6 +9,7 @@ To add a network, write a class with `lower` and `forward`, and enter it in `NET
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from typing import ClassVar
@@ -180,6 +181,14 @@ def restore(name: str, widths: dict[str, int], weights: dict[str, Tensor], sourc
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{source} does not hold the weights of {name} {widths}: {reason}") from None
     return net.float().to(memory_format=torch.channels_last).requires_grad_()
+
+
+def fingerprint(net: Network) -> str:
+    """sha256 hex digest of the weights: equal for equal bits."""
+    digest = hashlib.sha256()
+    for weight in net.parameters():
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def redraw(weight: Tensor, generator: torch.Generator, rows: list[int] | None = None) -> None:

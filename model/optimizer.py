@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,23 @@ class Adam:
         # The fused kernels count on the device; the plain one reads the count on the host.
         counter = device if self.fused else torch.device("cpu")
         self.steps = [torch.zeros((), device=counter) for _ in self.weights]
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Moments and counts, a tensor per weight; the tensors themselves, not copies."""
+        return {"means": self.means, "squares": self.squares, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take over what `state_dict` gave for the same weights, on any device.
+
+        Raises:
+            ValueError: it belongs to other weights.
+        """
+        for key, own in self.state_dict().items():
+            loaded = state.get(key, ())
+            if [(x.shape, x.dtype) for x in loaded] != [(x.shape, x.dtype) for x in own]:
+                raise ValueError(f"the optimizer's {key} belong to other weights")
+            for target, value in zip(own, loaded, strict=True):
+                target.copy_(value)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:

@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import mrcl_classification
+from utils.state import TrainingState, load_state
+
+TINY = [
+    *("--config", str(Path(__file__).parents[1] / "configs/smoke.toml"), "--eval_every=0"),
+    *("--nm_channels=2", "--pln_channels=2", "--update_step=2", "--log_every=10", "--threads=1"),
+]
+"""Flags of training steps that take milliseconds."""
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of generated characters for all runs of the session: drawing them takes seconds."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def forget_log_lines() -> Iterator[None]:
+    """Scripts that run within this process leave lines for the `log.txt` of a run that does not come."""
+    yield
+    log = logging.getLogger("anml")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+
+
+class Trainer:
+    """Runs the training script in a folder of its own, within this process."""
+
+    def __init__(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run, self.flags = folder / "runs/smoke_0", [*TINY, f"--cache_dir={cache}"]
+        self.monkeypatch = monkeypatch
+        monkeypatch.chdir(folder)
+
+    def __call__(self, *flags: str) -> None:
+        """Train anew."""
+        self.monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", *self.flags, *flags])
+        mrcl_classification.main()
+
+    def resume(self, *flags: str) -> None:
+        """Go on with the first run."""
+        self.monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", "--resume", str(self.run), *flags])
+        mrcl_classification.main()
+
+    def state(self) -> TrainingState:
+        """The state that the first run would go on from."""
+        state = load_state(self.run)
+        assert state is not None
+        return state
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    return Trainer(tmp_path, cache, monkeypatch)

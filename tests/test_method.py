@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -147,7 +149,7 @@ def test_first_order_is_not_second_order() -> None:
     assert (first - second).norm() > 0.01 * second.norm()
 
 
-def learner(net: Network, pixels: Tensor, **options: bool) -> MetaLearner:
+def learner(net: Network, pixels: Tensor, **options: Any) -> MetaLearner:
     generator = torch.Generator().manual_seed(7)
     return MetaLearner(net, pixels, generator, meta_lr=0.001, update_lr=0.1, rln=7, **options)
 

@@ -23,12 +23,6 @@ TINY = ["--config", str(ROOT / "configs/smoke.toml")]
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of generated characters for all scripts of the session."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def command(script: str, cache: Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / script), *flags, f"--cache_dir={cache}", "--threads=1"]
 

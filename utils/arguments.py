@@ -4,7 +4,7 @@ Every flag of the released commands is here under its released spelling. `-` and
 each other in a flag's name. A config file (TOML) holds flags under their destination's name
 (`--dataset-path` is `dataset_path`, `--no-reset` is `reset = false`) and passes through the same
 parser as the command line, ahead of it: so both have the same ranges, and what is typed wins. So do
-the arguments of an evaluation that is resumed; there, what is typed must not change its numbers.
+the arguments of a run that is resumed; there, what is typed must not change its numbers.
 """
 
 from __future__ import annotations
@@ -204,6 +204,13 @@ def network_widths(arguments: argparse.Namespace) -> dict[str, int]:
 def training_parser() -> Parser:
     """The flags of `mrcl_classification.py`; defaults are those of the released train command."""
     parser = Parser("Meta-train ANML or OML and write the initial weights found.", _check_training)
+    # How long, how often and where: none of these changes a number.
+    parser.may_change = frozenset(
+        (
+            *("steps", "log_every", "save_every", "eval_every", "eval_classes"),
+            *("device", "threads", "dataset_path", "cache_dir"),
+        )
+    )
 
     method = parser.add_argument_group("method")
     _treatment(parser, method, NETWORK["treatment"])
@@ -221,6 +228,14 @@ def training_parser() -> Parser:
     parser.flag(method, "--update_lr", _positive, 0.1, "learning rate of the inner SGD")
     parser.flag(method, "--update_step", _whole(1), 20, "inner steps, that is images, per trajectory")
     parser.flag(method, "--tasks", _whole(1), 1, "classes per trajectory, sharing the --update_step images")
+    parser.flag(
+        method,
+        "--meta_batch",
+        _whole(1),
+        1,
+        "trajectories per outer step, whose meta-gradients are averaged; under torchrun the "
+        "processes share them",
+    )
     parser.flag(method, "--remember", _whole(1), 64, "random images added to the trajectory's in the loss")
     parser.flag(method, "--train_classes", _whole(1), 963, "classes to meta-train on, the first of the data")
     parser.switch(
@@ -256,24 +271,35 @@ def training_parser() -> Parser:
         "--save_every",
         _whole(1),
         1000,
-        "steps between writes of --model_name, which the last step always writes",
+        "steps between writes of --model_name and of the training state that --resume goes on from, "
+        "which the last step always writes",
     )
 
     run = _run(parser, name="mrcl_omniglot", seed=9)
     parser.flag(
         run,
         "--model_name",
-        Path,
+        _path,
         None,
         "file for the trained weights",
         shown="Neuromodulation_Model.net, OML_Model.net for OML",
         metavar="FILE",
     )
-    parser.switch(run, "--checkpoint", "start from the weights in --saved_model")
+    run.add_argument(
+        "--resume",
+        type=_path,
+        metavar="RUN",
+        help="run folder of an interrupted run, to go on from its last training state with its own "
+        "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
+        "flags only these may change: "
+        + ", ".join(f"--{name}" for name in sorted(parser.may_change))
+        + " (default: none)",
+    )
+    parser.switch(run, "--checkpoint", "start a new run from the weights in --saved_model")
     parser.flag(
         run,
         "--saved_model",
-        Path,
+        _path,
         None,
         "model file to start from, with --checkpoint",
         shown="none",
@@ -323,7 +349,7 @@ def pretraining_parser() -> Parser:
 
     run = _run(parser, name="pretrain", seed=9)
     default = "Pretrain_Model.net"
-    parser.flag(run, "--model_name", Path, Path(default), "file for the trained weights", metavar="FILE")
+    parser.flag(run, "--model_name", _path, Path(default), "file for the trained weights", metavar="FILE")
     return parser
 
 
@@ -343,7 +369,7 @@ def evaluation_parser() -> Parser:
     parser.flag(
         method,
         "--model",
-        Path,
+        _path,
         None,
         "model file that mrcl_classification.py or pretrain_classification.py wrote; of several, "
         "each is tested on draws of its own, and all of them are one row of the results",
@@ -420,7 +446,7 @@ def evaluation_parser() -> Parser:
     )
     evaluation.add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         metavar="RUN_FOLDER",
         help="go on with an evaluation that was interrupted, in its run folder and with its arguments: "
         "what it measured is not measured again; --runs and --schedule may ask for more (default: none)",
@@ -546,7 +572,7 @@ def comparison_parser() -> Parser:
     parser = Parser("Test whether two evaluations differ, at each class count that both have.", _no_check)
     for name in ("A", "B"):
         text = "run folder of an evaluation, or its results.csv or results.json"
-        parser.add_argument(name.lower(), type=Path, metavar=name, help=text)
+        parser.add_argument(name.lower(), type=_path, metavar=name, help=text)
     output = parser.add_argument_group("output")
     parser.switch(output, "--json", "print JSON instead of a table")
     return parser
@@ -602,7 +628,7 @@ def _data(parser: Parser) -> None:
     parser.flag(
         group,
         "--dataset-path",
-        Path,
+        _path,
         Path("data"),
         "folder that holds Omniglot's zips or folders, or that they are downloaded to",
         metavar="DIR",
@@ -610,7 +636,7 @@ def _data(parser: Parser) -> None:
     parser.flag(
         group,
         "--cache_dir",
-        Path,
+        _path,
         Path("data/cache"),
         "folder for the decoded images",
         metavar="DIR",
@@ -621,7 +647,7 @@ def _data(parser: Parser) -> None:
 def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("run")
     parser.flag(group, "--name", _folder_name, name, "name of the run folder, which a number is added to")
-    parser.flag(group, "--runs_dir", Path, Path("runs"), "folder of run folders", metavar="DIR")
+    parser.flag(group, "--runs_dir", _path, Path("runs"), "folder of run folders", metavar="DIR")
     parser.flag(group, "--seed", _SEED, seed, "seed of all random draws, 0 to 2**32-1")
     parser.flag(
         group,
@@ -633,7 +659,7 @@ def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
     parser.flag(group, "--threads", _whole(1), None, "CPU threads", shown="torch's choice")
     group.add_argument(
         "--config",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="TOML file of flags, which flags typed here override (default: none)",
     )
@@ -907,7 +933,22 @@ def _device(text: str) -> str:
     return device
 
 
+def _path(text: str) -> Path:
+    if not _is_text(text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a file's name")
+    return Path(text)
+
+
+def _is_text(text: str) -> bool:
+    """Whether a name can be given to the system and written in a log: no NUL, no stray bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
 def _folder_name(text: str) -> str:
-    if not text.strip(". ") or re.search(r"[/\\\0]", text):
+    if not _is_text(text) or not text.strip(". ") or re.search(r"[/\\\0]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
     return text

@@ -52,7 +52,26 @@ def save_checkpoint(
         UserError: the file cannot be written, or the weights are not finite; an earlier file under
             `path` stays.
     """
-    content = {
+    content = model_content(network_name, widths, state_dict, arguments, step)
+    fault = model_fault(content)
+    if fault is not None:
+        raise UserError(f"{path} is not written at step {step}: {fault}")
+    # Through memory, since only a plain write reports a full disk as an OSError.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(Path(path)) as file:
+        file.write(buffer.getbuffer())
+
+
+def model_content(
+    network_name: str,
+    widths: Mapping[str, int],
+    state_dict: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    step: int,
+) -> dict[str, Any]:
+    """The dict of a model file, on the CPU."""
+    return {
         "format": FORMAT,
         "network": network_name,
         "widths": dict(widths),
@@ -62,14 +81,6 @@ def save_checkpoint(
         "step": step,
         "torch": str(torch.__version__),  # a subclass of str, which would not load
     }
-    fault = _fault(content)
-    if fault is not None:
-        raise UserError(f"{path} is not written at step {step}: {fault}")
-    # Through memory, since only a plain write reports a full disk as an OSError.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with atomic_write(Path(path)) as file:
-        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -92,10 +103,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             warnings.simplefilter("ignore")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make torch raise nearly anything
-        raise UserError(f"cannot load the model {path}: {_unreadable(data, error)}") from error
-    fault = _fault(content)
+        raise UserError(f"cannot load the model {path}: {_unreadable(path, data, error)}") from error
+    fault = model_fault(content)
     if fault is not None:
-        raise UserError(f"{path} is not a model of this project: {fault}; train one anew")
+        raise UserError(
+            f"{path} is not a model of this project: {fault}; python -m utils.convert_released reads "
+            "those of the released code and of higherANML"
+        )
     return Checkpoint(
         network=content["network"],
         widths=content["widths"],
@@ -105,25 +119,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _unreadable(data: bytes, error: Exception) -> str:
+def _unreadable(path: Path, data: bytes, error: Exception) -> str:
     """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
     archive, pickled = data.startswith(b"PK"), data.startswith(b"\x80")
     if (archive or pickled) and isinstance(error, pickle.UnpicklingError):
-        return (
-            "it holds pickled Python objects, as models of the released ANML code do, and loading "
-            "those could run code; train one anew with mrcl_classification.py"
-        )
+        from utils.convert_released import is_foreign_model  # which imports this module
+
+        if is_foreign_model(path):
+            return (
+                "it is a pickled module, as the released ANML code saves them, and loading one could run "
+                f"code; this reads it without: python -m utils.convert_released {path} NEW.net"
+            )
+        return "it holds pickled Python objects that are no known model, and loading those could run code"
     if archive or not data:
         return "the file is damaged or cut short; copy or train it again"
     return "it is not a model file; mrcl_classification.py writes one under --model_name"
 
 
-def _fault(content: object) -> str | None:
+def model_fault(content: object, format_name: str = FORMAT) -> str | None:
     """What is wrong with the dict of a model file; None if nothing is."""
     if not isinstance(content, dict):
         return f"it holds a {type(content).__name__}"
-    if content.get("format") != FORMAT:
-        return f"its format is {content.get('format')!r}, not {FORMAT!r}"
+    if content.get("format") != format_name:
+        return f"its format is {content.get('format')!r}, not {format_name!r}"
     network, widths, state_dict, arguments, step = (
         content.get(key) for key in ("network", "widths", "state_dict", "arguments", "step")
     )

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from utils.distributed import environment, launched
 from utils.errors import UserError
 
 
@@ -14,7 +15,8 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     """The device for `--device`, and `--threads` CPU threads from now on (None: torch's choice).
 
     `auto` is CUDA where there is a GPU, then MPS, then the CPU. On CUDA, TF32 and non-deterministic
-    kernels are off: the numbers are those of float32, and the same seed gives the same run.
+    kernels are off: the numbers are those of float32, and the same seed gives the same run. Under
+    torchrun each process of a machine takes a GPU of its own, unless a number names one.
 
     Raises:
         UserError: the machine does not have that device.
@@ -30,12 +32,15 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     if name == "auto":
         name = next(kind for kind, here in present.items() if here)
     device = torch.device(name)
+    if name == "cuda" and launched():
+        device = torch.device("cuda", environment("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if present["cuda"] else 0
     if not present[device.type] or (device.type == "cuda" and (device.index or 0) >= gpus):
         here = [kind for kind, there in present.items() if there]
         count = f" ({gpus} GPUs)" if gpus else ""
         raise UserError(f"--device {name}: not on this machine; it has {', '.join(here)}{count}")
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,10 +13,14 @@ from utils.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path`, complete and on disk, when the block ends well.
 
     Until then, and after an exception, `path` holds what it held before.
+
+    Args:
+        previous: where what `path` held before is kept, in the same folder. A process that is killed
+            between the two renames leaves it there and nothing under `path`.
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
@@ -36,11 +40,32 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         umask = os.umask(0)  # the only way to read it
         os.umask(umask)
         draft.chmod(0o666 & ~umask)
+        if previous is not None and path.exists():
+            path.replace(previous)
         draft.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's names on disk: a rename alone may be lost with the power."""
+    # Not every system and file system can; there the rename has to do.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove what writers of `path` left that were killed in the middle of :func:`atomic_write`."""
+    for draft in path.parent.glob(f".{path.name}.*"):
+        with suppress(OSError):
+            draft.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,9 +81,9 @@ def check_writable(path: Path) -> None:
         UserError: its folder cannot be written, or it is a folder itself.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
     try:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

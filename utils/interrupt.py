@@ -1,23 +1,57 @@
-"""Ctrl-C that waits for the step in hand, so that what is saved is never half a step."""
+"""Ctrl-C and SIGTERM that wait for the step in hand, so that what is saved is never half a step."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
+from utils.distributed import Group
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends the one, `kill` and Slurm the other
+
 
 class Interrupt:
-    """While this context is open, the first Ctrl-C sets `requested`; a second one raises as usual."""
+    """While this context is open, the first of these signals is noted; a second one acts as usual.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Args:
+        patient: note all of them and let none act. A launcher passes on what its terminal got, so
+            that its processes get one Ctrl-C twice.
+
+    Attributes:
+        signal: number of the first signal, None before it.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.signal: int | None = None
+        self._patient = patient
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal asks to stop."""
+        return self.signal is not None
+
+    def agree(self, group: Group) -> bool:
+        """Whether a signal asks any of the processes to stop, which all of them then do."""
+        self.signal = group.largest(self.signal or 0) or None
+        return self.requested
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that a signal has ended leaves by convention: 130 or 143; 0 without one."""
+        return 0 if self.signal is None else 128 + self.signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._before)
+        if self.signal is None:
+            self.signal = number
+        if not self._patient:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -26,4 +60,4 @@ class Interrupt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        self._restore()

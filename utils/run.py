@@ -1,38 +1,42 @@
 """A run folder: everything a run leaves behind, written as it goes, so that a crash keeps it.
 
 `runs/<name>_<k>/` holds `config.json` (what was asked, with what, when), `log.txt`, `metrics.csv`
-and TensorBoard events; scripts add their own files.
+and TensorBoard events; scripts add their own files. A run that was interrupted goes on in its folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from utils.arguments import read_config, recorded
+from utils.distributed import is_first
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import atomic_write, remove_drafts, write_text
 from utils.plots import figure_pixels
 
 if TYPE_CHECKING:
@@ -63,35 +67,102 @@ def log_to_terminal() -> _Terminal:
     """Show the lines of the `anml` logger on stdout; the next run's `log.txt` gets them as well.
 
     A script calls it first, since it reads its data before it has a run. Calling again is harmless.
+    Of several processes, the first alone speaks.
     """
     for handler in log.handlers:
         if isinstance(handler, _Terminal):
             return handler
     terminal = _Terminal()
     log.addHandler(terminal)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if is_first() else logging.CRITICAL)
     return terminal
+
+
+class _LogFile(logging.FileHandler):
+    """`log.txt`, which reports a full disk instead of printing a traceback and going on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "log.txt", encoding="utf-8")
+        self.folder = folder
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802 (logging's name)
+        """Called within the except block of whatever went wrong."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise _unwritable(self.folder, error) from error
+        raise
+
+
+class _EventFile:
+    """The file of TensorBoard events, which tensorboardX writes in a thread of its own.
+
+    An error would end that thread, and a run without it waits for ever as soon as its queue is full.
+    So the error is kept here for the thread that can report it, and nothing more is written.
+    """
+
+    PREFIX = "run"  # of a path, tells tensorboardX to open files here
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    def directory_check(self, path: str) -> None:
+        """The run folder exists."""
+
+    def open(self, path: str) -> _EventFile:
+        # Without a buffer, so that a killed run keeps its curves.
+        self._file = io.FileIO(path.removeprefix(f"{self.PREFIX}:"), "w")
+        return self
+
+    def _attempt(self, action: Callable[..., object], *values: bytes) -> None:
+        if self.error is None:
+            try:
+                action(*values)
+            except OSError as error:
+                self.error = error
+
+    def write(self, data: bytes) -> None:
+        self._attempt(self._file.write, data)
+
+    def flush(self) -> None:
+        """Nothing waits to be written."""
+
+    def close(self) -> None:
+        self._attempt(self._file.close)
 
 
 class Run:
     """One run's folder, log, metrics and TensorBoard events; a context manager.
 
+    Of several processes the first alone writes; `create` and `resume` see to that.
+
     Attributes:
         folder: the run folder, made by :meth:`create`.
     """
 
-    def __init__(self, folder: Path):
-        """Open the writers in an existing folder; scripts use :meth:`create`."""
+    def __init__(self, folder: Path, columns: tuple[str, ...] | None = None, done: int | None = None):
+        """Open the writers in an existing folder; scripts use :meth:`create` and :meth:`resume`.
+
+        Args:
+            columns: those of `metrics.csv` if it has any.
+            done: step after which what TensorBoard has does not count any more.
+        """
         self.folder = folder
+        self._columns = columns
+        self._event_file = _EventFile()
+        register_writer_factory(_EventFile.PREFIX, self._event_file)
         try:
             # Line-buffered, so that a killed run keeps its rows.
             self._metrics = (folder / "metrics.csv").open("a", newline="", buffering=1)
-            self._log_file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-            self._events = SummaryWriter(str(folder), flush_secs=10)
+            self._log_file = _LogFile(folder)
+            self._events = SummaryWriter(
+                f"{_EventFile.PREFIX}:{folder}",
+                flush_secs=10,
+                purge_step=None if done is None else done + 1,
+                filename_suffix="" if done is None else f".{done}",
+            )
         except OSError as error:
             raise _unwritable(folder, error) from error
-        self._columns: tuple[str, ...] | None = None
-        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._terminal = log_to_terminal()
         self._terminal.in_run = True
         for record in self._terminal.earlier:
@@ -116,26 +187,11 @@ class Run:
         Raises:
             UserError: the folder cannot be made or written.
         """
+        if not is_first():
+            return _Bystander(Path(runs_dir))
         settings = recorded(arguments)
         folder = _new_folder(Path(runs_dir), name)
-        config = {
-            "name": folder.name,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "arguments": settings,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-            "machine": {
-                "platform": platform.platform(),
-                "cpu": cpu_name(),
-                "cpus": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-            },
-            "git": _git_state(),
-            **(extra or {}),
-        }
+        config = {"name": folder.name, "arguments": settings, **_circumstances(), **(extra or {})}
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         run = cls(folder)
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
@@ -152,21 +208,34 @@ class Run:
         done: int,
         extra: Mapping[str, Any] | None = None,
     ) -> Run:
-        """Go on in the folder of an earlier run; `config.json` gets the arguments and the time.
+        """Go on in the folder of a run that was interrupted, as if it ended after step `done`.
+
+        Rows of `metrics.csv` and points of TensorBoard after that step go. `config.json` gets the
+        arguments as they are now, and under `resumed` when, where and at which step.
 
         Raises:
-            UserError: the folder cannot be written, or its data is other than that of `extra`.
+            UserError: the folder cannot be read or written, or `extra["manifest"]` is not that of
+                the run: it would go on with other data.
         """
-        config, manifest = read_config(folder), (extra or {}).get("manifest")
+        if not is_first():
+            return _Bystander(folder)
+        config = read_config(folder)
+        manifest = (extra or {}).get("manifest")
         if config.get("manifest") != manifest:
             raise UserError(
                 f"the data is not that of {folder}: manifest {manifest}, then {config.get('manifest')}"
             )
-        resumed = [*config.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
+        for name in ("config.json", "metrics.csv", "model.net", "state.pt"):
+            remove_drafts(folder / name)
+        columns = _keep_rows(folder / "metrics.csv", done)
+        earlier = config.get("resumed")
+        resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
         config |= {"arguments": recorded(arguments), "resumed": resumed}
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        write_text(folder / "metrics.csv", "")
-        return cls(folder)
+        run = cls(folder, columns, done)
+        for notice in arguments.notices:
+            log.warning(notice)
+        return run
 
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`; the first row's keys are its columns.
@@ -185,8 +254,25 @@ class Run:
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
+    def sync(self) -> None:
+        """Put the rows of `metrics.csv` on disk, before a training state that counts on them.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            os.fsync(self._metrics.fileno())
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one point to the TensorBoard curve of each tag in `values`."""
+        """Add one point to the TensorBoard curve of each tag in `values`.
+
+        Raises:
+            UserError: an earlier point could not be written.
+        """
+        if self._event_file.error is not None:
+            raise _unwritable(self.folder, self._event_file.error)
         for tag, value in values.items():
             self._events.add_scalar(tag, value, step)
 
@@ -203,24 +289,34 @@ class Run:
         self.image(tag, figure_pixels(figure), step)
 
     @contextmanager
-    def progress(self, total: int, every: int = 1, unit: str = "step") -> Iterator[Progress]:
+    def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
         """Follow a loop of `total` steps that reports every `every` of them, and at its last.
 
         A bar shows it on a terminal, log lines elsewhere; `log.txt` has the lines either way.
+
+        Args:
+            done: steps of them that an earlier process did.
         """
-        with tqdm(total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
-            yield Progress(bar, total, every, unit)
+        with tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
+            yield Progress(bar, total, every, unit, done)
 
     def close(self) -> None:
-        """Write everything out; the run takes no more."""
+        """Write everything out; the run takes no more.
+
+        Raises:
+            UserError: something could not be written.
+        """
         log.removeHandler(self._log_file)
-        self._log_file.close()
         self._terminal.in_run = False
-        self._events.close()
-        try:
-            self._metrics.close()
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+        failed = None
+        for close in (self._events.close, self._log_file.close, self._metrics.close):
+            try:
+                close()
+            except OSError as error:
+                failed = error
+        failed = failed or self._event_file.error
+        if failed is not None:
+            raise _unwritable(self.folder, failed) from failed
 
     def __enter__(self) -> Run:
         return self
@@ -231,9 +327,43 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
+        if error is None:
+            self.close()
+            return
+        with suppress(UserError):  # the disk may be full: what ended the run is what is to be told
             log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
-        self.close()
+        with suppress(UserError):
+            self.close()
+
+
+class _Bystander(Run):
+    """What processes other than the first have for a run: it takes everything and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def metrics(self, row: Mapping[str, float | int | str]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
+        pass
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        pass
+
+    @contextmanager
+    def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
+        with tqdm(total=total, disable=True) as bar:
+            yield Progress(bar, total, every, unit, done)
+
+    def close(self) -> None:
+        pass
 
 
 class Progress:
@@ -249,10 +379,10 @@ class Progress:
         step: steps done.
     """
 
-    def __init__(self, bar: tqdm[Any], total: int, every: int, unit: str):
-        self.step = 0
+    def __init__(self, bar: tqdm[Any], total: int, every: int, unit: str, done: int = 0):
+        self.step = done
         self._bar, self._total, self._every, self._unit = bar, total, every, unit
-        self._since = (0, time.perf_counter())
+        self._since = (done, time.perf_counter())
         self._sums: dict[str, float] = {}
 
     def advance(self, **values: float) -> bool:
@@ -309,6 +439,48 @@ def _new_folder(runs_dir: Path, name: str) -> Path:
     except OSError as error:
         raise _unwritable(runs_dir, error) from error
     raise AssertionError("count() does not end")
+
+
+def _keep_rows(path: Path, done: int) -> tuple[str, ...] | None:
+    """Cut `metrics.csv` back to the steps 1 to `done`, and return its columns.
+
+    What goes are rows of steps that will be done again, and the last one if it is torn.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    header, *rows = lines or [b""]
+    if not header.startswith(b"step,") or not header.endswith(b"\n"):
+        header, rows = b"", []
+    kept = {int(row.partition(b",")[0]): row for row in rows if re.match(rb"\d{1,15},.*\n", row)}
+    wanted = [kept[step] for step in range(1, done + 1) if step in kept]
+    if len(wanted) < done:
+        log.warning("%s lacks %d of the %d steps done", path, done - len(wanted), done)
+    with atomic_write(path) as file:
+        file.writelines([header, *wanted])
+    return tuple(header.decode("utf-8", "replace").strip().split(",")) if header else None
+
+
+def _circumstances() -> dict[str, Any]:
+    """When, where and with what code a process works on a run."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": cpu_name(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "git": _git_state(),
+    }
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

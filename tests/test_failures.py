@@ -1,0 +1,132 @@
+"""Full disks, folders that cannot be written and training that diverges: what is lost, and what is said."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Trainer
+from utils.arguments import parse, training_parser
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.run import Run
+from utils.state import TrainingState
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within this block, no file of this process may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def same(a: TrainingState, b: TrainingState) -> bool:
+    return a.step == b.step and all(torch.equal(a.state_dict[key], b.state_dict[key]) for key in a.state_dict)
+
+
+# Too small for TensorBoard's events, for the metrics, for the training state.
+@pytest.mark.parametrize("size", [2_000, 4_000, 8_000, 20_000])
+def test_a_full_disk_keeps_the_last_good_state(size: int, trainer: Trainer) -> None:
+    trainer("--steps=5")
+    good = trainer.state()
+    with largest_file(size), pytest.raises(UserError, match=r"cannot write .*: File too large"):
+        trainer.resume("--steps=500", "--save_every=100")
+    assert same(trainer.state(), good)
+    assert load_checkpoint(trainer.run / "model.net").step == 5
+    assert not list(trainer.run.glob(".*"))
+    trainer.resume("--steps=7")
+    assert trainer.state().step == 7
+
+
+@pytest.mark.parametrize("target", ["state.pt", "model.net", "smoke.net"])
+@pytest.mark.parametrize("call", ["mkstemp", "fsync"])
+def test_a_file_that_cannot_be_written_is_named(
+    target: str, call: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer("--steps=5")
+    make, sync, drafts = tempfile.mkstemp, os.fsync, [""]
+
+    def mkstemp(**where: Any) -> tuple[int, str]:
+        drafts.append(where["prefix"])
+        if call == "mkstemp" and drafts[-1] == f".{target}.":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make(**where)
+
+    def fsync(handle: int) -> None:
+        if call == "fsync" and drafts[-1] == f".{target}.":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(os, "fsync", fsync)
+    reason = "Read-only file system" if call == "mkstemp" else "No space left on device"
+    with pytest.raises(UserError, match=f"cannot write .*{target}: {reason}"):
+        trainer.resume("--steps=9", "--save_every=100")
+    # The state is written first: what fails after it loses nothing.
+    assert trainer.state().step == (5 if target == "state.pt" else 9)
+    assert load_checkpoint(Path("runs/smoke.net")).step == 5
+
+
+def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
+    """A writing thread that died would block the run for ever."""
+    run = Run.create(tmp_path, "n", parse(training_parser(), []))
+
+    def write() -> None:
+        with run:
+            for step in range(10_000):
+                run.scalars(step, {"loss": 1.0})
+
+    with largest_file(2_000), pytest.raises(UserError, match="File too large"):
+        write()
+
+
+def test_a_log_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "n", parse(training_parser(), []))
+    with (run.folder / "log.txt").open("ab") as file:
+        file.write(b"\n" * 2_000_000)
+    with largest_file(1_000_000), pytest.raises(UserError, match="File too large"), run:
+        logging.getLogger("anml").info("one line more")
+
+
+@pytest.mark.parametrize(
+    ("flag", "last"),
+    [("--update_lr=1e30", 0), ("--meta_lr=1e36", 1)],
+)
+def test_divergence_stops_with_the_last_finite_state(flag: str, last: int, trainer: Trainer) -> None:
+    with pytest.raises(UserError) as ended:
+        trainer("--steps=50", flag)
+    message = str(ended.value)
+    assert message.startswith(f"step {last + 1}: ")
+    for named in ("--meta_lr", "--update_lr", "--seed 9", str(Path("runs/smoke_0"))):
+        assert named in message
+    state = trainer.state()
+    assert state.step == last
+    assert all(bool(value.isfinite().all()) for value in state.state_dict.values())
+    assert (trainer.run / "metrics.csv").read_text().count("\n") in (0, last + 1)
+    with pytest.raises(UserError) as again:
+        trainer.resume()
+    reason, separator, _ = message.partition("; the state before it is in ")
+    assert separator
+    assert str(again.value).startswith(reason)  # it stood exactly before the step that failed
+
+
+def test_weights_that_are_not_finite_are_not_saved(trainer: Trainer) -> None:
+    trainer("--steps=3")
+    trainer("--steps=1")
+    with pytest.raises(UserError, match=r"step 2.* not kept: .*not finite"):
+        trainer("--steps=9", "--meta_lr=1e39")
+    assert trainer.state().step == 3

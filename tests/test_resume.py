@@ -1,0 +1,258 @@
+"""Runs that are killed, stopped or damaged go on as if nothing had happened, or say why not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import TINY, Trainer
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.interrupt import Interrupt
+from utils.state import load_state, save_state
+
+ROOT = Path(__file__).parents[1]
+STEPS, KILLS = 220, 20
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """Of `metrics.csv`, without the column that no two runs share."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, Adam, generator and metrics of two run folders are equal bit for bit."""
+    a, b = load_state(first), load_state(second)
+    assert a is not None
+    assert b is not None
+    assert a.step == b.step
+    model_a, model_b = (load_checkpoint(run / "model.net").state_dict for run in (first, second))
+    for ours, theirs in (
+        (a.state_dict, b.state_dict),
+        (a.optimizer, b.optimizer),
+        (a.generator, b.generator),
+        (model_a, model_b),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert rows(first) == rows(second)
+
+
+def test_twenty_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
+    flags = [*TINY, f"--cache_dir={cache}", f"--steps={STEPS}", "--save_every=3"]
+    for folder, kills in (("whole", 0), ("killed", KILLS)):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.kill", str(kills), "1", *flags],
+            cwd=tmp_path / folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    whole = tmp_path / "whole/runs/smoke_0"
+    killed = sorted((tmp_path / "killed/runs").glob("*/config.json"))[-1].parent
+    resumed = [entry["step"] for entry in json.loads((killed / "config.json").read_text())["resumed"]]
+    assert resumed == sorted(resumed)
+    assert len(set(resumed)) > 5, "hardly any kill met a run that had come further"
+    assert_same_run(whole, killed)
+    assert [int(row["step"]) for row in rows(killed)] == list(range(1, STEPS + 1))
+    points = curve(killed)
+    assert [step for step, _ in points] == sorted({step for step, _ in points})
+    assert set(points) <= set(curve(whole))
+    assert not list(killed.glob(".*")), "drafts are left"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on(
+    number: signal.Signals, code: int, trainer: Trainer, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        metrics = trainer.run / "metrics.csv"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline, "training did not start"
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (code, "")
+    step = trainer.state().step
+    assert len(rows(trainer.run)) == step
+    trainer.resume(f"--steps={step + 3}")
+    trainer(f"--steps={step + 3}")
+    assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
+
+
+def test_a_signal_within_an_interrupt() -> None:
+    for patient in (False, True):
+        with Interrupt(patient) as interrupt:
+            assert (interrupt.requested, interrupt.exit_code) == (False, 0)
+            signal.raise_signal(signal.SIGTERM)
+            if patient:
+                signal.raise_signal(signal.SIGINT)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            assert (interrupt.requested, interrupt.exit_code) == (True, 143)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, alter, empty, Path.unlink])
+def test_a_damaged_state_is_replaced_by_the_one_before(
+    damage: Callable[[Path], None], trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer("--steps=7", "--save_every=2")
+    trainer("--steps=9")
+    damage(trainer.run / "state.pt")
+    assert trainer.state().step == 6
+    trainer.resume("--steps=9")
+    assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
+    assert [step for step, _ in curve(trainer.run)] == list(range(1, 10))
+    for text in (capsys.readouterr().out, (trainer.run / "log.txt").read_text()):
+        assert "state.pt" in text
+        assert "going on from state.previous.pt, step 6" in text
+    damage(trainer.run / "state.pt")
+    damage(trainer.run / "state.previous.pt")
+    before = {path: path.read_bytes() for path in trainer.run.iterdir()}
+    with pytest.raises(UserError, match=r"state\.previous\.pt.*--saved_model"):
+        trainer.resume("--steps=12")
+    assert {path: path.read_bytes() for path in trainer.run.iterdir()} == before
+
+
+def test_a_state_of_another_run_is_refused(trainer: Trainer) -> None:
+    trainer("--steps=1")
+    trainer("--steps=1", "--pln_channels=3")
+    content = trainer.state()
+    other = load_state(trainer.run.with_name("smoke_1"))
+    assert other is not None
+    save_state(trainer.run, replace(content, optimizer=other.optimizer), {})
+    with pytest.raises(UserError, match="other weights"):
+        trainer.resume("--steps=2")
+    save_state(trainer.run, replace(content, generator=content.generator[:-1]), {})
+    with pytest.raises(UserError, match="state of this run"):
+        trainer.resume("--steps=2")
+    save_state(trainer.run, replace(content, network="OML"), {})
+    with pytest.raises(UserError, match="holds OML"):
+        trainer.resume("--steps=2")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2,0,0,1\n2,2,0,0,1\n3,2,0",
+        b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2,0,0,1\n\xff\xfe\n2,2,0,0,1\n",
+        b"step,lo",
+        b"",
+        None,
+    ],
+)
+def test_metrics_that_are_torn_or_lost(left: bytes | None, trainer: Trainer) -> None:
+    trainer("--steps=2")
+    metrics = trainer.run / "metrics.csv"
+    metrics.unlink() if left is None else metrics.write_bytes(left)
+    trainer.resume("--steps=4")
+    kept = 2 if left and b"1,2" in left else 0
+    assert [int(row["step"]) for row in rows(trainer.run)] == [1, 2, 3, 4][2 - kept :]
+    assert ("lacks 2 of the 2 steps" in (trainer.run / "log.txt").read_text()) == (kept == 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--meta_lr=0.01"], "--meta_lr is 0.01 and was 0.001"),
+        (["--first_order", "--seed=4"], "--first_order is True and was False; --seed is 4 and was 9"),
+        (["--model_name=x.net"], "--model_name is x.net"),
+        (["--checkpoint"], "--checkpoint"),
+        (["--config", str(ROOT / "configs/anml.toml")], "--num_classes is 1000"),
+    ],
+)
+def test_contradicting_arguments_are_refused(
+    flags: list[str], named: str, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer("--steps=1")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        trainer.resume(*flags)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert named in error or "train_classes" in error
+    assert error.count("\n") == 1
+
+
+def test_what_may_change(trainer: Trainer) -> None:
+    trainer("--steps=4")
+    flags = ["--seed", "9", "--log_every=1", "--save_every=2", "--device=cpu", "--threads=1"]
+    trainer.resume("--steps=5", *flags)
+    config = json.loads((trainer.run / "config.json").read_text())
+    assert (config["arguments"]["steps"], config["arguments"]["save_every"]) == (5, 2)
+    assert config["arguments"]["config"] == str(ROOT / "configs/smoke.toml")
+    assert [entry["step"] for entry in config["resumed"]] == [4]
+    trainer.resume()  # nothing to do, which is no error
+    with pytest.raises(UserError, match=r"--steps 4: .* has done 5"):
+        trainer.resume("--steps=4")
+
+
+def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer("--steps=1", "--model_name=m.net")
+    config = trainer.run / "config.json"
+    good = config.read_text()
+    for content, named in (
+        (good.replace('"manifest": "', '"manifest": "0'), "the data is not that"),
+        (good[:-9], "damaged"),
+        ("[]", "damaged"),
+        ('{"arguments": {"stepz": 1}}', "stepz"),
+        ('{"arguments": {"steps": "1"}}', "steps"),
+        (None, "not a run folder"),
+    ):
+        config.unlink() if content is None else config.write_text(content)
+        with pytest.raises((UserError, SystemExit)) as ended:
+            trainer.resume()
+        assert named in capsys.readouterr().err + str(ended.value)
+    assert trainer.state().step == 1
+
+
+def test_a_run_that_ended_before_its_first_state(trainer: Trainer, tmp_path: Path) -> None:
+    trainer("--steps=2")
+    trainer("--steps=2")
+    for name in ("state.pt", "model.net", "metrics.csv"):
+        (trainer.run / name).unlink()
+    trainer.resume()
+    assert_same_run(trainer.run, tmp_path / "runs/smoke_1")

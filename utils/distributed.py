@@ -1,0 +1,146 @@
+"""The processes of one job, on one machine or several, as torchrun starts them.
+
+All processes draw the same random numbers and hold the same weights; each computes its share of what
+can be computed apart, and results are put together in the same order whatever the number of processes.
+Without torchrun there is one process, and nothing here costs anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def environment(name: str, alone: int) -> int:
+    """What torchrun says of this process: RANK, LOCAL_RANK or WORLD_SIZE; `alone` without it."""
+    return int(os.environ[name]) if launched() else alone
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return environment("RANK", 0) == 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a job, seen from one of them.
+
+    Each method but `share` is called by all processes together. Where one of them has ended, the
+    others raise UserError.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        device: where tensors travel from: that of the work.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of `items` that are this process's to do: every `size`-th."""
+        return items[self.rank :: self.size]
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the processes, the same bits in each of them."""
+        if self.size == 1:
+            return list(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with _others_answer():
+            torch.distributed.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, device=self.device)
+        with _others_answer():
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def gather(self, value: T) -> list[T]:
+        """The processes' values, in the order of their ranks."""
+        values: list[T] = [value] * self.size
+        if self.size > 1:
+            with _others_answer():
+                torch.distributed.all_gather_object(values, value)
+        return values
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raise UserError where the processes do not all have the same `value`."""
+        if len(set(self.gather(value))) > 1:
+            raise UserError(
+                f"the processes of this job differ in their {what}: all machines have to see the same files"
+            )
+
+    def one_before_others(self, work: Callable[[], T]) -> T:
+        """What `work` gives, done by one process of each machine before the others of it.
+
+        So the others find in the cache what took that one minutes.
+        """
+        if environment("LOCAL_RANK", 0) == 0:
+            value = work()
+            self.wait()
+            return value
+        self.wait()
+        return work()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            self.largest(0)
+
+    def leave(self) -> None:
+        """End the group when all processes are done; one that leaves early would end the job."""
+        if self.size > 1:
+            self.wait()
+            torch.distributed.destroy_process_group()
+
+
+def join(device: torch.device) -> Group:
+    """The group of this process; waits for the others (nccl between GPUs, gloo between CPUs).
+
+    Raises:
+        UserError: the others cannot be reached.
+    """
+    size = environment("WORLD_SIZE", 1)
+    if size == 1:
+        return Group()
+    with _others_answer():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Group(torch.distributed.get_rank(), size, device)
+
+
+@contextmanager
+def _others_answer() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what both backends raise
+        raise UserError(
+            f"process {environment('RANK', 0)} stops: another process of the job has ended or cannot be "
+            "reached; what it wrote last says why"
+        ) from error

@@ -1,0 +1,150 @@
+"""Training states: what a run needs to go on exactly where it stood, in its run folder.
+
+`state.pt` is a model file's content with Adam and the random generator, followed by a sha256 digest.
+`state.previous.pt` is the one before, for when the newer one is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.optimizer import Adam
+from utils.checkpoint import model_content, model_fault
+from utils.errors import UserError
+from utils.files import atomic_write
+
+log = logging.getLogger("anml")
+
+FORMAT = "anml-state-1"
+NAME, PREVIOUS = "state.pt", "state.previous.pt"
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that the next step depends on, beside the arguments and the data.
+
+    `network`, `widths` and `state_dict` are those of a model file; `step` counts the steps done.
+    `optimizer` is what `Adam.state_dict` gives. `generator` is the state of the one generator that
+    every draw of training comes from.
+    """
+
+    network: str
+    widths: dict[str, int]
+    state_dict: dict[str, Tensor]
+    optimizer: dict[str, list[Tensor]]
+    generator: Tensor
+    step: int
+
+    def restore(self, optimizer: Adam, generator: torch.Generator, source: str) -> None:
+        """Put an optimizer of the restored weights and the generator where they stood.
+
+        Raises:
+            UserError: they do not belong to those weights; `source` names the state.
+        """
+        try:
+            optimizer.load_state_dict(self.optimizer)
+            generator.set_state(self.generator)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{source} does not hold a state of this run: {error}") from error
+
+
+def save_state(folder: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
+    """Write `state.pt` into a run folder, whole or not at all, keeping the one before.
+
+    Raises:
+        UserError: it cannot be written, or the weights are not finite; what was there stays.
+    """
+    content = {
+        **model_content(state.network, state.widths, state.state_dict, arguments, state.step),
+        "format": FORMAT,
+        "optimizer": {key: [x.cpu() for x in values] for key, values in state.optimizer.items()},
+        "generator": state.generator,
+    }
+    path = folder / NAME
+    fault = _fault(content)
+    if fault is not None:
+        raise UserError(f"{path} is not written at step {state.step}: {fault}")
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path, previous=folder / PREVIOUS) as file:
+        file.write(buffer.getbuffer())
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+
+
+def load_state(folder: Path) -> TrainingState | None:
+    """The newest sound state of a run folder, on the CPU; None if the run ended before its first.
+
+    A state that is damaged or missing costs a warning and the steps since the one before.
+
+    Raises:
+        UserError: there were states, and none is sound.
+    """
+    faults = []
+    for path in (folder / NAME, folder / PREVIOUS):
+        try:
+            content = _read(path)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            log.warning("%s; going on from %s, step %d", faults[0], path.name, content["step"])
+        return TrainingState(
+            **{key: content[key] for key in ("network", "widths", "state_dict", "optimizer")},
+            generator=content["generator"],
+            step=content["step"],
+        )
+    if not any((folder / name).exists() for name in (NAME, PREVIOUS, "model.net")):
+        return None
+    raise UserError(
+        f"{'; '.join(faults)}; --checkpoint --saved_model {folder / 'model.net'} starts a new run from "
+        "the last weights"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a state file. Raises UserError where it is absent or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    payload, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if digest != hashlib.sha256(payload).digest():
+        raise UserError(f"{path} is cut short or altered: its checksum does not fit")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no state make torch raise nearly anything
+        raise UserError(f"{path} is not a training state") from error
+    fault = _fault(content)
+    if fault is not None:
+        raise UserError(f"{path} is not a training state of this project: {fault}")
+    return dict(content)
+
+
+def _fault(content: object) -> str | None:
+    """What is wrong with the dict of a state file; None if nothing is."""
+    fault = model_fault(content, FORMAT)
+    if fault is not None:
+        return fault
+    assert isinstance(content, dict)
+    optimizer, generator = content.get("optimizer"), content.get("generator")
+    if not isinstance(optimizer, dict) or not all(
+        isinstance(values, list) and all(isinstance(x, Tensor) for x in values)
+        for values in optimizer.values()
+    ):
+        return "its optimizer is not lists of tensors"
+    if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
+        return "its generator is not a state of one"
+    return None
