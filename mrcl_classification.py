@@ -24,8 +24,7 @@ import torch
 
 from datasets import load_pool
 from datasets.samplers import sample_trajectory
-from model.meta_learner import MetaLearner, active_fraction, gather
-from model.meta_test import MetaTest
+from model.meta_learner import MetaLearner, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -34,13 +33,11 @@ from utils.distributed import join, launched
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
-from utils.plots import gate_figure
+from utils.monitor import gate_statistics, validate
 from utils.run import Run, log_to_terminal
 from utils.state import TrainingState, load_state, save_state
 
 log = logging.getLogger("anml")
-
-VALIDATION_LR = 0.001  # of the small meta-tests on the way: the best rate at most lengths
 
 
 def initial_network(args: argparse.Namespace, state: TrainingState | None) -> Network:
@@ -52,39 +49,6 @@ def initial_network(args: argparse.Namespace, state: TrainingState | None) -> Ne
     if saved.network != args.treatment:
         raise UserError(f"{source} holds {saved.network}: add --treatment {saved.network}")
     return restore(saved.network, saved.widths, saved.state_dict, str(source))
-
-
-def validate(run: Run, net: Network, images: torch.Tensor, step: int, classes: int) -> None:
-    """A small meta-test on meta-training classes, and the gates of some images, to TensorBoard."""
-    meta_test = MetaTest(net, images, net.rln_meta_test, seed=0)
-    score = meta_test.score(classes, VALIDATION_LR, "validation", draw=0)
-    run.scalars(
-        step,
-        {"meta_val/accuracy_test": score.test, "meta_val/accuracy_train": score.train},
-    )
-    log.info(
-        "step %d meta-test on %d meta-training classes: test %.3f train %.3f",
-        *(step, classes, score.test, score.train),
-    )
-    labels = torch.arange(min(classes, 10)).repeat_interleave(2)
-    shown = images[: min(classes, 10), :2].flatten(0, 1)
-    with torch.no_grad():
-        _, gate = net.features(net.lower(shown, 0))
-    if gate is not None:
-        run.figure("meta_val/gate", gate_figure(gate.cpu().numpy(), labels.tolist()), step)
-
-
-def gate_statistics(net: Network, images: torch.Tensor) -> dict[str, float]:
-    """Mean of the gate and fraction of features that are active before and after it."""
-    with torch.no_grad():
-        features, gate = net.features(net.lower(images, 0))
-    if gate is None:
-        return {"meta_train/active": active_fraction(features)}
-    return {
-        "meta_train/gate_mean": gate.mean().item(),
-        "meta_train/active_before_gate": active_fraction(features),
-        "meta_train/active_after_gate": active_fraction(features * gate),
-    }
 
 
 def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: Interrupt, done: int) -> int:

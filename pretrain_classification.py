@@ -27,6 +27,7 @@ from model.supervised import supervised_step
 from utils.arguments import network_widths, parse, pretraining_parser, recorded
 from utils.checkpoint import save_checkpoint
 from utils.device import choose_device
+from utils.distributed import launched
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
@@ -74,6 +75,8 @@ def save(args: argparse.Namespace, run: Run, net: Network, step: int) -> None:
 def main() -> None:
     args = parse(pretraining_parser())
     log_to_terminal()
+    if launched():
+        raise UserError("pretraining runs in one process: start it without torchrun")
     device = choose_device(args.device, args.threads)
     check_writable(args.model_name)
     net = build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))

@@ -167,3 +167,12 @@ def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, "")
     assert load_checkpoint(tmp_path / "Pretrain_Model.net").step == metrics.read_text().count("\n") - 1
+
+
+def test_refuses_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its processes would train alone and write the same file."""
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match="torchrun"):
+        pretrain(TINY, tmp_path / "cache", tmp_path, monkeypatch)
+    assert list(tmp_path.iterdir()) == []
