@@ -9,10 +9,11 @@ All give the numbers of the plain formulation up to rounding and take a shorter 
 * `grey_block`: convolution, norm, ReLU and max-pool of a grey image. The norm's statistics follow from
   those of the image's 3x3 patches, and ReLU and the norm commute with max-pool up to the sign of the
   norm's scale: so the full-size activations are never normalised, nor kept.
-* `SharedLinear`: a weight that many single examples meet. Their parts of its gradient are outer
-  products; it adds them up as one matrix product at the end of the backward pass.
+* `SharedLinear`, `SharedKernel`: weights that single examples meet one after the other. Their parts of the
+  gradient are products of thin factors, which are kept, and added up as few matrix products in place.
 
-`conv2d` and `grey_block` can be differentiated to any order, `instance_norm` twice, `SharedLinear` once.
+`conv2d` and `grey_block` can be differentiated to any order, `instance_norm` and products with a
+`SharedLinear` twice.
 
 Activations are [B, C, H, W] as everywhere, but lie in memory with the channels last, as do the kernels
 of `modelfactory`'s networks: a patch is then a few long runs of memory, and whatever treats channels
