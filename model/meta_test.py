@@ -21,6 +21,7 @@ from model.kernels import times
 from model.meta_learner import Weights, gather, inner_gradients
 from model.modelfactory import Network, State, initialise, trained_parameters
 from model.optimizer import Adam
+from utils.device import use_huge_pages
 
 Purpose = Literal["search", "report", "validation"]
 PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
@@ -108,6 +109,7 @@ class Learner:
         self.weight, self.bias = fast[head_weight].detach(), fast[head_bias].detach()
         self.slope = torch.empty_like(self.weight)
         self.optimizer = Adam(fast.values(), lr)
+        use_huge_pages(self.slope, *self.optimizer.weights, *self.optimizer.means, *self.optimizer.squares)
 
     def logits(self, inputs: Tensor) -> Tensor:
         return times(inputs, self.weight.t()) + self.bias
