@@ -83,6 +83,19 @@ def model_content(
     }
 
 
+def read_saved(data: bytes) -> Any:
+    """What torch saved in `data`, on the CPU; nothing in it is run, whoever wrote it.
+
+    Raises:
+        Exception: bytes that torch did not save, or more than tensors and plain values, make it raise
+            nearly anything.
+    """
+    with warnings.catch_warnings():
+        # What torch warns of in a foreign file ends in one line of the caller's.
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a model file onto the CPU. That its tensors fit a network is for the network to say.
 
@@ -98,10 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "mrcl_classification.py writes one under --model_name"
         ) from error
     try:
-        with warnings.catch_warnings():
-            # What torch warns of in a foreign file ends in one line of ours below.
-            warnings.simplefilter("ignore")
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content = read_saved(data)
     except Exception as error:  # bytes that are no checkpoint make torch raise nearly anything
         raise UserError(f"cannot load the model {path}: {_unreadable(path, data, error)}") from error
     fault = model_fault(content)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model.optimizer import Adam
-from utils.checkpoint import model_content, model_fault
+from utils.checkpoint import model_content, model_fault, read_saved
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -122,9 +121,7 @@ def _read(path: Path) -> dict[str, Any]:
     if digest != hashlib.sha256(payload).digest():
         raise UserError(f"{path} is cut short or altered: its checksum does not fit")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        content = read_saved(payload)
     except Exception as error:  # bytes that are no state make torch raise nearly anything
         raise UserError(f"{path} is not a training state") from error
     fault = _fault(content)
