@@ -4,7 +4,8 @@ All give the numbers of the plain formulation up to rounding and take a shorter 
 
 * `conv2d`: a convolution and its two adjoints are three bilinear maps, and the derivative of each is
   made of the other two. Written so, the double backward of the inner loop runs on the same fast kernels
-  as the forward pass. (torch's own takes slow paths at batch 1.)
+  as the forward pass. (torch's own takes slow paths at batch 1.) Over many images the adjoints are
+  those of `winograd`.
 * `instance_norm`: its double backward in closed form, a dozen passes where the composed one takes forty.
 * `grey_block`: convolution, norm, ReLU and max-pool of a grey image. The norm's statistics follow from
   those of the image's 3x3 patches, and ReLU and the norm commute with max-pool up to the sign of the
@@ -29,9 +30,12 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model import winograd
+
 # Output positions of a batch up to which a convolution on the CPU is a product with a matrix of patches:
 # as fast as the convolution kernels at 121 positions, twice as fast at 9, and more accurate.
 FEW_POSITIONS = 256
+MANY_CHANNELS = 32  # from which on `winograd`'s transforms cost less than its products save
 CHUNK = 4  # images whose full-size activations exist at a time, few enough to stay in cache
 
 
@@ -66,6 +70,8 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
+        if _many(x, weight, ctx.stride) and need_x and need_weight and not torch.is_grad_enabled():
+            return *winograd.adjoints(grad, x, weight), None  # less work than one by one
         return (
             _ConvInput.apply(grad, weight, x, ctx.stride) if need_x else None,
             _ConvWeight.apply(x, grad, weight, ctx.stride) if need_weight else None,
@@ -80,7 +86,7 @@ class _ConvInput(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, weight: Tensor, like: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(grad, weight)
         ctx.stride = stride
-        return _native_backward(grad, like, weight, stride, (True, False, False))[0]
+        return _adjoints(grad, like, weight, stride, need_weight=False)[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -102,7 +108,7 @@ class _ConvWeight(torch.autograd.Function):
         ctx.save_for_backward(x, grad)
         ctx.stride = stride
         if not _few_positions(x, stride):
-            return _native_backward(grad, x, like, stride, (False, True, False))[1]
+            return _adjoints(grad, x, like, stride, need_x=False)[1]
         return _kernel_of_rows(_last(grad).flatten(0, 2).t() @ _patch_rows(x, stride))
 
     @staticmethod
@@ -146,20 +152,29 @@ def _few_positions(x: Tensor, stride: int) -> bool:
     return x.device.type == "cpu" and len(x) * height * width <= FEW_POSITIONS
 
 
+def _many(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Whether there is enough of everything for `winograd`."""
+    many = x.device.type == "cpu" and not _few_positions(x, stride)
+    return many and stride == 1 and min(weight.shape[:2]) >= MANY_CHANNELS
+
+
 def _patch_rows(x: Tensor, stride: int) -> Tensor:
     """The 3x3 patches of [B, C, H, W], one row of length 9 * C for each output position."""
     patches = _last(x).unfold(1, 3, stride).unfold(2, 3, stride)  # [B, H', W', C, 3, 3]
     return patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[1])
 
 
-def _native_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's backward of a convolution: gradients of input, weight and bias as `mask` asks."""
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, mask
+def _adjoints(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, need_x: bool = True, need_weight: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a convolution's input and kernel; without meaning where not needed."""
+    if _many(x, weight, stride):
+        return winograd.adjoints(grad, x, weight, need_x, need_weight)
+    needed = (need_x, need_weight, False)
+    to_x, to_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, needed
     )
-    return grads
+    return to_x, to_weight
 
 
 def instance_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -341,8 +356,17 @@ def _responses(kernel: Tensor, patches: Tensor) -> Tensor:
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix, [B, K] and [K, N], as a matrix-vector product where B is 1: a third of the time."""
-    return torch.mv(matrix.t(), x[0])[None] if len(x) == 1 else x @ matrix
+    """x @ matrix, [B, K] and [K, N]; a single row takes the fastest way that there is.
+
+    On the CPU that is oneDNN, whose product with a vector takes half of the BLAS's time and errs half as
+    much. torch has it for float32 alone, under a name that is not public, so not for certain.
+    """
+    if len(x) > 1:
+        return x @ matrix
+    if x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        row: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix.t(), None, "none", [], "")
+        return row
+    return torch.mv(matrix.t(), x[0])[None]
 
 
 class SharedLinear:
@@ -429,7 +453,7 @@ class SharedKernel(SharedLinear):
         return conv2d(x, weight, self.stride)
 
     def adjoint(self, y: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-        return _native_backward(y, like, weight, self.stride, (True, False, False))[0]
+        return _adjoints(y, like, weight, self.stride, need_weight=False)[0]
 
     def rows(self, errors: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         return _last(errors).flatten(0, 2), _patch_rows(inputs, self.stride)

@@ -1,0 +1,119 @@
+"""The kernels against torch's own, at sizes that reach each of their ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+
+from model import winograd
+from model.kernels import FEW_POSITIONS, MANY_CHANNELS, conv2d, grey_block, instance_norm, times
+
+# batch, inputs, outputs, height, width, stride; the first few as a product of patches, then by
+# Winograd's adjoints in one and in several chunks, with whole and cut tiles, then torch's own.
+SIZES = [
+    (1, 32, 40, 13, 13, 1),
+    (1, 3, 5, 8, 9, 2),
+    (40, 32, 40, 5, 5, 1),
+    (50, 32, 33, 13, 13, 1),
+    (35, 40, 32, 10, 15, 1),
+    (300, 32, 32, 3, 4, 1),
+    (40, 8, 33, 13, 13, 1),
+    (40, 32, 32, 13, 13, 2),
+]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= tolerance * other.abs().max()
+
+
+def derivatives(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Value, gradients (together and one by one) and gradients of the gradients of a function's inputs."""
+    y = function(*inputs)
+    loss = (y.square() * normal(*y.shape)).sum()  # not linear, so that gradients depend on all inputs
+    apart = [torch.autograd.grad(loss, z, retain_graph=True)[0] for z in inputs]
+    slopes = torch.autograd.grad(loss, inputs, create_graph=True)
+    overlap = torch.stack([(slope * normal(*slope.shape)).sum() for slope in slopes]).sum()
+    return y, *apart, *slopes, *torch.autograd.grad(overlap, inputs)
+
+
+@pytest.mark.parametrize("lay", [channels_last, Tensor.contiguous])
+@pytest.mark.parametrize("size", SIZES)
+def test_convolution(size: tuple[int, ...], lay: Callable[[Tensor], Tensor]) -> None:
+    batch, inputs, outputs, height, width, stride = size
+    x = lay(normal(batch, inputs, height, width)).requires_grad_()
+    weight = lay(normal(outputs, inputs, 3, 3)).requires_grad_()
+    ours = derivatives(lambda x, weight: conv2d(x, weight, stride), x, weight)
+    compare(ours, derivatives(lambda x, weight: F.conv2d(x, weight, stride=stride), x, weight), 1e-11)
+
+
+def test_sizes_reach_every_way() -> None:
+    """The list above covers what it says."""
+    positions = [b * ((h - 3) // s + 1) * ((w - 3) // s + 1) for b, _, _, h, w, s in SIZES]
+    assert [p <= FEW_POSITIONS for p in positions] == [True] * 2 + [False] * 6
+    assert [min(size[1:3]) >= MANY_CHANNELS for size in SIZES[2:]] == [True] * 4 + [False, True]
+    tiles = [b * -(-(h - 2) // 4) * -(-(w - 2) // 4) for b, _, _, h, w, _ in SIZES[2:6]]
+    assert min(tiles) < winograd.CHUNK < max(tiles)
+
+
+def test_adjoints_err_by_rounding_in_single_precision() -> None:
+    """Published sizes; what is cut off is known from float64."""
+    for channels, height in ((256, 13), (112, 13), (256, 5)):
+        x, grad = normal(8, channels, height, height), normal(8, channels, height - 2, height - 2)
+        weight = normal(channels, channels, 3, 3)
+        exact = winograd.adjoints(grad, x, weight)
+        single = winograd.adjoints(grad.float(), x.float(), weight.float())
+        for one, other in zip(single, exact, strict=True):
+            assert (one - other).square().mean() <= (2e-6) ** 2 * other.square().mean()
+
+
+def test_adjoints_one_at_a_time() -> None:
+    x, grad, weight = normal(40, 32, 13, 13), normal(40, 33, 11, 11), normal(33, 32, 3, 3)
+    both = winograd.adjoints(grad, x, weight)
+    assert torch.equal(winograd.adjoints(grad, x, weight, need_weight=False)[0], both[0])
+    assert torch.equal(winograd.adjoints(grad, x, weight, need_x=False)[1], both[1])
+
+
+def test_norm() -> None:
+    x, scale, shift = channels_last(normal(3, 4, 3, 2)), normal(4), normal(2, 4)[0]
+    inputs = [part.requires_grad_() for part in (x, scale, shift)]
+    ours = derivatives(lambda x, scale, shift: instance_norm(x, scale, shift, 1e-5), *inputs)
+    compare(
+        ours,
+        derivatives(lambda x, scale, shift: F.instance_norm(x, None, None, scale, shift), *inputs),
+        1e-11,
+    )
+
+
+def test_grey_block() -> None:
+    x, weights = normal(3, 1, 12, 10), (normal(6, 1, 3, 3), normal(6), normal(1, 6)[0])
+    inputs = [part.requires_grad_() for part in weights]
+
+    def plain(weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(F.instance_norm(F.conv2d(x, weight), None, None, scale, shift)), 2)
+
+    ours = derivatives(lambda weight, scale, shift: grey_block(x, weight, scale, shift, 1e-5), *inputs)
+    compare(ours, derivatives(plain, *inputs), 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_products_with_few_rows(rows: int, dtype: torch.dtype) -> None:
+    x, matrix = normal(rows, 300, dtype=dtype), normal(300, 50).to(dtype)
+    compare((times(x, matrix),), (x.double() @ matrix.double(),), 1e-6 if dtype == torch.float32 else 1e-13)
+    compare((times(x, matrix.t().contiguous().t()),), (times(x, matrix),), 1e-6)
