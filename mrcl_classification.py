@@ -18,6 +18,7 @@ import logging
 import math
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -87,6 +88,8 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
             if args.eval_every and step % args.eval_every == 0 and learner.group.first:
                 validate(run, net, images, step, args.eval_classes)
+            if args.keep_every and step % args.keep_every == 0 and learner.group.first:
+                save_model(args, learner, step, run.folder / f"model_{step}.net")
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
             if interrupt.agree(learner.group):
@@ -122,7 +125,13 @@ def save(args: argparse.Namespace, run: Run, learner: MetaLearner, step: int) ->
     state = TrainingState(*model, learner.optimizer.state_dict(), learner.generator.get_state(), step)
     save_state(run.folder, state, recorded(args))
     for path in (run.folder / "model.net", args.model_name):
-        save_checkpoint(path, *model, recorded(args), step)
+        save_model(args, learner, step, path)
+
+
+def save_model(args: argparse.Namespace, learner: MetaLearner, step: int, path: Path) -> None:
+    """Write the model after `step` steps to `path`."""
+    net = learner.net
+    save_checkpoint(path, type(net).__name__, net.widths, net.state_dict(), recorded(args), step)
 
 
 def main() -> None:

@@ -2,21 +2,27 @@
 
     python plot_results.py runs/Omni_test_traj_0
     python plot_results.py ANML=runs/anml_0 OML=runs/oml_0/results.csv --out figures --name main
+    python plot_results.py runs/on_the_way_0 --against steps      # of an evaluation of several models
 
 Two figures, each as PNG and PDF: `<name>_curves`, accuracy against the number of classes, and
-`<name>_bars`, the accuracy at the largest class count that all results have.
+`<name>_bars`, the accuracy at the largest class count that all results have. Against meta-steps one,
+`<name>_steps`.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.arguments import parse, plot_parser
 from utils.errors import UserError, run_script
-from utils.plots import bars_figure, comparison_figure, save_figure
+from utils.plots import bars_figure, comparison_figure, save_figure, training_figure
 from utils.results import Results, read_results, summarise
 from utils.targets import ACCURACIES, Target, read_targets
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def labelled(text: str) -> tuple[str, Path]:
@@ -64,9 +70,31 @@ def published(results: dict[str, Results]) -> tuple[dict[str, str], list[Target]
     return treatments, [target for target in accuracies if target.treatment in shown]
 
 
-def draw(args: argparse.Namespace) -> list[Path]:
-    """Both figures; returns the files."""
+def on_the_way(results: dict[str, Results]) -> dict[str, list[dict[str, Any]]]:
+    """A curve for each class count of each label: lines of a summary with the `step` of their models.
+
+    Raises:
+        UserError: results that do not say for how many steps their models were trained.
+    """
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for label, result in results.items():
+        try:
+            steps = {str(model["name"]): int(model["step"]) for model in result.about["models"]}
+            rows = [(steps[row["model"]], row) for row in result.rows]
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f"{label} does not say how many steps its models were trained for") from None
+        for step in sorted({step for step, _ in rows}):
+            for line in summarise([row for of, row in rows if of == step]):
+                name = f"{line['classes']} classes" if len(results) == 1 else f"{label}, {line['classes']}"
+                curves.setdefault(name, []).append({"step": step, **line})
+    return curves
+
+
+def figures(args: argparse.Namespace) -> dict[str, Figure]:
+    """The figures of `--against` by the end of their file's name."""
     results = read_all(args.results)
+    if args.against == "steps":
+        return {"steps": training_figure(on_the_way(results))}
     summaries = {label: summarise(result.rows) for label, result in results.items()}
     common = set.intersection(*({line["classes"] for line in lines} for lines in summaries.values()))
     if not common:
@@ -86,11 +114,13 @@ def draw(args: argparse.Namespace) -> list[Path]:
         for target in targets
         if (target.classes, target.treatment) == (longest, treatment)
     ]
+    return {"curves": comparison_figure(summaries, targets), "bars": bars_figure(final, beside)}
+
+
+def draw(args: argparse.Namespace) -> list[Path]:
+    """Draw all figures; returns the files."""
     files = []
-    for name, figure in (
-        ("curves", comparison_figure(summaries, targets)),
-        ("bars", bars_figure(final, beside)),
-    ):
+    for name, figure in figures(args).items():
         for suffix in ("png", "pdf"):
             files.append(args.out / f"{args.name}_{name}.{suffix}")
             save_figure(figure, files[-1])

@@ -17,8 +17,15 @@ from matplotlib.patches import Rectangle
 import plot_results
 from tests.test_ledger import write_accuracies
 from utils.arguments import parse, plot_parser
-from utils.plots import activations_figure, bars_figure, comparison_figure, embedding_figure, figure_pixels
-from utils.results import Results
+from utils.plots import (
+    activations_figure,
+    bars_figure,
+    comparison_figure,
+    embedding_figure,
+    figure_pixels,
+    training_figure,
+)
+from utils.results import Results, write_results
 from utils.targets import Target
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +107,25 @@ def test_embedding_marks_alphabets() -> None:
     np.testing.assert_array_equal(after.collections[1].get_offsets(), -points[2:5])
 
 
+def test_accuracy_on_the_way(tmp_path: Path) -> None:
+    rows = [
+        {"model": f"{step}.net", "classes": classes, "run": run, "lr": 0.001, "test": test + shift}
+        | {"train": test + 0.1, "above_chance": 1}
+        for step, accuracies in ((1000, (0.5, 0.3)), (200, (0.4, 0.1)))
+        for classes, test in zip((10, 50), accuracies, strict=True)
+        for run, shift in enumerate((-0.01, 0.01))
+    ]
+    models = [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]
+    curves = plot_results.on_the_way({"run_0": Results(rows, {"models": models})})
+    test, train = training_figure(curves).axes
+    np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
+    np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
+    write_results(tmp_path, rows, {"models": models})
+    done = plot(tmp_path, ".", "again=.", "--against=steps", "--out=figures")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["figures/results_steps.png", "figures/results_steps.pdf"]
+
+
 def plot(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "plot_results.py"), *flags],
@@ -160,6 +186,7 @@ def test_published_numbers_are_those_of_the_treatment() -> None:
         (("empty",), "empty"),
         (("nonsense",), "nonsense"),
         (("run_0", "--out", "nonsense"), "nonsense"),
+        (("run_0", "--against=steps"), "how many steps"),
         ((), "RESULTS"),
     ],
 )

@@ -84,6 +84,8 @@ def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
         saved = load_checkpoint(path)
         assert (saved.network, saved.step) == ("ANML", 4)
         assert saved.arguments["update_lr"] == 0.1
+    (kept,) = folder.glob("model_*.net")
+    assert (kept.name, load_checkpoint(kept).step) == ("model_3.net", 3)
 
 
 def test_training_curves_in_tensorboard(trained: Path) -> None:

@@ -207,7 +207,7 @@ def training_parser() -> Parser:
     # How long, how often and where: none of these changes a number.
     parser.may_change = frozenset(
         (
-            *("steps", "log_every", "save_every", "eval_every", "eval_classes"),
+            *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
             *("device", "threads", "dataset_path", "cache_dir"),
         )
     )
@@ -276,6 +276,13 @@ def training_parser() -> Parser:
     )
 
     run = _run(parser, name="mrcl_omniglot", seed=9)
+    parser.flag(
+        run,
+        "--keep_every",
+        _whole(0),
+        0,
+        "steps between models that stay in the run folder, as model_<step>.net; 0 for none",
+    )
     parser.flag(
         run,
         "--model_name",
@@ -540,6 +547,15 @@ def plot_parser() -> Parser:
         nargs="+",
         metavar="[LABEL=]RESULTS",
         help="run folders of evaluate_classification.py, or their results.csv; LABEL names it in the figures",
+    )
+    parser.flag(
+        group,
+        "--against",
+        str,
+        "classes",
+        "what accuracy is drawn against: the number of classes learned, or the meta-steps that the models "
+        "of an evaluation (its --model A.net B.net ...) were trained for, a curve per class count",
+        choices=("classes", "steps"),
     )
     parser.switch(
         group,

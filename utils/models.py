@@ -28,16 +28,18 @@ class Model(NamedTuple):
         net: on the device of `load_models`.
         weights: how they were made.
         sha256: of the file, hexadecimal; empty without one.
+        step: meta-steps that it was trained for.
     """
 
     name: str
     net: Network
     weights: Weights
     sha256: str
+    step: int
 
-    def about(self) -> dict[str, str]:
+    def about(self) -> dict[str, str | int]:
         """What a run folder says of it."""
-        return {"name": self.name, "weights": self.weights, "sha256": self.sha256}
+        return {"name": self.name, "weights": self.weights, "sha256": self.sha256, "step": self.step}
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
@@ -53,7 +55,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
             shape = _load(args.model[0]).net
             name, widths = type(shape).__name__, shape.widths
         net = build(name, widths, torch.Generator().manual_seed(args.seed))
-        models = [Model("scratch", net, "random", "")]
+        models = [Model("scratch", net, "random", "", 0)]
     else:
         models = [_load(path) for path in args.model]
     first = models[0]
@@ -111,7 +113,7 @@ def _load(path: Path) -> Model:
     log.info("%s: %s after %d steps", path, saved.network, saved.step)
     net = restore(saved.network, saved.widths, saved.state_dict, str(path))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Model(str(path), net, weights_of(saved.arguments), sha256)
+    return Model(str(path), net, weights_of(saved.arguments), sha256, saved.step)
 
 
 def _kind(model: Model) -> str:

@@ -84,6 +84,29 @@ def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] =
     return figure
 
 
+def training_figure(curves: Mapping[str, Summary]) -> Figure:
+    """Accuracy against the meta-steps that models were trained for: a panel for test, one for train.
+
+    Args:
+        curves: by the name in the legend; their lines have `step` beside the entries of a summary.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, key, title in zip(panels, ("test", "train"), (TEST, TRAIN), strict=True):
+        for style, (label, rows) in zip(cycle(STYLES), curves.items()):
+            _curve(axes, rows, key, label, style, against="step")
+        axes.set_xlabel("meta-steps")
+        axes.set_ylim(0, 102)  # room for the upper half of a marker
+        axes.grid(alpha=0.3)
+        axes.set_title(title)
+    panels[0].set_ylabel("accuracy (%), 95% interval")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
 def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[str, Target]] = ()) -> Figure:
     """Test and train accuracy of several treatments after the same number of classes, as bars.
 
@@ -131,16 +154,18 @@ def _percent(rows: Summary, key: str) -> NDArray[np.float64]:
     return 100 * np.array([row[key] for row in rows], dtype=float)
 
 
-def _curve(axes: Axes, rows: Summary, key: str, label: str, style: tuple[str, str, str]) -> None:
+def _curve(
+    axes: Axes, rows: Summary, key: str, label: str, style: tuple[str, str, str], against: str = "classes"
+) -> None:
     """One line of mean accuracies with the band of its intervals."""
-    rows = sorted(rows, key=lambda row: int(row["classes"]))
-    classes = [row["classes"] for row in rows]
+    rows = sorted(rows, key=lambda row: int(row[against]))
+    places = [row[against] for row in rows]
     line, marker, colour = style
-    axes.plot(classes, _percent(rows, key), line, marker=marker, color=colour, label=label)
+    axes.plot(places, _percent(rows, key), line, marker=marker, color=colour, label=label)
     low, high = _percent(rows, f"{key}_low"), _percent(rows, f"{key}_high")
-    axes.fill_between(classes, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
     # A band has no width at a single point: bars show its interval too.
-    axes.vlines(classes, low, high, color=colour, linewidth=1)
+    axes.vlines(places, low, high, color=colour, linewidth=1)
 
 
 def _published(axes: Axes, targets: Sequence[Target], marker: str, label: str) -> None:
