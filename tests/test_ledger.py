@@ -109,6 +109,16 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
     assert "| anml | 20,000 steps | `python evaluate.py --x 1` |" in tables
 
 
+def test_a_result_without_a_target(tmp_path: Path) -> None:
+    results = write_ledger(tmp_path, manifest="other,t,c\n")
+    write_accuracies(results, "other", {10: (0.98, 1.0), 600: (0.6, 0.94)})
+    tables = ledger(results)
+    assert "6 not run" in tables
+    assert "| other | test accuracy | 10 / 600 | 98.0 ± 1.0 / 60.0 ± 1.0 |" in tables
+    assert "| other | train accuracy | 10 / 600 | 100.0 ± 0.0 / 94.0 ± 0.0 |" in tables
+    assert "| other | t | `c` |" in tables
+
+
 def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
     lines = "".join(f"anml,ANML,test,{n},80,{s},4,S\n" for n, s in ((10, 2), (50, ""), (75, 1)))
     results = write_ledger(tmp_path, lines, "anml,t,c\n")
@@ -177,7 +187,6 @@ def test_malformed_targets(tmp_path: Path, line: str, message: str) -> None:
     [
         ("anml,t,c\n", {}, "'anml' is in manifest.csv but has no file"),
         ("", {"anml.csv": "x"}, "'anml' has no line"),
-        ("", {"other.csv": "x"}, "'other' is a result of no target"),
         ("anml,t,c\n", {"anml.csv": "x\n1\n"}, "columns"),
         ("anml,t,c\n", {"anml.csv": ""}, "no runs"),
         ("anml,t,c\nanml,t,c\n", {"anml.json": '{"measured": {}}'}, "twice"),

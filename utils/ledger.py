@@ -6,7 +6,7 @@
 `results/` holds the targets (see `utils/targets.py`), our results as `<result>.csv`, the `results.csv`
 of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone,
 the `representation.json` of an analysis, and `manifest.csv`, which says how each was made. What has
-no result is listed as not run.
+no result is listed as not run; a result of a name that no target has stands in a table of its own.
 """
 
 from __future__ import annotations
@@ -81,11 +81,8 @@ def read_representation(path: Path) -> Result:
 READERS: dict[str, Callable[[Path], Result]] = {".csv": read_accuracies, ".json": read_representation}
 
 
-def our_results(folder: Path, known: set[str]) -> tuple[dict[str, Result], list[dict[str, str]]]:
+def our_results(folder: Path) -> tuple[dict[str, Result], list[dict[str, str]]]:
     """All results in `folder` by name, and the rows of its manifest.
-
-    Args:
-        known: names that results may have, those of the targets.
 
     Raises:
         UserError: a file is malformed, or is not in the manifest, or the other way round.
@@ -96,8 +93,6 @@ def our_results(folder: Path, known: set[str]) -> tuple[dict[str, Result], list[
     for path in sorted(folder.iterdir()):  # a .csv before the .json beside it, which says more of it
         if path.suffix in READERS and path.name not in NOT_RESULTS:
             files.setdefault(path.stem, path)
-    for name in sorted({*listed, *files} - known):
-        raise UserError(f"{folder}: {name!r} is a result of no target in targets.csv")
     for name in sorted(set(listed) ^ set(files)):
         where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
         raise UserError(f"{folder}: the result {name!r} {where}")
@@ -113,7 +108,7 @@ def ledger(folder: Path) -> str:
         UserError: a file is malformed.
     """
     targets = read_targets(folder / "targets.csv")
-    results, manifest = our_results(folder, {target.result for target in targets})
+    results, manifest = our_results(folder)
     pairs = [
         (target, results.get(target.result, {}).get((target.quantity, target.classes))) for target in targets
     ]
@@ -128,6 +123,11 @@ def ledger(folder: Path) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(list(group)) for _, group in groupby(pairs, key=_together)]
+    known = {target.result for target in targets}
+    beside = [row for name in results if name not in known for row in _without_target(name, results[name])]
+    if beside:
+        lines += ["", "Ours without a published number:", ""]
+        lines += ["| result | quantity | classes | ours |", "|---|---|---|---|", *beside]
     if manifest:
         lines += ["", "| result | training | made by |", "|---|---|---|"]
         lines += [f"| {row['result']} | {row['training']} | `{row['command']}` |" for row in manifest]
@@ -158,6 +158,16 @@ def _row(pairs: Sequence[tuple[Target, Measured | None]]) -> str:
     quantity = QUANTITIES[first.quantity]
     cells = (first.treatment, quantity, counts, published, first.source, ours, differences, command)
     return f"| {' | '.join(cells)} |"
+
+
+def _without_target(name: str, result: Result) -> list[str]:
+    rows = []
+    for quantity in dict.fromkeys(key for key, _ in result):
+        found = {classes: value for (key, classes), value in result.items() if key == quantity}
+        counts = " / ".join(str(classes or "") for classes in found)
+        values = " / ".join(map(str, found.values()))
+        rows.append(f"| {name} | {QUANTITIES[quantity]} | {counts} | {values} |")
+    return rows
 
 
 def _difference(target: Target, ours: Measured | None) -> str:
