@@ -426,9 +426,16 @@ class SharedLinear:
             self.token = _Step.apply(errors, inputs, self.token, self, lr)
 
     def result(self) -> Tensor:
-        """The weight as a tensor like any other; not to be followed by another step."""
-        result: Tensor = _Result.apply(self.token, self)
+        """The weight as a tensor like any other; nothing may follow."""
+        result: Tensor = _Result.apply(self.release(), self)
         return result
+
+    def release(self) -> Tensor:
+        """The token, for the last time. The graph refers to this object, and would keep itself and all
+        that lies here alive if this object referred to the graph."""
+        token = self.token
+        del self.token
+        return token
 
     def gradient(self) -> Tensor:
         """Sum of all factors so far and of the gradient that came from later on, in place."""

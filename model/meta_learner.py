@@ -131,7 +131,8 @@ class SGDHead:
         self.errors = torch.cat([self.errors, error])
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias after the steps so far."""
+        """Weight and bias after the steps so far; nothing may follow."""
+        self.shared.release()
         return (
             torch.addmm(self.weight, self.errors.t(), self.inputs, alpha=-self.lr),
             self.bias - self.lr * self.errors.sum(0),

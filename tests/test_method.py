@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.samplers import Trajectory, sample_task, sample_trajectory
+from model.kernels import SharedLinear
 from model.meta_learner import MetaLearner, adapt, gather, meta_gradient
 from model.meta_test import (
     FrozenStates,
@@ -136,6 +138,22 @@ def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
                 parameter.add_(step * d)
         losses.append(meta_gradient(moved, query, labels, 3, **options).loss)  # type: ignore[arg-type]
     assert_same((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("kind", ["ANML", "OML"])
+def test_a_meta_step_leaves_nothing_behind(kind: str, first_order: bool) -> None:
+    """No cycle keeps weights and gradients of the inner loop alive, to pile up step after step."""
+    net, _ = network(kind)
+    query, labels = images(7), torch.tensor([0, 5, 1, 7, 3, 3, 3])
+    gc.collect()
+    gc.disable()
+    try:
+        meta_gradient(net, query, labels, 3, rln=6, update_lr=0.1, first_order=first_order)
+        left = [thing for thing in gc.get_objects() if issubclass(type(thing), SharedLinear)]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 def test_first_order_is_not_second_order() -> None:
