@@ -19,6 +19,7 @@ from utils.run import Run
 
 STEPS = 2000
 WARM_UP = 500  # steps until the allocator and all caches have what they need
+WIDE = ["--nm_channels=16", "--pln_channels=64"]  # enough that weights left behind by each step would show
 GROWTH = 0.01  # of the resident memory after these, that is taken for noise
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         flags = [f"--steps={steps}", "--save_every=100", "--cache_dir=cache", "--log_every=100"]
-        sys.argv = ["mrcl_classification.py", *TINY, *flags]
+        sys.argv = ["mrcl_classification.py", *TINY, *WIDE, *flags]
         mrcl_classification.main()
     (memory, files), (memory_after, files_after) = seen[min(WARM_UP, steps // 2)], seen[-1]
     growth = memory_after / memory - 1
