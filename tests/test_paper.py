@@ -45,11 +45,12 @@ done
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with the script, the targets and configs, and an interpreter that only takes notes."""
+    """A folder with the script, the targets, an earlier result and the configs, and an interpreter that
+    only takes notes."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "results").mkdir()
-    for name in ("targets.csv", "manifest.csv"):
-        shutil.copy(ROOT / "results" / name, tmp_path / "results" / name)
+    shutil.copy(ROOT / "results/targets.csv", tmp_path / "results/targets.csv")
+    (tmp_path / "results/manifest.csv").write_text("result,training,command\nanml,earlier,c\n")
     (tmp_path / "fake").write_text(FAKE)
     (tmp_path / "fake").chmod(0o755)
     return tmp_path
