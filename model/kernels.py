@@ -10,10 +10,11 @@ All give the numbers of the plain formulation up to rounding and take a shorter 
 * `grey_block`: convolution, norm, ReLU and max-pool of a grey image. The norm's statistics follow from
   those of the image's 3x3 patches, and ReLU and the norm commute with max-pool up to the sign of the
   norm's scale: so the full-size activations are never normalised, nor kept.
+* `times`: a product with a single row, whose gradient is an outer product.
 * `SharedLinear`, `SharedKernel`: weights that single examples meet one after the other. Their parts of the
   gradient are products of thin factors, which are kept, and added up as few matrix products in place.
 
-`conv2d` and `grey_block` can be differentiated to any order, `instance_norm` and products with a
+`conv2d`, `grey_block` and `times` can be differentiated to any order, `instance_norm` and products with a
 `SharedLinear` twice.
 
 Activations are [B, C, H, W] as everywhere, but lie in memory with the channels last, as do the kernels
@@ -23,6 +24,7 @@ alike runs along them. Other layouts give the same numbers, slower.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ class _Conv(torch.autograd.Function):
             # that float32 gets wrong.
             y = F.conv2d(x.contiguous(), weight.contiguous(), stride=stride)
             return y.contiguous(memory_format=torch.channels_last)
-        rows = _patch_rows(x, stride) @ _kernel_rows(weight).t()
+        rows = _times(_patch_rows(x, stride), _kernel_rows(weight).t())
         return _image(rows, *_output_size(x, stride))
 
     @staticmethod
@@ -109,7 +111,7 @@ class _ConvWeight(torch.autograd.Function):
         ctx.stride = stride
         if not _few_positions(x, stride):
             return _adjoints(grad, x, like, stride, need_x=False)[1]
-        return _kernel_of_rows(_last(grad).flatten(0, 2).t() @ _patch_rows(x, stride))
+        return _kernel_of_rows(_gradient(_last(grad).flatten(0, 2), _patch_rows(x, stride)))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -258,47 +260,53 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
     Returns:
         [B, C, (H - 2) / 2, (W - 2) / 2]
     """
-    patches = _centred_patches(x)
-    sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)  # max-pool of -x is min-pool of x
+    patches = x[:, 0].unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [B, H', W', 9]
+    patches = patches - patches.mean((1, 2), keepdim=True)
+    sign = torch.ones_like(scale).copysign(scale.detach())  # max-pool of -x is min-pool of x
     kernel = weight.flatten(1) * sign[:, None]
-    precise = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    flat, wide = patches.flatten(1, 2).to(precise), kernel.to(precise)
+    flat = patches.flatten(1, 2).to(torch.float32 if x.device.type == "mps" else torch.float64)
     covariance = flat.transpose(1, 2) @ flat / flat.shape[1]
-    variance = ((wide @ covariance) * wide).sum(2)  # [B, C]
-    slope = (scale * sign * torch.rsqrt(variance + eps)).to(x.dtype)
+    slope = scale * sign * _InverseDeviation.apply(kernel, covariance, eps)
     pooled: Tensor = _MaxConv.apply(kernel, patches)
-    out = torch.addcmul(shift, pooled, slope[:, None]).relu()
-    return _image(out, (x.shape[2] - 2) // 2, (x.shape[3] - 2) // 2)
+    return torch.addcmul(shift[:, None, None], pooled, slope[:, :, None, None]).relu()
 
 
-def _centred_patches(x: Tensor) -> Tensor:
-    """Patches of [B, 1, H, W] less their mean: [B, 4, P, 9], P pooling windows of 4 positions each."""
-    patches = x[:, 0].unfold(1, 3, 1).unfold(2, 3, 1)
-    batch, height, width = patches.shape[:3]
-    windows = patches.reshape(batch, height // 2, 2, width // 2, 2, 9)
-    windows = windows.permute(0, 2, 4, 1, 3, 5).reshape(batch, 4, -1, 9)
-    return windows - windows.mean((1, 2), keepdim=True)
+class _InverseDeviation(torch.autograd.Function):
+    """1 / sqrt(w.Cov.w + eps) for each row w of a kernel: [C, 9], [B, 9, 9] -> [B, C].
+
+    As many small operations as this is, autograd's record of them would take longer than they do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, covariance: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(kernel, covariance)
+        ctx.eps = eps
+        wide = kernel.to(covariance.dtype)
+        return ((wide @ covariance) * wide).sum(2).add_(eps).rsqrt_().to(kernel.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        kernel, covariance = ctx.saved_tensors
+        wide = kernel.to(covariance.dtype)
+        towards = wide @ covariance  # half of the variance's gradient
+        inverse = ((towards * wide).sum(2) + ctx.eps).rsqrt()
+        return -((grad * inverse**3)[:, :, None] * towards).sum(0).to(kernel.dtype), None, None
 
 
 class _MaxConv(torch.autograd.Function):
-    """max over the 4 positions of a pooling window of patch . kernel: [C, 9], [B, 4, P, 9] -> [B, P, C].
+    """max over windows of 2 x 2 positions of patch . kernel: [C, 9], [B, H, W, 9] -> [B, C, H / 2, W / 2].
 
-    The derivative is that of the winning position, the first of equals, as in torch's max-pool.
+    The derivative is that of the winning position, the first of equals.
     """
 
     @staticmethod
     def forward(ctx: Any, kernel: Tensor, patches: Tensor) -> Tensor:
-        batch, _, positions, _ = patches.shape
-        pooled = patches.new_empty(batch, positions, len(kernel))
-        wins = patches.new_empty(batch, 3, positions, len(kernel), dtype=torch.bool)
-        for part, best, won in zip(*(t.split(CHUNK) for t in (patches, pooled, wins)), strict=True):
-            first, second, third, fourth = _responses(kernel, part).unbind(1)
-            torch.ge(first, second, out=won[:, 0])
-            torch.ge(third, fourth, out=won[:, 1])
-            left, right = torch.maximum(first, second), torch.maximum(third, fourth)
-            torch.ge(left, right, out=won[:, 2])
-            torch.maximum(left, right, out=best)
-        ctx.save_for_backward(patches, wins)
+        parts = [
+            torch.ops.aten.max_pool2d_with_indices(_responses(kernel, part), [2, 2], [2, 2])
+            for part in patches.split(CHUNK)
+        ]
+        pooled, winners = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
+        ctx.save_for_backward(patches, winners)
         return pooled
 
     @staticmethod
@@ -307,23 +315,19 @@ class _MaxConv(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """Gradient of the kernel from that of the winners: [B, P, C] -> [C, 9].
-
-    `wins` [B, 3, P, C] is a knock-out of the four: first over second, third over fourth, and the winner
-    of those over the winner of these.
-    """
+    """Gradient of the kernel from that of its answers at `winners`: [B, C, H / 2, W / 2] -> [C, 9]."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, patches: Tensor, wins: Tensor) -> Tensor:
-        ctx.save_for_backward(patches, wins)
-        total = grad.new_zeros(9, grad.shape[2])
-        counts = wins.view(torch.uint8)  # 0 and 1: torch multiplies by these far faster than by bool
-        for g, part, won in zip(*(t.split(CHUNK) for t in (grad, patches, counts)), strict=True):
-            left = g * won[:, 2]
-            right = g - left
-            first, third = left * won[:, 0], right * won[:, 1]
-            spread = torch.stack([first, left - first, third, right - third], 1)
-            total.addmm_(part.flatten(0, 2).t(), spread.flatten(0, 2))
+    def forward(ctx: Any, grad: Tensor, patches: Tensor, winners: Tensor) -> Tensor:
+        ctx.save_for_backward(patches, winners)
+        channels = grad.shape[1]
+        total = grad.new_zeros(9, channels)
+        for g, part, won in zip(*(t.split(CHUNK) for t in (grad, patches, winners)), strict=True):
+            like = g.new_empty(*part.shape[:3], channels).permute(0, 3, 1, 2)
+            spread = torch.ops.aten.max_pool2d_with_indices_backward(
+                g, like, [2, 2], [2, 2], [0, 0], [1, 1], False, won
+            )
+            total.addmm_(part.flatten(0, 2).t(), _last(spread).flatten(0, 2))
         return total.t()
 
     @staticmethod
@@ -332,18 +336,16 @@ class _Spread(torch.autograd.Function):
 
 
 class _Select(torch.autograd.Function):
-    """What a kernel answers at the winning positions of another one: [C, 9] -> [B, P, C]."""
+    """What a kernel answers at the winning positions of another one: [C, 9] -> [B, C, H / 2, W / 2]."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Tensor, patches: Tensor, wins: Tensor) -> Tensor:
-        ctx.save_for_backward(patches, wins)
-        batch, _, positions, _ = patches.shape
-        chosen = patches.new_empty(batch, positions, len(kernel))
-        for part, won, out in zip(*(t.split(CHUNK) for t in (patches, wins, chosen)), strict=True):
-            first, second, third, fourth = _responses(kernel, part).unbind(1)
-            left, right = torch.where(won[:, 0], first, second), torch.where(won[:, 1], third, fourth)
-            torch.where(won[:, 2], left, right, out=out)
-        return chosen
+    def forward(ctx: Any, kernel: Tensor, patches: Tensor, winners: Tensor) -> Tensor:
+        ctx.save_for_backward(patches, winners)
+        chosen = [
+            _last(_responses(kernel, part)).flatten(1, 2).gather(1, _last(won).flatten(1, 2))
+            for part, won in zip(patches.split(CHUNK), winners.split(CHUNK), strict=True)
+        ]
+        return _image(torch.cat(chosen), *winners.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -351,22 +353,71 @@ class _Select(torch.autograd.Function):
 
 
 def _responses(kernel: Tensor, patches: Tensor) -> Tensor:
-    """patch . kernel for every position: [C, 9], [B, 4, P, 9] -> [B, 4, P, C]."""
-    return (patches.flatten(0, 2) @ kernel.t()).view(*patches.shape[:3], -1)
+    """patch . kernel for every position: [C, 9], [B, H, W, 9] -> [B, C, H, W]."""
+    return _image(patches.flatten(0, 2) @ kernel.t(), *patches.shape[1:3])
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix, [B, K] and [K, N]; a single row takes the fastest way that there is.
+    """x @ matrix, [B, K] and [K, N], where the matrix is a weight's or its transpose.
 
-    On the CPU that is oneDNN, whose product with a vector takes half of the BLAS's time and errs half as
-    much. torch has it for float32 alone, under a name that is not public, so not for certain.
+    The gradient of a matrix that meets a single row is an outer product, for which the BLAS takes ten
+    times as long as multiplication.
     """
     if len(x) > 1:
         return x @ matrix
-    if x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        row: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix.t(), None, "none", [], "")
-        return row
-    return torch.mv(matrix.t(), x[0])[None]
+    row: Tensor = _RowTimes.apply(x, matrix)
+    return row
+
+
+class _RowTimes(torch.autograd.Function):
+    """x @ matrix, [1, K] and [K, N]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        return _times(x, matrix)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, matrix = ctx.saved_tensors
+        need_x, need_matrix = ctx.needs_input_grad
+        return (
+            times(grad, matrix.t()) if need_x else None,
+            (grad.t() * x).t() if need_matrix else None,  # laid out as `matrix` is, a weight's transpose
+        )
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix for few rows, on the CPU in the shares of `_shares`."""
+    if x.device.type != "cpu":
+        return x @ matrix
+    if matrix.stride(0) > 1:  # the weight itself, not its transpose
+        shares = _shares(matrix)
+        return torch.bmm(x.unflatten(1, shares).transpose(0, 1), matrix.unflatten(0, shares)).sum(0)
+    shares = _shares(matrix.t())
+    blocks = matrix.t().unflatten(0, shares)
+    if len(x) == 1:
+        return torch.bmm(blocks, x.t().expand(len(blocks), -1, -1)).view(1, -1)
+    parts = torch.bmm(x.expand(len(blocks), -1, -1), blocks.transpose(1, 2))
+    return parts.transpose(0, 1).reshape(len(x), -1)
+
+
+def _gradient(errors: Tensor, inputs: Tensor) -> Tensor:
+    """errors.T @ inputs, a weight's gradient from few rows, likewise."""
+    blocks = errors.t().unflatten(0, _shares(errors.t()))
+    return torch.bmm(blocks, inputs.expand(len(blocks), -1, -1)).flatten(0, 1)
+
+
+def _shares(weight: Tensor) -> tuple[int, int]:
+    """How the threads divide the rows of a weight: number and size of their blocks.
+
+    A pass over all weights, as Adam's, gives each thread the same stretch of memory every time. Where
+    products keep to that, a thread finds what it has written in its own cache. Cores need not share one
+    (those of some processors do in groups): what another has just written then takes several times as
+    long to read as what lies in memory.
+    """
+    number = math.gcd(len(weight), torch.get_num_threads()) if weight.device.type == "cpu" else 1
+    return number, len(weight) // number
 
 
 class SharedLinear:
@@ -420,7 +471,10 @@ class SharedLinear:
         errors, inputs = self.factors.pop()
         left, right = self.rows(errors.detach(), inputs.detach())
         stepped = torch.empty_like(self.weight)
-        torch.addmm(self.matrix(self.weight), left.t(), right, alpha=-lr, out=self.matrix(stepped))
+        shares = _shares(left.t())
+        before, after = (self.matrix(w).unflatten(0, shares) for w in (self.weight, stepped))
+        left = left.t().unflatten(0, shares)
+        torch.baddbmm(before, left, right.expand(len(left), -1, -1), alpha=-lr, out=after)
         self.weight = stepped
         if self.token.grad_fn is not None:  # else no gradient passes through steps (first order)
             self.token = _Step.apply(errors, inputs, self.token, self, lr)

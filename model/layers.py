@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from model.kernels import conv2d, grey_block, instance_norm
+from model.kernels import conv2d, grey_block, instance_norm, times
 
 NORM_EPS = 1e-5
 
@@ -91,7 +91,7 @@ class Linear(nn.Linear):
         """Nothing, as in `Conv`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x.flatten(1), self.weight, self.bias)
+        x = times(x.flatten(1), self.weight.t()) + self.bias
         match self.activation:
             case "sigmoid":
                 return torch.sigmoid(x)

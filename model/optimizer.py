@@ -29,6 +29,7 @@ class Adam:
         self.lr = lr
         self.means = [torch.zeros_like(weight) for weight in self.weights]
         self.squares = [torch.zeros_like(weight) for weight in self.weights]
+        self.flat = [list(map(_flat, part)) for part in (self.weights, self.means, self.squares)]
         device = self.weights[0].device
         self.fused = device.type in ("cpu", "cuda", "mps")
         # The fused kernels count on the device; the plain one reads the count on the host.
@@ -55,14 +56,12 @@ class Adam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Move each weight by its gradient, a tensor of its shape."""
+        pairs = zip(gradients, self.weights, strict=True)
         adam(
-            self.weights,
-            [
-                _laid_out_like(gradient, weight)
-                for gradient, weight in zip(gradients, self.weights, strict=True)
-            ],
-            self.means,
-            self.squares,
+            self.flat[0],
+            [_flat(_laid_out_like(gradient, weight)) for gradient, weight in pairs],
+            self.flat[1],
+            self.flat[2],
             [],
             self.steps,
             fused=self.fused,
@@ -81,3 +80,9 @@ def _laid_out_like(gradient: Tensor, weight: Tensor) -> Tensor:
     if gradient.stride() == weight.stride():
         return gradient
     return torch.empty_like(weight).copy_(gradient)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements as they lie in memory, a view. The fused kernels copy whatever is not contiguous, as are
+    no kernels with the channels last."""
+    return x.as_strided((x.numel(),), (1,))

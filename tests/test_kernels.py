@@ -117,3 +117,27 @@ def test_products_with_few_rows(rows: int, dtype: torch.dtype) -> None:
     x, matrix = normal(rows, 300, dtype=dtype), normal(300, 50).to(dtype)
     compare((times(x, matrix),), (x.double() @ matrix.double(),), 1e-6 if dtype == torch.float32 else 1e-13)
     compare((times(x, matrix.t().contiguous().t()),), (times(x, matrix),), 1e-6)
+
+
+@pytest.mark.parametrize("lay", [Tensor.contiguous, lambda matrix: matrix.t().contiguous().t()])
+def test_derivatives_of_a_product_with_one_row(lay: Callable[[Tensor], Tensor]) -> None:
+    x, matrix = normal(1, 30).requires_grad_(), lay(normal(30, 20)).requires_grad_()
+    compare(derivatives(times, x, matrix), derivatives(torch.matmul, x, matrix), 1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_products_in_the_shares_of_any_number_of_threads(threads: int) -> None:
+    """Rows of the weight that a number of threads divides evenly, in part and not at all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, weight = channels_last(normal(1, 4, 6, 5)).requires_grad_(), normal(6, 4, 3, 3).requires_grad_()
+        compare(derivatives(conv2d, x, weight), derivatives(F.conv2d, x, weight), 1e-11)
+        row, matrix = normal(1, 8), normal(8, 6)
+        compare(
+            (times(row, matrix), times(row[:, :6], matrix.t())),
+            (row @ matrix, row[:, :6] @ matrix.t()),
+            1e-13,
+        )
+    finally:
+        torch.set_num_threads(before)
