@@ -62,7 +62,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_drafts(path: Path) -> None:
-    """Remove what writers of `path` left that were killed in the middle of :func:`atomic_write`."""
+    """Remove what writers of `path` left that were killed in the middle of :func:`atomic_write`;
+    its name may be a pattern."""
     for draft in path.parent.glob(f".{path.name}.*"):
         with suppress(OSError):
             draft.unlink()

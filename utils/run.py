@@ -225,7 +225,7 @@ class Run:
             raise UserError(
                 f"the data is not that of {folder}: manifest {manifest}, then {config.get('manifest')}"
             )
-        for name in ("config.json", "metrics.csv", "model.net", "state.pt"):
+        for name in ("config.json", "metrics.csv", "model.net", "model_*.net", "state.pt"):
             remove_drafts(folder / name)
         columns = _keep_rows(folder / "metrics.csv", done)
         earlier = config.get("resumed")
