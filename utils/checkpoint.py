@@ -5,13 +5,14 @@ Loading one runs no code: only tensors and plain values come out of it, and each
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -56,11 +57,8 @@ def save_checkpoint(
     fault = model_fault(content)
     if fault is not None:
         raise UserError(f"{path} is not written at step {step}: {fault}")
-    # Through memory, since only a plain write reports a full disk as an OSError.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     with atomic_write(Path(path)) as file:
-        file.write(buffer.getbuffer())
+        write_saved(content, file)
 
 
 def model_content(
@@ -75,12 +73,53 @@ def model_content(
         "format": FORMAT,
         "network": network_name,
         "widths": dict(widths),
-        # Clones, since torch.save writes the whole storage behind a view.
-        "state_dict": {name: value.detach().cpu().clone() for name, value in state_dict.items()},
+        "state_dict": {name: _whole(value.detach().cpu()) for name, value in state_dict.items()},
         "arguments": dict(arguments),
         "step": step,
         "torch": str(torch.__version__),  # a subclass of str, which would not load
     }
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor, or a clone of a view, of which torch.save would write the whole storage."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
+def write_saved(content: Mapping[str, Any], file: BinaryIO) -> bytes:
+    """`torch.save` into an open file, with nothing but the content in memory.
+
+    Returns:
+        the sha256 digest of what was written.
+
+    Raises:
+        OSError: of the file, which torch's own writer would report as an error of its own.
+    """
+    sink = _Sink(file)
+    torch.save(content, cast(BinaryIO, sink))
+    if sink.error is not None:
+        raise sink.error
+    return sink.digest.digest()
+
+
+class _Sink:
+    """A file for torch.save that never fails, but keeps its first error and writes nothing after it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, part: memoryview) -> int:
+        if self.error is None:
+            try:
+                self.file.write(part)
+                self.digest.update(part)
+            except OSError as error:
+                self.error = error
+        return part.nbytes
+
+    def flush(self) -> None:
+        """Nothing: the file's owner closes it."""
 
 
 def read_saved(data: bytes) -> Any:

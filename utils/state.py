@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.optimizer import Adam
-from utils.checkpoint import model_content, model_fault, read_saved
+from utils.checkpoint import model_content, model_fault, read_saved, write_saved
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -74,11 +73,8 @@ def save_state(folder: Path, state: TrainingState, arguments: Mapping[str, Any])
     fault = _fault(content)
     if fault is not None:
         raise UserError(f"{path} is not written at step {state.step}: {fault}")
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     with atomic_write(path, previous=folder / PREVIOUS) as file:
-        file.write(buffer.getbuffer())
-        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        file.write(write_saved(content, file))
 
 
 def load_state(folder: Path) -> TrainingState | None:
