@@ -3,26 +3,31 @@
     python plot_results.py runs/Omni_test_traj_0
     python plot_results.py ANML=runs/anml_0 OML=runs/oml_0/results.csv --out figures --name main
     python plot_results.py runs/on_the_way_0 --against steps      # of an evaluation of several models
+    python plot_results.py runs/mrcl_omniglot_0 --against training
 
 Two figures, each as PNG and PDF: `<name>_curves`, accuracy against the number of classes, and
 `<name>_bars`, the accuracy at the largest class count that all results have. Against meta-steps one,
-`<name>_steps`.
+`<name>_steps`, and of what trainings measured on the way one, `<name>_training`.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.arguments import parse, plot_parser
 from utils.errors import UserError, run_script
-from utils.plots import bars_figure, comparison_figure, save_figure, training_figure
-from utils.results import Results, read_results, summarise
+from utils.plots import bars_figure, comparison_figure, save_figure, steps_figure, training_figure
+from utils.results import Results, read_metrics, read_results, summarise
 from utils.targets import ACCURACIES, Target, read_targets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+Found = TypeVar("Found")
 
 
 def labelled(text: str) -> tuple[str, Path]:
@@ -33,23 +38,23 @@ def labelled(text: str) -> tuple[str, Path]:
             raise UserError(f"{text!r} is neither a path nor LABEL=PATH")
         return label, Path(rest)
     path = Path(text)
-    return path.resolve().parent.name if path.stem == "results" else path.resolve().stem, path
+    return path.resolve().parent.name if path.stem in ("results", "metrics") else path.resolve().stem, path
 
 
-def read_all(texts: list[str]) -> dict[str, Results]:
-    """The results by label.
+def read_all(texts: list[str], read: Callable[[Path], Found]) -> dict[str, Found]:
+    """What `read` finds, by label.
 
     Raises:
-        UserError: no results there, or two of the same label.
+        UserError: nothing to read there, or two of the same label.
     """
-    results: dict[str, Results] = {}
+    results: dict[str, Found] = {}
     for text in texts:
         label, path = labelled(text)
         if label.startswith("_") or "$" in label:  # which mean something else to matplotlib
             raise UserError(f"the label {label!r} begins with _ or holds $: give another one, LABEL=PATH")
         if label in results:
             raise UserError(f"two results are called {label!r}: give one another LABEL=PATH")
-        results[label] = read_results(path)
+        results[label] = read(path)
     return results
 
 
@@ -92,9 +97,11 @@ def on_the_way(results: dict[str, Results]) -> dict[str, list[dict[str, Any]]]:
 
 def figures(args: argparse.Namespace) -> dict[str, Figure]:
     """The figures of `--against` by the end of their file's name."""
-    results = read_all(args.results)
+    if args.against == "training":
+        return {"training": training_figure(read_all(args.results, read_metrics))}
+    results = read_all(args.results, read_results)
     if args.against == "steps":
-        return {"steps": training_figure(on_the_way(results))}
+        return {"steps": steps_figure(on_the_way(results))}
     summaries = {label: summarise(result.rows) for label, result in results.items()}
     common = set.intersection(*({line["classes"] for line in lines} for lines in summaries.values()))
     if not common:

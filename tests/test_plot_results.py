@@ -23,9 +23,10 @@ from utils.plots import (
     comparison_figure,
     embedding_figure,
     figure_pixels,
+    steps_figure,
     training_figure,
 )
-from utils.results import Results, write_results
+from utils.results import Results, read_metrics, write_results
 from utils.targets import Target
 
 ROOT = Path(__file__).parents[1]
@@ -117,13 +118,30 @@ def test_accuracy_on_the_way(tmp_path: Path) -> None:
     ]
     models = [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]
     curves = plot_results.on_the_way({"run_0": Results(rows, {"models": models})})
-    test, train = training_figure(curves).axes
+    test, train = steps_figure(curves).axes
     np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
     np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
     write_results(tmp_path, rows, {"models": models})
     done = plot(tmp_path, ".", "again=.", "--against=steps", "--out=figures")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["figures/results_steps.png", "figures/results_steps.pdf"]
+
+
+def test_what_trainings_measured(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((120, 3))
+    rows = [f"{k + 1},{loss},{a},{b},0.1\n" for k, (loss, a, b) in enumerate(values.tolist())]
+    for name, part in (("long", rows), ("short", rows[:3])):
+        (tmp_path / name).mkdir()
+        text = "step,loss,accuracy_trajectory,accuracy_remember,seconds\n" + "".join(part) + "9,0."
+        (tmp_path / name / "metrics.csv").write_text(text)
+    loss, accuracy = training_figure({name: read_metrics(tmp_path / name) for name in ("long", "short")}).axes
+    np.testing.assert_allclose(lines(loss)["long"][-1], [95.5, values[70:, 0].mean()])
+    np.testing.assert_allclose(lines(loss)["short"], [[2, values[:3, 0].mean()]])
+    np.testing.assert_allclose(lines(accuracy)["trajectory, long"][0], [25.5, 100 * values[:50, 1].mean()])
+    np.testing.assert_allclose(lines(accuracy)["remember, long"][0], [25.5, 100 * values[:50, 2].mean()])
+    done = plot(tmp_path, "long", "b=short/metrics.csv", "--against=training", "--out=figures")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["figures/results_training.png", "figures/results_training.pdf"]
 
 
 def plot(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -187,6 +205,8 @@ def test_published_numbers_are_those_of_the_treatment() -> None:
         (("nonsense",), "nonsense"),
         (("run_0", "--out", "nonsense"), "nonsense"),
         (("run_0", "--against=steps"), "how many steps"),
+        (("run_0", "--against=training"), "no metrics.csv"),
+        (("nonsense", "--against=training"), "accuracy_remember"),
         ((), "RESULTS"),
     ],
 )

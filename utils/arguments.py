@@ -546,16 +546,18 @@ def plot_parser() -> Parser:
         "results",
         nargs="+",
         metavar="[LABEL=]RESULTS",
-        help="run folders of evaluate_classification.py, or their results.csv; LABEL names it in the figures",
+        help="run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
+        "or their results.csv or metrics.csv; LABEL names one in the figures",
     )
     parser.flag(
         group,
         "--against",
         str,
         "classes",
-        "what accuracy is drawn against: the number of classes learned, or the meta-steps that the models "
-        "of an evaluation (its --model A.net B.net ...) were trained for, a curve per class count",
-        choices=("classes", "steps"),
+        "what accuracy is drawn against: the number of classes learned; the meta-steps that the models of an "
+        "evaluation (its --model A.net B.net ...) were trained for, a curve per class count; or, of run "
+        "folders of mrcl_classification.py, what these measured at each step of the training",
+        choices=("classes", "steps", "training"),
     )
     parser.switch(
         group,

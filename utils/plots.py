@@ -30,6 +30,7 @@ STYLES = (
     ("-.", "X", "tab:brown"),
     (":", "*", "tab:pink"),
 )
+SMOOTHED = 50  # meta-steps, since that of one trajectory says little
 PUBLISHED = ("o", "s", "^", "D", "v", "P", "X", "*")  # hollow, without a line
 TEST = "meta-test test (unseen images)"
 TRAIN = "meta-test train (forgetting)"
@@ -84,7 +85,35 @@ def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] =
     return figure
 
 
-def training_figure(curves: Mapping[str, Summary]) -> Figure:
+def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
+    """What trainings measured at each meta-step, as means over `SMOOTHED` steps: loss and accuracies.
+
+    Args:
+        runs: by the name in the legend, the columns that `utils.results.read_metrics` returns.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    for (line, _, colour), (label, columns) in zip(cycle(STYLES), runs.items()):
+        width = min(SMOOTHED, len(columns["step"]))
+        steps, loss, trajectory, remember = (
+            np.convolve(columns[name], np.full(width, 1 / width), "valid")
+            for name in ("step", "loss", "accuracy_trajectory", "accuracy_remember")
+        )
+        panels[0].plot(steps, loss, line, color=colour, label=label)
+        panels[1].plot(steps, 100 * remember, line, color=colour, label=f"remember, {label}")
+        panels[1].plot(steps, 100 * trajectory, ":", color=colour, label=f"trajectory, {label}")
+    for axes, title in zip(panels, ("loss of the query images", "accuracy (%)"), strict=True):
+        axes.set_title(title)
+        axes.set_xlabel(f"meta-step (means over {SMOOTHED})")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    return figure
+
+
+def steps_figure(curves: Mapping[str, Summary]) -> Figure:
     """Accuracy against the meta-steps that models were trained for: a panel for test, one for train.
 
     Args:

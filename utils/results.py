@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from utils.errors import UserError
 from utils.files import write_text
+
+METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 
 Row = Mapping[str, Any]
 """One run: `model` (its file), `classes`, `run`, `lr`, `test`, `train` (0 to 1), `above_chance` (classes)."""
@@ -74,6 +77,32 @@ def read_results(path: Path) -> Results:
             raise UserError(f"{path}, {where}: run {row['run']} of {row['classes']} classes is there twice")
         seen.add(run)
     return Results(rows, {key: value for key, value in about.items() if key not in ("runs", "summary")})
+
+
+def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The columns of what a training run measured, `METRICS` for each of its steps.
+
+    Args:
+        path: a run folder, or its `metrics.csv`. What a running training has written of its next row is
+            passed over.
+
+    Raises:
+        UserError: no such file, or no such columns of numbers, or no steps at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.csv"
+        if not path.is_file():
+            raise UserError(f"{path.parent} holds no metrics.csv; mrcl_classification.py writes one")
+    lines = _read(path).splitlines(keepends=True)
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    try:
+        columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in METRICS}
+    except (LookupError, ValueError):
+        raise UserError(f"{path} is not the metrics.csv of a training: {', '.join(METRICS)}") from None
+    if not rows:
+        raise UserError(f"{path} holds no steps")
+    return columns
 
 
 def _read(path: Path) -> str:
