@@ -301,11 +301,13 @@ class _MaxConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernel: Tensor, patches: Tensor) -> Tensor:
-        parts = [
-            torch.ops.aten.max_pool2d_with_indices(_responses(kernel, part), [2, 2], [2, 2])
-            for part in patches.split(CHUNK)
-        ]
-        pooled, winners = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
+        batch, height, width, _ = patches.shape
+        pooled = _image(patches.new_empty(batch * height * width // 4, len(kernel)), height // 2, width // 2)
+        winners = torch.empty_like(pooled, dtype=torch.int32)  # half of the memory of max-pool's int64
+        for part, best, won in zip(*(t.split(CHUNK) for t in (patches, pooled, winners)), strict=True):
+            values, places = torch.ops.aten.max_pool2d_with_indices(_responses(kernel, part), [2, 2], [2, 2])
+            best.copy_(values)
+            won.copy_(places)
         ctx.save_for_backward(patches, winners)
         return pooled
 
@@ -325,7 +327,7 @@ class _Spread(torch.autograd.Function):
         for g, part, won in zip(*(t.split(CHUNK) for t in (grad, patches, winners)), strict=True):
             like = g.new_empty(*part.shape[:3], channels).permute(0, 3, 1, 2)
             spread = torch.ops.aten.max_pool2d_with_indices_backward(
-                g, like, [2, 2], [2, 2], [0, 0], [1, 1], False, won
+                g, like, [2, 2], [2, 2], [0, 0], [1, 1], False, won.long()
             )
             total.addmm_(part.flatten(0, 2).t(), _last(spread).flatten(0, 2))
         return total.t()
@@ -342,7 +344,7 @@ class _Select(torch.autograd.Function):
     def forward(ctx: Any, kernel: Tensor, patches: Tensor, winners: Tensor) -> Tensor:
         ctx.save_for_backward(patches, winners)
         chosen = [
-            _last(_responses(kernel, part)).flatten(1, 2).gather(1, _last(won).flatten(1, 2))
+            _last(_responses(kernel, part)).flatten(1, 2).gather(1, _last(won).flatten(1, 2).long())
             for part, won in zip(patches.split(CHUNK), winners.split(CHUNK), strict=True)
         ]
         return _image(torch.cat(chosen), *winners.shape[2:])
