@@ -56,12 +56,13 @@ class Adam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Move each weight by its gradient, a tensor of its shape."""
+        weights, means, squares = self.flat
         pairs = zip(gradients, self.weights, strict=True)
         adam(
-            self.flat[0],
+            weights,
             [_flat(_laid_out_like(gradient, weight)) for gradient, weight in pairs],
-            self.flat[1],
-            self.flat[2],
+            means,
+            squares,
             [],
             self.steps,
             fused=self.fused,
@@ -83,6 +84,6 @@ def _laid_out_like(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """The elements as they lie in memory, a view. The fused kernels copy whatever is not contiguous, as are
-    no kernels with the channels last."""
+    """The elements as they lie in memory, a view. The fused pass copies tensors that are not contiguous,
+    which convolution kernels with the channels last are not."""
     return x.as_strided((x.numel(),), (1,))

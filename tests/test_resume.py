@@ -85,6 +85,14 @@ def test_twenty_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
     assert not list(killed.glob(".*")), "drafts are left"
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.net", "model_30.net", "state.pt"])
+def test_drafts_of_a_killed_run_are_removed(name: str, trainer: Trainer) -> None:
+    trainer("--steps=2")
+    (trainer.run / f".{name}.abc").write_text("half of it")
+    trainer.resume("--steps=3")
+    assert not list(trainer.run.glob(".*"))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_goes_on(
     number: signal.Signals, code: int, trainer: Trainer, tmp_path: Path

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.files import atomic_write
+from utils.results import METRICS
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import and most runs draw nothing
     from matplotlib.axes import Axes
@@ -98,8 +99,7 @@ def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Fi
     for (line, _, colour), (label, columns) in zip(cycle(STYLES), runs.items()):
         width = min(SMOOTHED, len(columns["step"]))
         steps, loss, trajectory, remember = (
-            np.convolve(columns[name], np.full(width, 1 / width), "valid")
-            for name in ("step", "loss", "accuracy_trajectory", "accuracy_remember")
+            np.convolve(columns[name], np.full(width, 1 / width), "valid") for name in METRICS
         )
         panels[0].plot(steps, loss, line, color=colour, label=label)
         panels[1].plot(steps, 100 * remember, line, color=colour, label=f"remember, {label}")

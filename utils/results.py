@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.files import write_text
 
 METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
+"""The columns of a training's `metrics.csv` that are drawn."""
 
 Row = Mapping[str, Any]
 """One run: `model` (its file), `classes`, `run`, `lr`, `test`, `train` (0 to 1), `above_chance` (classes)."""
@@ -48,11 +49,7 @@ def read_results(path: Path) -> Results:
         UserError: no such file, or it is not a table of runs: wrong columns, a value of the wrong
             kind or out of its range, a run twice, no runs at all.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "results.csv"
-        if not path.is_file():
-            raise UserError(f"{path.parent} holds no results.csv; evaluate_classification.py writes one")
+    path = _table(path, "results.csv", "evaluate_classification.py")
     if path.suffix == ".json":
         about = _read_json(path)
         found = about.get("runs")
@@ -89,11 +86,7 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     Raises:
         UserError: no such file, or no such columns of numbers, or no steps at all.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "metrics.csv"
-        if not path.is_file():
-            raise UserError(f"{path.parent} holds no metrics.csv; mrcl_classification.py writes one")
+    path = _table(path, "metrics.csv", "mrcl_classification.py")
     lines = _read(path).splitlines(keepends=True)
     rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
     try:
@@ -103,6 +96,16 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     if not rows:
         raise UserError(f"{path} holds no steps")
     return columns
+
+
+def _table(path: Path, name: str, writer: str) -> Path:
+    """The file `name` of a run folder, or `path` itself where that is no folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / name).is_file():
+        raise UserError(f"{path} holds no {name}; {writer} writes one")
+    return path / name
 
 
 def _read(path: Path) -> str:
