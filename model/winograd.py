@@ -15,6 +15,7 @@ itself stays the direct one, since its rounding decides what ReLU and max-pool l
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 # Where the polynomials behind the transforms are evaluated, besides infinity, for tiles of 3 and 4: the
 # errors depend on it.
 POINTS = {3: (0, 1, -1, 2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
-CHUNK = 400  # tiles that are treated at a time: few enough to stay in cache, enough for long products
+CHUNK = 200  # tiles that are treated at a time: few enough to take little memory, enough for long products
 
 
 def adjoints(
@@ -40,40 +41,56 @@ def adjoints(
     Returns:
         [B, I, H, W] and [O, I, 3, 3], channels last; empty what was not asked for.
     """
-    (batch, outputs, height, width), inputs = grad.shape, x.shape[1]
-    tile = min(4, max(3, height, width))
-    across, down = -(-width // tile), -(-height // tile)
+    outputs, inputs = weight.shape[:2]
+    tile = min(4, max(3, *grad.shape[2:]))
+    grid = -(-grad.shape[2] // tile), -(-grad.shape[3] // tile)
     of_output, of_kernel, of_input = (matrix.to(x) for matrix in transforms(tile))
-    patch = tile + 2
     kernel = (of_kernel @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(-1, outputs, inputs)
     to_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
     total = torch.zeros_like(kernel)
-    images = max(1, CHUNK // (across * down))
-    for start in range(0, batch, images):
+    images = max(1, CHUNK // math.prod(grid))
+    for start in range(0, len(x), images):
         part = slice(start, start + images)
-        count = len(grad[part])
-        rows = grad.new_zeros(count, down * tile, across * tile, outputs)
-        rows[:, :height, :width] = grad[part].permute(0, 2, 3, 1)
-        tiles = rows.view(count, down, tile, across, tile, outputs).permute(2, 4, 0, 1, 3, 5)
-        errors = (of_output @ tiles.reshape(tile * tile, -1)).view(patch * patch, -1, outputs)
+        errors = _map(of_output, _patches(grad[part], grid, tile, tile))
         if need_weight:
-            rows = x.new_zeros(count, down * tile + 2, across * tile + 2, inputs)
-            rows[:, : height + 2, : width + 2] = x[part].permute(0, 2, 3, 1)
-            patches = rows.unfold(1, patch, tile).unfold(2, patch, tile).permute(4, 5, 0, 1, 2, 3)
-            seen = (of_input.t() @ patches.reshape(patch * patch, -1)).view(patch * patch, -1, inputs)
+            seen = _map(of_input.t(), _patches(x[part], grid, tile, tile + 2))
             total.baddbmm_(errors.transpose(1, 2), seen)
+            del seen  # every one of these is as large as all activations of the chunk
         if need_x:
-            back = of_input @ (errors @ kernel).view(patch * patch, -1)
-            back = back.view(patch, patch, count, down, across, inputs)
-            rows = x.new_zeros(count, down * tile + 2, across * tile + 2, inputs)
-            for i in range(patch):
-                for j in range(patch):
-                    rows[:, i : i + down * tile : tile, j : j + across * tile : tile] += back[i, j]
-            to_x[part] = rows[:, : height + 2, : width + 2].permute(0, 3, 1, 2)
+            _add_up(_map(of_input, errors @ kernel), grid, tile, to_x[part])
     if not need_weight:
         return to_x, x.new_empty(0)
     to_weight = (of_kernel.t() @ total.view(len(total), -1)).view(3, 3, outputs, inputs)
     return to_x, to_weight.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _map(matrix: Tensor, patches: Tensor) -> Tensor:
+    """A transform of every patch, channel by channel: [n, m] and [m, N, C] -> [n, N, C]."""
+    return (matrix @ patches.flatten(1)).view(-1, *patches.shape[1:])
+
+
+def _patches(x: Tensor, grid: tuple[int, int], tile: int, side: int) -> Tensor:
+    """Patches of side x side pixels, one for each tile of the grid, zero beyond the edge.
+
+    [B, C, H, W] -> [side * side, N, C]
+    """
+    height, width = (count * tile + side - tile for count in grid)
+    rows = x.new_zeros(len(x), height, width, x.shape[1])
+    rows[:, : x.shape[2], : x.shape[3]] = x.permute(0, 2, 3, 1)
+    patches = rows.unfold(1, side, tile).unfold(2, side, tile)  # [B, *grid, C, side, side]
+    return patches.permute(4, 5, 0, 1, 2, 3).reshape(side * side, -1, x.shape[1])
+
+
+def _add_up(patches: Tensor, grid: tuple[int, int], tile: int, out: Tensor) -> None:
+    """The transposed map, into `out`: patches of side tile + 2, added up where they overlap."""
+    side = tile + 2
+    down, across = (count * tile for count in grid)
+    patches = patches.view(side, side, len(out), *grid, -1)
+    rows = out.new_zeros(len(out), down + 2, across + 2, out.shape[1])
+    for i in range(side):
+        for j in range(side):
+            rows[:, i : i + down : tile, j : j + across : tile] += patches[i, j]
+    out.copy_(rows[:, : out.shape[2], : out.shape[3]].permute(0, 3, 1, 2))
 
 
 @cache
