@@ -180,69 +180,65 @@ def _adjoints(
     return to_x, to_weight
 
 
-def instance_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Normalise each sample and channel by its own statistics over H x W, then scale and shift.
+def instance_norm(x: Tensor, sign: Tensor, eps: float) -> Tensor:
+    """Normalise each sample and channel by its own statistics over H x W, with the sign asked for.
 
     Args:
         x: [B, C, H, W].
-        scale, shift: [C].
+        sign: [C], 1 or -1 by which to multiply.
         eps: added to the biased variance.
     """
-    rows = _last(x).flatten(1, 2)
-    y: Tensor = _Norm.apply(rows, scale, shift, eps)
-    return _image(y, x.shape[2], x.shape[3])
+    z: Tensor = _Norm.apply(_last(x).flatten(1, 2), sign, eps)
+    return _image(z, x.shape[2], x.shape[3])
 
 
 class _Norm(torch.autograd.Function):
-    """The norm of [B, P, C] over P: with z = (x - mean) * r and r = 1 / std, y = scale * z + shift."""
+    """The norm of [B, P, C] over P: z = (x - mean) * r with r = sign / std."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sign: Tensor, eps: float) -> Tensor:
         z = x - x.mean(1, keepdim=True)
-        r = torch.rsqrt((z * z).mean(1, keepdim=True) + eps)
+        r = torch.rsqrt((z * z).mean(1, keepdim=True) + eps) * sign
         z *= r
-        ctx.save_for_backward(x, scale, z, r)
-        return torch.addcmul(shift, z, scale)
+        ctx.save_for_backward(x, z, r)
+        return z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, scale, z, r = ctx.saved_tensors
-        return *_NormSlope.apply(grad, x, scale, z, r), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _NormSlope.apply(grad, *ctx.saved_tensors), None, None
 
 
 class _NormSlope(torch.autograd.Function):
-    """Gradients of x, scale and shift from g, that of y.
+    """Gradient of x from g, that of z: with means over P, r * (g - mean(g) - z * mean(g z)).
 
-    With means over P, these are scale * r * (g - mean(g) - z * mean(g z)), sum(g z) and sum(g). z and r
-    are functions of x, of which dz = r * (dx - mean(dx) - z * mean(z dx)) and dr = -r * r * mean(z dx).
+    z and r are functions of x, of which dz = r * (dx - mean(dx) - z * mean(z dx)) and
+    dr = -r * r * mean(z dx).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, x: Tensor, scale: Tensor, z: Tensor, r: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, g: Tensor, x: Tensor, z: Tensor, r: Tensor) -> Tensor:
         mean_g, mean_gz = g.mean(1, keepdim=True), (g * z).mean(1, keepdim=True)
-        ctx.save_for_backward(g, scale, z, r, mean_g, mean_gz)
+        ctx.save_for_backward(g, z, r, mean_g, mean_gz)
         slope = torch.addcmul(mean_g, z, mean_gz)
-        torch.sub(g, slope, out=slope).mul_(scale * r)
-        return slope, mean_gz.sum((0, 1)) * g.shape[1], mean_g.sum((0, 1)) * g.shape[1]
+        return torch.sub(g, slope, out=slope).mul_(r)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients of g, x and scale from v, p and q, those of the three results."""
-        g, scale, z, r, mean_g, mean_gz = ctx.saved_tensors
-        slope = scale * r
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Gradients of g and x from v, that of the result."""
+        g, z, r, mean_g, mean_gz = ctx.saved_tensors
         mean_v, mean_vz = v.mean(1, keepdim=True), (v * z).mean(1, keepdim=True)
-        overlap = (v * g).mean(1, keepdim=True) - mean_v * mean_g - mean_vz * mean_gz
-        to_scale = (r * overlap).sum((0, 1)) * g.shape[1]
-        # The gradient of z is a * g + b * v.
-        a, b = p - slope * mean_vz, -slope * mean_gz
-        to_g = torch.addcmul(q - slope * mean_v, z, a).addcmul_(v, slope)
-        mean = a * mean_g + b * mean_v
-        along_z = a * mean_gz + b * mean_vz + slope * overlap
-        to_x = torch.addcmul(mean, z, along_z).neg_().addcmul_(g, a).addcmul_(v, b).mul_(r)
-        return to_g, to_x, to_scale, None, None
+        along_z = (v * g).mean(1, keepdim=True) - mean_v * mean_g - 3 * mean_vz * mean_gz
+        mean = mean_vz * mean_g + mean_gz * mean_v
+        to_x = torch.addcmul(-mean, z, along_z).addcmul_(g, mean_vz).addcmul_(v, mean_gz).mul_(-r * r)
+        to_g = torch.addcmul(mean_v, z, mean_vz)
+        return torch.sub(v, to_g, out=to_g).mul_(r), to_x, None, None
+
+
+def signs(scale: Tensor) -> Tensor:
+    """1 or -1. With it, scale and shift may follow max-pool: where the scale is negative, the largest of
+    the results is that of the smallest value."""
+    return torch.ones_like(scale).copysign(scale.detach())
 
 
 def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -263,7 +259,7 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
     """
     patches = x[:, 0].unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [B, H', W', 9]
     patches = patches - patches.mean((1, 2), keepdim=True)
-    sign = torch.ones_like(scale).copysign(scale.detach())  # max-pool of -x is min-pool of x
+    sign = signs(scale)
     kernel = weight.flatten(1) * sign[:, None]
     precise = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     flat = patches.flatten(1, 2).to(precise)
@@ -306,7 +302,8 @@ class _MaxConv(torch.autograd.Function):
     def forward(ctx: Any, kernel: Tensor, patches: Tensor) -> Tensor:
         batch, height, width, _ = patches.shape
         pooled = _image(patches.new_empty(batch * height * width // 4, len(kernel)), height // 2, width // 2)
-        winners = torch.empty_like(pooled, dtype=torch.int32)  # half of the memory of max-pool's int64
+        # Max-pool's own int64 takes four times the memory.
+        winners = torch.empty_like(pooled, dtype=torch.int16 if height * width < 2**15 else torch.int32)
         for part, best, won in zip(*(t.split(CHUNK) for t in (patches, pooled, winners)), strict=True):
             values, places = torch.ops.aten.max_pool2d_with_indices(_responses(kernel, part), [2, 2], [2, 2])
             best.copy_(values)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from model.kernels import conv2d, grey_block, instance_norm, times
+from model.kernels import conv2d, grey_block, instance_norm, signs, times
 
 NORM_EPS = 1e-5
 
@@ -75,9 +75,11 @@ class NormReLUPool(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        x = instance_norm(x, self.weight, self.bias, NORM_EPS)
-        x = F.max_pool2d(x, 2) if self.pool else x  # before the ReLU: the same, on a quarter of it
-        return F.relu(x)
+        sign = signs(self.weight)
+        x = instance_norm(x, sign, NORM_EPS)
+        x = F.max_pool2d(x, 2) if self.pool else x  # first of all: the rest on a quarter of it
+        scale = self.weight * sign
+        return F.relu(torch.addcmul(self.bias[:, None, None], x, scale[:, None, None]))
 
 
 class Linear(nn.Linear):

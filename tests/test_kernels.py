@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
+from torch.func import functional_call
 
 from model import winograd
-from model.kernels import FEW_POSITIONS, MANY_CHANNELS, conv2d, grey_block, instance_norm, times
+from model.kernels import FEW_POSITIONS, MANY_CHANNELS, conv2d, grey_block, instance_norm, signs, times
+from model.layers import NormReLUPool
 
 # batch, inputs, outputs, height, width, stride; the first few as a product of patches, then by
 # Winograd's adjoints in one and in several chunks, with whole and cut tiles, then torch's own.
@@ -90,14 +92,25 @@ def test_adjoints_one_at_a_time() -> None:
 
 
 def test_norm() -> None:
-    x, scale, shift = channels_last(normal(3, 4, 3, 2)), normal(4), normal(2, 4)[0]
-    inputs = [part.requires_grad_() for part in (x, scale, shift)]
-    ours = derivatives(lambda x, scale, shift: instance_norm(x, scale, shift, 1e-5), *inputs)
-    compare(
-        ours,
-        derivatives(lambda x, scale, shift: F.instance_norm(x, None, None, scale, shift), *inputs),
-        1e-11,
-    )
+    x, sign = channels_last(normal(3, 6, 3, 2)).requires_grad_(), signs(normal(6))
+    assert set(sign.tolist()) == {1, -1}
+    ours = derivatives(lambda x: instance_norm(x, sign, 1e-5), x)
+    compare(ours, derivatives(lambda x: F.instance_norm(x, weight=sign), x), 1e-11)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_norm_relu_and_pool(pool: bool) -> None:
+    layer, x = NormReLUPool(6, pool), channels_last(normal(3, 6, 7, 4))
+    inputs = [part.requires_grad_() for part in (x, normal(6), normal(2, 6)[0])]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.relu(F.instance_norm(x, None, None, weight, bias))
+        return F.max_pool2d(y, 2) if pool else y
+
+    compare(derivatives(ours, *inputs), derivatives(plain, *inputs), 1e-11)
 
 
 def test_grey_block() -> None:
