@@ -104,7 +104,8 @@ def test_norm_relu_and_pool(pool: bool) -> None:
     inputs = [part.requires_grad_() for part in (x, normal(6), normal(2, 6)[0])]
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return functional_call(layer, {"weight": weight, "bias": bias}, x)
+        y: Tensor = functional_call(layer, {"weight": weight, "bias": bias}, x)
+        return y
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = F.relu(F.instance_norm(x, None, None, weight, bias))
