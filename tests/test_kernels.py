@@ -114,8 +114,10 @@ def test_norm_relu_and_pool(pool: bool) -> None:
     compare(derivatives(ours, *inputs), derivatives(plain, *inputs), 1e-11)
 
 
-def test_grey_block() -> None:
-    x, weights = normal(3, 1, 12, 10), (normal(6, 1, 3, 3), normal(6), normal(1, 6)[0])
+@pytest.mark.parametrize("size", [(3, 1, 12, 10), (1, 1, 184, 186)])
+def test_grey_block(size: tuple[int, ...]) -> None:
+    """Images of usual size, and one with more positions than 16 bits tell apart."""
+    x, weights = normal(*size), (normal(6, 1, 3, 3), normal(6), normal(1, 6)[0])
     inputs = [part.requires_grad_() for part in weights]
 
     def plain(weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
