@@ -122,10 +122,7 @@ def main() -> None:
         "device": str(device),
         **data,
     }
-    if args.resume is None:
-        run = Run.create(args.runs_dir, args.name, args, about)
-    else:
-        run = Run.resume(args.resume, args, 0, about)
+    run = Run.open(args, about)
     with run, Journal(run.folder / "scores.csv") if group.first else nullcontext() as journal:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)

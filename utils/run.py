@@ -1,7 +1,8 @@
 """A run folder: everything a run leaves behind, written as it goes, so that a crash keeps it.
 
 `runs/<name>_<k>/` holds `config.json` (what was asked, with what, when), `log.txt`, `metrics.csv`
-and TensorBoard events; scripts add their own files. A run that was interrupted goes on in its folder.
+and TensorBoard events; scripts add their own files. A run that was interrupted goes on in its folder,
+in one process at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
@@ -38,6 +39,9 @@ from utils.distributed import is_first
 from utils.errors import UserError
 from utils.files import atomic_write, remove_drafts, write_text
 from utils.plots import figure_pixels
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,12 +83,27 @@ def log_to_terminal() -> _Terminal:
 
 
 class _LogFile(logging.FileHandler):
-    """`log.txt`, which reports a full disk instead of printing a traceback and going on."""
+    """`log.txt`, which reports a full disk instead of printing a traceback and going on.
+
+    Whoever has it open has the run folder: two processes would cut and write each other's files.
+
+    Raises:
+        UserError: another process has it.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "log.txt", encoding="utf-8")
         self.folder = folder
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if sys.platform != "win32":
+            assert self.stream is not None  # it is open from the start
+            try:  # the system unlocks it when the process ends, however it ends
+                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self.close()
+                raise UserError(f"{folder} is in use: another process is at work on this run") from error
+            except OSError:
+                pass  # not every file system has locks
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802 (logging's name)
         """Called within the except block of whatever went wrong."""
@@ -140,27 +159,29 @@ class Run:
         folder: the run folder, made by :meth:`create`.
     """
 
-    def __init__(self, folder: Path, columns: tuple[str, ...] | None = None, done: int | None = None):
-        """Open the writers in an existing folder; scripts use :meth:`create` and :meth:`resume`.
+    def __init__(self, folder: Path, done: int | None = None):
+        """Open the writers in an existing folder; scripts use :meth:`open`.
 
         Args:
-            columns: those of `metrics.csv` if it has any.
-            done: step after which what TensorBoard has does not count any more.
+            done: cut what an earlier process wrote back to this many steps, and go on after them.
         """
         self.folder = folder
-        self._columns = columns
         self._event_file = _EventFile()
         register_writer_factory(_EventFile.PREFIX, self._event_file)
         try:
-            # Line-buffered, so that a killed run keeps its rows.
-            self._metrics = (folder / "metrics.csv").open("a", newline="", buffering=1)
-            self._log_file = _LogFile(folder)
-            self._events = SummaryWriter(
-                f"{_EventFile.PREFIX}:{folder}",
-                flush_secs=10,
-                purge_step=None if done is None else done + 1,
-                filename_suffix="" if done is None else f".{done}",
-            )
+            with ExitStack() as opened:
+                self._log_file = opened.enter_context(closing(_LogFile(folder)))
+                self._columns = None if done is None else _cut_back(folder, done)
+                # Line-buffered, so that a killed run keeps its rows.
+                metrics = (folder / "metrics.csv").open("a", newline="", buffering=1)
+                self._metrics = opened.enter_context(metrics)
+                self._events = SummaryWriter(
+                    f"{_EventFile.PREFIX}:{folder}",
+                    flush_secs=10,
+                    purge_step=None if done is None else done + 1,
+                    filename_suffix="" if done is None else f".{done}",
+                )
+                opened.pop_all()  # all are open: `close` closes them
         except OSError as error:
             raise _unwritable(folder, error) from error
         self._terminal = log_to_terminal()
@@ -169,6 +190,18 @@ class Run:
             self._log_file.handle(record)
         self._terminal.earlier.clear()
         log.addHandler(self._log_file)
+
+    @classmethod
+    def open(
+        cls, arguments: argparse.Namespace, extra: Mapping[str, Any] | None = None, done: int = 0
+    ) -> Run:
+        """The run that the arguments ask for: that of `--resume`, after step `done`, or a new one."""
+        if arguments.resume is None:
+            return cls.create(arguments.runs_dir, arguments.name, arguments, extra)
+        run = cls.resume(arguments.resume, arguments, done, extra)
+        if done:
+            log.info("going on after step %d", done)
+        return run
 
     @classmethod
     def create(
@@ -214,8 +247,8 @@ class Run:
         arguments as they are now, and under `resumed` when, where and at which step.
 
         Raises:
-            UserError: the folder cannot be read or written, or `extra["manifest"]` is not that of
-                the run: it would go on with other data.
+            UserError: the folder cannot be read or written, another process is at work in it, or
+                `extra["manifest"]` is not that of the run: it would go on with other data.
         """
         if not is_first():
             return _Bystander(folder)
@@ -225,14 +258,15 @@ class Run:
             raise UserError(
                 f"the data is not that of {folder}: manifest {manifest}, then {config.get('manifest')}"
             )
-        for name in ("config.json", "metrics.csv", "model.net", "model_*.net", "state.pt"):
-            remove_drafts(folder / name)
-        columns = _keep_rows(folder / "metrics.csv", done)
+        run = cls(folder, done)
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
         config |= {"arguments": recorded(arguments), "resumed": resumed}
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        run = cls(folder, columns, done)
+        try:
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        except UserError:
+            run.close()
+            raise
         for notice in arguments.notices:
             log.warning(notice)
         return run
@@ -441,11 +475,15 @@ def _new_folder(runs_dir: Path, name: str) -> Path:
     raise AssertionError("count() does not end")
 
 
-def _keep_rows(path: Path, done: int) -> tuple[str, ...] | None:
+def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     """Cut `metrics.csv` back to the steps 1 to `done`, and return its columns.
 
-    What goes are rows of steps that will be done again, and the last one if it is torn.
+    What goes are rows of steps that will be done again, the last one if it is torn, and the drafts of
+    files that a killed process left.
     """
+    for name in ("config.json", "metrics.csv", "model.net", "model_*.net", "state.pt"):
+        remove_drafts(folder / name)
+    path = folder / "metrics.csv"
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
