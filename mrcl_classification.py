@@ -18,7 +18,6 @@ import logging
 import math
 import sys
 import time
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -36,7 +35,7 @@ from utils.files import check_writable
 from utils.interrupt import Interrupt
 from utils.monitor import gate_statistics, validate
 from utils.run import Run, log_to_terminal
-from utils.state import TrainingState, load_state, save_state
+from utils.state import TrainingState, load_state, save_progress
 
 log = logging.getLogger("anml")
 
@@ -89,7 +88,8 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
             if args.eval_every and step % args.eval_every == 0 and learner.group.first:
                 validate(run, net, images, step, args.eval_classes)
             if args.keep_every and step % args.keep_every == 0 and learner.group.first:
-                save_model(args, learner, step, run.folder / f"model_{step}.net")
+                model = type(net).__name__, net.widths, net.state_dict()
+                save_checkpoint(run.folder / f"model_{step}.net", *model, recorded(args), step)
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
             if interrupt.agree(learner.group):
@@ -117,21 +117,9 @@ def stop_diverged(
 
 def save(args: argparse.Namespace, run: Run, learner: MetaLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
-    if not learner.group.first:
-        return
-    net = learner.net
-    model = type(net).__name__, net.widths, net.state_dict()
-    run.sync()
-    state = TrainingState(*model, learner.optimizer.state_dict(), learner.generator.get_state(), step)
-    save_state(run.folder, state, recorded(args))
-    for path in (run.folder / "model.net", args.model_name):
-        save_model(args, learner, step, path)
-
-
-def save_model(args: argparse.Namespace, learner: MetaLearner, step: int, path: Path) -> None:
-    """Write the model after `step` steps to `path`."""
-    net = learner.net
-    save_checkpoint(path, type(net).__name__, net.widths, net.state_dict(), recorded(args), step)
+    if learner.group.first:
+        state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step)
+        save_progress(run, args.model_name, state, recorded(args))
 
 
 def main() -> None:
@@ -167,7 +155,7 @@ def main() -> None:
         state.restore(learner.optimizer, learner.generator, str(args.resume))
     group.check_same("weights", fingerprint(net))
     extra = {"device": str(device), **about}
-    with Interrupt(patient=launched()) as interrupt, open_run(args, done, extra) as run:
+    with Interrupt(patient=launched()) as interrupt, Run.open(args, extra, done) as run:
         log.info("run folder %s, device %s", run.folder, device)
         step = train(args, run, learner, interrupt, done)
         save(args, run, learner, step)
@@ -175,15 +163,6 @@ def main() -> None:
         group.leave()
     if step < args.steps:
         sys.exit(interrupt.exit_code)
-
-
-def open_run(args: argparse.Namespace, done: int, extra: dict[str, str]) -> Run:
-    """A new run folder, or that of `--resume` cut back to its `done` steps."""
-    if args.resume is None:
-        return Run.create(args.runs_dir, args.name, args, extra)
-    run = Run.resume(args.resume, args, done, extra)
-    log.info("going on after step %d", done)
-    return run
 
 
 if __name__ == "__main__":

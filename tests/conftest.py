@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import mrcl_classification
+from utils.checkpoint import load_checkpoint
 from utils.state import TrainingState, load_state
 
 TINY = [
@@ -32,6 +35,29 @@ def forget_log_lines() -> Iterator[None]:
     log = logging.getLogger("anml")
     for handler in list(log.handlers):
         log.removeHandler(handler)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """Of `metrics.csv`, without the column that no two runs share."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, Adam, generator and metrics of two run folders are equal bit for bit."""
+    a, b = load_state(first), load_state(second)
+    assert a is not None
+    assert b is not None
+    assert a.step == b.step
+    model_a, model_b = (load_checkpoint(run / "model.net").state_dict for run in (first, second))
+    for ours, theirs in (
+        (a.state_dict, b.state_dict),
+        (a.optimizer, b.optimizer),
+        (a.generator, b.generator),
+        (model_a, model_b),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert rows(first) == rows(second)
 
 
 class Trainer:

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ import pretrain_classification
 from datasets.samplers import shuffled_batches
 from model.modelfactory import build
 from model.optimizer import Adam
-from model.supervised import supervised_step
+from model.supervised import Batch, supervised_step
+from tests.conftest import assert_same_run, rows
 from utils.arguments import parse, pretraining_parser
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -167,6 +170,42 @@ def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, "")
     assert load_checkpoint(tmp_path / "Pretrain_Model.net").step == metrics.read_text().count("\n") - 1
+
+
+def test_what_was_interrupted_goes_on_bit_for_bit(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 33 images lie across passes of 100; the crash costs the steps since the last state."""
+    flags = f"{TINY} --images 1000 --batch_size 33 --save_every 4 --log_every 5"
+    pretrain(flags, cache, tmp_path, monkeypatch)
+    calls = count(1)
+
+    def step(*batch: Any) -> Batch:
+        call = next(calls)
+        if call == 6:
+            signal.raise_signal(signal.SIGTERM)
+        if call == 13:
+            raise RuntimeError("a crash")
+        return supervised_step(*batch)
+
+    monkeypatch.setattr(pretrain_classification, "supervised_step", step)
+    with pytest.raises(SystemExit) as ended:
+        pretrain(flags, cache, tmp_path, monkeypatch)
+    assert ended.value.code == 143
+    resume = "--resume runs/pretrain_1"
+    with pytest.raises(RuntimeError, match="a crash"):
+        pretrain(resume, cache, tmp_path, monkeypatch)
+    pretrain(resume, cache, tmp_path, monkeypatch)
+    runs = tmp_path / "runs"
+    assert_same_run(runs / "pretrain_0", runs / "pretrain_1")
+    config = json.loads((runs / "pretrain_1/config.json").read_text())
+    assert [entry["step"] for entry in config["resumed"]] == [6, 12]
+    assert rows(runs / "pretrain_1")[-1]["images"] == "1000"
+    pretrain(resume, cache, tmp_path, monkeypatch)  # nothing to do, which is no error
+    with pytest.raises(SystemExit):
+        pretrain(f"{resume} --images 2000", cache, tmp_path, monkeypatch)
+    with pytest.raises(SystemExit):
+        pretrain(f"{resume} --lr 0.1", cache, tmp_path, monkeypatch)
 
 
 def test_refuses_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

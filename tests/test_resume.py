@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -14,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import TINY, Trainer
-from utils.checkpoint import load_checkpoint
+from tests.conftest import TINY, Trainer, assert_same_run, rows
 from utils.errors import UserError
 from utils.interrupt import Interrupt
+from utils.run import Run
 from utils.state import load_state, save_state
 
 ROOT = Path(__file__).parents[1]
@@ -28,33 +26,10 @@ STEPS, KILLS = 220, 20
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def rows(run: Path) -> list[dict[str, str]]:
-    """Of `metrics.csv`, without the column that no two runs share."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
-
-
 def curve(run: Path) -> list[tuple[int, float]]:
     reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
     reader.Reload()
     return [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, Adam, generator and metrics of two run folders are equal bit for bit."""
-    a, b = load_state(first), load_state(second)
-    assert a is not None
-    assert b is not None
-    assert a.step == b.step
-    model_a, model_b = (load_checkpoint(run / "model.net").state_dict for run in (first, second))
-    for ours, theirs in (
-        (a.state_dict, b.state_dict),
-        (a.optimizer, b.optimizer),
-        (a.generator, b.generator),
-        (model_a, model_b),
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert rows(first) == rows(second)
 
 
 def test_twenty_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
@@ -255,6 +230,21 @@ def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.Capture
             trainer.resume()
         assert named in capsys.readouterr().err + str(ended.value)
     assert trainer.state().step == 1
+
+
+def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:
+    trainer("--steps=2")
+    (trainer.run / ".state.pt.abc").write_text("half of it")
+    before = {path: path.read_bytes() for path in trainer.run.iterdir()}
+    command = [sys.executable, str(ROOT / "mrcl_classification.py"), "--resume", str(trainer.run)]
+    with Run(trainer.run):
+        before |= {path: path.read_bytes() for path in trainer.run.glob("events*")}
+        refused = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+        assert "smoke_0 is in use" in refused.stderr
+        assert {path: path.read_bytes() for path in trainer.run.iterdir()} == before
+    trainer.resume("--steps=3")
 
 
 def test_a_run_that_ended_before_its_first_state(trainer: Trainer, tmp_path: Path) -> None:

@@ -265,15 +265,7 @@ def training_parser() -> Parser:
         "steps between small meta-tests on meta-training classes; 0 for none",
     )
     parser.flag(checks, "--eval_classes", _whole(1), 20, "classes in each of those meta-tests")
-    parser.flag(checks, "--log_every", _whole(1), 50, "steps between lines of the log")
-    parser.flag(
-        checks,
-        "--save_every",
-        _whole(1),
-        1000,
-        "steps between writes of --model_name and of the training state that --resume goes on from, "
-        "which the last step always writes",
-    )
+    _reports(parser, checks)
 
     run = _run(parser, name="mrcl_omniglot", seed=9)
     parser.flag(
@@ -292,16 +284,7 @@ def training_parser() -> Parser:
         shown="Neuromodulation_Model.net, OML_Model.net for OML",
         metavar="FILE",
     )
-    run.add_argument(
-        "--resume",
-        type=_path,
-        metavar="RUN",
-        help="run folder of an interrupted run, to go on from its last training state with its own "
-        "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
-        "flags only these may change: "
-        + ", ".join(f"--{name}" for name in sorted(parser.may_change))
-        + " (default: none)",
-    )
+    _resume(parser, run)
     parser.switch(run, "--checkpoint", "start a new run from the weights in --saved_model")
     parser.flag(
         run,
@@ -325,6 +308,9 @@ def training_parser() -> Parser:
 def pretraining_parser() -> Parser:
     """The flags of `pretrain_classification.py`; the default budget is what meta-training sees."""
     parser = Parser("Train a network on shuffled images of all meta-training classes.", _check_pretraining)
+    parser.may_change = frozenset(
+        ("log_every", "save_every", "device", "threads", "dataset_path", "cache_dir")
+    )
 
     method = parser.add_argument_group("method")
     _treatment(parser, method, "OML")
@@ -345,18 +331,12 @@ def pretraining_parser() -> Parser:
     _data(parser)
 
     checks = parser.add_argument_group("checks on the way")
-    parser.flag(checks, "--log_every", _whole(1), 50, "steps between lines of the log")
-    parser.flag(
-        checks,
-        "--save_every",
-        _whole(1),
-        1000,
-        "steps between writes of --model_name, which the last step always writes",
-    )
+    _reports(parser, checks)
 
     run = _run(parser, name="pretrain", seed=9)
     default = "Pretrain_Model.net"
     parser.flag(run, "--model_name", _path, Path(default), "file for the trained weights", metavar="FILE")
+    _resume(parser, run)
     return parser
 
 
@@ -682,6 +662,31 @@ def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
         help="TOML file of flags, which flags typed here override (default: none)",
     )
     return group
+
+
+def _reports(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    parser.flag(group, "--log_every", _whole(1), 50, "steps between lines of the log")
+    parser.flag(
+        group,
+        "--save_every",
+        _whole(1),
+        1000,
+        "steps between writes of --model_name and of the training state that --resume goes on from, "
+        "which the last step always writes",
+    )
+
+
+def _resume(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--resume",
+        type=_path,
+        metavar="RUN",
+        help="run folder of an interrupted run, to go on from its last training state with its own "
+        "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
+        "flags only these may change: "
+        + ", ".join(f"--{name}" for name in sorted(parser.may_change))
+        + " (default: none)",
+    )
 
 
 def _commit(parser: Parser, group: argparse._ArgumentGroup) -> None:

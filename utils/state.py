@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.modelfactory import Network
 from model.optimizer import Adam
-from utils.checkpoint import model_content, model_fault, read_saved, write_saved
+from utils.checkpoint import model_content, model_fault, read_saved, save_checkpoint, write_saved
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.run import Run
 
 log = logging.getLogger("anml")
 
@@ -44,6 +46,12 @@ class TrainingState:
     generator: Tensor
     step: int
 
+    @classmethod
+    def of(cls, net: Network, optimizer: Adam, generator: torch.Generator, step: int) -> TrainingState:
+        """Where training stands after `step` steps: the tensors themselves, not copies."""
+        model = type(net).__name__, net.widths, net.state_dict()
+        return cls(*model, optimizer.state_dict(), generator.get_state(), step)
+
     def restore(self, optimizer: Adam, generator: torch.Generator, source: str) -> None:
         """Put an optimizer of the restored weights and the generator where they stood.
 
@@ -55,6 +63,18 @@ class TrainingState:
             generator.set_state(self.generator)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{source} does not hold a state of this run: {error}") from error
+
+
+def save_progress(run: Run, model_name: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
+    """Write a training state to the run folder, then its model there and to `model_name`.
+
+    Raises:
+        UserError: one cannot be written, or the weights are not finite; what was there stays.
+    """
+    run.sync()
+    save_state(run.folder, state, arguments)
+    for path in (run.folder / "model.net", model_name):
+        save_checkpoint(path, state.network, state.widths, state.state_dict, arguments, state.step)
 
 
 def save_state(folder: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
@@ -102,8 +122,8 @@ def load_state(folder: Path) -> TrainingState | None:
     if not any((folder / name).exists() for name in (NAME, PREVIOUS, "model.net")):
         return None
     raise UserError(
-        f"{'; '.join(faults)}; --checkpoint --saved_model {folder / 'model.net'} starts a new run from "
-        "the last weights"
+        f"{'; '.join(faults)}; the last weights are in {folder / 'model.net'}, which meta-training with "
+        "--checkpoint --saved_model starts a new run from"
     )
 
 
