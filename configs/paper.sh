@@ -8,7 +8,7 @@
 #
 # Times are for 2 cores with AVX-512. An evaluation of the full protocol learns (18 rates x 10 draws
 # + 10 runs) x 2235 classes x 15 images = 6.4 million images one by one, at 600 classes alone 1.7 million.
-# Ctrl-C and the same command again goes on where an evaluation stopped.
+# Ctrl-C and the same command again goes on where a training or an evaluation stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -69,11 +69,16 @@ step() {
   fi
 }
 
-# train NAME TIME MODEL SCRIPT FLAGS...: the model gets its name only when training came to its end.
+# train NAME TIME MODEL SCRIPT FLAGS...: a training, which goes on where an earlier attempt stopped. The model
+# gets its name only when training came to its end.
 train() {
-  local name=$1 time=$2 model=$3
+  local name=$1 time=$2 model=$3 folder=runs/paper_$1_0
   shift 3
-  step "$name" "$time" "$model" "$PYTHON" "$@" --model_name "partial_$model" --dataset-path "$ROOT"
+  local command=("$PYTHON" "$@" --name "paper_$name" --model_name "partial_$model" --dataset-path "$ROOT")
+  if [[ -d $folder ]]; then
+    command+=(--resume "$folder")
+  fi
+  step "$name" "$time" "$model" "${command[@]}"
   if $RAN; then
     mv "partial_$model" "$model"
   fi
@@ -109,9 +114,10 @@ keep() {
 
 paper() {
   # Models.
-  train train_anml "5 h" Neuromodulation_Model.net mrcl_classification.py --config configs/anml.toml
+  train train_anml "5 h" Neuromodulation_Model.net \
+    mrcl_classification.py --config configs/anml.toml --keep_every 2000
   train train_anml_first_order "3 h" Neuromodulation_Model_first_order.net \
-    mrcl_classification.py --config configs/anml_first_order.toml
+    mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
   train train_oml "23 h" OML_Model.net mrcl_classification.py --config configs/oml.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net pretrain_classification.py --images 1680000
 
@@ -141,6 +147,14 @@ paper() {
   evaluate scratch_oracle "21 h, at 600 classes alone, one draw to search and 3 runs" "none" \
     --treatment-preset Scratch-Oracle --epoch 20 --schedule 600 --lr_search_runs 1 --runs 3
 
+  # Accuracy against meta-steps: the models kept on the way.
+  local order
+  for order in anml anml_first_order; do
+    evaluate "${order}_on_the_way" "15 min" "every 2,000 steps of train_$order" \
+      --model "runs/paper_train_${order}_0/model_"{2000..20000..2000}.net \
+      --schedule 50 200 --lr 0.001 --runs 3
+  done
+
   # The representation: active and dead units, KNN, pictures.
   local analysis=("$PYTHON" analyze_representation.py --model Neuromodulation_Model.net
     --name paper_representation --dataset-path "$ROOT")
@@ -157,6 +171,8 @@ paper() {
     ANML-FT:PLN+NM-out=runs/paper_anml_ft_pln_nm_out_0 ANML-Unlimited=runs/paper_anml_unlimited_0
   step figure_order "5 s" "" "$PYTHON" plot_results.py --name order \
     ANML=runs/paper_anml_0 "ANML, first order=runs/paper_anml_first_order_0"
+  step figure_training "5 s" "" "$PYTHON" plot_results.py --name training --against steps \
+    "second order=runs/paper_anml_on_the_way_0" "first order=runs/paper_anml_first_order_on_the_way_0"
   step figure_final "5 s" "" "$PYTHON" plot_results.py --name final \
     "ANML-Oracle, 20 epochs=runs/paper_anml_oracle_0" ANML-Oracle=runs/paper_anml_oracle_1_0 \
     ANML=runs/paper_anml_0 OML=runs/paper_oml_0 OML-OLFT=runs/paper_oml_olft_0 \
