@@ -173,7 +173,7 @@ def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_interrupted_goes_on_bit_for_bit(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Batches of 33 images lie across passes of 100; the crash costs the steps since the last state."""
     flags = f"{TINY} --images 1000 --batch_size 33 --save_every 4 --log_every 5"
@@ -201,11 +201,15 @@ def test_what_was_interrupted_goes_on_bit_for_bit(
     config = json.loads((runs / "pretrain_1/config.json").read_text())
     assert [entry["step"] for entry in config["resumed"]] == [6, 12]
     assert rows(runs / "pretrain_1")[-1]["images"] == "1000"
+    (tmp_path / "Pretrain_Model.net").unlink()
     pretrain(resume, cache, tmp_path, monkeypatch)  # nothing to do, which is no error
-    with pytest.raises(SystemExit):
-        pretrain(f"{resume} --images 2000", cache, tmp_path, monkeypatch)
-    with pytest.raises(SystemExit):
-        pretrain(f"{resume} --lr 0.1", cache, tmp_path, monkeypatch)
+    assert load_checkpoint(tmp_path / "Pretrain_Model.net").step == 31
+    capsys.readouterr()
+    for flag, message in (("--images 2000", "was 1000"), ("--lr 0.1", "was 0.0001")):
+        with pytest.raises(SystemExit) as ended:
+            pretrain(f"{resume} {flag}", cache, tmp_path, monkeypatch)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_refuses_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,11 @@ class Run:
     def open(
         cls, arguments: argparse.Namespace, extra: Mapping[str, Any] | None = None, done: int = 0
     ) -> Run:
-        """The run that the arguments ask for: that of `--resume`, after step `done`, or a new one."""
+        """The run that the arguments ask for: that of `--resume`, after step `done`, or a new one.
+
+        Raises:
+            UserError: as :meth:`create` and :meth:`resume` do.
+        """
         if arguments.resume is None:
             return cls.create(arguments.runs_dir, arguments.name, arguments, extra)
         run = cls.resume(arguments.resume, arguments, done, extra)
