@@ -10,7 +10,7 @@ All give the numbers of the plain formulation up to rounding and take a shorter 
 * `grey_block`: convolution, norm, ReLU and max-pool of a grey image. The norm's statistics follow from
   those of the image's 3x3 patches, and ReLU and the norm commute with max-pool up to the sign of the
   norm's scale: so the full-size activations are never normalised, nor kept.
-* `times`: a product with a single row, whose gradient is an outer product.
+* `times`: a linear layer's product, which meets a weight in the order of memory that its step has.
 * `SharedLinear`, `SharedKernel`: weights that single examples meet one after the other. Their parts of the
   gradient are products of thin factors, which are kept, and added up as few matrix products in place.
 
@@ -24,6 +24,7 @@ alike runs along them. Other layouts give the same numbers, slower.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -33,11 +34,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model import winograd
+from model.products import multiply
 
-# Output positions of a batch up to which a convolution on the CPU is a product with a matrix of patches:
-# as fast as the convolution kernels at 121 positions, twice as fast at 9, and more accurate.
+# Output positions of a batch up to which a convolution on the CPU is a product with a matrix of patches,
+# faster than torch's convolution.
 FEW_POSITIONS = 256
-MANY_CHANNELS = 32  # from which on `winograd`'s transforms cost less than its products save
+MANY_CHANNELS = 128  # from which on `winograd`'s transforms cost less than its products save
 CHUNK = 4  # images whose full-size activations exist at a time, few enough to stay in cache
 
 
@@ -65,7 +67,7 @@ class _Conv(torch.autograd.Function):
             # that float32 gets wrong.
             y = F.conv2d(x.contiguous(), weight.contiguous(), stride=stride)
             return y.contiguous(memory_format=torch.channels_last)
-        rows = _times(_patch_rows(x, stride), _kernel_rows(weight).t())
+        rows = multiply(_patch_rows(x, stride), _kernel_rows(weight).t())
         return _image(rows, *_output_size(x, stride))
 
     @staticmethod
@@ -111,8 +113,9 @@ class _ConvWeight(torch.autograd.Function):
         ctx.stride = stride
         if not _few_positions(x, stride):
             return _adjoints(grad, x, like, stride, need_x=False)[1]
-        factors = _gradient_factors(_last(grad).flatten(0, 2), _patch_rows(x, stride))
-        return _kernel_of_rows(torch.bmm(*factors).flatten(0, 1))
+        errors, patches = _last(grad).flatten(0, 2).t(), _patch_rows(x, stride)
+        blocks = errors.unflatten(0, _shares(errors))
+        return _kernel_of_rows(torch.bmm(blocks, patches.expand(len(blocks), -1, -1)).flatten(0, 1))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -167,12 +170,25 @@ def _patch_rows(x: Tensor, stride: int) -> Tensor:
     return patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[1])
 
 
+def _add_rows(rows: Tensor, like: Tensor, stride: int) -> Tensor:
+    """The transposed map of `_patch_rows`: adds up patches where they overlap, with the shape of `like`."""
+    height, width = _output_size(like, stride)
+    patches = rows.view(len(like), height, width, 3, 3, -1)
+    x = rows.new_zeros(len(like), *like.shape[2:], like.shape[1])
+    for i, j in itertools.product(range(3), repeat=2):
+        x[:, i : i + stride * height : stride, j : j + stride * width : stride] += patches[:, :, :, i, j]
+    return x.permute(0, 3, 1, 2)
+
+
 def _adjoints(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, need_x: bool = True, need_weight: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a convolution's input and kernel; without meaning where not needed."""
     if _many(x, weight, stride):
         return winograd.adjoints(grad, x, weight, need_x, need_weight)
+    if not need_weight and _few_positions(x, stride):
+        rows = multiply(_last(grad).flatten(0, 2), _kernel_rows(weight))
+        return _add_rows(rows, x, stride), x.new_empty(0)
     needed = (need_x, need_weight, False)
     to_x, to_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, needed
@@ -329,7 +345,7 @@ class _Spread(torch.autograd.Function):
             spread = torch.ops.aten.max_pool2d_with_indices_backward(
                 g, like, [2, 2], [2, 2], [0, 0], [1, 1], False, won.long()
             )
-            total.addmm_(part.flatten(0, 2).t(), _last(spread).flatten(0, 2))
+            total = multiply(part.flatten(0, 2).t(), _last(spread).flatten(0, 2), plus=total)
         return total.t()
 
     @staticmethod
@@ -356,58 +372,43 @@ class _Select(torch.autograd.Function):
 
 def _responses(kernel: Tensor, patches: Tensor) -> Tensor:
     """patch . kernel for every position: [C, 9], [B, H, W, 9] -> [B, C, H, W]."""
-    return _image(patches.flatten(0, 2) @ kernel.t(), *patches.shape[1:3])
+    return _image(multiply(patches.flatten(0, 2), kernel.t()), *patches.shape[1:3])
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix, [B, K] and [K, N], where the matrix is a weight's or its transpose.
-
-    A single row goes the way of `_times`, and the matrix's gradient, an outer product, is formed by
-    multiplication: with both, the gradients of a layer take a fifth less time than with torch's product.
-    """
-    if len(x) > 1:
-        return x @ matrix
-    row: Tensor = _RowTimes.apply(x, matrix)
-    return row
+    """x @ matrix, [B, K] and [K, N], where the matrix is a weight's or its transpose."""
+    y: Tensor = _Times.apply(x, matrix)
+    return y
 
 
-class _RowTimes(torch.autograd.Function):
-    """x @ matrix, [1, K] and [K, N]."""
+class _Times(torch.autograd.Function):
+    """x @ matrix, of which both derivatives are products again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
         ctx.save_for_backward(x, matrix)
-        return _times(x, matrix)
+        return _row_times(x, matrix) if len(x) == 1 else multiply(x, matrix)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, matrix = ctx.saved_tensors
         need_x, need_matrix = ctx.needs_input_grad
-        return (
-            times(grad, matrix.t()) if need_x else None,
-            (grad.t() * x).t() if need_matrix else None,  # laid out as `matrix` is, a weight's transpose
-        )
+        to_matrix = None
+        if need_matrix:  # laid out as `matrix` is, a weight's transpose
+            to_matrix = (grad.t() * x if len(x) == 1 else times(grad.t(), x)).t()
+        return times(grad, matrix.t()) if need_x else None, to_matrix
 
 
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix for few rows, on the CPU in the shares of `_shares`."""
+def _row_times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix for a single row, on the CPU in the shares of `_shares`."""
     if x.device.type != "cpu":
         return x @ matrix
     if matrix.stride(0) > 1:  # the weight itself, not its transpose
         shares = _shares(matrix)
         return torch.bmm(x.unflatten(1, shares).transpose(0, 1), matrix.unflatten(0, shares)).sum(0)
-    shares = _shares(matrix.t())
-    blocks = matrix.t().unflatten(0, shares)
-    if len(x) == 1:  # as matrix times column, a third faster than as row times matrix
-        return torch.bmm(blocks, x.t().expand(len(blocks), -1, -1)).view(1, -1)
-    parts = torch.bmm(x.expand(len(blocks), -1, -1), blocks.transpose(1, 2))
-    return parts.transpose(0, 1).reshape(len(x), -1)
-
-
-def _gradient_factors(errors: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """[S, O / S, P] and [S, P, K]: their products are the shares of errors.T @ inputs, a weight's slope."""
-    blocks = errors.t().unflatten(0, _shares(errors.t()))
-    return blocks, inputs.expand(len(blocks), -1, -1)
+    # As matrix times column, a third faster than as row times matrix.
+    blocks = matrix.t().unflatten(0, _shares(matrix.t()))
+    return torch.bmm(blocks, x.t().expand(len(blocks), -1, -1)).view(1, -1)
 
 
 def _shares(weight: Tensor) -> tuple[int, int]:
@@ -454,11 +455,11 @@ class SharedLinear:
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The map, with a weight of the caller's."""
-        return times(x, weight.t())
+        return multiply(x, weight.t())
 
     def adjoint(self, y: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         """Its adjoint, with the shape of `like`."""
-        return times(y, weight)
+        return multiply(y, weight)
 
     def rows(self, errors: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Factors [P, O] and [P, K] whose product, `errors.T @ inputs`, is the gradient of `matrix`."""
@@ -468,16 +469,15 @@ class SharedLinear:
         """The weight as [O, K], a view of it."""
         return weight
 
+    def of_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`, a view."""
+        return matrix
+
     def step(self, lr: float) -> None:
         """One SGD step along the gradient whose factors the latest backward pass has left here."""
         errors, inputs = self.factors.pop()
-        left, right = _gradient_factors(*self.rows(errors.detach(), inputs.detach()))
-        stepped = torch.empty_like(self.weight)
-        before, after = (
-            self.matrix(weight).unflatten(0, left.shape[:2]) for weight in (self.weight, stepped)
-        )
-        torch.baddbmm(before, left, right, alpha=-lr, out=after)
-        self.weight = stepped
+        left, right = self.rows(errors.detach(), inputs.detach())
+        self.weight = self.of_matrix(multiply(left.t() * -lr, right, plus=self.matrix(self.weight)))
         if self.token.grad_fn is not None:  # else no gradient passes through steps (first order)
             self.token = _Step.apply(errors, inputs, self.token, self, lr)
 
@@ -500,7 +500,7 @@ class SharedLinear:
         if self.factors:
             pairs = [self.rows(*pair) for pair in self.factors]
             left, right = (torch.cat(part) for part in zip(*pairs, strict=True))
-            self.matrix(self.slope).addmm_(left.t(), right)
+            self.slope = self.of_matrix(multiply(left.t(), right, plus=self.matrix(self.slope)))
             self.factors.clear()
         return self.slope
 
@@ -523,6 +523,9 @@ class SharedKernel(SharedLinear):
 
     def matrix(self, weight: Tensor) -> Tensor:
         return _kernel_rows(weight)
+
+    def of_matrix(self, matrix: Tensor) -> Tensor:
+        return _kernel_of_rows(matrix)
 
     def stand_in(self) -> StandIn:
         """What the layers take for their weight, so that they multiply by this one."""

@@ -21,10 +21,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from model.products import multiply, multiply_all
+
 # Where the polynomials behind the transforms are evaluated, besides infinity, for tiles of 3 and 4: the
 # errors depend on it.
 POINTS = {3: (0, 1, -1, 2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
-CHUNK = 200  # tiles that are treated at a time: few enough to take little memory, enough for long products
+CHUNK = 256  # tiles that are treated at a time: few enough to take little memory, enough for long products
 
 
 def adjoints(
@@ -45,28 +47,29 @@ def adjoints(
     tile = min(4, max(3, *grad.shape[2:]))
     grid = -(-grad.shape[2] // tile), -(-grad.shape[3] // tile)
     of_output, of_kernel, of_input = (matrix.to(x) for matrix in transforms(tile))
-    kernel = (of_kernel @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(-1, outputs, inputs)
+    kernel = _map(of_kernel, weight.permute(2, 3, 0, 1).reshape(9, outputs, inputs))
     to_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
-    total = torch.zeros_like(kernel)
+    total = None
     images = max(1, CHUNK // math.prod(grid))
     for start in range(0, len(x), images):
         part = slice(start, start + images)
         errors = _map(of_output, _patches(grad[part], grid, tile, tile))
         if need_weight:
             seen = _map(of_input.t(), _patches(x[part], grid, tile, tile + 2))
-            total.baddbmm_(errors.transpose(1, 2), seen)
+            share = multiply_all(errors.transpose(1, 2).contiguous(), seen)
+            total = share if total is None else total.add_(share)
             del seen  # every one of these is as large as all activations of the chunk
         if need_x:
-            _add_up(_map(of_input, errors @ kernel), grid, tile, to_x[part])
-    if not need_weight:
+            _add_up(_map(of_input, multiply_all(errors, kernel)), grid, tile, to_x[part])
+    if total is None:
         return to_x, x.new_empty(0)
-    to_weight = (of_kernel.t() @ total.view(len(total), -1)).view(3, 3, outputs, inputs)
+    to_weight = _map(of_kernel.t(), total).view(3, 3, outputs, inputs)
     return to_x, to_weight.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _map(matrix: Tensor, patches: Tensor) -> Tensor:
     """A transform of every patch, channel by channel: [n, m] and [m, N, C] -> [n, N, C]."""
-    return (matrix @ patches.flatten(1)).view(-1, *patches.shape[1:])
+    return multiply(matrix, patches.flatten(1)).view(-1, *patches.shape[1:])
 
 
 def _patches(x: Tensor, grid: tuple[int, int], tile: int, side: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.func import functional_call
 
-from model import winograd
-from model.kernels import FEW_POSITIONS, MANY_CHANNELS, conv2d, grey_block, instance_norm, signs, times
+from model import kernels, products, winograd
+from model.kernels import FEW_POSITIONS, conv2d, grey_block, instance_norm, signs, times
 from model.layers import NormReLUPool
+from model.products import multiply, multiply_all
+
+MANY_CHANNELS = 32  # for the tests: fewer than the kernels' own, which take seconds in float64
 
 # batch, inputs, outputs, height, width, stride; the first few as a product of patches, then by
 # Winograd's adjoints in one and in several chunks, with whole and cut tiles, then torch's own.
@@ -56,7 +60,10 @@ def derivatives(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tenso
 
 @pytest.mark.parametrize("lay", [channels_last, Tensor.contiguous])
 @pytest.mark.parametrize("size", SIZES)
-def test_convolution(size: tuple[int, ...], lay: Callable[[Tensor], Tensor]) -> None:
+def test_convolution(
+    size: tuple[int, ...], lay: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MANY_CHANNELS", MANY_CHANNELS)
     batch, inputs, outputs, height, width, stride = size
     x = lay(normal(batch, inputs, height, width)).requires_grad_()
     weight = lay(normal(outputs, inputs, 3, 3)).requires_grad_()
@@ -129,16 +136,67 @@ def test_grey_block(size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_products_with_few_rows(rows: int, dtype: torch.dtype) -> None:
+def test_products_of_a_layer(rows: int, dtype: torch.dtype) -> None:
     x, matrix = normal(rows, 300, dtype=dtype), normal(300, 50).to(dtype)
     compare((times(x, matrix),), (x.double() @ matrix.double(),), 1e-6 if dtype == torch.float32 else 1e-13)
     compare((times(x, matrix.t().contiguous().t()),), (times(x, matrix),), 1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("lay", [Tensor.contiguous, lambda matrix: matrix.t().contiguous().t()])
-def test_derivatives_of_a_product_with_one_row(lay: Callable[[Tensor], Tensor]) -> None:
-    x, matrix = normal(1, 30).requires_grad_(), lay(normal(30, 20)).requires_grad_()
+def test_derivatives_of_a_layers_product(lay: Callable[[Tensor], Tensor], rows: int) -> None:
+    x, matrix = normal(rows, 30).requires_grad_(), lay(normal(30, 20)).requires_grad_()
     compare(derivatives(times, x, matrix), derivatives(torch.matmul, x, matrix), 1e-12)
+
+
+@pytest.fixture(params=["oneDNN", "BLAS"])
+def library(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What multiplies: oneDNN where torch has it, and torch's own choice as if there were none."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(before and request.param == "oneDNN")
+    yield request.param
+    torch._C._set_mkldnn_enabled(before)
+
+
+def views(matrix: Tensor) -> Iterator[Tensor]:
+    """The same matrices [..., M, N] in all ways to lie in memory: by rows, by columns, with gaps."""
+    yield matrix
+    yield matrix.mT.contiguous().mT
+    yield matrix.repeat_interleave(2, -1)[..., ::2]
+    yield torch.cat([matrix, matrix], -1)[..., : matrix.shape[-1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_matrices(library: str, dtype: torch.dtype) -> None:
+    a, b, plus = (normal(*size).to(dtype) for size in ((2, 40, 70), (2, 70, 30), (2, 40, 30)))
+    exact, tolerance = a.double() @ b.double(), 1e-6 if dtype == torch.float32 else 1e-13
+    given = plus.clone()
+    for left, right in itertools.product(views(a), views(b)):
+        compare((multiply_all(left, right), multiply(left[0], right[0])), (exact, exact[0]), tolerance)
+        for more in views(plus[0]):
+            compare((multiply(left[0], right[0], plus=more),), (exact[0] + plus[0].double(),), tolerance)
+    assert torch.equal(plus, given)  # not in place
+
+
+def test_onednn_multiplies_where_torch_has_it(library: str) -> None:
+    there = torch.backends.mkldnn.is_available() and library == "oneDNN"
+    assert products._by_onednn(normal(2, 2).float()) == there
+    assert not products._by_onednn(normal(2, 2))
+
+
+def test_operators_that_changed_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no public name: a torch without them, or with other arguments, multiplies as it did."""
+
+    def changed(*_: object) -> Tensor:
+        raise RuntimeError("no overload takes these arguments")
+
+    monkeypatch.setattr(products, "_linear", changed)
+    products._has_linear.cache_clear()
+    try:
+        a = normal(2, 3).float()
+        assert torch.equal(multiply(a, a.t()), a @ a.t())
+    finally:
+        products._has_linear.cache_clear()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
