@@ -8,8 +8,8 @@ All give the numbers of the plain formulation up to rounding and take a shorter 
   those of `winograd`.
 * `instance_norm`: its double backward in closed form, a dozen passes where the composed one takes forty.
 * `grey_block`: convolution, norm, ReLU and max-pool of a grey image. The norm's statistics follow from
-  those of the image's 3x3 patches, and ReLU and the norm commute with max-pool up to the sign of the
-  norm's scale: so the full-size activations are never normalised, nor kept.
+  those of the image's 3x3 patches: so it is the kernel that is normalised, nine values a channel, and the
+  full-size activations are never kept.
 * `times`: a linear layer's product, which meets a weight in the order of memory that its step has.
 * `SharedLinear`, `SharedKernel`: weights that single examples meet one after the other. Their parts of the
   gradient are products of thin factors, which are kept, and added up as few matrix products in place.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -260,9 +261,9 @@ def signs(scale: Tensor) -> Tensor:
 def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """relu(max_pool2(norm(conv(x)))) of grey images, the norm per sample and channel.
 
-    With u a patch of the image less the mean patch, a channel's normalised value is
-    w.u * scale / sqrt(w.Cov.w + eps) + shift, where Cov is the covariance of the image's patches. The
-    statistics are formed in float64 where there is one, which costs nothing at this size.
+    With u a patch of the image less the mean patch, a channel's normalised value is v.u + shift with
+    v = w * scale / sqrt(w.Cov.w + eps), where Cov is the covariance of the image's patches: a kernel for
+    each image. What is that small is formed in float64 where there is one, which costs nothing.
 
     Args:
         x: [B, 1, H, W] images, H and W even; no gradient flows to them.
@@ -275,57 +276,65 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
     """
     patches = x[:, 0].unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [B, H', W', 9]
     patches = patches - patches.mean((1, 2), keepdim=True)
-    sign = signs(scale)
-    kernel = weight.flatten(1) * sign[:, None]
     precise = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     flat = patches.flatten(1, 2).to(precise)
     covariance = flat.transpose(1, 2) @ flat / flat.shape[1]
-    slope = scale * sign * _InverseDeviation.apply(kernel, covariance, eps)
-    pooled: Tensor = _MaxConv.apply(kernel, patches)
-    return torch.addcmul(shift[:, None, None], pooled, slope[:, :, None, None]).relu()
+    kernel = _NormalisedKernel.apply(weight.flatten(1), scale, covariance, eps)
+    kernel = torch.cat([kernel, shift.expand(len(x), -1)[:, :, None]], 2)
+    y: Tensor = _MaxConv.apply(kernel, F.pad(patches, (0, 1), value=1))  # the shift's input is 1
+    return y
 
 
-class _InverseDeviation(torch.autograd.Function):
-    """1 / sqrt(w.Cov.w + eps) for each row w of a kernel: [C, 9], [B, 9, 9] -> [B, C].
+class _NormalisedKernel(torch.autograd.Function):
+    """w * scale / sqrt(w.Cov.w + eps) for each row w: [C, 9], [C] and [B, 9, 9] -> [B, C, 9].
 
-    Of so many small operations autograd's record costs too: with this one a second-order meta-step takes
-    4 % less time. Other passes take as long either way.
+    Of so many small operations autograd's record would cost as much as they do.
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: Tensor, covariance: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(kernel, covariance)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, covariance: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(weight, scale, covariance)
         ctx.eps = eps
-        wide = kernel.to(covariance.dtype)
-        return ((wide @ covariance) * wide).sum(2).add_(eps).rsqrt_().to(kernel.dtype)
+        wide = weight.to(covariance.dtype)
+        _, inverse = _deviations(wide, covariance, eps)
+        return (wide * (inverse * scale)[:, :, None]).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        kernel, covariance = ctx.saved_tensors
-        wide = kernel.to(covariance.dtype)
-        towards = wide @ covariance  # half of the variance's gradient
-        inverse = ((towards * wide).sum(2) + ctx.eps).rsqrt()
-        return -((grad * inverse**3)[:, :, None] * towards).sum(0).to(kernel.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, scale, covariance = ctx.saved_tensors
+        wide, grad = weight.to(covariance.dtype), grad.to(covariance.dtype)
+        towards, inverse = _deviations(wide, covariance, ctx.eps)
+        along = (grad * wide).sum(2) * inverse
+        factor = inverse * scale
+        to_weight = grad * factor[:, :, None] - towards * (along * factor * inverse)[:, :, None]
+        return to_weight.sum(0).to(weight.dtype), along.sum(0).to(scale.dtype), None, None
+
+
+def _deviations(weight: Tensor, covariance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Cov.w, half of the variance's gradient, and 1 / sqrt(w.Cov.w + eps): [B, C, 9] and [B, C]."""
+    towards = weight @ covariance
+    return towards, ((towards * weight).sum(2) + eps).rsqrt()
 
 
 class _MaxConv(torch.autograd.Function):
-    """max over windows of 2 x 2 positions of patch . kernel: [C, 9], [B, H, W, 9] -> [B, C, H / 2, W / 2].
+    """relu(max k.u) over windows of 2 x 2 positions: [B, C, K] and [B, H, W, K] -> [B, C, H / 2, W / 2].
 
-    The derivative is that of the winning position, the first of equals.
+    Each image's patches u meet a kernel k of its own. The derivative is that of the winning position, the
+    first of equals.
     """
 
     @staticmethod
     def forward(ctx: Any, kernel: Tensor, patches: Tensor) -> Tensor:
         batch, height, width, _ = patches.shape
-        pooled = _image(patches.new_empty(batch * height * width // 4, len(kernel)), height // 2, width // 2)
+        y = _image(patches.new_empty(batch * height * width // 4, kernel.shape[1]), height // 2, width // 2)
         # Max-pool's own int64 takes four times the memory.
-        winners = torch.empty_like(pooled, dtype=torch.int16 if height * width < 2**15 else torch.int32)
-        for part, best, won in zip(*(t.split(CHUNK) for t in (patches, pooled, winners)), strict=True):
-            values, places = torch.ops.aten.max_pool2d_with_indices(_responses(kernel, part), [2, 2], [2, 2])
-            best.copy_(values)
+        winners = torch.empty_like(y, dtype=torch.int16 if height * width < 2**15 else torch.int32)
+        for *parts, best, won in _chunks(kernel, patches, y, winners):
+            values, places = torch.ops.aten.max_pool2d_with_indices(_responses(*parts), [2, 2], [2, 2])
+            torch.clamp_min(values, 0, out=best)
             won.copy_(places)
-        ctx.save_for_backward(patches, winners)
-        return pooled
+        ctx.save_for_backward(patches, winners, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -333,46 +342,53 @@ class _MaxConv(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """Gradient of the kernel from that of its answers at `winners`: [B, C, H / 2, W / 2] -> [C, 9]."""
+    """Gradient of the kernels from that of their answers y: [B, C, H / 2, W / 2] -> [B, C, K]."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, patches: Tensor, winners: Tensor) -> Tensor:
-        ctx.save_for_backward(patches, winners)
-        channels = grad.shape[1]
-        total = grad.new_zeros(9, channels)
-        for g, part, won in zip(*(t.split(CHUNK) for t in (grad, patches, winners)), strict=True):
-            like = g.new_empty(*part.shape[:3], channels).permute(0, 3, 1, 2)
+    def forward(ctx: Any, grad: Tensor, patches: Tensor, winners: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(patches, winners, y)
+        slopes = []
+        for g, part, won, answer in _chunks(grad, patches, winners, y):
+            passed = torch.ops.aten.threshold_backward(g, answer, 0)
+            like = g.new_empty(*part.shape[:3], g.shape[1]).permute(0, 3, 1, 2)
             spread = torch.ops.aten.max_pool2d_with_indices_backward(
-                g, like, [2, 2], [2, 2], [0, 0], [1, 1], False, won.long()
+                passed, like, [2, 2], [2, 2], [0, 0], [1, 1], False, won.long()
             )
-            total = multiply(part.flatten(0, 2).t(), _last(spread).flatten(0, 2), plus=total)
-        return total.t()
+            slopes.append(part.flatten(1, 2).transpose(1, 2) @ _last(spread).flatten(1, 2))
+        return torch.cat(slopes).transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        return _Select.apply(v, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Select.apply(v, *ctx.saved_tensors), None, None, None
 
 
 class _Select(torch.autograd.Function):
-    """What a kernel answers at the winning positions of another one: [C, 9] -> [B, C, H / 2, W / 2]."""
+    """What other kernels answer where those of y did: [B, C, K] -> [B, C, H / 2, W / 2]."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Tensor, patches: Tensor, winners: Tensor) -> Tensor:
-        ctx.save_for_backward(patches, winners)
+    def forward(ctx: Any, kernel: Tensor, patches: Tensor, winners: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(patches, winners, y)
         chosen = [
-            _last(_responses(kernel, part)).flatten(1, 2).gather(1, _last(won).flatten(1, 2).long())
-            for part, won in zip(patches.split(CHUNK), winners.split(CHUNK), strict=True)
+            _last(_responses(*parts)).flatten(1, 2).gather(1, _last(won).flatten(1, 2).long())
+            for *parts, won in _chunks(kernel, patches, winners)
         ]
-        return _image(torch.cat(chosen), *winners.shape[2:])
+        answers = _image(torch.cat(chosen), *y.shape[2:])
+        passed: Tensor = torch.ops.aten.threshold_backward(answers, y, 0)
+        return passed
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Spread.apply(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Spread.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`CHUNK` images of each at a time."""
+    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
 
 
 def _responses(kernel: Tensor, patches: Tensor) -> Tensor:
-    """patch . kernel for every position: [C, 9], [B, H, W, 9] -> [B, C, H, W]."""
-    return _image(multiply(patches.flatten(0, 2), kernel.t()), *patches.shape[1:3])
+    """k.u for every position: [B, C, K], [B, H, W, K] -> [B, C, H, W]."""
+    return _image(patches.flatten(1, 2) @ kernel.transpose(1, 2), *patches.shape[1:3])
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
