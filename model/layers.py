@@ -79,7 +79,7 @@ class NormReLUPool(nn.Module):
         x = instance_norm(x, sign, NORM_EPS)
         x = F.max_pool2d(x, 2) if self.pool else x  # first of all: the rest on a quarter of it
         scale = self.weight * sign
-        return F.relu(torch.addcmul(self.bias[:, None, None], x, scale[:, None, None]))
+        return torch.addcmul(self.bias[:, None, None], x, scale[:, None, None]).relu_()
 
 
 class Linear(nn.Linear):
