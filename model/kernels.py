@@ -24,7 +24,6 @@ alike runs along them. Other layouts give the same numbers, slower.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -173,11 +172,15 @@ def _patch_rows(x: Tensor, stride: int) -> Tensor:
 
 def _add_rows(rows: Tensor, like: Tensor, stride: int) -> Tensor:
     """The transposed map of `_patch_rows`: adds up patches where they overlap, with the shape of `like`."""
-    height, width = _output_size(like, stride)
-    patches = rows.view(len(like), height, width, 3, 3, -1)
-    x = rows.new_zeros(len(like), *like.shape[2:], like.shape[1])
-    for i, j in itertools.product(range(3), repeat=2):
-        x[:, i : i + stride * height : stride, j : j + stride * width : stride] += patches[:, :, :, i, j]
+    batch, channels, height, width = like.shape
+    down, across = _output_size(like, stride)
+    patches = rows.view(batch, down, across, 3, 3, channels)
+    lines = rows.new_zeros(batch, down, width, 3, channels)
+    for j, part in enumerate(patches.unbind(4)):
+        lines[:, :, j : j + stride * across : stride] += part
+    x = rows.new_zeros(batch, height, width, channels)
+    for i, part in enumerate(lines.unbind(3)):
+        x[:, i : i + stride * down : stride] += part
     return x.permute(0, 3, 1, 2)
 
 
@@ -514,8 +517,7 @@ class SharedLinear:
         if self.slope is None:
             self.slope = torch.zeros_like(self.weight)
         if self.factors:
-            pairs = [self.rows(*pair) for pair in self.factors]
-            left, right = (torch.cat(part) for part in zip(*pairs, strict=True))
+            left, right = self.rows(*(torch.cat(part) for part in zip(*self.factors, strict=True)))
             self.slope = self.of_matrix(multiply(left.t(), right, plus=self.matrix(self.slope)))
             self.factors.clear()
         return self.slope
