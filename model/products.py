@@ -23,13 +23,6 @@ def multiply(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     return _linear(a, b.t(), plus)
 
 
-def multiply_all(a: Tensor, b: Tensor) -> Tensor:
-    """a[i] @ b[i] for all i, of [n, M, K] and [n, K, N]. No gradient flows through it."""
-    if not _by_onednn(a):
-        return a @ b
-    return torch.stack([multiply(left, right) for left, right in zip(a, b, strict=True)])
-
-
 def _by_onednn(a: Tensor) -> bool:
     single = a.device.type == "cpu" and a.dtype == torch.float32
     return single and bool(torch.backends.mkldnn.enabled) and _has_linear()

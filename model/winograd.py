@@ -21,12 +21,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.products import multiply, multiply_all
+from model.products import multiply
 
 # Where the polynomials behind the transforms are evaluated, besides infinity, for tiles of 3 and 4: the
 # errors depend on it.
 POINTS = {3: (0, 1, -1, 2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
-CHUNK = 256  # tiles that are treated at a time: few enough to take little memory, enough for long products
+CHUNK = 190  # tiles that are treated at a time: few enough to take little memory, enough for long products
 
 
 def adjoints(
@@ -49,19 +49,21 @@ def adjoints(
     of_output, of_kernel, of_input = (matrix.to(x) for matrix in transforms(tile))
     kernel = _map(of_kernel, weight.permute(2, 3, 0, 1).reshape(9, outputs, inputs))
     to_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
-    total = None
+    total = torch.zeros_like(kernel)
     images = max(1, CHUNK // math.prod(grid))
     for start in range(0, len(x), images):
         part = slice(start, start + images)
         errors = _map(of_output, _patches(grad[part], grid, tile, tile))
         if need_weight:
             seen = _map(of_input.t(), _patches(x[part], grid, tile, tile + 2))
-            share = multiply_all(errors.transpose(1, 2).contiguous(), seen)
-            total = share if total is None else total.add_(share)
-            del seen  # every one of these is as large as all activations of the chunk
+            turned = errors.transpose(1, 2).contiguous()
+            for sum_, *factors in zip(total, turned, seen, strict=True):
+                sum_ += multiply(*factors)
+            del seen, turned  # every one of these is as large as all activations of the chunk
         if need_x:
-            _add_up(_map(of_input, multiply_all(errors, kernel)), grid, tile, to_x[part])
-    if total is None:
+            products = torch.stack([multiply(*factors) for factors in zip(errors, kernel, strict=True)])
+            _add_up(_map(of_input, products), grid, tile, to_x[part])
+    if not need_weight:
         return to_x, x.new_empty(0)
     to_weight = _map(of_kernel.t(), total).view(3, 3, outputs, inputs)
     return to_x, to_weight.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
