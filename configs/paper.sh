@@ -114,9 +114,9 @@ keep() {
 
 paper() {
   # Models.
-  train train_anml "2.5 h" Neuromodulation_Model.net \
+  train train_anml "150 min" Neuromodulation_Model.net \
     mrcl_classification.py --config configs/anml.toml --keep_every 2000
-  train train_anml_first_order "1.5 h" Neuromodulation_Model_first_order.net \
+  train train_anml_first_order "90 min" Neuromodulation_Model_first_order.net \
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
   train train_oml "6 h" OML_Model.net mrcl_classification.py --config configs/oml.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net pretrain_classification.py --images 1680000
