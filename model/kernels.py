@@ -12,7 +12,7 @@ All give the numbers of the plain formulation up to rounding and take a shorter 
   full-size activations are never kept.
 * `times`: a linear layer's product, which meets a weight in the order of memory that its step has.
 * `SharedLinear`, `SharedKernel`: weights that single examples meet one after the other. Their parts of the
-  gradient are products of thin factors, which are kept, and added up as few matrix products in place.
+  gradient are products of thin factors, which are kept, and added up as few matrix products.
 
 `conv2d`, `grey_block` and `times` can be differentiated to any order, `instance_norm` and products with a
 `SharedLinear` twice.
@@ -113,6 +113,7 @@ class _ConvWeight(torch.autograd.Function):
         ctx.stride = stride
         if not _few_positions(x, stride):
             return _adjoints(grad, x, like, stride, need_x=False)[1]
+        # In the shares of Adam's pass, which comes next at meta-test.
         errors, patches = _last(grad).flatten(0, 2).t(), _patch_rows(x, stride)
         blocks = errors.unflatten(0, _shares(errors))
         return _kernel_of_rows(torch.bmm(blocks, patches.expand(len(blocks), -1, -1)).flatten(0, 1))
@@ -513,7 +514,7 @@ class SharedLinear:
         return token
 
     def gradient(self) -> Tensor:
-        """Sum of all factors so far and of the gradient that came from later on, in place."""
+        """Sum of all factors so far and of the gradient that came from later on."""
         if self.slope is None:
             self.slope = torch.zeros_like(self.weight)
         if self.factors:
