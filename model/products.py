@@ -47,7 +47,7 @@ def _linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
 @cache
 def _has_linear() -> bool:
     """Whether this torch knows the operators, which have no public name, and takes these arguments."""
-    one = torch.ones(1, 1, dtype=torch.float32)
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     try:
         return bool(_linear(one, one, None) == 1 and _linear(one, one, one) == 2)
     except (AttributeError, RuntimeError, TypeError):

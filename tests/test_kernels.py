@@ -49,13 +49,16 @@ def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: flo
 
 
 def derivatives(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Value, gradients (together and one by one) and gradients of the gradients of a function's inputs."""
+    """Value, gradients (together and one by one) of a loss, and gradients of these, also by the loss."""
     y = function(*inputs)
-    loss = (y.square() * normal(*y.shape)).sum()  # not linear, so that gradients depend on all inputs
+    factors = normal(*y.shape).requires_grad_()
+    # Not linear, so that gradients depend on all inputs, and steep at zero, where ReLU lets nothing through.
+    loss = ((y + 1).square() * factors).sum()
     apart = [torch.autograd.grad(loss, z, retain_graph=True)[0] for z in inputs]
     slopes = torch.autograd.grad(loss, inputs, create_graph=True)
-    overlap = torch.stack([(slope * normal(*slope.shape)).sum() for slope in slopes]).sum()
-    return y, *apart, *slopes, *torch.autograd.grad(overlap, inputs)
+    # Flipped, lest it be an input again, which may be the one direction that nothing depends on.
+    overlap = torch.stack([(slope * normal(*slope.shape).flip(-1)).sum() for slope in slopes]).sum()
+    return y, *apart, *slopes, *torch.autograd.grad(overlap, [*inputs, factors])
 
 
 @pytest.mark.parametrize("lay", [channels_last, Tensor.contiguous])
