@@ -62,7 +62,9 @@ def adjoints(
             del seen, turned  # every one of these is as large as all activations of the chunk
         if need_x:
             products = torch.stack([multiply(*factors) for factors in zip(errors, kernel, strict=True)])
-            _add_up(_map(of_input, products), grid, tile, to_x[part])
+            patches = _map(of_input, products).view(tile + 2, tile + 2, -1, *grid, inputs)
+            rows = add_up(patches.permute(2, 3, 4, 0, 1, 5), tile, tuple(n * tile + 2 for n in grid))
+            to_x[part] = rows[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
     if not need_weight:
         return to_x, x.new_empty(0)
     to_weight = _map(of_kernel.t(), total).view(3, 3, outputs, inputs)
@@ -86,16 +88,19 @@ def _patches(x: Tensor, grid: tuple[int, int], tile: int, side: int) -> Tensor:
     return patches.permute(4, 5, 0, 1, 2, 3).reshape(side * side, -1, x.shape[1])
 
 
-def _add_up(patches: Tensor, grid: tuple[int, int], tile: int, out: Tensor) -> None:
-    """The transposed map, into `out`: patches of side tile + 2, added up where they overlap."""
-    side = tile + 2
-    down, across = (count * tile for count in grid)
-    patches = patches.view(side, side, len(out), *grid, -1)
-    rows = out.new_zeros(len(out), down + 2, across + 2, out.shape[1])
-    for i in range(side):
-        for j in range(side):
-            rows[:, i : i + down : tile, j : j + across : tile] += patches[i, j]
-    out.copy_(rows[:, : out.shape[2], : out.shape[3]].permute(0, 3, 1, 2))
+def add_up(patches: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+    """Patches `stride` apart, added up where they overlap: [B, H', W', n, n, C] -> [B, *size, C].
+
+    First within each line of patches, then lines: 2 n additions in place of n * n.
+    """
+    batch, down, across, side, _, channels = patches.shape
+    lines = patches.new_zeros(batch, down, size[1], side, channels)
+    for j, part in enumerate(patches.unbind(4)):
+        lines[:, :, j : j + stride * across : stride] += part
+    x = patches.new_zeros(batch, *size, channels)
+    for i, part in enumerate(lines.unbind(3)):
+        x[:, i : i + stride * down : stride] += part
+    return x
 
 
 @cache
