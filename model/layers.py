@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from model.kernels import conv2d, grey_block, instance_norm, signs, times
+from model.fast.conv import conv2d, grey_block, instance_norm, signs, times
 
 NORM_EPS = 1e-5
 

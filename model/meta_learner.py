@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from datasets.samplers import Trajectory
-from model.kernels import SharedKernel, SharedLinear, StandIn
+from model.fast.conv import SharedKernel, SharedLinear, StandIn
 from model.modelfactory import Network, State, redraw, trained_parameters
 from model.optimizer import Adam
 from utils.distributed import Group

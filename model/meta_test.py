@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from datasets.samplers import Task, sample_task
-from model.kernels import times
+from model.fast.conv import times
 from model.meta_learner import Weights, gather, inner_gradients
 from model.modelfactory import Network, State, initialise, trained_parameters
 from model.optimizer import Adam

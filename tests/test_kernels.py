@@ -11,10 +11,12 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.func import functional_call
 
-from model import kernels, products, winograd
-from model.kernels import FEW_POSITIONS, conv2d, grey_block, instance_norm, signs, times
+from model.fast import conv as kernels
+from model.fast import matmul as products
+from model.fast import winograd
+from model.fast.conv import FEW_POSITIONS, conv2d, grey_block, instance_norm, signs, times
+from model.fast.matmul import multiply
 from model.layers import NormReLUPool
-from model.products import multiply
 
 MANY_CHANNELS = 32  # for the tests: fewer than the kernels' own, which take seconds in float64
 

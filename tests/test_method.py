@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.samplers import Trajectory, sample_task, sample_trajectory
-from model.kernels import SharedLinear
+from model.fast.conv import SharedLinear
 from model.meta_learner import MetaLearner, adapt, gather, meta_gradient
 from model.meta_test import (
     FrozenStates,

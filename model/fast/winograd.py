@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.products import multiply
+from model.fast.matmul import multiply
 
 # Where the polynomials behind the transforms are evaluated, besides infinity, for tiles of 3 and 4: the
 # errors depend on it.

@@ -33,8 +33,8 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model import winograd
-from model.products import multiply
+from model.fast import winograd
+from model.fast.matmul import multiply
 
 # Output positions of a batch up to which a convolution on the CPU is a product with a matrix of patches,
 # faster than torch's convolution.
