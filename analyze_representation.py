@@ -21,6 +21,7 @@ from torch import Tensor
 
 from datasets import load_characters
 from datasets.samplers import Task, sample_task
+from model.fast import use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, restore
 from model.representation import Representation, measure, principal_components, represent
@@ -103,6 +104,7 @@ def main() -> None:
     log_to_terminal()
     device = choose_device(args.device, args.threads)
     net, step = network(args)
+    backend = use_backend(net, args.backend, device)
     characters = load_characters(
         args.dataset, "evaluation", args.dataset_path, args.cache_dir, args.glyph_seed
     )
@@ -119,7 +121,7 @@ def main() -> None:
         class_order="dataset",
         split=args.split,
     )
-    about: dict[str, Any] = {"device": str(device), "network": type(net).__name__, "step": step}
+    about: dict[str, Any] = {"device": str(device), "backend": backend, "network": net.network, "step": step}
     about |= {"data": characters.name, "manifest": characters.manifest}
     with Run.create(args.runs_dir, args.name, args, about) as run:
         log.info("run folder %s, device %s", run.folder, device)

@@ -21,6 +21,7 @@ from itertools import product
 from typing import Any
 
 from datasets import load_pool
+from model.fast import use_backend
 from model.meta_test import Trial, best_rate
 from model.modelfactory import trained_parameters
 from model.treatments import describe
@@ -94,9 +95,11 @@ def main() -> None:
     models = load_models(args, device)
     net = models[0].net
     if args.rln is None:
-        args.rln = net.rln_meta_test
+        args.rln = net.default_meta_test_rln
     trained_parameters(net, args.rln)  # a wrong rln is an error now, not after the data is read
-    outputs = net.head.out_features
+    outputs = net.num_outputs
+    for model in models:
+        backend = use_backend(model.net, args.backend, device)
     images, data = group.one_before_others(
         lambda: load_pool(args, "evaluation", args.test_classes, outputs, device)
     )
@@ -112,14 +115,15 @@ def main() -> None:
             raise UserError(f"--schedule asks for {longest} classes; there are {len(pool)}")
     if args.resume is not None:
         models = match_earlier(models, data, args.resume)
-    kind = (type(net).__name__, models[0].weights, args.rln)
+    kind = (net.network, models[0].weights, args.rln)
     reset = args.reset and not args.scratch
     about = {
-        "treatment": describe(*kind, iid=args.iid, epochs=args.epoch, reset=reset),
-        "network": type(net).__name__,
+        "treatment": describe(*kind, iid=args.iid, epochs=args.epoch, reset=reset, optimizer=args.optimizer),
+        "network": net.network,
         "rln": args.rln,
         "models": [model.about() for model in models],
         "device": str(device),
+        "backend": backend,
         **data,
     }
     run = Run.open(args, about)
@@ -127,7 +131,7 @@ def main() -> None:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", about["treatment"], args.rln)
-        scores = scorer(args, run, journal, models, pools, group)
+        scores = scorer(args, run, journal, models, pools, group, backend)
         rows = evaluate(args, run, scores, models, {**about, "arguments": recorded(args)})
         group.leave()
         if not group.first:

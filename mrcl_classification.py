@@ -24,10 +24,12 @@ import torch
 
 from datasets import load_pool
 from datasets.samplers import sample_trajectory
+from model.check import check_network
+from model.fast import meta_loss, use_backend
 from model.meta_learner import MetaLearner, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from utils.arguments import network_widths, parse, recorded, training_parser
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.device import choose_device
 from utils.distributed import join, launched
 from utils.errors import UserError, run_script
@@ -35,7 +37,7 @@ from utils.files import check_writable
 from utils.interrupt import Interrupt
 from utils.monitor import gate_statistics, validate
 from utils.run import Run, log_to_terminal
-from utils.state import TrainingState, load_state, save_progress
+from utils.state import TrainingState, load_state, save_model, save_progress
 
 log = logging.getLogger("anml")
 
@@ -58,6 +60,7 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
         for step in range(done + 1, args.steps + 1):
             start = time.perf_counter()
             before = generator.get_state()
+            torch.manual_seed(args.seed * 2**32 + step)  # what layers draw (dropout) is resumed as well
             trajectories = [
                 sample_trajectory(
                     len(images),
@@ -88,8 +91,8 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
             if args.eval_every and step % args.eval_every == 0 and learner.group.first:
                 validate(run, net, images, step, args.eval_classes)
             if args.keep_every and step % args.keep_every == 0 and learner.group.first:
-                model = type(net).__name__, net.widths, net.state_dict()
-                save_checkpoint(run.folder / f"model_{step}.net", *model, recorded(args), step)
+                state = TrainingState.of(net, learner.optimizer, generator, step, learner.rule)
+                save_model(run.folder / f"model_{step}.net", state, recorded(args))
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
             if interrupt.agree(learner.group):
@@ -118,7 +121,7 @@ def stop_diverged(
 def save(args: argparse.Namespace, run: Run, learner: MetaLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
     if learner.group.first:
-        state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step)
+        state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
         save_progress(run, args.model_name, state, recorded(args))
 
 
@@ -136,25 +139,30 @@ def main() -> None:
     net = initial_network(args, state)
     if group.first:
         check_writable(args.model_name)
-    outputs = net.head.out_features
+    outputs = net.num_outputs
     images, about = group.one_before_others(
         lambda: load_pool(args, "background", args.train_classes, outputs, device)
     )
+    backend = use_backend(net, args.backend, device)
+    check_network(net.network, net.widths, args.rln, backend)
     learner = MetaLearner(
-        net.to(device),
+        net.to(device).train(),
         images,
         torch.Generator().manual_seed(args.seed),
         meta_lr=args.meta_lr,
         update_lr=args.update_lr,
         rln=args.rln,
         first_order=args.first_order,
+        second_order_steps=args.second_order_steps,
+        learn_update_lr=args.learn_update_lr,
         reset=args.reset,
         group=group,
+        meta_loss=meta_loss(backend),
     )
     if state:
-        state.restore(learner.optimizer, learner.generator, str(args.resume))
+        state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
     group.check_same("weights", fingerprint(net))
-    extra = {"device": str(device), **about}
+    extra = {"device": str(device), "backend": backend, **about}
     with Interrupt(patient=launched()) as interrupt, Run.open(args, extra, done) as run:
         log.info("run folder %s, device %s", run.folder, device)
         step = train(args, run, learner, interrupt, done)

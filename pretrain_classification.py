@@ -21,6 +21,8 @@ import torch
 
 from datasets import load_pool
 from datasets.samplers import shuffled_batches
+from model.check import check_network
+from model.fast import use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, build, restore
 from model.optimizer import Adam
@@ -50,7 +52,7 @@ def train(
     With a `state`, the training of `net` goes on after it.
     """
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer = Adam(net.parameters(), args.lr)
+    optimizer = Adam([weight for weight in net.parameters() if weight.requires_grad], args.lr)
     batches = shuffled_batches(
         len(images), images.shape[1], generator, total=args.images, batch_size=args.batch_size
     )
@@ -69,6 +71,7 @@ def train(
     with run.progress(steps, every=args.log_every, done=done) as progress:
         for step, index in enumerate(batches, done + 1):
             start = time.perf_counter()
+            torch.manual_seed(args.seed * 2**32 + step)  # what layers draw (dropout) is resumed as well
             batch = supervised_step(net, optimizer, *gather(images, index))
             values = {"loss": batch.loss.item(), "accuracy": batch.accuracy.item()}
             if not math.isfinite(values["loss"]):
@@ -98,11 +101,13 @@ def main() -> None:
     else:
         net = build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
     check_writable(args.model_name)
-    images, about = load_pool(args, "background", args.train_classes, net.head.out_features, device)
-    extra = {"device": str(device), **about}
+    images, about = load_pool(args, "background", args.train_classes, net.num_outputs, device)
+    backend = use_backend(net, args.backend, device)
+    check_network(net.network, net.widths, backend=backend)
+    extra = {"device": str(device), "backend": backend, **about}
     with Interrupt() as interrupt, Run.open(args, extra, state.step if state else 0) as run:
         log.info("run folder %s, device %s", run.folder, device)
-        seen = train(args, run, net.to(device), images, state, interrupt)
+        seen = train(args, run, net.to(device).train(), images, state, interrupt)
         log.info("%d of %d images seen: model written to %s", seen, args.images, args.model_name)
     if seen < args.images:
         sys.exit(interrupt.exit_code)

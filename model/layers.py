@@ -1,135 +1,127 @@
-"""The layers that ANML and OML are made of.
-
-Every layer owns exactly two parameters, a weight and a bias, so that `--rln N`, which freezes the
-first 2N parameters, freezes the first N layers.
-"""
+"""The layers that ANML and OML are made of, in torch's own operations, and the frozen part of a chain."""
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from model.fast.conv import conv2d, grey_block, instance_norm, signs, times
 
-NORM_EPS = 1e-5
+class ImageNorm(nn.Module):
+    """Norm of each image and channel over H x W by its own mean and biased variance, scale and shift.
 
-
-def first_channels(x: Tensor, weight: Tensor) -> Tensor:
-    """The kernel to use for images `x`: grey images meet a colour kernel summed over its channels.
-
-    Omniglot is grey and the networks read it as three equal channels; since a convolution is linear,
-    one channel and the summed kernel give the same output for a third of the work.
-
-    Args:
-        x: [B, C, H, W]
-        weight: [O, I, 3, 3]; returned as it is where I == C, as [O, 1, 3, 3] where C == 1.
-    """
-    if x.shape[1] == 1 and weight.shape[1] > 1:
-        return weight.sum(1, keepdim=True)
-    return weight
-
-
-class Conv(nn.Conv2d):
-    """3x3 convolution without padding and a ReLU, [B, I, H, W] -> [B, O, H', W'] (OML)."""
-
-    bias: Tensor
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__(inputs, outputs, kernel_size=3, stride=stride)
-
-    def reset_parameters(self) -> None:
-        """Nothing: `modelfactory.build` draws all weights, from a generator of the caller's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv2d(x, first_channels(x, self.weight), self.stride[0])
-        return F.relu(y + self.bias[:, None, None])
-
-
-class ConvBeforeNorm(Conv):
-    """3x3 convolution whose output is normalised next, without padding and stride (ANML).
-
-    The norm subtracts each channel's mean and the bias with it. So the bias is a parameter, as
-    published, but takes no part: its gradient is zero exactly, where computing it gives rounding
-    noise that Adam would turn into steps.
+    [B, C, H, W] -> [B, C, H, W]. It is `nn.InstanceNorm2d(channels, affine=True)`, composed of operations
+    that are exact under all transforms: torch's own loses terms of the second derivative when vmap maps an
+    inner loop whose result is then differentiated.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, first_channels(x, self.weight))
-
-
-class NormReLUPool(nn.Module):
-    """Normalise each sample by its own statistics, scale and shift, ReLU and, where asked, max-pool 2.
-
-    [B, C, H, W] -> [B, C, H, W], or [B, C, H // 2, W // 2] with `pool`. Mean and biased variance are
-    those of the sample alone, in training and afterwards: there are no running statistics (the
-    released model calls batch normalisation on one sample at a time, to the same effect).
-    """
-
-    def __init__(self, channels: int, pool: bool) -> None:
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+        scale = self.weight[:, None, None] * torch.rsqrt(variance + self.eps)
+        return (x - mean) * scale + self.bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)} channels, eps={self.eps}"
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution, per-image norm, ReLU and, where asked, 2x2 max-pool.
+
+    [B, I, H, W] -> [B, O, H - 2, W - 2], or half of that with `pool`. The norm is that of each image
+    and channel alone, in training and afterwards (the released model calls batch normalisation on one
+    image at a time, to the same effect).
+
+    The norm subtracts each channel's mean and the convolution's bias with it. So the bias is a
+    parameter, as published, but takes no part: its gradient is zero exactly, where computing it gives
+    rounding noise that Adam would turn into steps.
+    """
+
+    def __init__(self, inputs: int, outputs: int, pool: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size=3)
+        self.norm = ImageNorm(outputs)
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        sign = signs(self.weight)
-        x = instance_norm(x, sign, NORM_EPS)
-        x = F.max_pool2d(x, 2) if self.pool else x  # first of all: the rest on a quarter of it
-        scale = self.weight * sign
-        return torch.addcmul(self.bias[:, None, None], x, scale[:, None, None]).relu_()
+        x = F.relu(self.norm(F.conv2d(x, self.conv.weight)))
+        return F.max_pool2d(x, 2) if self.pool else x
+
+    def extra_repr(self) -> str:
+        return "convolution without its bias, norm of each image, ReLU" + ", 2x2 max-pool" * self.pool
 
 
-class Linear(nn.Linear):
-    """Flatten, then a linear map [B, ...] -> [B, O] followed by `activation` where one is given."""
-
-    def __init__(self, inputs: int, outputs: int, activation: str | None = None) -> None:
-        super().__init__(inputs, outputs)
-        self.activation = activation
-
-    def reset_parameters(self) -> None:
-        """Nothing, as in `Conv`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = times(x.flatten(1), self.weight.t()) + self.bias
-        match self.activation:
-            case "sigmoid":
-                return torch.sigmoid(x)
-            case "relu":
-                return F.relu(x)
-            case _:
-                return x
+def conv_blocks(channels: int) -> OrderedDict[str, nn.Module]:
+    """The three blocks that NM and PLN begin with, and what flattens them: [B, 3, 28, 28] -> [B, 9 * C]."""
+    return OrderedDict(
+        block1=ConvBlock(3, channels, pool=True),
+        block2=ConvBlock(channels, channels, pool=True),
+        block3=ConvBlock(channels, channels, pool=False),
+        flatten=nn.Flatten(),
+    )
 
 
-def run(layers: nn.Sequential, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Apply `layers[start:stop]` to `x` without building a module for the slice."""
-    chain = list(layers)[max(start, 0) : stop]
-    for layer, following in zip_longest(chain, chain[1:]):
-        if isinstance(following, NormReLUPool) and isinstance(layer, ConvBeforeNorm):
-            x = block(x, layer, following)
-        elif not isinstance(layer, NormReLUPool) or layer is chain[0]:  # else it is in a block
-            x = layer(x)
+def colour(images: Tensor, channels: int = 3) -> Tensor:
+    """Grey images [B, 1, H, W] with their channel repeated, as a view; others as they are."""
+    return images.expand(-1, channels, -1, -1) if images.ndim == 4 and images.shape[1] == 1 else images
+
+
+@dataclass(frozen=True)
+class FrozenOutput:
+    """Images partway through the chains of a network: computed once, where what comes before is frozen.
+
+    Attributes:
+        activations: for each chain, [B, ...] what its first stages put out.
+        done: for each chain, the number of those stages.
+    """
+
+    activations: tuple[Tensor, ...]
+    done: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.activations[0])
+
+    def __getitem__(self, rows: slice) -> FrozenOutput:
+        """Some of the images, in the same place."""
+        return replace(self, activations=tuple(part[rows] for part in self.activations))
+
+
+Inputs = Tensor | FrozenOutput
+"""What a network takes: images [B, C, 28, 28], or what its own `frozen` made of them."""
+
+
+def run_frozen(
+    chains: Sequence[nn.Sequential], images: Tensor, trained: Collection[nn.Parameter]
+) -> FrozenOutput:
+    """Apply the stages of each chain that come before the first with a parameter of `trained`."""
+    learning = {id(parameter) for parameter in trained}
+    activations, done = [], []
+    for chain in chains:
+        x, count = images, 0
+        for stage in chain:
+            if any(id(parameter) in learning for parameter in stage.parameters()):
+                break
+            x, count = stage(x), count + 1
+        activations.append(x)
+        done.append(count)
+    return FrozenOutput(tuple(activations), tuple(done))
+
+
+def run_rest(chain: nn.Sequential, inputs: Inputs, position: int) -> Tensor:
+    """The output of a chain from images, or from where `run_frozen` left the chain at `position`."""
+    if isinstance(inputs, Tensor):
+        x, done = inputs, 0
+    else:
+        x, done = inputs.activations[position], inputs.done[position]
+    for stage in list(chain)[done:]:
+        x = stage(x)
     return x
-
-
-def block(x: Tensor, conv: ConvBeforeNorm, norm: NormReLUPool) -> Tensor:
-    """Both layers at once, faster where the input is grey images."""
-    even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-    if norm.pool and even and x.shape[1] == 1 and not x.requires_grad:
-        return grey_block(x, first_channels(x, conv.weight), norm.weight, norm.bias, NORM_EPS)
-    y: Tensor = norm(conv(x))
-    return y
-
-
-def trunk(channels: int) -> dict[str, nn.Module]:
-    """The three convolutional blocks shared by the NM network and the PLN: 3x28x28 -> C x 3 x 3."""
-    return {
-        "conv1": ConvBeforeNorm(3, channels),
-        "norm1": NormReLUPool(channels, pool=True),
-        "conv2": ConvBeforeNorm(channels, channels),
-        "norm2": NormReLUPool(channels, pool=True),
-        "conv3": ConvBeforeNorm(channels, channels),
-        "norm3": NormReLUPool(channels, pool=False),
-    }

@@ -6,22 +6,21 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from datasets.samplers import Task, sample_task
-from model.fast.conv import times
-from model.meta_learner import Weights, gather, inner_gradients
-from model.modelfactory import Network, State, initialise, trained_parameters
-from model.optimizer import Adam
-from utils.device import use_huge_pages
+from model.layers import FrozenOutput, Inputs
+from model.meta_learner import gather
+from model.method import OnlineLearner
+from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
+from model.optimizer import OPTIMIZERS
 
 Purpose = Literal["search", "report", "validation"]
 PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
@@ -30,117 +29,121 @@ CHUNK = 100  # images that pass through frozen layers, or are tested, at a time
 BUDGET = 2 * 2**30  # bytes of frozen outputs kept; beyond it they are recomputed for every pass
 
 
-class FrozenStates:
-    """Outputs of the layers below `rln`, computed once per image of the pool, when first needed.
+class FrozenOutputs:
+    """What a network's frozen part makes of the images of a pool, computed once per image, when needed.
 
-    These layers do not change at meta-test, whatever the learning rate and the run: the lr search
-    and all runs share them. A class is always computed as one batch, so that its numbers do not
-    depend on which run met it first.
+    It does not change at meta-test, whatever the learning rate and the run: the search and all runs share
+    it. A class is always computed as one batch, so that its numbers do not depend on which run met it
+    first.
 
     Args:
         net: the network to be tested.
         images: [C, 20, 1, 28, 28] the pool, on the device of the network.
-        rln: layers that stay frozen.
+        trained: names of the parameters that learn.
         budget: bytes to spend. A pool that needs more is not kept, and `get` computes every time.
     """
 
-    def __init__(self, net: Network, images: Tensor, rln: int, budget: int = BUDGET) -> None:
+    def __init__(self, net: Network, images: Tensor, trained: Collection[str], budget: int = BUDGET) -> None:
         self.net = net
         self.images = images
-        self.rln = rln
+        self.trained = trained
         with torch.no_grad():
-            sample = net.lower(images[0, :1], rln)
-        per_class = sum(part.numel() * part.element_size() for part in sample) * images.shape[1]
-        self.kept: State | None = None
-        # Without frozen layers the state is the image itself: nothing to keep.
-        if rln > 0 and per_class * len(images) <= budget:
-            self.kept = tuple(part.new_empty(*images.shape[:2], *part.shape[1:]) for part in sample)
+            self.sample = net.frozen(images[0, :1], trained)
+        self.kept: tuple[Tensor, ...] = ()
+        # Where nothing is frozen there is nothing to keep but the images themselves.
+        if isinstance(self.sample, FrozenOutput) and any(self.sample.done):
+            parts = self.sample.activations
+            size = sum(part.numel() * part.element_size() for part in parts) * images[:, :, 0, 0, 0].numel()
+            if size <= budget:
+                self.kept = tuple(part.new_empty(*images.shape[:2], *part.shape[1:]) for part in parts)
         self.known = [False] * len(images)
 
     @torch.no_grad()
-    def get(self, index: Tensor) -> State:
-        """States of the images at `index`, [K, 2] (class, drawing) on the CPU; K rows each."""
-        if self.kept is None:
-            return self.net.lower(gather(self.images, index)[0], self.rln)
+    def get(self, index: Tensor) -> Inputs:
+        """For the images at `index`, [K, 2] (class, drawing) on the CPU; K rows."""
+        if not self.kept:
+            return self.net.frozen(gather(self.images, index)[0], self.trained)
+        assert isinstance(self.sample, FrozenOutput)
         for label in index[:, 0].unique().tolist():
             if not self.known[label]:
-                lowered = self.net.lower(self.images[label], self.rln)
-                for store, part in zip(self.kept, lowered, strict=True):
+                output = self.net.frozen(self.images[label], self.trained)
+                assert isinstance(output, FrozenOutput)
+                for store, part in zip(self.kept, output.activations, strict=True):
                     store[label] = part
                 self.known[label] = True
         index = index.to(self.images.device, non_blocking=True)
-        return tuple(store[index[:, 0], index[:, 1]] for store in self.kept)
+        return replace(self.sample, activations=tuple(part[index[:, 0], index[:, 1]] for part in self.kept))
 
 
-def initial_weights(net: Network, rln: int, generator: torch.Generator, reset_all: bool = False) -> Weights:
-    """Copies of the parameters above `rln` to start a run from, with a head drawn anew.
+class Learner(Protocol):
+    """Learns a stream of images once, in order, and says what it has learned."""
 
-    The head's weights are Kaiming normal and its biases zero, as in a new network: at meta-test it
-    has seen none of the classes (paper; the released code re-draws PLN's first layer as well unless
-    told `--neuromodulation`).
+    def learn(self, images: Inputs, labels: Tensor) -> None:
+        """Learn images, or a network's frozen output of them, with class ids [B], one after the other."""
 
-    Args:
-        reset_all: start all trained layers anew, not the head alone (Scratch).
-    """
-    fast = {name: net.get_parameter(name).detach().clone() for name in trained_parameters(net, rln)}
-    for name, weight in fast.items():
-        if reset_all or name.startswith("head."):
-            initialise(name, weight, generator)
-        weight.requires_grad_()
-    return fast
+    def predict(self, images: Inputs) -> Tensor:
+        """[B] class ids."""
 
 
-class Learner:
-    """Learns a stream of examples with Adam, batch 1 (released code, `evaluate_classification.py`).
+@dataclass(frozen=True)
+class Settings:
+    """What a learner is made with.
 
-    Args:
-        net: the network that was meta-trained; it is not changed.
-        rln: layers that stay frozen.
-        lr: Adam's step size.
-        fast: weights to start from, e.g. of `initial_weights`; changed in place.
+    Attributes:
+        lr: step size.
+        optimizer: key of `model.optimizer.OPTIMIZERS`.
     """
 
-    def __init__(self, net: Network, rln: int, lr: float, fast: Weights) -> None:
-        self.net = net
-        self.rln = rln
-        self.fast = fast
-        *body, head_weight, head_bias = fast
-        self.body = {name: fast[name] for name in body}
-        self.weight, self.bias = fast[head_weight].detach(), fast[head_bias].detach()
-        self.slope = torch.empty_like(self.weight)
-        self.optimizer = Adam(fast.values(), lr)
-        use_huge_pages(self.slope, *self.optimizer.weights, *self.optimizer.means, *self.optimizer.squares)
+    lr: float
+    optimizer: str = "adam"
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        return times(inputs, self.weight.t()) + self.bias
 
-    def pull_back(self, error: Tensor) -> Tensor:
-        return times(error, self.weight)
+def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
+    """The paper's learner, and the released code's: one optimizer step per image."""
+    kind = OPTIMIZERS[settings.optimizer]
+    return OnlineLearner(net, trained, lambda params: kind(params, settings.lr))
 
-    def update(self, state: State, label: Tensor) -> Tensor:
-        """One example: `state` one row of `FrozenStates`, `label` [1]. Returns the loss before."""
-        example = inner_gradients(self.net, self.body, self, state, label, self.rln)
-        torch.outer(example.error[0], example.inputs[0], out=self.slope)
-        self.optimizer.step([*example.slopes, self.slope, example.error[0]])
-        return example.loss
 
-    def learn(self, states: FrozenStates, stream: Tensor) -> None:
-        """Learn the images of `stream` [K, 2] (class, drawing), in order."""
-        for index in stream.split(CHUNK):
-            state = states.get(index)
-            labels = index[:, 0].to(state[0].device)
-            for k in range(len(index)):
-                self.update(tuple(part[k : k + 1] for part in state), labels[k : k + 1])
+MakeLearner = Callable[[Network, Collection[str], Settings], Learner]
+"""From a network that is the learner's to change, names of the parameters that may learn, and settings."""
 
-    @torch.no_grad()
-    def correct(self, states: FrozenStates, index: Tensor) -> Tensor:
-        """Which images of `index` [..., 2] are classified right, argmax over all outputs: bool [...]."""
-        rows = index.reshape(-1, 2)
-        hits = []
-        for part in rows.split(CHUNK):
-            logits = functional_call(self.net, self.fast, (states.get(part), self.rln))
-            hits.append(logits.argmax(1) == part[:, 0].to(logits.device))
-        return torch.cat(hits).reshape(index.shape[:-1])
+LEARNERS: dict[str, MakeLearner] = {"adam": adam_learner}
+"""What `--learner` may name."""
+
+
+def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor) -> None:
+    """Have a learner learn the images of `stream` [K, 2] (class, drawing), in order."""
+    for index in stream.split(CHUNK):
+        learner.learn(outputs.get(index), index[:, 0].to(outputs.images.device))
+
+
+def correct(learner: Learner, outputs: FrozenOutputs, index: Tensor) -> Tensor:
+    """Which images of `index` [..., 2] a learner classifies right: bool [...]."""
+    rows = index.reshape(-1, 2)
+    hits = [
+        learner.predict(outputs.get(part)) == part[:, 0].to(outputs.images.device)
+        for part in rows.split(CHUNK)
+    ]
+    return torch.cat(hits).reshape(index.shape[:-1])
+
+
+def new_run(
+    net: Network, trained: Collection[str], generator: torch.Generator, reset_all: bool = False
+) -> Network:
+    """A network for one run: a copy, in `eval` mode, whose head is drawn anew.
+
+    What does not learn is shared. The head has seen none of the classes (paper; the released code re-draws
+    PLN's first layer as well unless told `--neuromodulation`).
+
+    Args:
+        reset_all: start all trained parameters anew, not the head alone (Scratch).
+    """
+    net = shared_copy(net, trained)
+    if reset_all:
+        reset_parameters(net, trained, generator)
+    else:
+        reset_head(net, generator)
+    return net
 
 
 class Score(NamedTuple):
@@ -184,6 +187,8 @@ class MetaTest:
         iid: shuffle the images of all classes, anew for each pass (the Oracle).
         reset_all: start all trained layers anew, not the head alone (Scratch).
         class_order, split: see `sample_task`.
+        learner: makes what learns, an entry of `LEARNERS`.
+        optimizer: what it steps with, key of `OPTIMIZERS`.
     """
 
     def __init__(
@@ -198,18 +203,21 @@ class MetaTest:
         reset_all: bool = False,
         class_order: str = "random",
         split: str = "random",
+        learner: MakeLearner = adam_learner,
+        optimizer: str = "adam",
     ) -> None:
-        trained_parameters(net, rln)  # a wrong rln is an error now, not at the first draw
-        self.net = net
+        self.net = shared_copy(net)
         self.images = images
-        self.rln = rln
+        self.trained = trained_parameters(net, rln)
         self.seed = seed
         self.epochs = epochs
         self.iid = iid
         self.reset_all = reset_all
         self.class_order = class_order
         self.split = split
-        self.states = FrozenStates(net, images, rln)
+        self.learner = learner
+        self.optimizer = optimizer
+        self.outputs = FrozenOutputs(self.net, images, self.trained)
 
     def score(
         self, classes: int, lr: float, purpose: Purpose, draw: int, track: Track | None = None
@@ -238,8 +246,8 @@ class MetaTest:
             class_order=self.class_order,
             split=self.split,
         )
-        fast = initial_weights(self.net, self.rln, generator, self.reset_all)
-        learner = Learner(self.net, self.rln, lr, fast)
+        net = new_run(self.net, self.trained, generator, self.reset_all)
+        learner = self.learner(net, self.trained, Settings(lr, self.optimizer))
         if track is not None:
             self._learn_and_track(learner, task, track)
         else:
@@ -247,9 +255,9 @@ class MetaTest:
             for _ in range(self.epochs):
                 if self.iid:
                     stream = stream[torch.randperm(len(stream), generator=generator)]
-                learner.learn(self.states, stream)
-        test = learner.correct(self.states, task.test).cpu().double().mean(1)
-        train = learner.correct(self.states, task.train).cpu().double().mean()
+                learn(learner, self.outputs, stream)
+        test = correct(learner, self.outputs, task.test).cpu().double().mean(1)
+        train = correct(learner, self.outputs, task.train).cpu().double().mean()
         return Score(test.mean().item(), train.item(), int((test > 1 / classes).sum()))
 
     def _learn_and_track(self, learner: Learner, task: Task, track: Track) -> None:
@@ -258,11 +266,11 @@ class MetaTest:
         classes = len(task.train)
         for start in range(0, classes, track.every):
             seen = min(start + track.every, classes)
-            learner.learn(self.states, task.train[start:seen].reshape(-1, 2))
+            learn(learner, self.outputs, task.train[start:seen].reshape(-1, 2))
             columns = {
                 "class": task.train[:seen, 0, 0],
-                "train": learner.correct(self.states, task.train[:seen]).cpu().double().mean(1),
-                "test": learner.correct(self.states, task.test[:seen]).cpu().double().mean(1),
+                "train": correct(learner, self.outputs, task.train[:seen]).cpu().double().mean(1),
+                "test": correct(learner, self.outputs, task.test[:seen]).cpu().double().mean(1),
             }
             for position, values in enumerate(zip(*(c.tolist() for c in columns.values()), strict=True)):
                 row = dict(zip(columns, values, strict=True))

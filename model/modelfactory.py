@@ -1,71 +1,146 @@
-"""Builds the networks: ANML (a gated prediction network) and the OML network it is compared with.
+"""Builds the networks: ANML (a gated prediction network), what it is compared with, and yours.
 
-A network is a chain of layers in the order of the released parameter list. `--rln N` cuts the chain
-after N layers: `lower` runs the frozen part, `forward` the rest, and `trained_parameters` names what
-the rest may change. Training and meta-test run the frozen part once per image.
-
-To add a network, write a class with `lower` and `forward`, and enter it in `NETWORKS`.
+A network is a class in `NETWORKS` with `head` and `forward(images) -> logits`. Everything else has
+defaults in `Network`; see `docs/extending.md`. `--rln N` counts its layers in `layer_parameters`, and
+nowhere else.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
+import inspect
 import math
-from collections import OrderedDict
-from typing import ClassVar
+import re
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
-from model import layers
-from model.layers import Conv, Linear
+from model.layers import FrozenOutput, Inputs, colour, conv_blocks, run_frozen, run_rest
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
-
-State = tuple[Tensor, ...]
-"""What `lower` leaves for `forward`: tensors that share their first dimension, one row per image."""
 
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
 
 
+def _on_colour(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that takes images, given as many equal channels of grey ones as the network reads."""
+
+    @functools.wraps(method)
+    def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
+        if isinstance(inputs, Tensor):
+            first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+            inputs = inputs if first is None else colour(inputs, first.in_channels)
+        return method(net, inputs, *args)
+
+    return wrapped
+
+
 class Network(nn.Module):
-    """What ANML and OML have in common; see the module's docstring.
+    """What all networks have in common, with its defaults.
+
+    `__init__` takes whole numbers, floats and booleans, which become flags of the scripts. Images come
+    as [B, 1, 28, 28] or [B, 3, 28, 28], normalised; grey ones reach its methods with as many equal
+    channels as the first convolution reads.
 
     Attributes:
+        head: the last layer, with an output for each class; it starts anew at meta-test. Its number of
+            outputs is its `out_features` or, without that, the constructor's `num_classes`.
         rln_training: default `--rln` of meta-training (the inner loop changes the layers above).
-        rln_meta_test: default `--rln` of meta-test, the paper's main treatment of this network.
-        widths: the arguments this network was built with, as a checkpoint stores them.
+        rln_meta_test: default `--rln` of meta-test; None trains the head alone.
+        model_name: default of `--model_name`; None for `<network>_Model.net`.
+        kaiming: initial weights are Kaiming normal, biases zero, scales one, as published; otherwise
+            they are those of the constructor, drawn from the run's generator.
+        no_effect: names of trained parameters that are known to have no effect.
+        renamed: pairs of pattern and replacement that turn names in older model files into today's.
+        widths: the constructor's arguments, as a model file stores them.
     """
 
-    rln_training: ClassVar[int]
-    rln_meta_test: ClassVar[int]
-    widths: dict[str, int]
-    head: Linear
+    head: nn.Module
+    widths: dict[str, Any]
+    rln_training: ClassVar[int] = 0
+    rln_meta_test: ClassVar[int | None] = None
+    model_name: ClassVar[str | None] = None
+    kaiming: ClassVar[bool] = False
+    no_effect: ClassVar[tuple[str, ...]] = ()
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Network:
+        """Note the constructor's arguments (a copy comes without, and with `widths` of its own)."""
+        net = super().__new__(cls)
+        with suppress(TypeError):  # `__init__` is about to say what is wrong with them
+            bound = inspect.signature(cls.__init__).bind(net, *args, **kwargs)
+            bound.apply_defaults()
+            given = list(bound.arguments.items())[1:]
+            net.__dict__["widths"] = {name: value for name, value in given if value is not None}
+        return net
+
+    def __init_subclass__(cls) -> None:
+        for name in ("forward", "frozen", "features", "gate", "features_before_gate"):
+            if name in cls.__dict__:
+                setattr(cls, name, _on_colour(cls.__dict__[name]))
+
+    def frozen(self, images: Tensor, trained: Collection[str]) -> Inputs:
+        """What `forward` may be given in place of `images`, computed without the parameters `trained`.
+
+        An option, for speed: layers that do not learn are applied once per image, not at every step.
+        Images themselves by default. The images that a batch holds must not depend on each other.
+        """
+        return images
+
+    def features(self, inputs: Any) -> Tensor:
+        """[B, F] what enters the head, of images or of what `frozen` made of them."""
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self(inputs)
+        finally:
+            hook.remove()
+        return seen[-1].flatten(1)
+
+    def gate(self, inputs: Any) -> Tensor | None:
+        """[B, ...] what multiplies features, for statistics and pictures; None in a network without it."""
+        return None
+
+    def features_before_gate(self, inputs: Any) -> Tensor:
+        """[B, F] features as they would be with an open gate; those of :meth:`features` without one."""
+        return self.features(inputs)
+
+    @property
+    def network(self) -> str:
+        """The name of this network in `NETWORKS`, as model files and `--treatment` spell it."""
+        return next((name for name, kind in NETWORKS.items() if kind is type(self)), type(self).__name__)
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the head, one for each class.
+
+        Raises:
+            ValueError: neither the head nor the constructor says.
+        """
+        outputs = getattr(self.head, "out_features", None) or self.widths.get("num_classes")
+        if outputs is None:
+            raise ValueError(f"{self.network}: give the head out_features, or __init__ num_classes")
+        return int(outputs)
 
     @property
     def num_layers(self) -> int:
-        """Layers with parameters, two parameters each; `--rln` may freeze all but the last."""
-        return sum(1 for _ in self.parameters()) // 2
+        """Layers with parameters that learn; `--rln` may freeze all but the last."""
+        return len(layer_parameters(self))
 
-    def lower(self, images: Tensor, rln: int) -> State:
-        """Output of the first `rln` layers for `images` [B, 1 or 3, 28, 28] in the released scale."""
-        raise NotImplementedError
-
-    def features(self, state: State, rln: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Input of the head, before its gate, and the gate (None without one): each [B, F]."""
-        raise NotImplementedError
-
-    def forward(self, state: Tensor | State, rln: int = 0, head: bool = True) -> Tensor:
-        """Logits [B, num_classes] from images, or from what `lower(images, rln)` returned.
-
-        Without `head`, what would enter it: [B, F].
-        """
-        if isinstance(state, Tensor):
-            state = self.lower(state, rln)
-        features, gate = self.features(state, rln)
-        if gate is not None:
-            features = features * gate
-        logits: Tensor = self.head(features) if head else features
-        return logits
+    @property
+    def default_meta_test_rln(self) -> int:
+        """`--rln` of the main treatment: `rln_meta_test`, or all layers but those of the head."""
+        if self.rln_meta_test is not None:
+            return self.rln_meta_test
+        layers = layer_parameters(self)
+        head = _names(self, self.head)
+        return sum(1 for names in layers if not head.intersection(names))
 
 
 class ANML(Network):
@@ -76,29 +151,64 @@ class ANML(Network):
     """
 
     rln_training = 7  # NM does not change in the inner loop
-    rln_meta_test = 13  # only the head does
+    model_name = "Neuromodulation_Model.net"
+    kaiming = True
+    no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in (1, 2, 3))
+    renamed = ((r"^(nm|pln)\.(conv|norm)(\d)\.", r"\1.block\3.\2."),)
 
     def __init__(self, nm_channels: int = 112, pln_channels: int = 256, num_classes: int = 1000) -> None:
         super().__init__()
-        self.widths = {
-            "nm_channels": nm_channels,
-            "pln_channels": pln_channels,
-            "num_classes": num_classes,
-        }
         features = pln_channels * SPATIAL
-        gate = Linear(nm_channels * SPATIAL, features, activation="sigmoid")
-        self.nm = nn.Sequential(OrderedDict(layers.trunk(nm_channels), gate=gate))
-        self.pln = nn.Sequential(OrderedDict(layers.trunk(pln_channels)))
-        self.head = Linear(features, num_classes)
+        self.nm = nn.Sequential(conv_blocks(nm_channels))
+        self.nm.add_module("gate", nn.Linear(nm_channels * SPATIAL, features))
+        self.nm.add_module("sigmoid", nn.Sigmoid())
+        self.pln = nn.Sequential(conv_blocks(pln_channels))
+        self.head = nn.Linear(features, num_classes)
 
-    def lower(self, images: Tensor, rln: int) -> State:
-        nm = layers.run(self.nm, images, stop=rln)
-        return nm, layers.run(self.pln, images, stop=max(rln - len(self.nm), 0))
+    def forward(self, inputs: Inputs) -> Tensor:
+        logits: Tensor = self.head(self.features(inputs))
+        return logits
 
-    def features(self, state: State, rln: int = 0) -> tuple[Tensor, Tensor | None]:
-        nm, pln = state
-        gate = layers.run(self.nm, nm, start=rln)
-        return layers.run(self.pln, pln, start=rln - len(self.nm)).flatten(1), gate
+    def features(self, inputs: Inputs) -> Tensor:
+        return self.features_before_gate(inputs) * self.gate(inputs)
+
+    def gate(self, inputs: Inputs) -> Tensor:
+        return run_rest(self.nm, inputs, 0)
+
+    def features_before_gate(self, inputs: Inputs) -> Tensor:
+        return run_rest(self.pln, inputs, 1)
+
+    def frozen(self, images: Tensor, trained: Collection[str]) -> FrozenOutput:
+        learning = [self.get_parameter(name) for name in trained]
+        return run_frozen((self.nm, self.pln), images, learning)
+
+
+class SANML(Network):
+    """ANML without its neuromodulatory network: the prediction network alone, all of which the inner loop
+    trains.
+
+    Frati et al., *Reset it and forget it: relearning last-layer weights improves continual and transfer
+    learning* (2024), where it is called sANML.
+    """
+
+    kaiming = True
+    no_effect = tuple(f"pln.block{k}.conv.bias" for k in (1, 2, 3))
+
+    def __init__(self, pln_channels: int = 256, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.pln = nn.Sequential(conv_blocks(pln_channels))
+        self.head = nn.Linear(pln_channels * SPATIAL, num_classes)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        logits: Tensor = self.head(self.features(inputs))
+        return logits
+
+    def features(self, inputs: Inputs) -> Tensor:
+        return run_rest(self.pln, inputs, 0)
+
+    def frozen(self, images: Tensor, trained: Collection[str]) -> FrozenOutput:
+        learning = [self.get_parameter(name) for name in trained]
+        return run_frozen((self.pln,), images, learning)
 
 
 class OML(Network):
@@ -109,63 +219,156 @@ class OML(Network):
 
     rln_training = 6  # the convolutions do not change in the inner loop
     rln_meta_test = 6
+    kaiming = True
 
     def __init__(self, pln_channels: int = 256, num_classes: int = 1000, hidden: int | None = None) -> None:
         super().__init__()
         hidden = 4 * pln_channels if hidden is None else hidden
-        self.widths = {"pln_channels": pln_channels, "num_classes": num_classes, "hidden": hidden}
-        strides = (1, 1, 1, 2, 1, 2)
-        body: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, stride in enumerate(strides):
-            body[f"conv{i + 1}"] = Conv(pln_channels if i else 3, pln_channels, stride)
-        body["linear"] = Linear(pln_channels * SPATIAL, hidden, activation="relu")
-        self.body = nn.Sequential(body)
-        self.head = Linear(hidden, num_classes)
+        self.body = nn.Sequential()
+        for i, stride in enumerate((1, 1, 1, 2, 1, 2)):
+            conv = nn.Conv2d(pln_channels if i else 3, pln_channels, kernel_size=3, stride=stride)
+            self.body.add_module(f"conv{i + 1}", conv)
+            self.body.add_module(f"relu{i + 1}", nn.ReLU())
+        self.body.add_module("flatten", nn.Flatten())
+        self.body.add_module("linear", nn.Linear(pln_channels * SPATIAL, hidden))
+        self.body.add_module("relu7", nn.ReLU())
+        self.head = nn.Linear(hidden, num_classes)
 
-    def lower(self, images: Tensor, rln: int) -> State:
-        return (layers.run(self.body, images, stop=rln),)
+    def forward(self, inputs: Inputs) -> Tensor:
+        logits: Tensor = self.head(self.features(inputs))
+        return logits
 
-    def features(self, state: State, rln: int = 0) -> tuple[Tensor, Tensor | None]:
-        return layers.run(self.body, state[0], start=rln).flatten(1), None
+    def features(self, inputs: Inputs) -> Tensor:
+        return run_rest(self.body, inputs, 0)
+
+    def frozen(self, images: Tensor, trained: Collection[str]) -> FrozenOutput:
+        learning = [self.get_parameter(name) for name in trained]
+        return run_frozen((self.body,), images, learning)
 
 
-NETWORKS: dict[str, type[Network]] = {"ANML": ANML, "OML": OML}
-"""Network names as checkpoints and `--treatment` spell them."""
+NETWORKS: dict[str, type[Network]] = {"ANML": ANML, "sANML": SANML, "OML": OML}
+"""The registry: network names as model files and `--treatment` spell them."""
 
 
-def build(name: str, widths: dict[str, int], generator: torch.Generator) -> Network:
-    """A new network with random weights: Kaiming normal (fan-in, gain sqrt 2), zero biases and shifts,
-    unit scales, drawn on the CPU so that a seed means the same weights on every device.
+def constructor_arguments(kind: type[Network]) -> dict[str, tuple[type, Any]]:
+    """Type (int, float or bool) and default of what a network's constructor takes, by name.
+
+    A default of `inspect.Parameter.empty` means that there is none.
+
+    Raises:
+        TypeError: an argument is of another type.
+    """
+    found = {}
+    for name, parameter in list(inspect.signature(kind.__init__, eval_str=True).parameters.items())[1:]:
+        annotation = parameter.annotation
+        if annotation is parameter.empty:
+            annotation = type(parameter.default)
+        if get_origin(annotation) is Union or isinstance(annotation, type(int | None)):
+            annotation = next(part for part in get_args(annotation) if part is not type(None))
+        if annotation not in (int, float, bool) or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            raise TypeError(
+                f"{kind.__name__}: its argument {name!r} is no int, float or bool, which a flag and a "
+                "model file could hold"
+            )
+        found[name] = annotation, parameter.default
+    return found
+
+
+def build(name: str, widths: Mapping[str, Any], generator: torch.Generator) -> Network:
+    """A new network with random weights, drawn on the CPU, so that a seed means the same weights on every
+    device.
 
     Args:
         name: a key of `NETWORKS`.
-        widths: keyword arguments of its class.
+        widths: arguments of its class.
         generator: source of the weights.
     """
-    net = NETWORKS[name](**widths)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            initialise(name, parameter, generator)
-    return net.to(memory_format=torch.channels_last)
+    kind = NETWORKS[name]
+    if not kind.kaiming:
+        return _construct(kind, widths, _seed(generator))
+    net = _construct(kind, widths)
+    for parameter_name, parameter in net.named_parameters():
+        initialise(parameter_name, parameter, generator)
+    return net
 
 
+def _construct(kind: type[Network], widths: Mapping[str, Any], seed: int = 0) -> Network:
+    """Call a constructor with torch's own generator seeded, and leave that as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(**widths)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+@torch.no_grad()
 def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Give a parameter the value it has in a new network, in place."""
+    """Give a parameter the value it has in a new network of the published ones, in place."""
     if name.endswith("bias"):
         parameter.zero_()
     elif parameter.ndim == 1:  # the scale of a norm
         parameter.fill_(1)
     else:
-        redraw(parameter, generator)
+        parameter.copy_(kaiming_normal(parameter.shape, parameter.dtype, generator))
 
 
-def restore(name: str, widths: dict[str, int], weights: dict[str, Tensor], source: str) -> Network:
-    """The network of a checkpoint.
+def kaiming_normal(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Kaiming normal weights: fan-in the number of inputs of a row, gain sqrt 2 (released code:
+    `kaiming_normal_`). The numbers are drawn on the CPU in the precision of the weight."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").mul_(
+        math.sqrt(2 / math.prod(shape[1:]))
+    )
+
+
+@torch.no_grad()
+def reset_head(net: Network, generator: torch.Generator, classes: list[int] | None = None) -> None:
+    """Draw the head's rows anew, in place: those of `classes` (weights alone) or all (and biases).
+
+    Rows are what the head has one of for each class. What all classes share, say a temperature, stays.
+    In the published networks, weights are Kaiming normal and biases zero; in others rows are those of a
+    new network. (Released code: `reset_classifer`, which leaves biases alone as well.)
+    """
+    rows = {
+        name: parameter
+        for name, parameter in net.head.named_parameters()
+        if parameter.ndim and len(parameter) == net.num_outputs and (parameter.ndim > 1 or classes is None)
+    }
+    if not net.kaiming:
+        fresh = dict(_construct(type(net), net.widths, _seed(generator)).head.named_parameters())
+    for name, parameter in rows.items():
+        if classes is None and net.kaiming:
+            initialise(name, parameter, generator)
+        elif classes is None:
+            parameter.copy_(fresh[name])
+        else:
+            shape = torch.Size((len(classes), *parameter.shape[1:]))
+            drawn = kaiming_normal(shape, parameter.dtype, generator) if net.kaiming else fresh[name][classes]
+            for row, values in zip(classes, drawn, strict=True):
+                parameter[row].copy_(values)
+
+
+@torch.no_grad()
+def reset_parameters(net: Network, names: Collection[str], generator: torch.Generator) -> None:
+    """Give parameters the values that they have in a new network, in place (Scratch)."""
+    fresh = (
+        {} if net.kaiming else dict(_construct(type(net), net.widths, _seed(generator)).named_parameters())
+    )
+    for name in names:
+        if net.kaiming:
+            initialise(name, net.get_parameter(name), generator)
+        else:
+            net.get_parameter(name).copy_(fresh[name])
+
+
+def restore(name: str, widths: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> Network:
+    """The network of a model file or training state, in float32.
 
     Args:
         name: its entry in `NETWORKS`.
-        widths: keyword arguments of its class.
-        weights: state dict.
+        widths: arguments of its class.
+        weights: state dict, by today's names or those of older files.
         source: where all this comes from, for the error message.
 
     Raises:
@@ -173,59 +376,102 @@ def restore(name: str, widths: dict[str, int], weights: dict[str, Tensor], sourc
     """
     if name not in NETWORKS:
         raise UserError(f"{source} holds a network {name!r}; known are {', '.join(NETWORKS)}")
+    kind = NETWORKS[name]
+    for pattern, replacement in kind.renamed:
+        weights = {re.sub(pattern, replacement, key): value for key, value in weights.items()}
     try:
-        with torch.device("meta"):
-            net = NETWORKS[name](**widths)
-        net.load_state_dict(weights, assign=True)
+        if kind.kaiming:  # whether all fits, before memory is taken for what a damaged file may ask for
+            with torch.device("meta"):
+                kind(**widths).load_state_dict(weights, assign=True)
+        # Constructed, not assigned: parameters that are one stay one, and what no file holds is there.
+        net = _construct(kind, widths)
+        net.load_state_dict(weights)
     except (TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{source} does not hold the weights of {name} {widths}: {reason}") from None
-    return net.float().to(memory_format=torch.channels_last).requires_grad_()
+        raise UserError(f"{source} does not hold the weights of {name} {dict(widths)}: {reason}") from None
+    return net
+
+
+def load_network(path: str | Path) -> Network:
+    """The network in a model file, on the CPU, ready to look at images (`eval`).
+
+        net = load_network("pretrained/anml_omniglot.net")
+        images = normalise(pixels)                       # datasets.normalise; uint8 [B, 28, 28]
+        logits, features, gate = net(images), net.features(images), net.gate(images)
+
+    Raises:
+        UserError: no such file, or it is damaged or foreign. Nothing in it is run.
+    """
+    saved = load_checkpoint(Path(path))
+    return restore(saved.network, saved.widths, saved.state_dict, str(path)).eval()
+
+
+def shared_copy(net: Network, copied: Collection[str] = ()) -> Network:
+    """A copy of a network in `eval` mode that shares all parameters but those `copied` with it.
+
+    Buffers are copied. In the copy the parameters `copied` take a gradient and no others.
+    """
+    own = {id(net.get_parameter(name)) for name in copied}
+    memo = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in net.parameters()
+        if id(parameter) not in own
+    }
+    twin = copy.deepcopy(net, memo).eval()
+    for name in copied:
+        twin.get_parameter(name).requires_grad_()
+    return twin
 
 
 def fingerprint(net: Network) -> str:
-    """sha256 hex digest of the weights: equal for equal bits."""
+    """sha256 hex digest of weights and buffers: equal for equal bits."""
     digest = hashlib.sha256()
-    for weight in net.parameters():
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    for value in net.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def redraw(weight: Tensor, generator: torch.Generator, rows: list[int] | None = None) -> None:
-    """Draw `weight`, or those `rows` of it, anew from the Kaiming normal distribution, in place.
+def _names(net: Network, module: nn.Module) -> set[str]:
+    """The names in `net` of the parameters of one of its modules."""
+    inside = {id(parameter) for parameter in module.parameters()}
+    return {name for name, parameter in net.named_parameters() if id(parameter) in inside}
 
-    Fan-in is the number of inputs of one row, gain sqrt 2 (released code: `kaiming_normal_`). The
-    numbers are drawn on the CPU in the precision of the weight.
+
+def layer_parameters(net: Network) -> list[list[str]]:
+    """Names of the parameters of each layer that `--rln` counts.
+
+    Layers are the modules that own parameters, in the order of the constructor, the head's last. A
+    parameter that several modules share belongs to the first; one that takes no gradient to none.
     """
-    shape = weight.shape if rows is None else (len(rows), *weight.shape[1:])
-    std = math.sqrt(2 / math.prod(weight.shape[1:]))
-    draw = torch.randn(shape, generator=generator, dtype=weight.dtype).mul_(std)
-    with torch.no_grad():
-        if rows is None:
-            weight.copy_(draw)
-        else:
-            for row, values in zip(rows, draw, strict=True):
-                weight[row].copy_(values)
+    names = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
+    layers = []
+    for module in net.modules():
+        own = [names.pop(id(p)) for p in module.parameters(recurse=False) if id(p) in names]
+        if own:
+            layers.append(own)
+    head = _names(net, net.head)
+    return sorted(layers, key=lambda layer: bool(head.intersection(layer)))
 
 
 def trained_parameters(net: Network, rln: int) -> list[str]:
     """Names of the parameters that learn when `--rln` freezes the first `rln` layers, in order.
 
-    | `--rln` | ANML trains | OML trains |
-    |---|---|---|
-    | 0 | everything | everything |
-    | 6 | NM's gate layer, the PLN, the head | hidden layer and head |
-    | 7 | the PLN and the head | the head |
-    | 13 | the head | - |
+    | `--rln` | ANML trains | sANML trains | OML trains |
+    |---|---|---|---|
+    | 0 | everything | everything | everything |
+    | 6 | NM's gate layer, the PLN, the head | the head | hidden layer and head |
+    | 7 | the PLN and the head | - | the head |
+    | 13 | the head | - | - |
 
-    Other numbers cut between two layers in the same order (`nm`, `pln`, `head`; `body`, `head`).
+    Other numbers cut between two layers in the same order.
 
     Raises:
         UserError: no such cut in this network.
     """
-    if not 0 <= rln < net.num_layers:
+    layers = layer_parameters(net)
+    if not 0 <= rln < len(layers):
         raise UserError(
-            f"--rln {rln} leaves nothing to train in {type(net).__name__}: "
-            f"it has {net.num_layers} layers, so --rln goes from 0 to {net.num_layers - 1}"
+            f"--rln {rln} leaves nothing to train in {net.network}: "
+            f"it has {len(layers)} layers, so --rln goes from 0 to {len(layers) - 1}"
         )
-    return [name for name, _ in net.named_parameters()][2 * rln :]
+    return [name for layer in layers[rln:] for name in layer]

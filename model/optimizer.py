@@ -1,4 +1,4 @@
-"""Adam, of the outer loop and of meta-test."""
+"""Adam, of the outer loop and of meta-test, and SGD, of meta-test."""
 
 from __future__ import annotations
 
@@ -74,6 +74,24 @@ class Adam:
             eps=EPS,
             maximize=False,
         )
+
+
+class SGD:
+    """Plain gradient descent, which the paper speaks of at meta-test; as `Adam`."""
+
+    def __init__(self, weights: Iterable[Tensor], lr: float) -> None:
+        self.weights = [weight.detach() for weight in weights]
+        self.lr = lr
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Move each weight against its gradient, a tensor of its shape."""
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.sub_(gradient, alpha=self.lr)
+
+
+OPTIMIZERS: dict[str, type[Adam] | type[SGD]] = {"adam": Adam, "sgd": SGD}
+"""What `--optimizer` may name at meta-test."""
 
 
 def _laid_out_like(gradient: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datasets.samplers import Task
 from model.meta_learner import active_fraction, gather
-from model.modelfactory import Network
+from model.modelfactory import Network, shared_copy
 
 CHUNK = 100  # images that pass through the network at a time
 QUERIES = 500  # images whose distances to all examples are held at a time
@@ -25,34 +25,37 @@ class Representation:
     """Input of the head for some images, and what it is made of.
 
     Attributes:
-        before: [..., F] features of the prediction network before the gate, 0 or more.
-        gate: [..., F], 0 to 1; None in a network without one.
+        before: [..., F] features before the gate; in a network without one, what the head sees.
+        gate: [..., G], as many numbers as the network's gate has; None in a network without one.
+        after: [..., F] what the head sees.
     """
 
     before: Tensor
     gate: Tensor | None
-
-    @property
-    def after(self) -> Tensor:
-        """[..., F] features times gate: what the head sees."""
-        return self.before if self.gate is None else self.before * self.gate
+    after: Tensor
 
     def at(self, index: Tensor) -> Representation:
         """The representation of the images at `index` [..., 2] of (class, drawing)."""
         gate = None if self.gate is None else gather(self.gate, index)[0]
-        return Representation(gather(self.before, index)[0], gate)
+        return Representation(gather(self.before, index)[0], gate, gather(self.after, index)[0])
 
 
 @torch.no_grad()
 def represent(net: Network, images: Tensor) -> Representation:
-    """Representation [C, D, F] of the images [C, D, 1, 28, 28], on their device."""
-    parts = [net.features(net.lower(part, 0)) for part in images.flatten(0, 1).split(CHUNK)]
+    """Representation [C, D, F] of the images [C, D, 1, 28, 28], on their device, in `eval` mode."""
+    net = shared_copy(net)
+    before, gates, after = [], [], []
+    for part in images.flatten(0, 1).split(CHUNK):
+        after.append(net.features(part))
+        gate = net.gate(part)
+        if gate is not None:
+            gates.append(gate.flatten(1))
+            before.append(net.features_before_gate(part))
     shape = (*images.shape[:2], -1)
-    gates = [gate for _, gate in parts if gate is not None]
-    return Representation(
-        torch.cat([features for features, _ in parts]).reshape(shape),
-        torch.cat(gates).reshape(shape) if gates else None,
-    )
+    seen = torch.cat(after).reshape(shape)
+    if not gates:
+        return Representation(seen, None, seen)
+    return Representation(torch.cat(before).reshape(shape), torch.cat(gates).reshape(shape), seen)
 
 
 def dead_fraction(activations: Tensor) -> float:

@@ -24,13 +24,14 @@ def supervised_step(net: Network, optimizer: Adam, images: Tensor, labels: Tenso
 
     Args:
         net: all of its layers learn.
-        optimizer: over `net.parameters()`.
+        optimizer: over its parameters that require grad.
         images: [B, 1, 28, 28].
         labels: [B].
     """
     logits = net(images)
     loss = F.cross_entropy(logits, labels)
     # Biases before a norm have no effect, and so no gradient but zero.
-    gradients = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+    learned = [weight for weight in net.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
     optimizer.step(gradients)
     return Batch(loss.detach(), (logits.argmax(1) == labels).double().mean())

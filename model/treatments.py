@@ -47,6 +47,7 @@ _SEQUENTIAL = (
     Treatment("ANML-FT:PLN", "ANML", "meta-trained", 7, "all of the prediction network"),
     Treatment("ANML-FT:PLN+NM-out", "ANML", "meta-trained", 6, "that and the gate's layer"),
     Treatment("ANML-Unlimited", "ANML", "meta-trained", 0, "everything"),
+    Treatment("sANML", "sANML", "meta-trained", 6, "head"),
     Treatment("OML", "OML", "meta-trained", 6, "both linear layers"),
     Treatment("OML-OLFT", "OML", "meta-trained", 7, "last linear layer"),
     Treatment("OML-Unlimited", "OML", "meta-trained", 0, "everything"),
@@ -60,7 +61,14 @@ TABLE: dict[str, Treatment] = {row.name: row for row in _SEQUENTIAL} | {
 
 
 def describe(
-    network: str, weights: Weights, rln: int, *, iid: bool = False, epochs: int = 1, reset: bool = False
+    network: str,
+    weights: Weights,
+    rln: int,
+    *,
+    iid: bool = False,
+    epochs: int = 1,
+    reset: bool = False,
+    optimizer: str = "adam",
 ) -> str:
     """The name of what an evaluation does: equal names, equal treatments.
 
@@ -70,6 +78,7 @@ def describe(
     Args:
         network, weights, rln, iid, epochs: see :class:`Treatment`.
         reset: every trained layer starts anew, although there are weights to start from.
+        optimizer: what takes the steps at meta-test; Adam is not mentioned.
     """
     if reset and rln == 0:  # nothing is left of the weights
         weights, reset = "random", False
@@ -82,4 +91,6 @@ def describe(
         name += " --reset"
     if iid:
         name += "-Oracle"
-    return name if epochs == 1 else f"{name}, {epochs} epochs"
+    if epochs > 1:
+        name += f", {epochs} epochs"
+    return name if optimizer == "adam" else f"{name}, {optimizer.upper()}"

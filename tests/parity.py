@@ -1,6 +1,6 @@
 """Compare this project with a recorded fixture of the released model, number by number.
 
-    python -m tests.parity FILE.npz [--dtype float64|float32] [--dataset-path ROOT]
+    python -m tests.parity FILE.npz [--dtype float64|float32] [--backend plain|fast] [--dataset-path ROOT]
 
 A fixture holds what the released model computes in float64 for weights drawn from a seed and for real
 Omniglot images. Each quantity's error is the largest absolute difference over the largest absolute
@@ -24,9 +24,12 @@ from torch import Tensor
 
 from datasets import load_characters
 from datasets.characters import CharacterSet
-from model.meta_learner import Weights, adapt, meta_gradient
-from model.meta_test import FrozenStates, Learner
-from model.modelfactory import Network, build
+from model import method
+from model.fast import learner as fast_learner
+from model.fast import meta_loss, use_backend
+from model.meta_test import FrozenOutputs, Settings, correct, learn
+from model.method import Params
+from model.modelfactory import Network, build, shared_copy, trained_parameters
 from model.optimizer import Adam
 from utils.errors import UserError, run_script
 
@@ -39,7 +42,7 @@ BIASES_BEFORE_NORM = (1, 5, 9, 15, 19, 23)
 class Fixture:
     """A fixture file, the network it describes and the images it names."""
 
-    def __init__(self, path: Path, root: Path, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, root: Path, dtype: torch.dtype, backend: str = "fast") -> None:
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.arrays: Mapping[str, Array] = dict(file)
@@ -52,6 +55,7 @@ class Fixture:
         self.update_lr = float(self.scalar("update_lr", 0.1))
         self.rln = int(self.scalar("rln", 7))
         self.net = self._network()
+        self.backend = use_backend(self.net, backend, torch.device("cpu"))
         cache = Path("data/cache")
         self.background = load_characters("omniglot", "background", root, cache)
         self._root, self._cache = root, cache
@@ -111,22 +115,21 @@ class Fixture:
         index = torch.cartesian_prod(classes, drawings).reshape(len(classes), -1, 2)
         train, test = index[:, :15], index[:, 15:]
 
-        fast: Weights = dict(list(self.net.named_parameters())[2 * rln :])
-        fast = {name: weight.detach().clone().requires_grad_() for name, weight in fast.items()}
-        head = fast["head.weight"]
+        trained = trained_parameters(self.net, rln)
+        net = shared_copy(self.net, trained)
+        head = net.get_parameter("head.weight")
         draw = np.random.RandomState(self.seed + 100).standard_normal(head.shape)
         with torch.no_grad():
             head.copy_(torch.from_numpy(draw * np.sqrt(2 / head.shape[1])))
-            fast["head.bias"].zero_()
-        states = FrozenStates(self.net, pool, rln)
-        learner = Learner(self.net, rln, lr, fast)
-        learner.learn(states, train.reshape(-1, 2))
+            net.get_parameter("head.bias").zero_()
+        outputs = FrozenOutputs(self.net, pool, trained)
+        learner = fast_learner("adam", self.backend)(net, trained, Settings(lr))
+        learn(learner, outputs, train.reshape(-1, 2))
         with torch.no_grad():
-            state = states.get(test.reshape(-1, 2))
-            logits = torch.func.functional_call(self.net, fast, (state, rln))
+            logits = net(outputs.get(test.reshape(-1, 2)))
         return {
-            "train_acc": learner.correct(states, train).double().mean().numpy(),
-            "test_acc": learner.correct(states, test).double().mean().numpy(),
+            "train_acc": correct(learner, outputs, train).double().mean().numpy(),
+            "test_acc": correct(learner, outputs, test).double().mean().numpy(),
             "test_logits": logits[:, classes].numpy(),
         }
 
@@ -136,20 +139,25 @@ def quantities(fixture: Fixture) -> Iterator[tuple[str, Array]]:
     net, arrays = fixture.net, fixture.arrays
     query, labels = fixture.query()
     steps = len(arrays["support_files"])
+    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, fixture.rln)}
     with torch.no_grad():
         yield "logits_query_initial", net(query[: len(arrays["logits_query_initial"])]).numpy()
 
     for order in ("first", "second"):
-        options: dict[str, Any] = {
-            "rln": fixture.rln,
-            "update_lr": fixture.update_lr,
-            "first_order": order == "first",
-        }
-        net.zero_grad(set_to_none=True)
-        result = meta_gradient(net, query, labels, steps, **options)
-        yield f"inner_losses_{order}", result.inner_losses.numpy()
-        yield f"meta_loss_{order}", result.loss.numpy()
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        inputs = net.frozen(query, params)
+        loss, _, inner_losses = meta_loss(fixture.backend)(
+            net,
+            params,
+            (inputs[-steps:], labels[-steps:]),
+            (inputs, labels),
+            inner_lr=fixture.update_lr,
+            first_order=order == "first",
+        )
+        yield f"inner_losses_{order}", inner_losses.numpy()
+        yield f"meta_loss_{order}", loss.detach().numpy()
+        gradients = list(
+            torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
+        )
         for name, summary in gradient_summary(gradients).items():
             yield f"meta_grad_{name}_{order}", summary
         if f"adam_norm_{order}" in arrays:
@@ -163,13 +171,12 @@ def quantities(fixture: Fixture) -> Iterator[tuple[str, Array]]:
     for name in arrays:
         if name.startswith("fast_norm_after_"):
             after = name.removeprefix("fast_norm_after_")
-            support = net.lower(query[-steps:][: int(after)], fixture.rln)
-            fast, _ = adapt(
+            fast, _ = method.inner_loop(
                 net,
-                support,
+                params,
+                net.frozen(query[-steps:][: int(after)], params),
                 labels[-steps:][: int(after)],
-                rln=fixture.rln,
-                update_lr=fixture.update_lr,
+                inner_lr=fixture.update_lr,
                 first_order=True,
             )
             weights = [p.detach() for p in {**dict(net.named_parameters()), **fast}.values()]
@@ -210,9 +217,9 @@ def errors(name: str, ours: Array, reference: Array) -> tuple[float, float]:
     return float(relative.max()), zero
 
 
-def compare(path: Path, root: Path, dtype: str) -> list[tuple[str, float, float]]:
+def compare(path: Path, root: Path, dtype: str, backend: str = "fast") -> list[tuple[str, float, float]]:
     """Name, relative error and absolute error of the zero rows for every quantity of a fixture."""
-    fixture = Fixture(path, root, getattr(torch, dtype))
+    fixture = Fixture(path, root, getattr(torch, dtype), backend)
     ours = dict(quantities(fixture))
     inputs = {"shapes", "kinds", "seed", "treatment", "update_lr", "rln", "class_index"}
     inputs |= {"support_files", "remember_files", "remember_labels", "metatest_classes"}
@@ -262,17 +269,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("fixture", type=Path, metavar="FILE.npz")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float64")
+    parser.add_argument("--backend", choices=("plain", "fast"), default="fast")
     parser.add_argument("--dataset-path", type=Path, help="root of Omniglot")
     args = parser.parse_args()
     logging.getLogger("anml").addHandler(logging.NullHandler())
     failed = 0
-    results = compare(args.fixture, args.dataset_path or find_root(args.fixture), args.dtype)
+    results = compare(args.fixture, args.dataset_path or find_root(args.fixture), args.dtype, args.backend)
     for name, relative, zero in results:
         wrong = past_tolerance(relative, zero, args.dtype)
         failed += wrong
         zeros = f"  zero rows {zero:.1e}" if zero else ""
         print(f"{name:28s} {relative:.2e}{zeros}{'  PAST TOLERANCE' if wrong else ''}")
-    print(f"{len(results) - failed} of {len(results)} within tolerance ({args.dtype})")
+    print(f"{len(results) - failed} of {len(results)} within tolerance ({args.dtype}, {args.backend})")
     if failed:
         sys.exit(1)
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from datasets.samplers import sample_trajectory
-from model.meta_learner import MetaLearner, gather, meta_gradient
-from model.meta_test import FrozenStates, Learner
-from model.modelfactory import trained_parameters
+from model.fast import meta_loss, use_backend
+from model.meta_learner import MetaLearner, gather
+from model.meta_test import FrozenOutputs, Settings, adam_learner, learn
+from model.method import Params
+from model.modelfactory import shared_copy, trained_parameters
 from tests.test_method import CLASSES, images, network
 from utils.device import choose_device
 
@@ -18,12 +20,14 @@ KINDS = [("ANML", 7), ("OML", 6)]
 
 
 @pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("backend", ["plain", "fast"])
 @pytest.mark.parametrize(("kind", "rln"), KINDS)
-def test_meta_steps_as_on_the_cpu(kind: str, rln: int, first_order: bool) -> None:
+def test_meta_steps_as_on_the_cpu(kind: str, rln: int, backend: str, first_order: bool) -> None:
     weights = []
     for name in ("cpu", "cuda"):
         device = choose_device(name)
         net, _ = network(kind)
+        loss = meta_loss(use_backend(net, backend, device))
         learner = MetaLearner(
             net.to(device),
             images(CLASSES, 20).to(device),
@@ -32,6 +36,7 @@ def test_meta_steps_as_on_the_cpu(kind: str, rln: int, first_order: bool) -> Non
             update_lr=0.03,
             rln=rln,
             first_order=first_order,
+            meta_loss=loss,
         )
         generator = torch.Generator().manual_seed(11)
         for _ in range(2):
@@ -49,25 +54,30 @@ def test_meta_test_as_on_the_cpu(kind: str, rln: int) -> None:
         device = choose_device(name)
         net, _ = network(kind)
         net.to(device)
-        pool = images(3, 20).to(device)
-        fast = {n: net.get_parameter(n).detach().clone() for n in trained_parameters(net, rln)}
-        fast = {n: weight.requires_grad_() for n, weight in fast.items()}
-        Learner(net, rln, 0.001, fast).learn(FrozenStates(net, pool, rln), index)
-        found.append([weight.detach().cpu() for weight in fast.values()])
+        pool, trained = images(3, 20).to(device), trained_parameters(net, rln)
+        copied = shared_copy(net, trained)
+        learn(adam_learner(copied, trained, Settings(0.001)), FrozenOutputs(net, pool, trained), index)
+        found.append([copied.get_parameter(name).detach().cpu() for name in trained])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("first_order", [True, False])
-def test_no_step_of_the_inner_loop_waits_for_the_device(first_order: bool) -> None:
+@pytest.mark.parametrize("backend", ["plain", "fast"])
+def test_no_step_of_the_inner_loop_waits_for_the_device(backend: str, first_order: bool) -> None:
     net, _ = network("ANML")
     device = choose_device("cuda")
     net.to(device)
+    loss_of = meta_loss(use_backend(net, backend, device))
     trajectory = sample_trajectory(CLASSES, 20, torch.Generator().manual_seed(0), update_step=4, remember=3)
     query, labels = gather(images(CLASSES, 20).to(device), trajectory.query)
+    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, 7)}
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        meta_gradient(net, query, labels, 4, rln=7, update_lr=0.1, first_order=first_order)
+        inputs = net.frozen(query, params)
+        support = inputs[-4:], labels[-4:]
+        loss, _, _ = loss_of(net, params, support, (inputs, labels), inner_lr=0.1, first_order=first_order)
+        loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode(before)

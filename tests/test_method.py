@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from datasets.samplers import Trajectory, sample_task, sample_trajectory
-from model.fast.conv import SharedLinear
-from model.meta_learner import MetaLearner, adapt, gather, meta_gradient
+from model import method
+from model.fast import learner as fast_learner
+from model.fast import meta_loss, use_backend
+from model.fast.head import _FactoredHead, _WeightGrad, applies
+from model.meta_learner import MetaLearner, gather
 from model.meta_test import (
-    FrozenStates,
-    Learner,
+    FrozenOutputs,
     MetaTest,
     Score,
+    Settings,
     Trial,
     best_rate,
-    initial_weights,
+    learn,
+    new_run,
 )
-from model.modelfactory import Network, build, trained_parameters
+from model.method import Params
+from model.modelfactory import Network, build, shared_copy, trained_parameters
 from tests import reference
 from utils.errors import UserError
 
@@ -33,6 +38,8 @@ WIDTHS = {
 # (network, --rln): the defaults, the paper's treatments and cuts inside a block.
 CUTS = [("ANML", rln) for rln in (0, 3, 6, 7, 9, 13)] + [("OML", rln) for rln in (0, 6, 7)]
 LR = {"ANML": 0.1, "OML": 0.03}
+BACKENDS = ("plain", "fast")
+CPU = torch.device("cpu")
 
 
 def assert_same(ours: object, theirs: object, rtol: float = 1e-9, atol: float = 1e-12) -> None:
@@ -40,7 +47,7 @@ def assert_same(ours: object, theirs: object, rtol: float = 1e-9, atol: float = 
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
-def network(kind: str, seed: int = 0) -> tuple[Network, list[Tensor]]:
+def network(kind: str, seed: int = 0, backend: str = "plain") -> tuple[Network, list[Tensor]]:
     """A small float64 network and the same weights as a list for the reference."""
     generator = torch.Generator().manual_seed(seed)
     weights = reference.fresh_weights(kind, generator, NM, PLN, CLASSES)
@@ -48,6 +55,7 @@ def network(kind: str, seed: int = 0) -> tuple[Network, list[Tensor]]:
     with torch.no_grad():
         for parameter, weight in zip(net.parameters(), weights, strict=True):
             parameter.copy_(weight)
+    use_backend(net, backend, CPU)
     return net, weights
 
 
@@ -65,27 +73,53 @@ def grey(x: Tensor) -> Tensor:
     return x.expand(*x.shape[:-3], 3, 28, 28)
 
 
+def differentiate(
+    net: Network,
+    query: Tensor,
+    labels: Tensor,
+    steps: int,
+    rln: int,
+    lr: float = 0.1,
+    backend: str = "plain",
+    **options: Any,
+) -> tuple[Tensor, Tensor, Params]:
+    """Loss, inner losses and meta-gradient of a trajectory, the last `steps` images of the query."""
+    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
+    inputs = net.frozen(query, params)
+    loss, _, inner_losses = meta_loss(backend)(  # type: ignore[arg-type]
+        net, params, (inputs[-steps:], labels[-steps:]), (inputs, labels), inner_lr=lr, **options
+    )
+    learned = dict(net.named_parameters())
+    grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), inner_losses, dict(zip(learned, grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["ANML", "OML"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_logits(kind: str, channels: int) -> None:
-    net, weights = network(kind)
+def test_logits(kind: str, channels: int, backend: str) -> None:
+    net, weights = network(kind, backend=backend)
     x = images(4)
-    ours = net(x.expand(-1, channels, -1, -1))
+    ours = net(x.expand(-1, channels, -1, -1).contiguous())
     theirs = torch.stack([reference.logits_of(weights, image) for image in grey(x)])
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "rln"), CUTS)
-def test_lower_and_upper_layers_make_the_whole_network(kind: str, rln: int) -> None:
-    net, _ = network(kind)
+def test_the_frozen_part_and_the_rest_make_the_whole_network(kind: str, rln: int, backend: str) -> None:
+    net, _ = network(kind, backend=backend)
     x = images(3)
-    assert_same(net(net.lower(x, rln), rln), net(x))
+    inputs = net.frozen(x, trained_parameters(net, rln))
+    assert_same(net(inputs), net(x))
+    assert_same(net(inputs[1:2]), net(x)[1:2])
 
 
 @pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "rln"), CUTS)
-def test_adapted_weights_and_meta_gradient(kind: str, rln: int, first_order: bool) -> None:
-    net, weights = network(kind)
+def test_adapted_weights_and_meta_gradient(kind: str, rln: int, backend: str, first_order: bool) -> None:
+    net, weights = network(kind, backend=backend)
     steps, remember = 5, 4
     query = images(remember + steps)
     labels = [0, 5, 1, 7, 3, 3, 3, 8, 8]
@@ -95,15 +129,16 @@ def test_adapted_weights_and_meta_gradient(kind: str, rln: int, first_order: boo
     expected_fast, expected_losses = reference.inner_loop(
         initial, grey(query[-steps:]), labels[-steps:], lr, rln, not first_order
     )
-    fast, losses = adapt(
+    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
+    fast, losses = method.inner_loop(
         net,
-        net.lower(query[-steps:], rln),
+        params,
+        net.frozen(query[-steps:], params),
         torch.tensor(labels[-steps:]),
-        rln=rln,
-        update_lr=lr,
+        inner_lr=lr,
         first_order=first_order,
     )
-    assert list(fast) == trained_parameters(net, rln)
+    assert list(fast) == list(params)
     for ours, theirs in zip(fast.values(), expected_fast[2 * rln :], strict=True):
         assert_same(ours, theirs)
     assert_same(losses, torch.stack(expected_losses))
@@ -111,32 +146,34 @@ def test_adapted_weights_and_meta_gradient(kind: str, rln: int, first_order: boo
     expected_loss, expected = reference.meta_gradient(
         weights, grey(query), labels, steps, lr, rln, not first_order
     )
-    result = meta_gradient(
-        net, query, torch.tensor(labels), steps, rln=rln, update_lr=lr, first_order=first_order
+    loss, inner_losses, grads = differentiate(
+        net, query, torch.tensor(labels), steps, rln, lr, backend, first_order=first_order
     )
-    assert_same(result.loss, expected_loss)
-    for parameter, theirs in zip(net.parameters(), expected, strict=True):
-        assert_same(parameter.grad, theirs, rtol=1e-8, atol=1e-11)
+    assert_same(loss, expected_loss)
+    assert_same(inner_losses, torch.stack(expected_losses))
+    for (name, ours), theirs in zip(grads.items(), expected, strict=True):
+        if name in net.no_effect:
+            assert not ours.any()
+        else:
+            assert_same(ours, theirs, rtol=1e-8, atol=1e-11)
 
 
-def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_order_gradient_is_the_slope_of_the_meta_loss(backend: str) -> None:
     """No autograd on the other side: central differences of the loss along a random direction."""
-    net, _ = network("ANML")
+    net, _ = network("ANML", backend=backend)
     query, labels = images(7), torch.tensor([0, 5, 1, 7, 3, 3, 3])
-    options = {"rln": 7, "update_lr": 0.1}
-    meta_gradient(net, query, labels, 3, **options)  # type: ignore[arg-type]
+    _, _, grads = differentiate(net, query, labels, 3, 7, backend=backend)
     generator = torch.Generator().manual_seed(3)
-    direction = [torch.randn(p.shape, generator=generator).double() for p in net.parameters()]
-    slope = sum(
-        (p.grad * d).sum() for p, d in zip(net.parameters(), direction, strict=True) if p.grad is not None
-    )
+    direction = {name: torch.randn(g.shape, generator=generator).double() for name, g in grads.items()}
+    slope = torch.stack([(grads[name] * d).sum() for name, d in direction.items()]).sum()
     losses = []
     for step in (1e-6, -1e-6):
-        moved, _ = network("ANML")
+        moved, _ = network("ANML", backend=backend)
         with torch.no_grad():
-            for parameter, d in zip(moved.parameters(), direction, strict=True):
-                parameter.add_(step * d)
-        losses.append(meta_gradient(moved, query, labels, 3, **options).loss)  # type: ignore[arg-type]
+            for name, parameter in moved.named_parameters():
+                parameter.add_(step * direction[name])
+        losses.append(differentiate(moved, query, labels, 3, 7, backend=backend)[0])
     assert_same((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-5, atol=0)
 
 
@@ -144,16 +181,51 @@ def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
 @pytest.mark.parametrize("kind", ["ANML", "OML"])
 def test_a_meta_step_leaves_nothing_behind(kind: str, first_order: bool) -> None:
     """No cycle keeps weights and gradients of the inner loop alive, to pile up step after step."""
-    net, _ = network(kind)
+    net, _ = network(kind, backend="fast")
     query, labels = images(7), torch.tensor([0, 5, 1, 7, 3, 3, 3])
     gc.collect()
     gc.disable()
     try:
-        meta_gradient(net, query, labels, 3, rln=6, update_lr=0.1, first_order=first_order)
-        left = [thing for thing in gc.get_objects() if issubclass(type(thing), SharedLinear)]
+        differentiate(net, query, labels, 3, 6, backend="fast", first_order=first_order)
+        left = [thing for thing in gc.get_objects() if type(thing) in (_FactoredHead, _WeightGrad)]
     finally:
         gc.enable()
     assert left == []
+
+
+def test_one_step_of_published_width_in_single_precision() -> None:
+    found = []
+    for backend in BACKENDS:
+        net = build("ANML", {}, torch.Generator().manual_seed(0))
+        use_backend(net, backend, CPU)
+        query, labels = images(6).float(), torch.tensor([0, 5, 1, 7, 3, 3])
+        loss, inner_losses, grads = differentiate(net, query, labels, 2, 7, backend=backend)
+        found.append((loss, inner_losses, [grad.norm() for grad in grads.values()]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_the_factored_head_is_for_networks_whose_structure_is_known() -> None:
+    """Anything that somebody has put into one of them, and the loop of the method is used."""
+
+    def known(change: Any = lambda net: None) -> bool:
+        net, _ = network("ANML", backend="fast")
+        change(net)
+        return applies(net, {name: net.get_parameter(name) for name in trained_parameters(net, 7)})
+
+    class Other(type(network("ANML")[0])):  # type: ignore[misc]
+        """A subclass may do anything."""
+
+    def put(name: str, module: torch.nn.Module) -> Any:
+        return lambda net: net.set_submodule(name, module)
+
+    assert known()
+    assert not known(lambda net: setattr(net, "__class__", Other))
+    assert not known(put("pln.block2.conv", torch.nn.Conv2d(PLN, PLN, 3)))
+    assert not known(put("pln.flatten", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout())))
+    assert not known(put("head", torch.nn.Linear(9 * PLN, CLASSES)))
+    assert not known(lambda net: setattr(net.nm.gate, "bias", net.pln.block1.norm.bias))
+    assert not known(lambda net: net.pln.register_forward_hook(lambda *_: None))
+    assert not known(lambda net: net.register_forward_hook(lambda *_: None))
 
 
 def test_first_order_is_not_second_order() -> None:
@@ -161,8 +233,8 @@ def test_first_order_is_not_second_order() -> None:
     for first_order in (True, False):
         net, _ = network("ANML")
         labels = torch.tensor([0, 5, 3, 3, 3])
-        meta_gradient(net, images(5), labels, 3, rln=7, update_lr=0.1, first_order=first_order)
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+        _, _, grads = differentiate(net, images(5), labels, 3, 7, first_order=first_order)
+        gradients.append(torch.cat([grad.flatten() for grad in grads.values()]))
     first, second = gradients
     assert (first - second).norm() > 0.01 * second.norm()
 
@@ -173,11 +245,13 @@ def learner(net: Network, pixels: Tensor, **options: Any) -> MetaLearner:
 
 
 @pytest.mark.parametrize("first_order", [True, False])
-def test_meta_steps_with_adam(first_order: bool) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_steps_with_adam(backend: str, first_order: bool) -> None:
     """Two whole meta-steps, so that Adam's moments count; no reset, to share the reference's head."""
-    net, weights = network("ANML")
+    net, weights = network("ANML", backend=backend)
     pixels = images(CLASSES, 20)
-    ours = learner(net, pixels, first_order=first_order, reset=False)
+    loss = meta_loss(backend)  # type: ignore[arg-type]
+    ours = learner(net, pixels, first_order=first_order, reset=False, meta_loss=loss)
     generator = torch.Generator().manual_seed(11)
     adam = reference.Adam(weights, 0.001)
     for _ in range(2):
@@ -186,9 +260,8 @@ def test_meta_steps_with_adam(first_order: bool) -> None:
         _, slopes = reference.meta_gradient(weights, query, labels.tolist(), 4, 0.1, 7, not first_order)
         weights = adam.step(weights, slopes)
         ours.step(trajectory)
-    biases = {f"{part}.conv{i}.bias" for part in ("nm", "pln") for i in (1, 2, 3)}
     for (name, parameter), theirs in zip(net.named_parameters(), weights, strict=True):
-        if name in biases:  # no effect on the output: rounding of the reference, nothing here
+        if name in net.no_effect:  # no effect on the output: rounding of the reference, nothing here
             assert_same(parameter, theirs, rtol=0, atol=1e-7)
         else:
             assert_same(parameter, theirs, rtol=1e-8, atol=1e-10)
@@ -207,28 +280,30 @@ def test_reset_draws_the_rows_of_the_sampled_classes_only() -> None:
         changed = (parameter != before[name]).reshape(len(parameter), -1).any(1).nonzero().flatten()
         expected = sorted(trajectory.classes) if name == "head.weight" else []
         assert changed.tolist() == expected, name
-    drawn = net.head.weight[trajectory.classes]
-    assert 0.5 < float(drawn.detach().std()) / (2 / net.head.in_features) ** 0.5 < 1.5
+    drawn = net.get_parameter("head.weight").detach()[trajectory.classes]
+    assert 0.5 < float(drawn.std()) / (2 / drawn.shape[1]) ** 0.5 < 1.5
 
 
 def test_no_reset_leaves_the_head_alone() -> None:
     net, _ = network("ANML")
     meta = learner(net, images(CLASSES, 20), reset=False)
     meta.optimizer.lr = 0.0
-    before = net.head.weight.detach().clone()
+    before = net.get_parameter("head.weight").detach().clone()
     meta.step(sample_trajectory(CLASSES, 20, torch.Generator(), update_step=2, remember=2))
-    assert torch.equal(net.head.weight, before)
+    assert torch.equal(net.get_parameter("head.weight"), before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "rln"), CUTS)
-def test_meta_test_updates(kind: str, rln: int) -> None:
+def test_meta_test_updates(kind: str, rln: int, backend: str) -> None:
     """A short stream learned with Adam: trained weights as in the reference, the others untouched."""
-    net, weights = network(kind)
+    net, weights = network(kind, backend=backend)
     pool = images(3, 20)
     index = torch.tensor([[0, 1], [0, 2], [2, 5], [2, 6], [1, 0], [1, 3]])
-    fast = {n: net.get_parameter(n).detach().clone().requires_grad_() for n in trained_parameters(net, rln)}
-    ours = Learner(net, rln, 0.001, fast)
-    ours.learn(FrozenStates(net, pool, rln), index)
+    trained = trained_parameters(net, rln)
+    copied = shared_copy(net, trained)
+    make = fast_learner("adam", backend)  # type: ignore[arg-type]
+    learn(make(copied, trained, Settings(0.001)), FrozenOutputs(net, pool, trained), index)
 
     adam = reference.Adam(weights[2 * rln :], 0.001)
     learned = weights
@@ -237,34 +312,51 @@ def test_meta_test_updates(kind: str, rln: int) -> None:
         learned = reference.meta_test_update(learned, image, label, rln, adam)
     for (name, parameter), before, after in zip(net.named_parameters(), weights, learned, strict=True):
         assert torch.equal(parameter, before), f"{name}: meta-test changed the model"
-        if name in fast:
-            noise = ".conv" in name and name.endswith("bias") and kind == "ANML"
-            assert_same(fast[name], after, rtol=1e-7, atol=1e-6 if noise else 1e-9)
+        ours = copied.get_parameter(name)
+        if name in trained:
+            noise = name in net.no_effect
+            assert_same(ours, after, rtol=1e-7, atol=1e-6 if noise else 1e-9)
         else:
-            assert torch.equal(after, before)
+            assert torch.equal(ours, before)
+            assert ours.data_ptr() == parameter.data_ptr()  # shared, not copied
 
 
-def test_frozen_states_are_the_same_kept_or_not() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sgd_at_meta_test(backend: str) -> None:
+    net, weights = network("ANML", backend=backend)
+    pool, trained = images(3, 20), trained_parameters(net, 13)
+    copied = shared_copy(net, trained)
+    learner = fast_learner("adam", backend)(copied, trained, Settings(0.1, "sgd"))  # type: ignore[arg-type]
+    learn(learner, FrozenOutputs(net, pool, trained), torch.tensor([[0, 1], [2, 5]]))
+    stream = grey(torch.stack([pool[0, 1], pool[2, 5]]))
+    expected, _ = reference.inner_loop(
+        [weight.clone().requires_grad_() for weight in weights], stream, [0, 2], 0.1, 13, False
+    )
+    assert_same(copied.get_parameter("head.weight"), expected[-2])
+    assert_same(copied.get_parameter("head.bias"), expected[-1])
+
+
+def test_frozen_outputs_are_the_same_kept_or_not() -> None:
     net, _ = network("ANML")
-    pool = images(3, 20)
+    pool, trained = images(3, 20), trained_parameters(net, 9)
     index = torch.tensor([[2, 5], [0, 1], [2, 5]])
-    kept = FrozenStates(net, pool, 9)
-    recomputed = FrozenStates(net, pool, 9, budget=0)
-    assert kept.kept is not None
-    assert recomputed.kept is None
-    for ours, theirs in zip(kept.get(index), recomputed.get(index), strict=True):
-        assert_same(ours, theirs)
+    kept = FrozenOutputs(net, pool, trained)
+    recomputed = FrozenOutputs(net, pool, trained, budget=0)
+    assert kept.kept
+    assert not recomputed.kept
+    assert_same(net(kept.get(index)), net(recomputed.get(index)))
 
 
-def test_initial_weights_start_the_head_anew() -> None:
+def test_a_run_starts_the_head_anew() -> None:
     net, _ = network("ANML")
-    fast = initial_weights(net, 6, torch.Generator().manual_seed(0))
-    assert torch.equal(fast["nm.gate.weight"], net.get_parameter("nm.gate.weight"))
-    assert not torch.equal(fast["head.weight"], net.head.weight)
-    assert not fast["head.bias"].any()
-    scratch = initial_weights(net, 0, torch.Generator().manual_seed(0), reset_all=True)
-    assert scratch["pln.norm1.weight"].eq(1).all()
-    assert not torch.equal(scratch["pln.conv2.weight"], net.get_parameter("pln.conv2.weight"))
+    run = new_run(net, trained_parameters(net, 6), torch.Generator().manual_seed(0))
+    assert torch.equal(run.get_parameter("nm.gate.weight"), net.get_parameter("nm.gate.weight"))
+    assert not torch.equal(run.get_parameter("head.weight"), net.get_parameter("head.weight"))
+    assert not run.get_parameter("head.bias").any()
+    scratch = new_run(net, trained_parameters(net, 0), torch.Generator().manual_seed(0), reset_all=True)
+    assert scratch.get_parameter("pln.block1.norm.weight").eq(1).all()
+    name = "pln.block2.conv.weight"
+    assert not torch.equal(scratch.get_parameter(name), net.get_parameter(name))
 
 
 @pytest.mark.parametrize("iid", [True, False])
@@ -300,32 +392,6 @@ def test_best_rate_is_the_mode_of_the_winners() -> None:
     assert best_rate(trials, "test") == 0.1  # although 0.2 has the better mean
     assert best_rate(trials, "train") == 0.3
     assert best_rate([t for t in trials if t.draw], "test") == 0.2  # a tie: the better mean
-
-
-def test_steps_on_the_meta_device() -> None:
-    """The meta device refuses tensors left on the CPU and any value read back to the host."""
-    for kind, rln_test in (("ANML", 13), ("ANML", 7), ("OML", 6)):
-        net = build(kind, WIDTHS[kind], torch.Generator()).to("meta")
-        pixels = torch.empty(CLASSES, 20, 1, 28, 28, device="meta")
-        for first_order in (True, False):
-            meta = MetaLearner(
-                net,
-                pixels,
-                torch.Generator(),
-                meta_lr=0.001,
-                update_lr=0.1,
-                rln=net.rln_training,
-                first_order=first_order,
-            )
-            result = meta.step(sample_trajectory(CLASSES, 20, torch.Generator(), update_step=3, remember=5))
-            assert result.loss.is_meta
-        fast = initial_weights(net, rln_test, torch.Generator())
-        learner = Learner(net, rln_test, 0.001, fast)
-        states = FrozenStates(net, pixels, rln_test)
-        learner.learn(states, torch.tensor([[0, 1], [1, 1]]))
-        assert learner.correct(states, torch.tensor([[[0, 1], [1, 1]]])).is_meta
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            result.loss.item()
 
 
 def test_trajectory_layout() -> None:
@@ -376,7 +442,7 @@ def test_rln_that_the_network_does_not_have(kind: str, rln: int) -> None:
 def test_rln_names() -> None:
     net, _ = network("ANML")
     assert trained_parameters(net, 13) == ["head.weight", "head.bias"]
-    assert trained_parameters(net, 7)[0] == "pln.conv1.weight"
+    assert trained_parameters(net, 7)[0] == "pln.block1.conv.weight"
     assert trained_parameters(net, 6)[0] == "nm.gate.weight"
     assert len(trained_parameters(net, 0)) == 28
     oml, _ = network("OML")

@@ -16,10 +16,12 @@ FIXTURES = sorted(FOLDER.resolve().glob("*.npz"))
 
 
 @pytest.mark.skipif(not FIXTURES, reason=f"no parity fixtures in {FOLDER} (ANML_PARITY_DIR)")
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [("float64", "plain"), ("float64", "fast"), ("float32", "fast")]
+)
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.stem)
-def test_fixture(fixture: Path, dtype: str, tmp_path: Path) -> None:
-    results = parity.compare(fixture, parity.find_root(fixture), dtype)
+def test_fixture(fixture: Path, dtype: str, backend: str) -> None:
+    results = parity.compare(fixture, parity.find_root(fixture), dtype, backend)
     assert len(results) >= 11
     wrong = [result for result in results if parity.past_tolerance(*result[1:], dtype)]
     if dtype == "float32" and wrong:

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 WIDTHS = {
     "ANML": {"nm_channels": 4, "pln_channels": 4, "num_classes": 20},
     "OML": {"pln_channels": 4, "num_classes": 20},
+    "sANML": {"pln_channels": 4, "num_classes": 20},
 }
 TINY = "--dataset glyphs --test_classes 10 --threads 1 --name e"
 SHORT = "--schedule 2 --runs 1 --lr 0.001"
@@ -41,10 +42,10 @@ Evaluate = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of untrained models: `ANML.net`, `ANML1.net`, `ANML2.net`, `OML.net` and `Pretrain.net`."""
+    """A folder of untrained models: three of ANML, and one of sANML, OML and Pretrain each."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("ANML", "ANML1", "ANML2", "OML", "Pretrain")):
-        kind = "ANML" if name.startswith("ANML") else "OML"
+    for seed, name in enumerate(("ANML", "ANML1", "ANML2", "OML", "Pretrain", "sANML")):
+        kind = {"Pretrain": "OML"}.get(name, name.rstrip("12"))
         net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(seed))
         arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
         save_checkpoint(folder / f"{name}.net", kind, net.widths, net.state_dict(), arguments, 0)

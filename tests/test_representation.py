@@ -70,13 +70,13 @@ def test_measured_on_known_activations() -> None:
     before += torch.linspace(0, 1e-3, 40).reshape(2, 20, 1) * (before > 0)  # no two images are equal
     before[1] = before[0]  # nor do features tell the classes
     task = sample_task(2, 20, 2, torch.Generator().manual_seed(0), class_order="dataset", split="dataset")
-    measured = measure(Representation(before, gate), task)
+    measured = measure(Representation(before, gate, before * gate), task)
     expected = {"active_before": 0.75, "active_after": 0.25, "gate_mean": 0.25, "dead": 0.5}
     assert {key: measured[key] for key in expected} == pytest.approx(expected)
     assert (measured["knn_gate"], measured["knn_after"]) == (1, 1)
     assert measured["knn_before"] == 0.5
 
-    plain = measure(Representation(before, None), task)
+    plain = measure(Representation(before, None, before), task)
     assert plain == {
         "active_before": measured["active_before"],
         "dead": 0.25,
@@ -90,10 +90,10 @@ def test_activity_is_that_of_test_images_and_knn_learns_training_images() -> Non
     before[:, 15:] = 1  # test images activate every unit
     train = torch.stack([torch.stack([torch.full((15,), c), torch.arange(15)], 1) for c in range(3)])
     test = torch.stack([torch.stack([torch.full((5,), c), torch.arange(15, 20)], 1) for c in range(3)])
-    measured = measure(Representation(before, None), Task(train, test))
+    measured = measure(Representation(before, None, before), Task(train, test))
     assert (measured["active_before"], measured["dead"]) == (1, 0)
     assert measured["knn_before"] == pytest.approx(1 / 3)  # all are equally far: one class wins all
-    swapped = measure(Representation(before, None), Task(test, train))
+    swapped = measure(Representation(before, None, before), Task(test, train))
     assert swapped["active_before"] == pytest.approx(1 / 3)
 
 
@@ -102,7 +102,7 @@ def test_represent_is_what_enters_the_head(name: str) -> None:
     net = build(name, WIDTHS[name], torch.Generator().manual_seed(1))
     images = torch.rand(7, 20, 1, 28, 28, generator=torch.Generator().manual_seed(2)) - 0.5
     representation = represent(net, images)
-    expected = net(images.flatten(0, 1), head=False).detach()
+    expected = net.features(images.flatten(0, 1)).detach()
     torch.testing.assert_close(representation.after.flatten(0, 1), expected)
     assert (representation.gate is None) == (name == "OML")
 

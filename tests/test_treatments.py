@@ -16,7 +16,7 @@ from utils.arguments import evaluation_parser, parse
 NM = [
     f"nm.{layer}.{kind}"
     for n in (1, 2, 3)
-    for layer in (f"conv{n}", f"norm{n}")
+    for layer in (f"block{n}.conv", f"block{n}.norm")
     for kind in ("weight", "bias")
 ]
 GATE = ["nm.gate.weight", "nm.gate.bias"]
@@ -31,6 +31,7 @@ PAPER = [
     ("ANML-FT:PLN", ["ANML"], 7, PLN + HEAD, "meta-trained"),
     ("ANML-FT:PLN+NM-out", ["ANML"], 6, GATE + PLN + HEAD, "meta-trained"),
     ("ANML-Unlimited", ["ANML"], 0, NM + GATE + PLN + HEAD, "meta-trained"),
+    ("sANML", ["sANML"], 6, HEAD, "meta-trained"),
     ("OML", ["OML"], 6, HIDDEN + HEAD, "meta-trained"),
     ("OML-OLFT", ["OML"], 7, HEAD, "meta-trained"),
     ("OML-Unlimited", ["OML"], 0, CONVOLUTIONS + HIDDEN + HEAD, "meta-trained"),
@@ -58,7 +59,7 @@ def test_each_row_trains_what_the_paper_says(
 
 def test_every_treatment_has_its_oracle() -> None:
     assert {name.removesuffix("-Oracle") for name in TABLE} == {row[0] for row in PAPER}
-    assert len(TABLE) == 18
+    assert len(TABLE) == 20
     for name in {row[0] for row in PAPER}:
         plain, oracle = TABLE[name], TABLE[f"{name}-Oracle"]
         assert (oracle.network, oracle.weights, oracle.rln) == (plain.network, plain.weights, plain.rln)

@@ -10,6 +10,7 @@ the arguments of a run that is resumed; there, what is typed must not change its
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import re
@@ -18,6 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model.fast import BACKENDS
+from model.meta_test import LEARNERS
+from model.modelfactory import NETWORKS, constructor_arguments
+from model.optimizer import OPTIMIZERS
 from model.treatments import TABLE
 from utils.errors import UserError
 
@@ -32,8 +37,7 @@ LEARNING_RATES = (
     *(0.0002, 0.00015, 0.0001, 0.00009, 0.00008, 0.00006, 0.00003, 0.00001),
 )
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
-TREATMENTS = {"anml": "ANML", "neuromodulation": "ANML", "oml": "OML"}
-NETWORK = {"treatment": "ANML", "nm_channels": 112, "pln_channels": 256, "num_classes": 1000}
+ALIASES = {"neuromodulation": "ANML"}  # the released code's name
 
 
 class Parser(argparse.ArgumentParser):
@@ -195,25 +199,28 @@ def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: plain(value) for key, value in sorted(vars(arguments).items()) if key not in left_out}
 
 
-def network_widths(arguments: argparse.Namespace) -> dict[str, int]:
+def network_widths(arguments: argparse.Namespace) -> dict[str, Any]:
     """The network flags as keyword arguments of the class of `--treatment`."""
-    names = ["pln_channels", "num_classes", *(["nm_channels"] if arguments.treatment == "ANML" else [])]
-    return {name: getattr(arguments, name) for name in names}
+    names = constructor_arguments(NETWORKS[arguments.treatment])
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def training_parser() -> Parser:
     """The flags of `mrcl_classification.py`; defaults are those of the released train command."""
-    parser = Parser("Meta-train ANML or OML and write the initial weights found.", _check_training)
+    parser = Parser(
+        "Meta-train ANML or another network and write the initial weights found.", _check_training
+    )
     # How long, how often and where: none of these changes a number.
     parser.may_change = frozenset(
         (
             *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
-            *("device", "threads", "dataset_path", "cache_dir"),
+            *("device", "threads", "backend", "dataset_path", "cache_dir"),
         )
     )
 
     method = parser.add_argument_group("method")
-    _treatment(parser, method, NETWORK["treatment"])
+    _treatment(parser, method, "ANML")
     parser.flag(
         method,
         "--rln",
@@ -221,7 +228,7 @@ def training_parser() -> Parser:
         None,
         "layers frozen in the inner loop, counted from the input (7: the whole neuromodulatory "
         "network of ANML; 6: the convolutions of OML); the outer step trains all",
-        shown="7 for ANML, 6 for OML",
+        shown=", ".join(f"{kind.rln_training} for {name}" for name, kind in NETWORKS.items()),
     )
     parser.flag(method, "--steps", _whole(1), 20000, "outer (meta) steps")
     parser.flag(method, "--meta_lr", _positive, 0.001, "learning rate of the outer Adam")
@@ -243,6 +250,20 @@ def training_parser() -> Parser:
         "--first_order",
         "take inner gradients as constants, as the released code does, instead of "
         "differentiating through the inner loop",
+    )
+    parser.flag(
+        method,
+        "--second_order_steps",
+        _whole(0),
+        None,
+        "differentiate through this many last inner steps and take the gradients of those before as "
+        "constants; 0 is --first_order",
+        shown="all",
+    )
+    parser.switch(
+        method,
+        "--learn_update_lr",
+        "learn a step size for every number that the inner loop changes (Meta-SGD), from --update_lr on",
     )
     parser.switch(
         method,
@@ -281,7 +302,7 @@ def training_parser() -> Parser:
         _path,
         None,
         "file for the trained weights",
-        shown="Neuromodulation_Model.net, OML_Model.net for OML",
+        shown=", ".join(f"{_model_name(name)} for {name}" for name in NETWORKS),
         metavar="FILE",
     )
     _resume(parser, run)
@@ -309,7 +330,7 @@ def pretraining_parser() -> Parser:
     """The flags of `pretrain_classification.py`; the default budget is what meta-training sees."""
     parser = Parser("Train a network on shuffled images of all meta-training classes.", _check_pretraining)
     parser.may_change = frozenset(
-        ("log_every", "save_every", "device", "threads", "dataset_path", "cache_dir")
+        ("log_every", "save_every", "device", "threads", "backend", "dataset_path", "cache_dir")
     )
 
     method = parser.add_argument_group("method")
@@ -349,7 +370,7 @@ def evaluation_parser() -> Parser:
     # None of these changes a number: more runs or class counts add to what there is, and models are
     # compared by content.
     parser.may_change = frozenset(
-        ("model", "runs", "schedule", "device", "threads", "dataset_path", "cache_dir")
+        ("model", "runs", "schedule", "device", "threads", "backend", "dataset_path", "cache_dir")
     )
 
     method = parser.add_argument_group("method")
@@ -386,19 +407,36 @@ def evaluation_parser() -> Parser:
         None,
         "layers frozen, counted from the input: ANML 13 trains the head alone, 7 the PLN, 6 the "
         "PLN and the gate's layer, 0 everything; OML 6 trains both linear layers, 7 the last",
-        shown="13 for ANML, 6 for OML, 0 with --scratch",
+        shown="the head alone (ANML 13, sANML 6), 6 for OML, 0 with --scratch",
     )
     parser.switch(method, "--freeze", "freeze layers; --no-freeze is the same as --rln 0", default=True)
     parser.switch(method, "--reset", "re-draw every trained layer before learning, not the head alone")
     parser.switch(method, "--iid", "shuffle the stream of images (the Oracle) instead of class after class")
     parser.flag(method, "--epoch", _whole(1), None, "passes over the stream of images", shown="1")
 
+    parser.flag(
+        method,
+        "--learner",
+        str.lower,
+        "adam",
+        "what learns the stream: adam takes one step of --optimizer on each image",
+        choices=tuple(LEARNERS),
+    )
+    parser.flag(
+        method,
+        "--optimizer",
+        str.lower,
+        "adam",
+        "what takes the steps, with the learning rate of --lr or the search: the released code's Adam, or "
+        "SGD, which the paper speaks of",
+        choices=tuple(OPTIMIZERS),
+    )
+
     network = parser.add_argument_group("network, for --scratch without --model")
     _treatment(parser, network, None)
     _widths(parser, network)
-    # None tells a flag that was not given from one that was; the check fills in the defaults,
-    # or leaves None where the model file decides.
-    parser.set_defaults(**dict.fromkeys((*NETWORK, "scratch", "iid")))
+    # None tells a flag that was not given from one that was.
+    parser.set_defaults(**dict.fromkeys(("scratch", "iid")))
 
     evaluation = parser.add_argument_group("evaluation")
     parser.flag(
@@ -582,20 +620,76 @@ def _treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) 
         "--treatment",
         _known_treatment,
         default,
-        "network: ANML (the released code's name for it is Neuromodulation) or OML",
-        shown=str(default or NETWORK["treatment"]),
-        metavar="{ANML,Neuromodulation,OML}",
+        "network: ANML (the released code's name for it is Neuromodulation), or another of the registry",
+        shown=str(default or "ANML"),
+        metavar=f"{{{','.join(_networks())}}}",
     )
 
 
+def _networks() -> list[str]:
+    """All names that `--treatment` takes."""
+    return [*NETWORKS, *(name.capitalize() for name in ALIASES)]
+
+
+def _model_name(network: str) -> str:
+    """The model file that a network's training writes by default."""
+    return NETWORKS[network].model_name or f"{network}_Model.net"
+
+
+WIDTHS = {
+    "nm_channels": "channels of each convolution of ANML's neuromodulatory network",
+    "pln_channels": "channels of each convolution of the prediction network",
+    "num_classes": "outputs of the head; class ids must be below it",
+    "hidden": "outputs of OML's first linear layer",
+}
+"""What the arguments of the published networks mean."""
+
+
 def _widths(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    for name, text in (
-        ("nm_channels", "channels of each convolution of ANML's neuromodulatory network"),
-        ("pln_channels", "channels of each convolution of the prediction network"),
-        ("num_classes", "outputs of the head; class ids must be below it"),
-    ):
-        default = NETWORK[name]
-        parser.flag(group, f"--{name}", _whole(1), default, text, shown=str(default))
+    """A flag for each argument of each network's constructor; None where it is not given."""
+    takers: dict[str, dict[str, tuple[type, Any]]] = {}
+    for network, kind in NETWORKS.items():
+        for name, argument in constructor_arguments(kind).items():
+            takers.setdefault(name, {})[network] = argument
+    for name, arguments in takers.items():
+        defaults: dict[Any, list[str]] = {}
+        for network, (_, default) in arguments.items():
+            defaults.setdefault(default, []).append(network)
+        shown = ", ".join(
+            _spelled_default(value) + (f" for {' and '.join(names)}" if len(defaults) > 1 else "")
+            for value, names in defaults.items()
+        )
+        text = WIDTHS.get(name, f"of {' and '.join(arguments)}")
+        kind_of_value = next(iter(arguments.values()))[0]
+        if kind_of_value is bool:
+            parser.switch(group, f"--{name}", text)
+            parser.set_defaults(**{name: None})
+        else:
+            read = _number if kind_of_value is float else _whole(1 if name in WIDTHS else 0)
+            parser.flag(group, f"--{name}", read, None, text, shown=shown)
+
+
+def _spelled_default(value: object) -> str:
+    if value is inspect.Parameter.empty:
+        return "none, it must be given"
+    return "set by the others" if value is None else str(value)
+
+
+def _fill_in_widths(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Give the flags of the network its defaults, and take those away that it does not have."""
+    own = constructor_arguments(NETWORKS[arguments.treatment])
+    for name, (_, default) in own.items():
+        if getattr(arguments, name) is None:
+            if default is inspect.Parameter.empty:
+                parser.error(f"--treatment {arguments.treatment} needs --{name}")
+            setattr(arguments, name, default)
+    for name in _all_widths() - own.keys():
+        setattr(arguments, name, None)
+
+
+def _all_widths() -> set[str]:
+    """Names of the constructors' arguments of all networks."""
+    return {name for kind in NETWORKS.values() for name in constructor_arguments(kind)}
 
 
 def _test_classes(parser: Parser, group: argparse._ArgumentGroup, text: str) -> None:
@@ -655,6 +749,15 @@ def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
         "auto (the best available), cpu, cuda, cuda:N or mps",
     )
     parser.flag(group, "--threads", _whole(1), None, "CPU threads", shown="torch's choice")
+    parser.flag(
+        group,
+        "--backend",
+        str.lower,
+        "auto",
+        "layers of the networks: plain torch, fast ones with the same numbers up to rounding, or auto: "
+        "fast on the CPU, plain elsewhere",
+        choices=BACKENDS,
+    )
     group.add_argument(
         "--config",
         type=_path,
@@ -705,6 +808,7 @@ def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
         parser.error("--checkpoint needs --saved_model FILE, the weights to start from")
     if arguments.saved_model is not None and not arguments.checkpoint:
         parser.error("--saved_model needs --checkpoint as well to start from those weights")
+    _fill_in_widths(parser, arguments)
     for smaller, larger in (
         ("tasks", "update_step"),
         ("tasks", "train_classes"),
@@ -712,18 +816,20 @@ def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
         *((("eval_classes", "train_classes"),) if arguments.eval_every else ()),
     ):
         low, high = getattr(arguments, smaller), getattr(arguments, larger)
-        if low > high:
+        if high is not None and low > high:
             parser.error(f"--{smaller} {low} must not be larger than --{larger} {high}")
-    anml = arguments.treatment == "ANML"
+    if arguments.first_order and arguments.second_order_steps:
+        parser.error("--first_order differentiates through no inner step: drop it or --second_order_steps")
     if arguments.rln is None:
-        arguments.rln = 7 if anml else 6
+        arguments.rln = NETWORKS[arguments.treatment].rln_training
     if arguments.model_name is None:
-        arguments.model_name = Path("Neuromodulation_Model.net" if anml else "OML_Model.net")
+        arguments.model_name = Path(_model_name(arguments.treatment))
 
 
 def _check_pretraining(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other."""
-    if arguments.train_classes > arguments.num_classes:
+    """Refuse flags that contradict each other and fill in defaults that depend on others."""
+    _fill_in_widths(parser, arguments)
+    if arguments.num_classes is not None and arguments.train_classes > arguments.num_classes:
         parser.error(
             f"--train_classes {arguments.train_classes} must not be larger than --num_classes "
             f"{arguments.num_classes}"
@@ -757,11 +863,12 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
             f"--schedule asks for {longest} classes of the {arguments.test_classes} that "
             "--test_classes allows: lower the one or raise the other"
         )
-    for name, default in NETWORK.items():
-        if arguments.model is None:
-            if getattr(arguments, name) is None:
-                setattr(arguments, name, default)
-        elif getattr(arguments, name) is not None:
+    if arguments.model is None:
+        arguments.treatment = arguments.treatment or "ANML"
+        _fill_in_widths(parser, arguments)
+        return
+    for name in ("treatment", *sorted(_all_widths())):
+        if getattr(arguments, name) is not None:
             setattr(arguments, name, None)
             notice = f"--{name} has no effect: the model file says which network it is"
             arguments.notices = (*arguments.notices, notice)
@@ -914,6 +1021,16 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
 _SEED = _whole(0, 2**32 - 1)  # what every generator in use can be seeded with
 
 
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
+
+
 def _positive(text: str) -> float:
     try:
         number = float(text)
@@ -944,9 +1061,10 @@ def _known_preset(text: str) -> str:
 
 
 def _known_treatment(text: str) -> str:
-    if text.lower() not in TREATMENTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of ANML, Neuromodulation, OML")
-    return TREATMENTS[text.lower()]
+    by_name = {name.lower(): name for name in NETWORKS} | ALIASES
+    if text.lower() not in by_name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_networks())}")
+    return by_name[text.lower()]
 
 
 def _device(text: str) -> str:

@@ -10,7 +10,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,9 +27,10 @@ FORMAT = "anml-1"
 class Checkpoint:
     """What a model file holds.
 
-    `network` and `widths` (channel and class counts by name) rebuild the network that `state_dict`
-    (parameter name -> finite floating CPU tensor) belongs to; `arguments` are those of the training
-    run and `step` counts its outer steps.
+    `network` and `widths` (its constructor's arguments) rebuild the network that `state_dict` (name of a
+    parameter or buffer -> finite CPU tensor) belongs to; `arguments` are those of the training run and
+    `step` counts its outer steps. `inner_rule` is the state dict of what the inner loop steps with, where
+    that has learned parameters of its own.
     """
 
     network: str
@@ -37,15 +38,17 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     arguments: dict[str, Any]
     step: int
+    inner_rule: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(
     path: Path,
     network_name: str,
-    widths: Mapping[str, int],
+    widths: Mapping[str, Any],
     state_dict: Mapping[str, Tensor],
     arguments: Mapping[str, Any],
     step: int,
+    inner_rule: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model file that :func:`load_checkpoint` reads, whole or not at all.
 
@@ -53,7 +56,7 @@ def save_checkpoint(
         UserError: the file cannot be written, or the weights are not finite; an earlier file under
             `path` stays.
     """
-    content = model_content(network_name, widths, state_dict, arguments, step)
+    content = model_content(network_name, widths, state_dict, arguments, step, inner_rule)
     fault = model_fault(content)
     if fault is not None:
         raise UserError(f"{path} is not written at step {step}: {fault}")
@@ -63,13 +66,14 @@ def save_checkpoint(
 
 def model_content(
     network_name: str,
-    widths: Mapping[str, int],
+    widths: Mapping[str, Any],
     state_dict: Mapping[str, Tensor],
     arguments: Mapping[str, Any],
     step: int,
+    inner_rule: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """The dict of a model file, on the CPU."""
-    return {
+    content = {
         "format": FORMAT,
         "network": network_name,
         "widths": dict(widths),
@@ -78,6 +82,9 @@ def model_content(
         "step": step,
         "torch": str(torch.__version__),  # a subclass of str, which would not load
     }
+    if inner_rule:
+        content["inner_rule"] = {name: _whole(value.detach().cpu()) for name, value in inner_rule.items()}
+    return content
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -165,6 +172,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state_dict=dict(content["state_dict"]),
         arguments=content["arguments"],
         step=content["step"],
+        inner_rule=content.get("inner_rule", {}),
     )
 
 
@@ -197,18 +205,19 @@ def model_fault(content: object, format_name: str = FORMAT) -> str | None:
     if not isinstance(network, str):
         return "it does not name its network"
     if not isinstance(widths, dict) or not all(
-        isinstance(name, str) and type(width) is int and width > 0 for name, width in widths.items()
+        isinstance(name, str) and type(value) in (int, float, bool) for name, value in widths.items()
     ):
-        return "its widths are not positive whole numbers"
+        return "its widths are not numbers"
     if not isinstance(arguments, dict) or not _is_plain(arguments):
         return "its arguments are not plain values"
     if type(step) is not int or step < 0:
         return "its step is not a count"
-    if not isinstance(state_dict, dict) or not state_dict:
+    inner_rule = content.get("inner_rule", {})
+    if not isinstance(state_dict, dict) or not state_dict or not isinstance(inner_rule, dict):
         return "it holds no weights"
-    for name, tensor in state_dict.items():
+    for name, tensor in (*state_dict.items(), *inner_rule.items()):
         if not isinstance(name, str) or not _is_weight(tensor):
-            return f"its {name!r} is not a tensor of floating-point numbers"
+            return f"its {name!r} is not a tensor of numbers"
         if not bool(torch.isfinite(tensor).all()):
             return f"its {name!r} is not finite: the training diverged, lower its learning rates"
     return None
@@ -217,7 +226,8 @@ def model_fault(content: object, format_name: str = FORMAT) -> str | None:
 def _is_weight(value: object) -> bool:
     return (
         isinstance(value, Tensor)
-        and value.is_floating_point()
+        and not value.is_complex()
+        and not value.is_quantized
         and value.layout == torch.strided
         and value.device.type == "cpu"
     )

@@ -131,10 +131,8 @@ def main() -> None:
     parser.add_argument("target", type=Path, metavar="OUT", help="model file to write")
     args = parser.parse_args()
     net, weights, rest = convert(args.source)
-    save_checkpoint(
-        args.target, type(net).__name__, net.widths, weights, {"converted_from": str(args.source)}, 0
-    )
-    print(f"{args.target}: {type(net).__name__} {net.widths}")
+    save_checkpoint(args.target, net.network, net.widths, weights, {"converted_from": str(args.source)}, 0)
+    print(f"{args.target}: {net.network} {net.widths}")
     if rest:
         print(f"not needed: {len(rest)} other tensors, {', '.join(rest[:3])}{', ...' * (len(rest) > 3)}")
 

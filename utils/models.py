@@ -50,10 +50,11 @@ def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
             `--treatment-preset` if it is given.
     """
     if args.scratch:
-        name, widths = args.treatment, network_widths(args)
         if args.model:
             shape = _load(args.model[0]).net
-            name, widths = type(shape).__name__, shape.widths
+            name, widths = shape.network, shape.widths
+        else:
+            name, widths = args.treatment, network_widths(args)
         net = build(name, widths, torch.Generator().manual_seed(args.seed))
         models = [Model("scratch", net, "random", "", 0)]
     else:
@@ -67,7 +68,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
             )
     if args.treatment_preset is not None:
         row = TABLE[args.treatment_preset]
-        if row.network not in (type(first.net).__name__, None) or row.weights != first.weights:
+        if row.network not in (first.net.network, None) or row.weights != first.weights:
             raise UserError(
                 f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
                 f"{first.name} holds {_kind(first)}"
@@ -117,4 +118,4 @@ def _load(path: Path) -> Model:
 
 
 def _kind(model: Model) -> str:
-    return f"{model.weights} {type(model.net).__name__}"
+    return f"{model.weights} {model.net.network}"

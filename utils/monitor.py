@@ -22,7 +22,7 @@ SHOWN = 10  # classes whose gates are drawn, two images each
 
 def validate(run: Run, net: Network, images: Tensor, step: int, classes: int) -> None:
     """A small meta-test on the first of the meta-training classes [C, 20, 1, 28, 28], and some gates."""
-    score = MetaTest(net, images, net.rln_meta_test, seed=0).score(classes, LR, "validation", draw=0)
+    score = MetaTest(net, images, net.default_meta_test_rln, seed=0).score(classes, LR, "validation", draw=0)
     run.scalars(step, {"meta_val/accuracy_test": score.test, "meta_val/accuracy_train": score.train})
     log.info(
         "step %d meta-test on %d meta-training classes: test %.3f train %.3f",

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 
 from torch import Tensor
 
+from model.fast import Backend, learner
 from model.meta_test import MetaTest, Purpose, Score, Track
 from utils.distributed import Group
 from utils.journal import Journal, Key
@@ -30,6 +31,7 @@ def scorer(
     models: list[Model],
     pools: dict[str, Tensor],
     group: Group,
+    backend: Backend,
 ) -> Scorer:
     """A function that tests the models; what the journal knows is not tested again.
 
@@ -40,6 +42,7 @@ def scorer(
         journal: of the first process; None in the others.
         models: on the device of the pools.
         pools: images `[C, 20, 1, 28, 28]` of each split in use, `evaluation` and `background`.
+        backend: of the models' layers.
     """
     known = dict(group.gather(journal.known if journal else {})[0])
 
@@ -56,6 +59,8 @@ def scorer(
             reset_all=args.reset or args.scratch,
             class_order=args.class_order,
             split=args.split,
+            learner=learner(args.learner, backend),
+            optimizer=args.optimizer,
         )
 
     def test(purpose: Purpose, classes: int, job: Job) -> Score:

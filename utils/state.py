@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.modelfactory import Network
 from model.optimizer import Adam
@@ -36,7 +36,8 @@ class TrainingState:
 
     `network`, `widths` and `state_dict` are those of a model file; `step` counts the steps done.
     `optimizer` is what `Adam.state_dict` gives. `generator` is the state of the one generator that
-    every draw of training comes from.
+    every draw of training comes from. `inner_rule` is the state dict of the inner loop's rule, where that
+    has parameters.
     """
 
     network: str
@@ -45,15 +46,30 @@ class TrainingState:
     optimizer: dict[str, list[Tensor]]
     generator: Tensor
     step: int
+    inner_rule: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, net: Network, optimizer: Adam, generator: torch.Generator, step: int) -> TrainingState:
+    def of(
+        cls,
+        net: Network,
+        optimizer: Adam,
+        generator: torch.Generator,
+        step: int,
+        inner_rule: nn.Module | None = None,
+    ) -> TrainingState:
         """Where training stands after `step` steps: the tensors themselves, not copies."""
-        model = type(net).__name__, net.widths, net.state_dict()
-        return cls(*model, optimizer.state_dict(), generator.get_state(), step)
+        model = net.network, net.widths, net.state_dict()
+        rule = inner_rule.state_dict() if inner_rule else {}
+        return cls(*model, optimizer.state_dict(), generator.get_state(), step, rule)
 
-    def restore(self, optimizer: Adam, generator: torch.Generator, source: str) -> None:
-        """Put an optimizer of the restored weights and the generator where they stood.
+    def restore(
+        self,
+        optimizer: Adam,
+        generator: torch.Generator,
+        source: str,
+        inner_rule: nn.Module | None = None,
+    ) -> None:
+        """Put an optimizer of the restored weights, the generator and the inner rule where they stood.
 
         Raises:
             UserError: they do not belong to those weights; `source` names the state.
@@ -61,6 +77,8 @@ class TrainingState:
         try:
             optimizer.load_state_dict(self.optimizer)
             generator.set_state(self.generator)
+            if inner_rule is not None:
+                inner_rule.load_state_dict(self.inner_rule)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{source} does not hold a state of this run: {error}") from error
 
@@ -74,7 +92,14 @@ def save_progress(run: Run, model_name: Path, state: TrainingState, arguments: M
     run.sync()
     save_state(run.folder, state, arguments)
     for path in (run.folder / "model.net", model_name):
-        save_checkpoint(path, state.network, state.widths, state.state_dict, arguments, state.step)
+        save_model(path, state, arguments)
+
+
+def save_model(path: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
+    """Write the model of a training state; see `save_checkpoint`."""
+    save_checkpoint(
+        path, state.network, state.widths, state.state_dict, arguments, state.step, state.inner_rule
+    )
 
 
 def save_state(folder: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
@@ -84,7 +109,9 @@ def save_state(folder: Path, state: TrainingState, arguments: Mapping[str, Any])
         UserError: it cannot be written, or the weights are not finite; what was there stays.
     """
     content = {
-        **model_content(state.network, state.widths, state.state_dict, arguments, state.step),
+        **model_content(
+            state.network, state.widths, state.state_dict, arguments, state.step, state.inner_rule
+        ),
         "format": FORMAT,
         "optimizer": {key: [x.cpu() for x in values] for key, values in state.optimizer.items()},
         "generator": state.generator,
@@ -118,6 +145,7 @@ def load_state(folder: Path) -> TrainingState | None:
             **{key: content[key] for key in ("network", "widths", "state_dict", "optimizer")},
             generator=content["generator"],
             step=content["step"],
+            inner_rule=content.get("inner_rule", {}),
         )
     if not any((folder / name).exists() for name in (NAME, PREVIOUS, "model.net")):
         return None

@@ -1,1 +1,45 @@
-"""Layers for the CPU with the numbers of their plain twins up to rounding."""
+"""A backend for CPUs: the numbers of plain PyTorch up to rounding, several times faster.
+
+Layers take the place of a network's plain ones (`layers`), and the inner loop of the networks here keeps
+the head's steps as factors (`head`). Nobody who reads or changes the method needs any of it: without it,
+everything runs on `model.layers` and `model.method`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from model import method
+from model.fast import head
+from model.fast.layers import use_fast_layers
+from model.fast.memory import keep_freed_memory
+from model.meta_test import LEARNERS, MakeLearner
+from model.method import MetaLoss
+from model.modelfactory import Network
+
+Backend = Literal["plain", "fast"]
+BACKENDS = ("auto", "plain", "fast")
+
+
+def use_backend(net: Network, name: str, device: torch.device) -> Backend:
+    """Give a network the layers of `--backend`, in place, and say which it is.
+
+    `auto` is fast on the CPU and plain elsewhere, until somebody has measured there.
+    """
+    if name == "plain" or (name == "auto" and device.type != "cpu"):
+        return "plain"
+    keep_freed_memory()
+    use_fast_layers(net)
+    return "fast"
+
+
+def learner(name: str, backend: Backend) -> MakeLearner:
+    """The learner of `model.meta_test.LEARNERS` of that name, or what is as good and faster."""
+    return head.adam_learner if (name, backend) == ("adam", "fast") else LEARNERS[name]
+
+
+def meta_loss(backend: Backend) -> MetaLoss:
+    """The function of `model.method` of that name, or what is as good and faster."""
+    return head.meta_loss if backend == "fast" else method.meta_loss

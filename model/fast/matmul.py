@@ -1,4 +1,4 @@
-"""Matrix products, as fast as convolutions.
+"""Matrix products as fast as convolutions, and those of a linear layer.
 
 On the CPU torch gives products in float32 to its BLAS and convolutions to oneDNN. On some processors the
 first leaves half of the vector units idle: MKL, on AMD's with AVX-512, reaches 215 GFLOP/s where oneDNN
@@ -7,25 +7,27 @@ reaches 420. So products go to oneDNN too, where this torch has it.
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def multiply(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
-    """a @ b, or a @ b + plus, of [M, K], [K, N] and [M, N]. No gradient flows through it.
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of [M, K] and [K, N]. No gradient flows through it.
 
     In float32 oneDNN errs by up to twice as much as a BLAS, which adds up shorter stretches of K.
     """
     if not (_by_onednn(a) and _dense(b)):
-        return a @ b if plus is None else torch.addmm(plus, a, b)
-    return _linear(a, b.t(), plus)
+        return a @ b
+    return _onednn(a, b.t())
 
 
 def _by_onednn(a: Tensor) -> bool:
     single = a.device.type == "cpu" and a.dtype == torch.float32
-    return single and bool(torch.backends.mkldnn.enabled) and _has_linear()
+    return single and bool(torch.backends.mkldnn.enabled) and _has_onednn()
 
 
 def _dense(matrix: Tensor) -> bool:
@@ -33,22 +35,68 @@ def _dense(matrix: Tensor) -> bool:
     return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
-def _linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
-    """What torch's compiler makes of a linear layer, and of a sum that follows: [M, K] and [N, K]."""
-    linear = torch.ops.mkldnn._linear_pointwise
-    result: Tensor
-    if plus is None:
-        result = linear(x, weight, None, "none", [], "")
-    else:
-        result = linear.binary(x, plus, weight, None, "add")
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """What torch's compiler makes of a linear layer: [M, K] and [N, K]."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return result
 
 
 @cache
-def _has_linear() -> bool:
-    """Whether this torch knows the operators, which have no public name, and takes these arguments."""
+def _has_onednn() -> bool:
+    """Whether this torch knows the operator, which has no public name, and takes these arguments."""
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     try:
-        return bool(_linear(one, one, None) == 1 and _linear(one, one, one) == 2)
+        return bool(_onednn(one, one) == 1)
     except (AttributeError, RuntimeError, TypeError):
         return False
+
+
+def linear(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix, [B, K] and [K, N], where the matrix is a weight's or its transpose.
+
+    Differentiable to any order. A single row meets the weight in the order of memory that Adam does.
+    """
+    y: Tensor = _Linear.apply(x, matrix)
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    """x @ matrix, of which both derivatives are products again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        return _row_matmul(x, matrix) if len(x) == 1 else matmul(x, matrix)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, matrix = ctx.saved_tensors
+        need_x, need_matrix = ctx.needs_input_grad
+        to_matrix = None
+        if need_matrix:  # laid out as `matrix` is, a weight's transpose
+            to_matrix = (grad.t() * x if len(x) == 1 else linear(grad.t(), x)).t()
+        return linear(grad, matrix.t()) if need_x else None, to_matrix
+
+
+def _row_matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix for a single row, on the CPU in the blocks of `thread_blocks`."""
+    if x.device.type != "cpu":
+        return x @ matrix
+    if matrix.stride(0) > 1:  # the weight itself, not its transpose
+        blocks = thread_blocks(matrix)
+        return torch.bmm(x.unflatten(1, blocks).transpose(0, 1), matrix.unflatten(0, blocks)).sum(0)
+    # As matrix times column, a third faster than as row times matrix.
+    parts = matrix.t().unflatten(0, thread_blocks(matrix.t()))
+    return torch.bmm(parts, x.t().expand(len(parts), -1, -1)).view(1, -1)
+
+
+def thread_blocks(weight: Tensor) -> tuple[int, int]:
+    """How the threads divide the rows of a weight: number and size of their blocks.
+
+    A pass over all weights, as Adam's, gives each thread the same stretch of memory every time. Where
+    products keep to that, a thread finds what it has written in its own cache. Cores need not share one
+    (those of some processors do in groups): what another has just written then takes several times as
+    long to read as what lies in memory.
+    """
+    number = math.gcd(len(weight), torch.get_num_threads()) if weight.device.type == "cpu" else 1
+    return number, len(weight) // number

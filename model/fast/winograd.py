@@ -1,4 +1,4 @@
-"""Both adjoints of a 3x3 convolution over many images, with a third of the multiplications.
+"""Gradients of input and kernel of a 3x3 convolution over many images, with a third of the multiplications.
 
 Winograd's minimal filtering (Lavin and Gray, *Fast algorithms for convolutional neural networks*, 2016)
 computes a tile of m x m outputs from a patch d of n x n inputs, n = m + 2, as
@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.fast.matmul import multiply
+from model.fast.matmul import matmul
 
 # Where the polynomials behind the transforms are evaluated, besides infinity, for tiles of 3 and 4: the
 # errors depend on it.
@@ -29,7 +29,7 @@ POINTS = {3: (0, 1, -1, 2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
 CHUNK = 190  # tiles that are treated at a time: few enough to take little memory, enough for long products
 
 
-def adjoints(
+def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, need_x: bool = True, need_weight: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a convolution's input and kernel from that of its output.
@@ -58,10 +58,10 @@ def adjoints(
             seen = _map(of_input.t(), _patches(x[part], grid, tile, tile + 2))
             turned = errors.transpose(1, 2).contiguous()
             for sum_, *factors in zip(total, turned, seen, strict=True):
-                sum_ += multiply(*factors)
+                sum_ += matmul(*factors)
             del seen, turned  # every one of these is as large as all activations of the chunk
         if need_x:
-            products = torch.stack([multiply(*factors) for factors in zip(errors, kernel, strict=True)])
+            products = torch.stack([matmul(*factors) for factors in zip(errors, kernel, strict=True)])
             patches = _map(of_input, products).view(tile + 2, tile + 2, -1, *grid, inputs)
             rows = add_up(patches.permute(2, 3, 4, 0, 1, 5), tile, tuple(n * tile + 2 for n in grid))
             to_x[part] = rows[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
@@ -73,7 +73,7 @@ def adjoints(
 
 def _map(matrix: Tensor, patches: Tensor) -> Tensor:
     """A transform of every patch, channel by channel: [n, m] and [m, N, C] -> [n, N, C]."""
-    return multiply(matrix, patches.flatten(1)).view(-1, *patches.shape[1:])
+    return matmul(matrix, patches.flatten(1)).view(-1, *patches.shape[1:])
 
 
 def _patches(x: Tensor, grid: tuple[int, int], tile: int, side: int) -> Tensor:

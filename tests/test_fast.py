@@ -1,22 +1,26 @@
-"""The kernels against torch's own, at sizes that reach each of their ways."""
+"""The fast layers against their plain twins, and what they are made of against torch's own."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from model.fast import conv as kernels
 from model.fast import matmul as products
 from model.fast import winograd
-from model.fast.conv import FEW_POSITIONS, conv2d, grey_block, instance_norm, signs, times
-from model.fast.matmul import multiply
-from model.layers import NormReLUPool
+from model.fast.conv import FEW_POSITIONS, conv2d
+from model.fast.first_block import grey_block
+from model.fast.layers import FastConv2d, FastConvBlock, FastLinear, use_fast_layers
+from model.fast.matmul import linear, matmul
+from model.fast.norm import norm_relu_pool
+from model.layers import ConvBlock, colour
 
 MANY_CHANNELS = 32  # for the tests: fewer than the kernels' own, which take seconds in float64
 
@@ -90,40 +94,94 @@ def test_adjoints_err_by_rounding_in_single_precision() -> None:
     for channels, height in ((256, 13), (112, 13), (256, 5)):
         x, grad = normal(8, channels, height, height), normal(8, channels, height - 2, height - 2)
         weight = normal(channels, channels, 3, 3)
-        exact = winograd.adjoints(grad, x, weight)
-        single = winograd.adjoints(grad.float(), x.float(), weight.float())
+        exact = winograd.gradients(grad, x, weight)
+        single = winograd.gradients(grad.float(), x.float(), weight.float())
         for one, other in zip(single, exact, strict=True):
             assert (one - other).square().mean() <= (2e-6) ** 2 * other.square().mean()
 
 
 def test_adjoints_one_at_a_time() -> None:
     x, grad, weight = normal(40, 32, 13, 13), normal(40, 33, 11, 11), normal(33, 32, 3, 3)
-    both = winograd.adjoints(grad, x, weight)
-    assert torch.equal(winograd.adjoints(grad, x, weight, need_weight=False)[0], both[0])
-    assert torch.equal(winograd.adjoints(grad, x, weight, need_x=False)[1], both[1])
-
-
-def test_norm() -> None:
-    x, sign = channels_last(normal(3, 6, 3, 2)).requires_grad_(), signs(normal(6))
-    assert set(sign.tolist()) == {1, -1}
-    ours = derivatives(lambda x: instance_norm(x, sign, 1e-5), x)
-    compare(ours, derivatives(lambda x: F.instance_norm(x, weight=sign), x), 1e-11)
+    both = winograd.gradients(grad, x, weight)
+    assert torch.equal(winograd.gradients(grad, x, weight, need_weight=False)[0], both[0])
+    assert torch.equal(winograd.gradients(grad, x, weight, need_x=False)[1], both[1])
 
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_norm_relu_and_pool(pool: bool) -> None:
-    layer, x = NormReLUPool(6, pool), channels_last(normal(3, 6, 7, 4))
-    inputs = [part.requires_grad_() for part in (x, normal(6), normal(2, 6)[0])]
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y: Tensor = functional_call(layer, {"weight": weight, "bias": bias}, x)
-        return y
+    inputs = [
+        part.requires_grad_() for part in (channels_last(normal(3, 6, 7, 4)), normal(6), normal(2, 6)[0])
+    ]
+    assert set(inputs[1].detach().sign().tolist()) == {1, -1}
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = F.relu(F.instance_norm(x, None, None, weight, bias))
         return F.max_pool2d(y, 2) if pool else y
 
-    compare(derivatives(ours, *inputs), derivatives(plain, *inputs), 1e-11)
+    ours = derivatives(lambda x, weight, bias: norm_relu_pool(x, weight, bias, 1e-5, pool), *inputs)
+    compare(ours, derivatives(plain, *inputs), 1e-11)
+
+
+def twins(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A layer with random parameters in float64, and the same in its fast form."""
+    layer = layer.double()
+    for position, parameter in enumerate(layer.parameters()):
+        parameter.data = normal(*parameter.shape) + position / 10
+    fast = nn.Sequential(copy.deepcopy(layer))
+    use_fast_layers(fast)
+    return layer, fast[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "shape"),
+    [
+        (ConvBlock(4, 6, pool=True), FastConvBlock, (3, 4, 9, 8)),
+        (ConvBlock(3, 6, pool=True), FastConvBlock, (3, 1, 12, 10)),  # grey: the first block
+        (ConvBlock(3, 6, pool=True), FastConvBlock, (3, 1, 11, 10)),
+        (ConvBlock(4, 6, pool=False), FastConvBlock, (1, 4, 5, 5)),
+        (nn.Conv2d(4, 6, 3, stride=2), FastConv2d, (2, 4, 9, 8)),
+        (nn.Conv2d(3, 6, 3), FastConv2d, (2, 1, 9, 8)),
+        (nn.Conv2d(4, 6, 3, bias=False), FastConv2d, (1, 4, 9, 8)),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), FastConv2d, (2, 4, 9, 8)),
+        (nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), FastConv2d, (2, 4, 9, 8)),
+        (nn.Conv2d(4, 6, (3, 1), dilation=(2, 1)), FastConv2d, (2, 4, 9, 8)),
+        (nn.Linear(8, 6), FastLinear, (2, 8)),
+        (nn.Linear(8, 6, bias=False), FastLinear, (1, 8)),
+        (nn.Linear(8, 6), FastLinear, (2, 3, 8)),
+    ],
+)
+def test_layers(layer: nn.Module, kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """The same output, state dict and derivatives, whatever the layer is asked for."""
+    plain, fast = twins(layer)
+    assert type(fast) is kind
+    assert plain.state_dict().keys() == fast.state_dict().keys()
+    names = [name for name, _ in plain.named_parameters() if name != "conv.bias"]  # without effect
+    x = normal(*shape)
+    x = colour(x)
+    parts = [plain.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    parts = parts if shape[1] == 1 else [x.requires_grad_(), *parts]
+
+    def call(module: nn.Module) -> Callable[..., Tensor]:
+        def output(*values: Tensor) -> Tensor:
+            image, weights = (x, values) if shape[1] == 1 else (values[0], values[1:])
+            y: Tensor = functional_call(module, dict(zip(names, weights, strict=True)), (image,))
+            return y
+
+        return output
+
+    compare(derivatives(call(fast), *parts), derivatives(call(plain), *parts), 1e-10)
+
+
+def test_layers_of_other_types_stay_as_they_are() -> None:
+    """What somebody has made of a layer is not ours to replace."""
+
+    class Other(nn.Linear):
+        """Anything."""
+
+    net = nn.Sequential(Other(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    kinds = [type(module) for module in net]
+    use_fast_layers(net)
+    assert [type(module) for module in net] == [*kinds[:2], FastLinear]
 
 
 @pytest.mark.parametrize("size", [(3, 1, 12, 10), (1, 1, 184, 186)])
@@ -144,15 +202,15 @@ def test_grey_block(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_products_of_a_layer(rows: int, dtype: torch.dtype) -> None:
     x, matrix = normal(rows, 300, dtype=dtype), normal(300, 50).to(dtype)
-    compare((times(x, matrix),), (x.double() @ matrix.double(),), 1e-6 if dtype == torch.float32 else 1e-13)
-    compare((times(x, matrix.t().contiguous().t()),), (times(x, matrix),), 1e-6)
+    compare((linear(x, matrix),), (x.double() @ matrix.double(),), 1e-6 if dtype == torch.float32 else 1e-13)
+    compare((linear(x, matrix.t().contiguous().t()),), (linear(x, matrix),), 1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("lay", [Tensor.contiguous, lambda matrix: matrix.t().contiguous().t()])
 def test_derivatives_of_a_layers_product(lay: Callable[[Tensor], Tensor], rows: int) -> None:
     x, matrix = normal(rows, 30).requires_grad_(), lay(normal(30, 20)).requires_grad_()
-    compare(derivatives(times, x, matrix), derivatives(torch.matmul, x, matrix), 1e-12)
+    compare(derivatives(linear, x, matrix), derivatives(torch.matmul, x, matrix), 1e-12)
 
 
 @pytest.fixture(params=["oneDNN", "BLAS"])
@@ -174,13 +232,10 @@ def views(matrix: Tensor) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_of_matrices(library: str, dtype: torch.dtype) -> None:
-    a, b, plus = (normal(*size).to(dtype) for size in ((40, 70), (70, 30), (40, 30)))
+    a, b = (normal(*size).to(dtype) for size in ((40, 70), (70, 30)))
     exact, tolerance = a.double() @ b.double(), 1e-6 if dtype == torch.float32 else 1e-13
-    given = plus.clone()
-    for left, right, more in itertools.product(views(a), views(b), views(plus)):
-        compare((multiply(left, right),), (exact,), tolerance)
-        compare((multiply(left, right, plus=more),), (exact + plus.double(),), tolerance)
-    assert torch.equal(plus, given)  # not in place
+    for left, right in itertools.product(views(a), views(b)):
+        compare((matmul(left, right),), (exact,), tolerance)
 
 
 def test_onednn_multiplies_where_torch_has_it(library: str) -> None:
@@ -195,13 +250,13 @@ def test_operators_that_changed_are_left_alone(monkeypatch: pytest.MonkeyPatch) 
     def changed(*_: object) -> Tensor:
         raise RuntimeError("no overload takes these arguments")
 
-    monkeypatch.setattr(products, "_linear", changed)
-    products._has_linear.cache_clear()
+    monkeypatch.setattr(products, "_onednn", changed)
+    products._has_onednn.cache_clear()
     try:
         a = normal(2, 3).float()
-        assert torch.equal(multiply(a, a.t()), a @ a.t())
+        assert torch.equal(matmul(a, a.t()), a @ a.t())
     finally:
-        products._has_linear.cache_clear()
+        products._has_onednn.cache_clear()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -214,7 +269,7 @@ def test_products_in_the_shares_of_any_number_of_threads(threads: int) -> None:
         compare(derivatives(conv2d, x, weight), derivatives(F.conv2d, x, weight), 1e-11)
         row, matrix = normal(1, 8), normal(8, 6)
         compare(
-            (times(row, matrix), times(row[:, :6], matrix.t())),
+            (linear(row, matrix), linear(row[:, :6], matrix.t())),
             (row @ matrix, row[:, :6] @ matrix.t()),
             1e-13,
         )

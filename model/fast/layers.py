@@ -1,0 +1,85 @@
+"""Drop-in layers: the parameters, state dict and numbers (up to rounding) of their plain twins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.fast.conv import conv2d
+from model.fast.first_block import grey_block
+from model.fast.matmul import linear
+from model.fast.norm import norm_relu_pool
+from model.layers import ConvBlock
+
+
+class FastConvBlock(ConvBlock):
+    """`ConvBlock` with fast convolution and norm, both in one where the input is grey images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, norm = self.conv.weight, self.norm
+        even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+        if is_grey(x) and self.pool and even and not x.requires_grad:
+            x, weight = summed_over_channels(x, weight)
+            return grey_block(x, weight, norm.weight, norm.bias, norm.eps)
+        return norm_relu_pool(conv2d(x, weight), norm.weight, norm.bias, norm.eps, self.pool)
+
+
+class FastConv2d(nn.Conv2d):
+    """`nn.Conv2d`, fast for 3x3 kernels without padding, dilation and groups."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.stride[0]
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        if shape != ((3, 3), (step, step), (0, 0), (1, 1), 1) or x.ndim != 4 or min(x.shape[2:]) < 3:
+            return super().forward(x)
+        weight = self.weight
+        if is_grey(x):
+            x, weight = summed_over_channels(x, weight)
+        y = conv2d(x, weight, step)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear`, fast for single images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2:
+            return super().forward(x)
+        y = linear(x, self.weight.t())
+        return y if self.bias is None else y + self.bias
+
+
+def is_grey(x: Tensor) -> bool:
+    """Whether [B, C, H, W] are grey images with their channel repeated as a view: equal by construction."""
+    return x.shape[1] > 1 and x.stride(1) == 0
+
+
+def summed_over_channels(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One channel [B, 1, H, W] of grey images and the kernel [O, 1, 3, 3] that gives the same output.
+
+    A convolution is linear: a third of the work.
+    """
+    return x[:, :1], weight.sum(1, keepdim=True)
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    ConvBlock: FastConvBlock,
+    nn.Conv2d: FastConv2d,
+    nn.Linear: FastLinear,
+}
+
+
+def use_fast_layers(net: nn.Module) -> None:
+    """Turn the layers of a network that have a fast twin into it, in place.
+
+    Subclasses, and layers whose weights somebody computes (parametrizations), are of another type and
+    stay as they are. Kernels are laid out with the channels last.
+    """
+    for module in net.modules():
+        fast = FAST.get(type(module))
+        if fast is not None:
+            module.__class__ = (
+                fast  # in place, so that hooks and modules in several places stay what they are
+            )
+        if isinstance(module, FastConv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,193 @@
+"""The method: learn a trajectory image by image, and how well the initial weights let that be done.
+
+Plain PyTorch, for every network: `net(images)` gives logits, `params` holds those of its parameters that
+learn, by name. Paper, algorithm 1 and section 3; what is faster stands in `model/fast`, with the same
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from model.layers import Inputs
+
+Params = dict[str, Tensor]
+"""Parameters that learn, or fast weights or gradients in their place, by name."""
+
+InnerRule = Callable[[Params, Params], Params]
+"""From params and their gradients to the params after an inner step."""
+
+Examples = tuple[Inputs, Tensor]
+"""Images [B, C, 28, 28] or a network's frozen output of them, and class ids [B]."""
+
+
+class MetaLoss(Protocol):
+    """:func:`meta_loss`, or what gives the same numbers."""
+
+    def __call__(
+        self,
+        net: nn.Module,
+        params: Params,
+        support: Examples,
+        query: Examples,
+        *,
+        inner_lr: float,
+        first_order: bool = False,
+        second_order_steps: int | None = None,
+        rule: InnerRule | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Optimizer(Protocol):
+    """What an online learner steps with; holds the parameters."""
+
+    def step(self, gradients: Sequence[Tensor]) -> None: ...
+
+
+def sgd(inner_lr: float) -> InnerRule:
+    """The paper's inner rule, p - inner_lr * g."""
+    return lambda params, grads: {name: p.sub(grads[name], alpha=inner_lr) for name, p in params.items()}
+
+
+def call(net: nn.Module, params: Params, images: Inputs) -> Tensor:
+    """Logits [B, classes] with `params` in place of the network's own, wherever these are used.
+
+    Each place that holds a parameter is filled once. (The `tie_weights` of `functional_call` fills a module
+    that is registered twice two times, and leaves the wrong parameter in it.)
+    """
+    names = {id(p): name for name, p in net.named_parameters()}
+    places = {
+        f"{prefix}.{key}" if prefix else key: params[names[id(p)]]
+        for prefix, module in net.named_modules()
+        for key, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if names[id(p)] in params
+    }
+    logits: Tensor = functional_call(net, places, (images,), tie_weights=False)
+    return logits
+
+
+def loss_and_grads(
+    net: nn.Module, params: Params, images: Inputs, labels: Tensor, create_graph: bool
+) -> tuple[Tensor, Params]:
+    """Mean cross-entropy at `params` and its gradient; zero for a parameter without effect."""
+
+    def loss_at(params: Params) -> Tensor:
+        return F.cross_entropy(call(net, params, images), labels)
+
+    loss = loss_at(params)
+    if loss.requires_grad and all(p.requires_grad for p in params.values()):
+        grads = torch.autograd.grad(
+            loss, list(params.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        return loss, dict(zip(params, grads, strict=True))
+    # Under vmap tensors do not show that they require grad; torch.func's own gradient needs no sign of it.
+    found, loss = grad_and_value(loss_at)(params)
+    return loss, {name: g if create_graph else g.detach() for name, g in found.items()}
+
+
+def inner_loop(
+    net: nn.Module,
+    params: Params,
+    images: Inputs,
+    labels: Tensor,
+    *,
+    inner_lr: float,
+    first_order: bool = False,
+    second_order_steps: int | None = None,
+    rule: InnerRule | None = None,
+) -> tuple[Params, Tensor]:
+    """One SGD step on each image in turn (paper, algorithm 1).
+
+    Fast weights are the initial ones minus the steps, and differentiable with respect to them. Where a
+    step's gradient is taken without a graph it counts as a constant: first order, as the released code.
+
+    Args:
+        images, labels: the trajectory, T images in order.
+        inner_lr: step size.
+        first_order: all gradients are constants.
+        second_order_steps: gradients are constants in all but this many last steps; None: in none.
+        rule: takes the place of `sgd(inner_lr)`.
+
+    Returns:
+        the fast weights, and [T] the loss before each step.
+    """
+    rule = rule or sgd(inner_lr)
+    constant = 0 if second_order_steps is None else len(labels) - second_order_steps
+    losses = []
+    for t in range(len(labels)):
+        create_graph = not first_order and t >= constant
+        loss, grads = loss_and_grads(net, params, images[t : t + 1], labels[t : t + 1], create_graph)
+        params = rule(params, grads)
+        losses.append(loss.detach())
+    return params, torch.stack(losses)
+
+
+def meta_loss(
+    net: nn.Module,
+    params: Params,
+    support: Examples,
+    query: Examples,
+    *,
+    inner_lr: float,
+    first_order: bool = False,
+    second_order_steps: int | None = None,
+    rule: InnerRule | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss that meta-training minimises; its `.backward()` gives the meta-gradient.
+
+    Args:
+        params: initial values of the parameters that the inner loop changes.
+        support: the trajectory.
+        query: what is tested at the fast weights: remember set and trajectory.
+        inner_lr, first_order, second_order_steps, rule: see `inner_loop`.
+
+    Returns:
+        mean cross-entropy of the query, its logits [B, classes], and [T] the inner losses.
+    """
+    fast_params, inner_losses = inner_loop(
+        net,
+        params,
+        *support,
+        inner_lr=inner_lr,
+        first_order=first_order,
+        second_order_steps=second_order_steps,
+        rule=rule,
+    )
+    logits = call(net, fast_params, query[0])
+    return F.cross_entropy(logits, query[1]), logits, inner_losses
+
+
+class OnlineLearner:
+    """Learns a stream at meta-test: one optimizer step on each image in turn (paper, section 3).
+
+    Args:
+        net: changed in place.
+        trained: names of the parameters that learn.
+        optimizer: makes an optimizer of these parameters.
+    """
+
+    def __init__(
+        self, net: nn.Module, trained: Collection[str], optimizer: Callable[[list[Tensor]], Optimizer]
+    ) -> None:
+        self.net = net
+        self.params: list[Tensor] = [net.get_parameter(name) for name in trained]
+        self.optimizer = optimizer(self.params)
+
+    def learn(self, images: Inputs, labels: Tensor) -> None:
+        """Learn images in order, one after the other."""
+        for t in range(len(labels)):
+            loss = F.cross_entropy(self.net(images[t : t + 1]), labels[t : t + 1])
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+            self.optimizer.step(grads)
+
+    @torch.no_grad()
+    def predict(self, images: Inputs) -> Tensor:
+        """[B] the class with the largest logit for each image."""
+        classes: Tensor = self.net(images).argmax(1)
+        return classes
