@@ -9,9 +9,10 @@ No data is needed. What is measured, and how:
 - meta-step: whole steps of `MetaLearner`, each between two measurements of the machine's convolution
   rate, so that a machine that slows down or is shared does not change the ratio: analytic FLOPs
   (`utils/flops.py`) / (time x convolution rate), the median over the steps.
-- meta-test update: `Learner.learn` and the textbook loop in turn, on the same images; the ratio is
+- meta-test update: an `OnlineLearner` and the textbook loop in turn, on the same images; the ratio is
   textbook time / ours, the median over the turns. What the frozen layers put out is computed once per
   image, whatever the number of updates, and stands beside it.
+- plain: the same with `--backend plain`, and how many times as long it takes as fast, in turn.
 - textbook: `tests/reference.py` in float32, image by image, frozen layers recomputed, unfused.
 - start: `mrcl_classification.py` as a process of its own on generated characters, second order, after
   a first run that fills the image cache. A step is done when its row is in the run folder's
@@ -41,14 +42,14 @@ from torch import Tensor
 
 from datasets.characters import DRAWINGS, SIZE, CharacterSet
 from datasets.samplers import sample_task, sample_trajectory
+from model.fast import learner, meta_loss, use_backend
 from model.meta_learner import MetaLearner, gather
-from model.meta_test import FrozenStates, Learner, initial_weights
-from model.modelfactory import build
+from model.meta_test import FrozenOutputs, Settings, learn, new_run
+from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from utils import flops
 from utils.arguments import (
     LEARNING_RATES,
-    NETWORK,
     SCHEDULE,
     Parser,
     evaluation_parser,
@@ -74,6 +75,7 @@ PARTS = ("start", *ORDERS, *TREATMENTS)
 
 WARM_UP = 2  # meta-steps before the first that counts: Adam's moments, the allocator, kernel choices
 TEXTBOOK_STEPS = 2  # of the repeated meta-steps, those that the textbook's step is run beside
+WIDTHS = {name: constructor_arguments(ANML)[name][1] for name in ("nm_channels", "pln_channels")}
 TRAIN_IMAGES = 15  # of a class at meta-test
 TURN_CLASSES = 1  # learned in one turn of ours, 15 images each
 TURN_TEXTBOOK = 4  # updates in one turn of the textbook
@@ -172,19 +174,24 @@ def measure_meta_step(setup: Setup, part: str) -> dict[str, Any]:
     """Meta-steps of ANML with the defaults of training, times in s; `part` is a key of `ORDERS`."""
     defaults = parse(training_parser(), [])
     generator = torch.Generator().manual_seed(0)
-    net = build("ANML", setup.network("ANML"), generator).to(setup.device)
-    learner = MetaLearner(
-        net,
-        setup.images,
-        generator,
-        meta_lr=defaults.meta_lr,
-        update_lr=defaults.update_lr,
-        rln=defaults.rln,
-        first_order=ORDERS[part],
-    )
-    weights = [parameter.detach().clone() for parameter in net.parameters()]
 
-    def step() -> None:
+    def meta_learner(backend: str) -> MetaLearner:
+        net = build("ANML", setup.network("ANML"), torch.Generator().manual_seed(0)).to(setup.device)
+        return MetaLearner(
+            net,
+            setup.images,
+            generator,
+            meta_lr=defaults.meta_lr,
+            update_lr=defaults.update_lr,
+            rln=defaults.rln,
+            first_order=ORDERS[part],
+            meta_loss=meta_loss(use_backend(net, backend, setup.device)),
+        )
+
+    fast_learner, plain_learner = meta_learner("fast"), meta_learner("plain")
+    weights = [parameter.detach().clone() for parameter in plain_learner.net.parameters()]
+
+    def step(learner: MetaLearner = fast_learner) -> None:
         learner.step(sample_trajectory(len(setup.images), DRAWINGS, generator))
 
     def textbook() -> None:
@@ -205,10 +212,12 @@ def measure_meta_step(setup: Setup, part: str) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(setup.device)
     for _ in range(WARM_UP):
         step()
-    times, rates = [], [convolution_rate(setup.device)]
+    step(plain_learner)
+    times, plain_times, rates = [], [], [convolution_rate(setup.device)]
     for _ in repeats(setup.repeats):
         times.append(seconds(step, setup.device))
         rates.append(convolution_rate(setup.device))
+        plain_times.append(seconds(partial(step, plain_learner), setup.device))
     operations = flops.meta_step(
         second_order=not ORDERS[part],
         steps=defaults.update_step,
@@ -224,6 +233,8 @@ def measure_meta_step(setup: Setup, part: str) -> dict[str, Any]:
         "seconds": spread(times),
         "convolution_flops_per_second": spread(rates),
         "ratio": spread(ratios),
+        "plain_seconds": spread(plain_times),
+        "plain_ratio": spread([b / a for a, b in zip(times, plain_times, strict=True)]),
         "textbook_seconds": spread(beside),
         "device_peak_bytes": device_peak,
     }
@@ -233,13 +244,18 @@ def measure_meta_test(setup: Setup, part: str) -> dict[str, Any]:
     """Meta-test updates, ours and the textbook's in turn, in s per update; `part` is of `TREATMENTS`."""
     kind, rln = TREATMENTS[part]
     generator = torch.Generator().manual_seed(0)
-    net = build(kind, setup.network(kind), generator).to(setup.device)
     classes = TURN_CLASSES * (setup.repeats + 1)
     pool = setup.images[:classes]
     task = sample_task(classes, DRAWINGS, classes, generator, train_images=TRAIN_IMAGES)
-    states = FrozenStates(net, pool, rln)
-    learner = Learner(net, rln, 0.001, initial_weights(net, rln, generator))
-    weights = [parameter.detach().clone() for parameter in net.parameters()]
+    weights, outputs, learners = [], {}, {}
+    for backend in ("plain", "fast"):
+        net = build(kind, setup.network(kind), torch.Generator().manual_seed(0)).to(setup.device)
+        weights = [parameter.detach().clone() for parameter in net.parameters()]
+        used = use_backend(net, backend, setup.device)
+        trained = trained_parameters(net, rln)
+        outputs[backend] = FrozenOutputs(net, pool, trained)
+        run = new_run(net, trained, generator)
+        learners[backend] = learner("adam", used)(run, trained, Settings(0.001))
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
 
     def textbook(stream: Tensor) -> None:
@@ -248,19 +264,25 @@ def measure_meta_test(setup: Setup, part: str) -> dict[str, Any]:
             grey = image.expand(3, -1, -1).contiguous()
             weights[:] = reference.meta_test_update(weights, grey, int(label), rln, optimizer)
 
-    def turn(index: Tensor) -> tuple[float, float, float]:
-        """Seconds of the frozen layers per image, of our update and of the textbook's."""
+    def turn(index: Tensor) -> tuple[float, float, float, float]:
+        """Seconds of the frozen layers per image, of a fast and a plain update and of the textbook's."""
         stream = index.reshape(-1, 2)
         few = stream[:TURN_TEXTBOOK]
-        below = seconds(partial(states.get, stream), setup.device) / (len(index) * DRAWINGS)
-        ours = seconds(partial(learner.learn, states, stream), setup.device) / len(stream)
-        return below, ours, seconds(partial(textbook, few), setup.device) / len(few)
+        below = seconds(partial(outputs["fast"].get, stream), setup.device) / (len(index) * DRAWINGS)
+        outputs["plain"].get(stream)
+        fast, plain = (
+            seconds(partial(learn, learners[backend], outputs[backend], stream), setup.device) / len(stream)
+            for backend in ("fast", "plain")
+        )
+        return below, fast, plain, seconds(partial(textbook, few), setup.device) / len(few)
 
     warm_up, *turns = task.train.split(TURN_CLASSES)
     turn(warm_up)
-    frozen, ours, theirs = zip(*(turn(turns[k]) for k in repeats(setup.repeats)), strict=True)
+    frozen, ours, plains, theirs = zip(*(turn(turns[k]) for k in repeats(setup.repeats)), strict=True)
     return {
         "seconds": spread(ours),
+        "plain_seconds": spread(plains),
+        "plain_ratio": spread([b / a for a, b in zip(ours, plains, strict=True)]),
         "textbook_seconds": spread(theirs),
         "ratio": spread([b / a for a, b in zip(ours, theirs, strict=True)]),
         "frozen_seconds_per_image": spread(frozen) if rln else None,
@@ -410,7 +432,8 @@ def machine_table(machine: dict[str, Any]) -> str:
 
 def meta_step_table(results: dict[str, Any]) -> str:
     """What `measure_meta_step` found, a line for each order measured."""
-    header = ["ANML", "s", "range (n)", "GFLOP", "conv GFLOP/s", "ratio", "range (n)", "textbook s"]
+    header = ["ANML", "s", "range (n)", "GFLOP", "conv GFLOP/s", "ratio", "range (n)"]
+    header += ["plain s", "plain / fast", "textbook s"]
     rows = []
     for part in ORDERS:
         if part not in results:
@@ -419,7 +442,10 @@ def meta_step_table(results: dict[str, Any]) -> str:
         rate, *_ = shown(found["convolution_flops_per_second"], 1 / GIGA, 0)
         textbook, *_ = shown(found["textbook_seconds"])
         times, ratios = shown(found["seconds"], 1, 3), shown(found["ratio"])
-        rows.append([called(part), *times, f"{found['flops'] / GIGA:.1f}", rate, *ratios, textbook])
+        plain, *_ = shown(found["plain_seconds"], 1, 3)
+        times_slower, *_ = shown(found["plain_ratio"])
+        row = [called(part), *times, f"{found['flops'] / GIGA:.1f}", rate, *ratios]
+        rows.append([*row, plain, times_slower, textbook])
     return render("Meta-step; ratio = GFLOP / (s x conv GFLOP/s)", header, rows)
 
 
@@ -433,6 +459,8 @@ def meta_test_table(results: dict[str, Any]) -> str:
         "textbook ms",
         "ratio",
         "range (n)",
+        "plain ms",
+        "plain / fast",
         "frozen layers, ms once per image",
     ]
     rows = []
@@ -444,7 +472,10 @@ def meta_test_table(results: dict[str, Any]) -> str:
         below = "-" if once is None else shown(once, 1e3)[0]
         times, rate = shown(found["seconds"], 1e3), f"{1 / found['seconds'].median:.0f}"
         textbook, *_ = shown(found["textbook_seconds"], 1e3)
-        rows.append([called(part), *times, rate, textbook, *shown(found["ratio"], 1, 1), below])
+        plain, *_ = shown(found["plain_seconds"], 1e3)
+        times_slower, *_ = shown(found["plain_ratio"])
+        row = [called(part), *times, rate, textbook, *shown(found["ratio"], 1, 1)]
+        rows.append([*row, plain, times_slower, below])
     return render("Meta-test update, batch 1; ratio = textbook / ours", header, rows)
 
 
@@ -516,8 +547,8 @@ def benchmark_parser() -> Parser:
     group = parser.add_argument_group("what to measure")
     group.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
     parser.flag(group, "--repeats", positive, 7, "repeated measurements, of which the median is shown")
-    parser.flag(group, "--nm_channels", positive, NETWORK["nm_channels"], "channels of NM")
-    parser.flag(group, "--pln_channels", positive, NETWORK["pln_channels"], "channels of the PLN, and of OML")
+    parser.flag(group, "--nm_channels", positive, WIDTHS["nm_channels"], "channels of NM")
+    parser.flag(group, "--pln_channels", positive, WIDTHS["pln_channels"], "channels of the PLN, and of OML")
     group = parser.add_argument_group("run")
     group.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
     parser.flag(group, "--device", str.lower, "auto", "where", choices=("auto", "cpu", "cuda", "mps"))
@@ -529,7 +560,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, by part, with what follows from it."""
     device = choose_device(args.device, args.threads)
     widths = {"nm_channels": args.nm_channels, "pln_channels": args.pln_channels}
-    results: dict[str, Any] = {"paper_size": all(NETWORK[name] == width for name, width in widths.items())}
+    results: dict[str, Any] = {"paper_size": widths == WIDTHS}
     load = os.getloadavg()[0]  # by others, as long as this has not begun
     begin = time.perf_counter()
 
