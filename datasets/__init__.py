@@ -10,10 +10,10 @@ import torch
 
 from datasets import glyphs, omniglot
 from datasets.cache import cached
-from datasets.characters import CLASSES, DRAWINGS, SIZE, CharacterSet
+from datasets.characters import CLASSES, DRAWINGS, SIZE, CharacterSet, normalise
 from utils.errors import UserError
 
-__all__ = ["DATASETS", "SPLITS", "CharacterSet", "load_characters", "load_pool"]
+__all__ = ["DATASETS", "SPLITS", "CharacterSet", "load_characters", "load_pool", "normalise"]
 
 DATASETS = ("omniglot", "glyphs")
 SPLITS = ("background", "evaluation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +42,39 @@ class CharacterSet:
             `[C, 20, 1, 28, 28]`, (pixel - 0.92206 * 256) / (0.08426 * 256 * 256). The networks
             repeat the one grey channel where they need three.
         """
-        # The released code normalises in float32, whatever it computes in afterwards.
-        pixels = self.images.to(device).float()
-        return pixels.sub_(PIXEL_MEAN).div_(PIXEL_SCALE).to(dtype).unsqueeze(2)
+        return _normalised(self.images.to(device)).to(dtype).unsqueeze(2)
+
+
+def normalise(pixels: torch.Tensor | NDArray[np.uint8]) -> torch.Tensor:
+    """Images of one's own as the networks here take them: [B, 1, 28, 28] from uint8 `[B, 28, 28]`.
+
+    Drawings are dark ink (0) on light paper (255), as in Omniglot, and 28 pixels high and wide: the
+    networks have seen no other.
+
+    Raises:
+        ValueError: another shape or type.
+
+    Warns:
+        UserWarning: images that look like light ink on dark paper.
+    """
+    pixels = torch.as_tensor(pixels)
+    if pixels.dtype != torch.uint8 or pixels.shape[-2:] != (SIZE, SIZE) or pixels.ndim != 3:
+        raise ValueError(
+            f"images are {str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}, not uint8 "
+            f"[B, {SIZE}, {SIZE}]: scale drawings down to {SIZE} x {SIZE}, one grey channel from 0 to 255"
+        )
+    if len(pixels) and pixels.float().mean() < 128:
+        warnings.warn(
+            "most pixels are dark: the networks have seen dark ink (0) on light paper (255); 255 - images "
+            "turns the one into the other",
+            stacklevel=2,
+        )
+    return _normalised(pixels).unsqueeze(1)
+
+
+def _normalised(pixels: torch.Tensor) -> torch.Tensor:
+    # The released code normalises in float32, whatever it computes in afterwards.
+    return pixels.float().sub_(PIXEL_MEAN).div_(PIXEL_SCALE)
 
 
 def shrink(picture: Image.Image) -> NDArray[np.uint8]:
