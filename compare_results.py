@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model.scores import accuracies
 from utils.arguments import comparison_parser
 from utils.errors import UserError, run_script
 from utils.results import Results, compare, read_results
@@ -26,12 +27,16 @@ def describe(path: Path, results: Results) -> str:
 def table(lines: list[dict[str, Any]]) -> str:
     """The comparison for the terminal: mean accuracies in percent, U of A, two-sided p."""
     header = f"{'classes':>7}  {'runs':>7}"
-    for key in ("test", "train"):
+    measured = [m.name for m in accuracies() if any(f"{m.name}_u" in line for line in lines)]
+    for key in measured:
         header += f"  {f'A {key} %':>9}  {f'B {key} %':>9}  {'U':>7}  {'p':>8}"
     rows = [header]
     for line in lines:
         row = f"{line['classes']:7d}  {line['runs_a']:3d}/{line['runs_b']:<3d}"
-        for key in ("test", "train"):
+        for key in measured:
+            if f"{key}_u" not in line:
+                row += f"  {'-':>9}  {'-':>9}  {'-':>7}  {'-':>8}"
+                continue
             means = [100 * line[f"{key}_{side}"] for side in "ab"]
             row += f"  {means[0]:9.1f}  {means[1]:9.1f}  {line[f'{key}_u']:7g}  {line[f'{key}_p']:8.2g}"
         rows.append(row)

@@ -23,6 +23,7 @@ from typing import Any
 from datasets import load_pool
 from model.meta_test import Trial, best_rate
 from model.modelfactory import trained_parameters
+from model.scores import MEASURES
 from model.treatments import describe
 from utils.arguments import evaluation_parser, parse, recorded
 from utils.device import choose_device
@@ -47,7 +48,7 @@ def search(
     with run.progress(len(jobs), every=len(args.lrs), unit="try") as bar:
         for (position, draw, lr), found in zip(jobs, scores("search", classes, jobs), strict=True):
             trials.append(Trial(draw, lr, found, models[position].name))
-            if bar.advance(test=found.test, train=found.train):
+            if bar.advance(**found.accuracies()):
                 bar.report()
     return trials
 
@@ -64,23 +65,21 @@ def evaluate(
             trials = search(args, run, scores, models, classes)
             lr = best_rate(trials, "test" if args.test else "train")
             about["search"] += [
-                {"model": t.model, "classes": classes, "draw": t.draw, "lr": t.lr, **t.score._asdict()}
-                for t in trials
+                {"model": t.model, "classes": classes, "draw": t.draw, "lr": t.lr, **t.score} for t in trials
             ]
         jobs = list(product(range(len(models)), range(args.runs), [lr]))
         found_rows = []
         with run.progress(len(jobs), every=args.runs, unit="run") as bar:
             for (position, draw, _), found in zip(jobs, scores("report", classes, jobs), strict=True):
                 row = {"model": models[position].name, "classes": classes, "run": draw, "lr": lr}
-                found_rows.append({**row, **found._asdict()})
+                found_rows.append({**row, **found})
                 run.metrics(found_rows[-1])
-                if bar.advance(test=found.test, train=found.train):
+                if bar.advance(**found.accuracies()):
                     bar.report()
         rows += found_rows
         (line,) = summarise(found_rows)
-        for key in ("test", "train"):
-            run.scalars(classes, {f"meta_test/accuracy_{key}": line[key]})
-        run.scalars(classes, {"meta_test/lr": lr, "meta_test/classes_above_chance": line["above_chance"]})
+        values = {measure.tag: line[name] for name, measure in MEASURES.items() if line[name] is not None}
+        run.scalars(classes, {f"meta_test/{tag}": value for tag, value in {"lr": lr, **values}.items()})
         if is_first():
             write_results(run.folder, rows, about)
     return rows

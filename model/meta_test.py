@@ -21,6 +21,7 @@ from model.kernels import times
 from model.meta_learner import Weights, gather, inner_gradients
 from model.modelfactory import Network, State, initialise, trained_parameters
 from model.optimizer import Adam
+from model.scores import Answers, Score
 from utils.device import use_huge_pages
 
 Purpose = Literal["search", "report", "validation"]
@@ -143,20 +144,6 @@ class Learner:
         return torch.cat(hits).reshape(index.shape[:-1])
 
 
-class Score(NamedTuple):
-    """Accuracies of one run.
-
-    Attributes:
-        test: fraction of the test images classified right after the whole sequence.
-        train: the same for the images that were trained on (what is left of them: forgetting).
-        above_chance: classes whose test accuracy is above 1 / N.
-    """
-
-    test: float
-    train: float
-    above_chance: int
-
-
 @dataclass
 class Track:
     """What is remembered while a run is under way.
@@ -248,9 +235,8 @@ class MetaTest:
                 if self.iid:
                     stream = stream[torch.randperm(len(stream), generator=generator)]
                 learner.learn(self.states, stream)
-        test = learner.correct(self.states, task.test).cpu().double().mean(1)
-        train = learner.correct(self.states, task.train).cpu().double().mean()
-        return Score(test.mean().item(), train.item(), int((test > 1 / classes).sum()))
+        test, train = (learner.correct(self.states, index).cpu() for index in (task.test, task.train))
+        return Score.of(Answers(test, train))
 
     def _learn_and_track(self, learner: Learner, task: Task, track: Track) -> None:
         if self.iid or self.epochs > 1:
@@ -286,11 +272,12 @@ def best_rate(trials: Sequence[Trial], objective: str) -> float:
 
     Args:
         trials: every rate on every draw of every model.
-        objective: field of `Score` to maximise, `train` (as released) or `test`.
+        objective: measure to maximise, `train` (as released) or `test`.
     """
     by_draw: defaultdict[tuple[str, int], dict[float, float]] = defaultdict(dict)
     for trial in trials:
-        by_draw[trial.model, trial.draw][trial.lr] = getattr(trial.score, objective)
+        value = trial.score[objective]
+        by_draw[trial.model, trial.draw][trial.lr] = -1 if value is None else value
     wins = Counter(max(scores, key=scores.__getitem__) for scores in by_draw.values())
 
     def rank(lr: float) -> tuple[int, float]:

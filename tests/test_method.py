@@ -16,12 +16,12 @@ from model.meta_test import (
     FrozenStates,
     Learner,
     MetaTest,
-    Score,
     Trial,
     best_rate,
     initial_weights,
 )
 from model.modelfactory import Network, build, trained_parameters
+from model.scores import Score
 from tests import reference
 from utils.errors import UserError
 

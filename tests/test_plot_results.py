@@ -15,6 +15,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import Rectangle
 
 import plot_results
+from model.scores import ACCURACY, MEASURES, Measure, accuracies
 from tests.test_ledger import write_accuracies
 from utils.arguments import parse, plot_parser
 from utils.plots import (
@@ -87,6 +88,21 @@ def test_bars_show_means_intervals_and_published_numbers() -> None:
     ends = {tuple(np.round(np.ravel(s), 6)) for c in intervals for s in c.get_segments()}
     assert (55, -0.2, 65, -0.2) in ends
     assert "600 classes" in axes.get_xlabel()
+
+
+def test_each_accuracy_that_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newer = summary({600: 0.6}), summary({600: 0.2})
+    monkeypatch.setitem(MEASURES, "worst", Measure("worst", ACCURACY, "of all classes", lambda answers: 0.0))
+    curves = {"A": older, "B": newer}
+    assert len(comparison_figure(curves).axes) == 2
+    newer[0] |= {"worst": 0.1, "worst_low": 0.0, "worst_high": 0.2}
+    del newer[0]["train"]
+    panels = comparison_figure(curves).axes
+    assert [axes.get_title() for axes in panels] == [measure.title for measure in accuracies()]
+    np.testing.assert_allclose(lines(panels[2])["B"], [[600, 10]])
+    assert np.isnan(lines(panels[2])["A"]).any()
+    (axes,) = bars_figure({"A": older[0], "B": newer[0]}).axes
+    assert [text.get_text() for text in axes.texts] == ["60.0", "20.0", "70.0", "-", "-", "10.0"]
 
 
 def test_activations_are_squares() -> None:

@@ -20,12 +20,13 @@ import torch
 import evaluate_classification
 import model.meta_test
 from datasets.samplers import Task, sample_task
-from model.meta_test import MetaTest, Score, Track, Trial, best_rate
+from model.meta_test import MetaTest, Track, Trial, best_rate
 from model.modelfactory import build
+from model.scores import ACCURACY, MEASURES, Measure, Score
 from model.treatments import TABLE
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
-from utils.journal import COLUMNS, Journal, Key
+from utils.journal import Journal, Key, columns
 from utils.results import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +178,7 @@ def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evalu
 
 def test_the_rate_that_wins_most_draws_of_all_models() -> None:
     def trial(model: str, draw: int, lr: float, train: float) -> Trial:
-        return Trial(draw, lr, Score(0, train, 0), model)
+        return Trial(draw, lr, Score(train=train), model)
 
     # 0.1 has the best mean, 0.01 wins both draws of the second model and one of the first.
     trials = [
@@ -299,7 +300,10 @@ def test_what_would_change_numbers_is_refused_by_name(
 
 def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
-    score = Score(1 / 3, 0.1 + 0.2, 7)
+    score, nothing = (
+        Score(test=1 / 3, train=0.1 + 0.2, above_chance=7),
+        Score(test=0, train=0, above_chance=0),
+    )
     with Journal(path) as journal:
         assert journal.score(key, lambda: score) == score
         assert path.read_bytes().endswith(b"7\n")  # on disk before the next one
@@ -313,18 +317,77 @@ def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     with Journal(path) as journal:
         assert journal.score(key, lambda: pytest.fail("computed again")) == score
         other = key._replace(lr=0.0009)
-        assert journal.score(other, lambda: Score(0, 0, 0)) == Score(0, 0, 0)
+        assert journal.score(other, lambda: nothing) == nothing
     with Journal(path) as journal:
-        assert journal.known == {key: score, other: Score(0, 0, 0)}
+        assert journal.known == {key: score, other: nothing}
+
+
+def test_a_journal_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text('purpose,model,classes,draw,lr,train\nreport,"a, b",10,3,0.00085,0.1\nreport,a,1')
+    draft = tmp_path / ".s.csv.abcd"
+    draft.write_text("of a process that was killed while it did this")
+    key = Key("report", "a, b", 10, 3, 0.00085)
+    with Journal(path) as journal:
+        assert journal.known == {key: Score(test=None, train=0.1, above_chance=None)}
+        whole = f'{",".join(columns())}\nreport,"a, b",10,3,0.00085,,0.1,\n'
+        assert path.read_text() == whole
+        journal.score(key._replace(draw=4), lambda: Score(test=0.5, train=1.0, above_chance=2))
+    assert path.read_text() == f'{whole}report,"a, b",10,4,0.00085,0.5,1.0,2\n'
+    assert not draft.exists()
+    with Journal(path) as journal:
+        assert [score.test for score in journal.known.values()] == [None, 0.5]
+
+
+def test_one_more_measure_is_one_more_line(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measure of the user's own reaches every file, the table and the curves; older runs lack it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    search = f"{TINY} --schedule 2 --lrs 0.01 0.001 --lr_search_runs 2 --model ANML.net"
+    older = evaluate(f"{search} --runs 1")
+    capsys.readouterr()
+    worst = Measure(
+        "worst", ACCURACY, "of all classes", lambda answers: answers.test.double().mean(1).min().item()
+    )
+    with monkeypatch.context() as patched:
+        patched.setitem(MEASURES, "worst", worst)
+        newer = evaluate(f"{search} --runs 2")
+        assert "meta-test worst %" in capsys.readouterr().out
+        assert all(0 <= float(row["worst"]) <= float(row["test"]) for row in table(newer))
+        rows, (line,), trials = numbers(newer)
+        assert line["worst"] == pytest.approx(sum(row["worst"] for row in rows) / 2)
+        assert line["worst_low"] <= line["worst"] <= line["worst_high"]
+        assert [trial["worst"] for trial in trials] == [float(row["worst"]) for row in table(newer)[:4]]
+        events = EventAccumulator(str(newer))
+        events.Reload()
+        assert "meta_test/accuracy_worst" in events.Tags()["scalars"]
+
+        evaluate(f"--resume {older} --runs 2")
+        assert [row["worst"] for row in table(older)] == [*[""] * 5, table(newer)[5]["worst"]]
+        rows, (line,), _ = numbers(older)
+        assert [row["worst"] for row in rows] == [None, numbers(newer)[0][1]["worst"]]
+        assert line["worst"] == rows[1]["worst"]
+        assert line["test"] == sum(row["test"] for row in rows) / 2
+    with pytest.raises(UserError, match="columns"):
+        read_results(newer)
+    with pytest.raises(UserError, match="columns"):
+        Journal(newer / "scores.csv")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("step,loss\n1,2\n", "columns"),
-        (f"{','.join(COLUMNS)}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2"),
-        (f"{','.join(COLUMNS)}\nlunch,a,2,0,0.1,0.5,0.5,1\n", "line 2"),
-        (f"{','.join(COLUMNS)}\nsearch,a,2,0,x,0.5,0.5,1\n", "line 2"),
+        ("purpose,model,classes,draw,lr\n", "columns"),
+        ("purpose,classes,draw,lr,test\n", "columns"),
+        (f"{','.join(columns())},new\n", "columns"),
+        (f"{','.join(columns())},test\n", "columns"),
+        (f"{','.join(columns())}\nsearch,a,2,0,0.1,nan,0.5,1\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2"),
+        (f"{','.join(columns())}\nlunch,a,2,0,0.1,0.5,0.5,1\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,x,0.5,0.5,1\n", "line 2"),
         ("\xff\x00\n", "s.csv"),
     ],
 )

@@ -20,6 +20,7 @@ from utils.results import (
     compare,
     read_results,
     summarise,
+    table,
     write_results,
 )
 
@@ -49,6 +50,24 @@ def test_a_file_without_a_model_column(tmp_path: Path) -> None:
     assert read_results(path).rows == [row(model="", test=0.8)]
 
 
+def test_a_measure_that_a_file_lacks_is_missing(tmp_path: Path) -> None:
+    older, mixed = tmp_path / "older.csv", tmp_path / "mixed.csv"
+    older.write_text("classes,run,lr,test\n10,0,0.001,0.8\n")
+    assert read_results(older).rows == [row(model="", test=0.8, train=None, above_chance=None)]
+    (line,) = summarise(read_results(older).rows)
+    assert line["test"] == 0.8
+    assert [line[key] for key in ("train", "train_low", "train_high", "above_chance")] == [None] * 4
+    assert table(read_results(older).rows).splitlines()[1].split()[-2:] == ["-", "-"]
+    assert "train_u" not in compare(read_results(older).rows, [row()])[0]
+    mixed.write_text(f"{HEADER}\n{LINE}\n{LINE.replace(',0,', ',1,').replace('0.8', '')}\n")
+    rows = read_results(mixed).rows
+    assert [found["test"] for found in rows] == [0.8, None]
+    assert (summarise(rows)[0]["test"], summarise(rows)[0]["train"]) == (0.8, 0.9)
+    write_results(tmp_path, rows, {})
+    for path in (tmp_path, tmp_path / "results.json"):
+        assert read_results(path).rows == rows
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -56,15 +75,17 @@ def test_a_file_without_a_model_column(tmp_path: Path) -> None:
         (HEADER, "no runs"),
         ("classes,accuracy\n10,0.5", "line 2: the columns should be"),
         (f"{HEADER},extra\n{LINE},1", "extra"),
+        ("classes,run,lr\n10,0,0.001", "line 2: the columns should be"),
+        ("run,lr,test\n0,0.001,0.5", "line 2: the columns should be"),
         (f"{HEADER}\n{LINE},7", "columns"),
-        (f"{HEADER}\n{LINE}\na.net,10,1,0.5", "line 3: test is None"),
+        (f"{HEADER}\n{LINE}\na.net,10,1,0.5", "line 3: fewer fields"),
         (f"{HEADER}\n{LINE}".replace("0.8", "nan"), "test is 'nan', not an accuracy"),
         (f"{HEADER}\n{LINE}".replace("0.8", "80"), "test is '80', not an accuracy"),
         (f"{HEADER}\n{LINE}".replace("0.9", "-0.1"), "train is '-0.1'"),
         (f"{HEADER}\n{LINE}".replace(",10,0,", ",10.5,0,"), "classes is '10.5'"),
         (f"{HEADER}\n{LINE}".replace("0.001", "inf"), "lr is 'inf'"),
         (f"{HEADER}\n{LINE}".replace("0.001", "0"), "lr is '0'"),
-        (f"{HEADER}\n{LINE}"[:-2] + "11", "11 classes above chance"),
+        (f"{HEADER}\n{LINE}"[:-2] + "11", "above_chance is '11', not a number of classes from 0 to 10"),
         (f"{HEADER}\n{LINE}\n{LINE}", "twice"),
     ],
 )

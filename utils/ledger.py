@@ -56,6 +56,7 @@ def read_accuracies(path: Path) -> Result:
         (key, line["classes"]): Measured(100 * line[key], 50 * (line[f"{key}_high"] - line[f"{key}_low"]))
         for line in summarise(read_results(path).rows)
         for key in ACCURACIES
+        if line[key] is not None
     }
 
 
