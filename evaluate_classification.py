@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -32,7 +33,7 @@ from utils.errors import UserError, run_script
 from utils.journal import Journal
 from utils.models import Model, load_models, match_earlier
 from utils.plots import accuracy_figure, save_figure
-from utils.results import summarise, table, write_results
+from utils.results import Row, summarise, table, write_results
 from utils.run import Run, log_to_terminal
 from utils.scorer import Scorer, scorer
 
@@ -58,7 +59,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Search and report each class count of `--schedule`; results are written after each."""
     rows: list[dict[str, Any]] = []
-    about |= {"lr_chosen": how_chosen(args, len(models)), "search": []}
+    about["search"] = []
     for classes in args.schedule:
         lr = args.lr
         if lr is None:
@@ -77,6 +78,7 @@ def evaluate(
                 if bar.advance(**found.accuracies()):
                     bar.report()
         rows += found_rows
+        about["lr_chosen"] = how_chosen(args, models, rows)
         (line,) = summarise(found_rows)
         values = {measure.tag: line[name] for name, measure in MEASURES.items() if line[name] is not None}
         run.scalars(classes, {f"meta_test/{tag}": value for tag, value in {"lr": lr, **values}.items()})
@@ -134,22 +136,29 @@ def main() -> None:
         figure = accuracy_figure(summarise(rows))
         save_figure(figure, run.folder / "accuracy.png")
         run.figure("meta_test/accuracy", figure, max(args.schedule))
-        log.info("%s", how_chosen(args, len(models)))
+        log.info("%s", how_chosen(args, models, rows))
         log.info("%s", table(rows))
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
 
 
-def how_chosen(args: argparse.Namespace, models: int) -> str:
-    """One line on where the learning rates come from, so that nobody reads a leak as a result."""
+def how_chosen(args: argparse.Namespace, models: list[Model], rows: Sequence[Row]) -> str:
+    """One line on where the learning rates of `rows` come from, so that nobody reads a leak as a result,
+    or a search that ended at its edge as one that found the best."""
     if args.lr is not None:
         return f"learning rate {args.lr:g} as given"
     pool = "the meta-test classes themselves, as released"
     if args.lr_search_split == "background":
         pool = "meta-training classes, none of those reported on"
-    draws = f"{args.lr_search_runs} draws" + (f" for each of {models} models" if models > 1 else "")
+    draws = f"{args.lr_search_runs} draws" + (f" for each of {len(models)} models" if len(models) > 1 else "")
     accuracy = f"meta-test {'test' if args.test else 'train'} accuracy"
-    rates = f"of {len(args.lrs)} from {min(args.lrs):g} to {max(args.lrs):g}, the one that wins most draws"
-    return f"learning rates chosen by {accuracy} on {draws} of {pool}; {rates}"
+    low, high = min(args.lrs), max(args.lrs)
+    rates = f"of {len(args.lrs)} from {low:g} to {high:g}, the one that wins most draws"
+    text = f"learning rates chosen by {accuracy} on {draws} of {pool}; {rates}"
+    edges = {row["classes"]: row["lr"] for row in rows if row["lr"] in (low, high)}
+    if low == high or not edges:
+        return text
+    at = ", ".join(f"{lr:g} for {classes} classes" for classes, lr in edges.items())
+    return f"{text}; at the edge of these, beyond which a better one may lie: {at}"
 
 
 if __name__ == "__main__":

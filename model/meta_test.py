@@ -5,9 +5,10 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -267,8 +268,10 @@ class Trial(NamedTuple):
 def best_rate(trials: Sequence[Trial], objective: str) -> float:
     """The learning rate that wins most draws (paper and released code: the mode of the winners).
 
-    Of rates that win equally often, the one with the best mean over all draws. Several models share
-    one rate: their draws count alike.
+    Rates that are equal on a draw share its win. Of rates that win equally often it is the one with the
+    best mean over all draws, and then the smallest. So neither the order of the rates matters, nor does a
+    rate win that is nowhere better than another one and somewhere worse. Several models share one rate:
+    their draws count alike.
 
     Args:
         trials: every rate on every draw of every model.
@@ -278,9 +281,13 @@ def best_rate(trials: Sequence[Trial], objective: str) -> float:
     for trial in trials:
         value = trial.score[objective]
         by_draw[trial.model, trial.draw][trial.lr] = -1 if value is None else value
-    wins = Counter(max(scores, key=scores.__getitem__) for scores in by_draw.values())
+    wins: defaultdict[float, Fraction] = defaultdict(Fraction)
+    for values in by_draw.values():
+        winners = [lr for lr, value in values.items() if value == max(values.values())]
+        for lr in winners:
+            wins[lr] += Fraction(1, len(winners))
 
-    def rank(lr: float) -> tuple[int, float]:
-        return wins[lr], fmean(scores[lr] for scores in by_draw.values())
+    def rank(lr: float) -> tuple[Fraction, float, float]:
+        return wins[lr], fmean(values[lr] for values in by_draw.values()), -lr
 
     return max(wins, key=rank)

@@ -24,6 +24,7 @@ from model.meta_test import MetaTest, Track, Trial, best_rate
 from model.modelfactory import build
 from model.scores import ACCURACY, MEASURES, Measure, Score
 from model.treatments import TABLE
+from utils.arguments import evaluation_parser, parse
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.journal import Journal, Key, columns
@@ -168,12 +169,29 @@ def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evalu
     assert (line["models"], line["runs"], len({row["lr"] for row in rows})) == (2, 4, 1)
     assert line["test"] == pytest.approx(sum(row["test"] for row in rows) / 4)
     assert sorted({trial["model"] for trial in trials}) == ["ANML.net", "ANML1.net"]
-    assert "for each of 2 models" in read_results(together).about["lr_chosen"]
+    chosen = read_results(together).about["lr_chosen"]
+    assert "for each of 2 models" in chosen
+    # Of two rates each is at the edge of the search.
+    assert chosen.endswith(
+        f"; at the edge of these, beyond which a better one may lie: {line['lr']} for 2 classes"
+    )
+    assert chosen in (together / "log.txt").read_text()
     assert read_results(together).about["models"][0]["name"] == "ANML.net"
     # The first model's first run is that of the model alone.
     alone = numbers(evaluate(f"{TINY} {search} --model ANML.net --lr {rows[0]['lr']}"))[0]
     assert alone[0] == rows[0]
     assert alone[1] != rows[1]
+
+
+def test_a_rate_within_the_search_is_not_pointed_out() -> None:
+    def chosen(*flags: str) -> str:
+        args = parse(evaluation_parser(), ["--model=M.net", *flags])
+        rows = [{"classes": 10, "lr": 0.01}, {"classes": 50, "lr": 0.003}, {"classes": 100, "lr": 0.001}]
+        return evaluate_classification.how_chosen(args, [], rows)
+
+    assert chosen("--lrs=0.01,0.003,0.001").endswith(": 0.01 for 10 classes, 0.001 for 100 classes")
+    for flags in ("--lrs=0.03,0.01,0.003,0.001,0.0003", "--lrs=0.01", "--lr=0.01"):
+        assert "edge" not in chosen(flags)
 
 
 def test_the_rate_that_wins_most_draws_of_all_models() -> None:
