@@ -18,6 +18,7 @@ from utils.results import (
     bootstrap_interval,
     cluster_interval,
     compare,
+    interval,
     read_results,
     summarise,
     table,
@@ -126,15 +127,66 @@ def test_no_results(tmp_path: Path) -> None:
 
 
 def test_one_model_has_the_interval_of_its_runs() -> None:
-    values = [0.1, 0.4, 0.2, 0.35, 0.3]
+    values = [0.1, 0.4, 0.2, 0.35, 0.3] * 2
     expected = stats.bootstrap(
         (np.array(values),), np.mean, method="percentile", rng=np.random.default_rng(0)
     )
     assert cluster_interval([values]) == bootstrap_interval(values) == tuple(expected.confidence_interval)
     (line,) = summarise([row(run=k, test=value) for k, value in enumerate(values)])
     assert (line["test_low"], line["test_high"]) == bootstrap_interval(values)
+    assert line["test_interval"] == "bootstrap over runs"
     # One run of each model: models are what is resampled.
+    assert interval([[value] for value in values]) == (*bootstrap_interval(values), "bootstrap over models")
     assert cluster_interval([[value] for value in values]) == bootstrap_interval(values)
+
+
+def test_one_run_has_no_interval(tmp_path: Path) -> None:
+    (line,) = summarise([row(test=0.56)])
+    assert line["test"] == 0.56
+    assert [line[f"test_{end}"] for end in ("low", "high", "interval")] == [None] * 3
+    assert len(table([row(test=0.56)]).splitlines()) == 2  # and no line on intervals
+    assert table([row(test=0.56)]).splitlines()[1].split() == [
+        "10",
+        "0.001",
+        "1",
+        "56.0",
+        "-",
+        "90.0",
+        "-",
+        "10.0",
+    ]
+    write_results(tmp_path, [row()], {})
+    assert '"test_low": null' in (tmp_path / "results.json").read_text()
+
+
+def test_few_runs_have_the_interval_of_student() -> None:
+    values = [0.1, 0.4, 0.2, 0.35, 0.3]
+    expected = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    rows = [row(run=k, test=value) for k, value in enumerate(values)]
+    (line,) = summarise(rows)
+    assert (line["test_low"], line["test_high"]) == pytest.approx(expected)
+    assert line["test_interval"] == "Student's t over runs"
+    assert table(rows).splitlines()[-1] == "[ ] 95% interval: Student's t over runs"
+    assert interval([[value] * 4 for value in values]) == pytest.approx(
+        (*expected, "Student's t over models"), abs=1e-12
+    )
+    assert interval([[0.8, 1.0]]) == (0.0, 1.0, "Student's t over runs")  # accuracies end there
+    assert interval([[0.5, 0.5]]) == (0.5, 0.5, "Student's t over runs")
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Of samples whose mean is known, 95% have an interval that holds it, whatever their numbers."""
+    rng = np.random.default_rng(0)
+    for sizes in ([2], [3], [5], [1, 1, 1], [4, 4, 4], [2, 6, 4, 5], [3] * 8):
+        held = 0
+        for _ in range(1000):
+            models = rng.normal(0.5, 0.03 * (len(sizes) > 1), len(sizes))
+            found = interval(
+                [rng.normal(mean, 0.02, n).tolist() for mean, n in zip(models, sizes, strict=True)]
+            )
+            assert found is not None
+            held += found.low <= 0.5 <= found.high
+        assert 0.92 < held / 1000 < 0.98, sizes  # resampling 3 values: 0.72
 
 
 def test_runs_of_one_model_do_not_count_as_models() -> None:

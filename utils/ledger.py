@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from utils.arguments import ledger_parser, parse
 from utils.errors import UserError, run_script
 from utils.files import write_text
-from utils.results import read_results, summarise
+from utils.results import FEW, read_results, summarise
 from utils.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
 
 MANIFEST = ("result", "training", "command")
@@ -32,14 +33,20 @@ END = "<!-- end of the ledger -->"
 
 @dataclass(frozen=True)
 class Measured:
-    """One of our numbers in percent, with half the width of its 95% interval where there are runs to
-    have one."""
+    """One of our numbers in percent, and how far from it its 95% interval reaches where there is one."""
 
     mean: float
-    half: float | None = None
+    reach: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.half is None else f"{self.mean:.1f} ± {self.half:.1f}"
+        if self.reach is None:
+            return f"{self.mean:.1f}"
+        # Never 0.0 for what is not 0.
+        return (
+            f"{self.mean:.1f} ± {self.reach:.1f}"
+            if self.reach >= 0.05
+            else f"{self.mean:.1f} ± {self.reach:.1g}"
+        )
 
 
 Result = dict[tuple[str, int | None], Measured]
@@ -53,11 +60,17 @@ def read_accuracies(path: Path) -> Result:
         UserError: it is not one.
     """
     return {
-        (key, line["classes"]): Measured(100 * line[key], 50 * (line[f"{key}_high"] - line[f"{key}_low"]))
+        (key, line["classes"]): Measured(100 * line[key], _reach(line, key))
         for line in summarise(read_results(path).rows)
         for key in ACCURACIES
         if line[key] is not None
     }
+
+
+def _reach(line: Mapping[str, Any], key: str) -> float | None:
+    """How far the interval of `line[key]` reaches, in points; an interval ends at 0 and at 100."""
+    mean, low, high = (line[f"{key}{end}"] for end in ("", "_low", "_high"))
+    return None if low is None else 100 * max(mean - low, high - mean)
 
 
 def read_representation(path: Path) -> Result:
@@ -116,9 +129,11 @@ def ledger(folder: Path) -> str:
     outcomes = [None if ours is None else target.met_by(ours.mean) for target, ours in pairs]
     lines = [
         f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
-        f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is half of a 95% "
-        "interval. Tolerances are in `results/targets.csv`: twice the published spread and at least 2 "
-        "points, 3 or more without one. Second-hand: cited by others, not checked against the paper's text.",
+        f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is how far from it "
+        "a 95% interval over runs (of several models, over these) reaches: Student's t for fewer than "
+        f"{FEW} of them, else the bootstrap. Tolerances are in `results/targets.csv`: twice the published "
+        "spread and at least 2 points, 3 or more without one. Second-hand: cited by others, not checked "
+        "against the paper's text.",
         "",
         "| treatment | quantity | classes | published | source | ours | difference | command |",
         "|---|---|---|---|---|---|---|---|",

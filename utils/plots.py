@@ -133,7 +133,7 @@ def steps_figure(curves: Mapping[str, Summary]) -> Figure:
         axes.set_ylim(0, 102)  # room for the upper half of a marker
         axes.grid(alpha=0.3)
         axes.set_title(measure.title)
-    panels[0].set_ylabel("accuracy (%), 95% interval")
+    panels[0].set_ylabel(_with_interval("accuracy (%)", [row for rows in curves.values() for row in rows]))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     return figure
@@ -184,7 +184,7 @@ def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[
     axes.invert_yaxis()
     axes.set_xlim(0, 111)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel(f"accuracy after {classes} classes (%), 95% interval")
+    axes.set_xlabel(_with_interval(f"accuracy after {classes} classes (%)", lines))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
@@ -192,6 +192,12 @@ def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[
 def _measured(rows: Summary) -> list[Measure]:
     """The accuracies that `rows` have; all where they have none, so that there is something to draw on."""
     return [m for m in accuracies() if any(row.get(m.name) is not None for row in rows)] or accuracies()
+
+
+def _with_interval(label: str, rows: Summary) -> str:
+    """The label of an axis: one run has no interval to be shown."""
+    known = any(row.get(f"{measure.name}_low") is not None for row in rows for measure in accuracies())
+    return f"{label}, 95% interval" if known else label
 
 
 def _percent(rows: Summary, key: str) -> NDArray[np.float64]:
@@ -235,7 +241,7 @@ def _against_classes(axes: Axes, curves: Sequence[Summary]) -> None:
     counts = np.geomspace(min(classes), max(classes), 100)
     axes.plot(counts, 100 / counts, "k:", label="chance")
     axes.set_xlabel("classes learned one after another")
-    axes.set_ylabel("accuracy (%), 95% interval")
+    axes.set_ylabel(_with_interval("accuracy (%)", [row for rows in curves for row in rows]))
     axes.set_xlim(left=0)
     axes.set_ylim(0, 102)  # room for the upper half of a marker
     axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from model.scores import ACCURACY, MEASURES, Measure, Score, accuracies
 from utils.errors import UserError
 from utils.files import write_text
+
+FEW = 10  # values, from which on a bootstrap says how far off their mean may be
 
 METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 """The columns of a training's `metrics.csv` that are drawn."""
@@ -171,6 +173,53 @@ def _checked(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {error}") from None
 
 
+class Interval(NamedTuple):
+    """95% interval of a mean accuracy, 0 to 1, and how it was found."""
+
+    low: float
+    high: float
+    method: str
+
+
+def interval(groups: Sequence[Sequence[float]]) -> Interval | None:
+    """95% interval of the mean of all values, over models or, of one model, over its runs.
+
+    Fewer than `FEW` of them have Student's t interval, since resampling as few gives one that is far too
+    narrow. One run alone has no interval.
+
+    Args:
+        groups: the values of each model; none is empty.
+    """
+    of = "models" if len(groups) > 1 else "runs"
+    units = groups if len(groups) > 1 else [[value] for value in groups[0]]
+    if len(units) < 2:
+        return None
+    if len(units) < FEW:
+        return Interval(*t_interval(units), f"Student's t over {of}")
+    within = " and runs" if max(map(len, units)) > 1 else ""
+    return Interval(*cluster_interval(groups), f"bootstrap over {of}{within}")
+
+
+def t_interval(units: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95% interval of the mean of all values by Student's t over the units they belong to, within 0 to 1.
+
+    The values of a unit may depend on each other in any way: with equally many in each it is the t interval
+    of the units' means.
+
+    Args:
+        units: two or more; none is empty.
+    """
+    from scipy.special import stdtrit  # half a second to import
+
+    sizes = np.array([len(unit) for unit in units])
+    sums = np.array([sum(unit) for unit in units])
+    mean = sums.sum() / sizes.sum()
+    count = len(units)
+    error = math.sqrt(count / (count - 1) * ((sums - sizes * mean) ** 2).sum()) / sizes.sum()
+    half = stdtrit(count - 1, 0.975) * error
+    return max(float(mean - half), 0.0), min(float(mean + half), 1.0)
+
+
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95% interval of the mean by resampling `values` (percentiles of 9,999 bootstrap means).
 
@@ -222,8 +271,9 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Returns:
         mappings with `classes`, `models`, `runs` (of all models), `lr` (that of the first run),
-        and each measure as its mean over the runs that have it, None if none has: `test`,
-        `test_low`, `test_high` (see :func:`cluster_interval`) of an accuracy such as `test`.
+        and each measure as its mean over the runs that have it, None if none has. An accuracy such as
+        `test` has `test_low`, `test_high` and `test_interval` as well, which names the method of its
+        :func:`interval`; all None where there is none.
     """
     summary = []
     for classes in sorted({row["classes"] for row in rows}):
@@ -236,8 +286,9 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
             groups = [group for group in groups if group]
             line[name] = float(np.mean([value for group in groups for value in group])) if groups else None
             if measure.kind is ACCURACY:
-                bounds = cluster_interval(groups) if groups else (None, None)
-                line[f"{name}_low"], line[f"{name}_high"] = bounds
+                found = interval(groups) if groups else None
+                ends = ("low", "high", "interval")
+                line |= {f"{name}_{end}": value for end, value in zip(ends, found or [None] * 3, strict=True)}
         summary.append(line)
     return summary
 
@@ -250,13 +301,16 @@ def known(name: str, rows: Iterable[Row]) -> list[float]:
 def table(rows: Sequence[Row]) -> str:
     """The summary as lines for the terminal; accuracies in percent, 95% intervals in brackets."""
     lines = [["classes", "lr", "runs", *(measure.heading for measure in MEASURES.values())]]
-    for line in summarise(rows):
+    summary = summarise(rows)
+    for line in summary:
         cells = [_cell(line, measure) for measure in MEASURES.values()]
         lines.append([str(line["classes"]), f"{line['lr']:.6g}", str(line["runs"]), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+    texts = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    methods = {line[f"{measure.name}_interval"] for line in summary for measure in accuracies()} - {None}
+    if methods:
+        texts.append(f"[ ] 95% interval: {', '.join(sorted(methods))}")
+    return "\n".join(texts)
 
 
 def _cell(line: Mapping[str, Any], measure: Measure) -> str:
@@ -267,7 +321,8 @@ def _cell(line: Mapping[str, Any], measure: Measure) -> str:
     if measure.kind is not ACCURACY:
         return f"{value:.1f}"
     low, high = line[f"{measure.name}_low"], line[f"{measure.name}_high"]
-    return f"{100 * value:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
+    span = "-" if low is None else f"[{100 * low:5.1f}, {100 * high:5.1f}]"
+    return f"{100 * value:5.1f} {span}"
 
 
 def compare(a: Sequence[Row], b: Sequence[Row]) -> list[dict[str, Any]]:
