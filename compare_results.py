@@ -14,14 +14,16 @@ from typing import Any
 from model.scores import accuracies
 from utils.arguments import comparison_parser
 from utils.errors import UserError, run_script
-from utils.results import Results, compare, read_results
+from utils.results import Results, compare, known, read_results
 
 
 def describe(path: Path, results: Results) -> str:
     """One line on a result: where it is, what it is of."""
     treatment = results.about.get("treatment", "treatment not recorded")
     models = len({row["model"] for row in results.rows})
-    return f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
+    diverged = int(sum(known("diverged", results.rows)))
+    text = f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
+    return f"{text}, {diverged} of them diverged" if diverged else text
 
 
 def table(lines: list[dict[str, Any]]) -> str:

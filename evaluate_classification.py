@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -51,7 +51,19 @@ def search(
             trials.append(Trial(draw, lr, found, models[position].name))
             if bar.advance(**found.accuracies()):
                 bar.report()
+    for lr in args.lrs:
+        warn_of_diverged(classes, lr, "tries", [trial.score for trial in trials if trial.lr == lr])
     return trials
+
+
+def warn_of_diverged(classes: int, lr: float, of: str, scores: Sequence[Mapping[str, Any]]) -> None:
+    """Say how many of the runs at a rate diverged, if any did: their accuracies say nothing else."""
+    diverged = sum(1 for score in scores if score["diverged"])
+    if diverged:
+        log.warning(
+            "%d classes: %d of %d %s diverged at the learning rate %g: weights or logits are not finite",
+            *(classes, diverged, len(scores), of, lr),
+        )
 
 
 def evaluate(
@@ -77,6 +89,7 @@ def evaluate(
                 run.metrics(found_rows[-1])
                 if bar.advance(**found.accuracies()):
                     bar.report()
+        warn_of_diverged(classes, lr, "runs", found_rows)
         rows += found_rows
         about["lr_chosen"] = how_chosen(args, models, rows)
         (line,) = summarise(found_rows)

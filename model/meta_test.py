@@ -22,7 +22,7 @@ from model.kernels import times
 from model.meta_learner import Weights, gather, inner_gradients
 from model.modelfactory import Network, State, initialise, trained_parameters
 from model.optimizer import Adam
-from model.scores import Answers, Score
+from model.scores import Answers, Score, classify
 from utils.device import use_huge_pages
 
 Purpose = Literal["search", "report", "validation"]
@@ -135,14 +135,21 @@ class Learner:
                 self.update(tuple(part[k : k + 1] for part in state), labels[k : k + 1])
 
     @torch.no_grad()
+    def answers(self, states: FrozenStates, index: Tensor) -> Tensor:
+        """The class that each image of `index` [..., 2] is given, among all outputs: [...].
+
+        It is -1 where the learner has diverged; see `classify`.
+        """
+        given = [
+            classify(functional_call(self.net, self.fast, (states.get(part), self.rln)))
+            for part in index.reshape(-1, 2).split(CHUNK)
+        ]
+        return torch.cat(given).reshape(index.shape[:-1])
+
     def correct(self, states: FrozenStates, index: Tensor) -> Tensor:
-        """Which images of `index` [..., 2] are classified right, argmax over all outputs: bool [...]."""
-        rows = index.reshape(-1, 2)
-        hits = []
-        for part in rows.split(CHUNK):
-            logits = functional_call(self.net, self.fast, (states.get(part), self.rln))
-            hits.append(logits.argmax(1) == part[:, 0].to(logits.device))
-        return torch.cat(hits).reshape(index.shape[:-1])
+        """Which images of `index` [..., 2] are classified right: bool [...]."""
+        answers = self.answers(states, index)
+        return answers == index[..., 0].to(answers.device)
 
 
 @dataclass
@@ -236,8 +243,11 @@ class MetaTest:
                 if self.iid:
                     stream = stream[torch.randperm(len(stream), generator=generator)]
                 learner.learn(self.states, stream)
-        test, train = (learner.correct(self.states, index).cpu() for index in (task.test, task.train))
-        return Score.of(Answers(test, train))
+        test, train = (learner.answers(self.states, index).cpu() for index in (task.test, task.train))
+        finite = all(bool(weight.isfinite().all()) for weight in fast.values())
+        diverged = not finite or bool((test < 0).any() or (train < 0).any())
+        right = ((test == task.test[..., 0]) & (not diverged), (train == task.train[..., 0]) & (not diverged))
+        return Score.of(Answers(*right, diverged))
 
     def _learn_and_track(self, learner: Learner, task: Task, track: Track) -> None:
         if self.iid or self.epochs > 1:
@@ -271,7 +281,7 @@ def best_rate(trials: Sequence[Trial], objective: str) -> float:
     Rates that are equal on a draw share its win. Of rates that win equally often it is the one with the
     best mean over all draws, and then the smallest. So neither the order of the rates matters, nor does a
     rate win that is nowhere better than another one and somewhere worse. Several models share one rate:
-    their draws count alike.
+    their draws count alike. A run that diverged is worse than any that did not.
 
     Args:
         trials: every rate on every draw of every model.
@@ -280,7 +290,8 @@ def best_rate(trials: Sequence[Trial], objective: str) -> float:
     by_draw: defaultdict[tuple[str, int], dict[float, float]] = defaultdict(dict)
     for trial in trials:
         value = trial.score[objective]
-        by_draw[trial.model, trial.draw][trial.lr] = -1 if value is None else value
+        lost = trial.score.get("diverged")
+        by_draw[trial.model, trial.draw][trial.lr] = -1 if value is None or lost else value
     wins: defaultdict[float, Fraction] = defaultdict(Fraction)
     for values in by_draw.values():
         winners = [lr for lr, value in values.items() if value == max(values.values())]

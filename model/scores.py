@@ -21,10 +21,20 @@ class Answers(NamedTuple):
     Attributes:
         test: `[N, 5]` bool, which test images of each class are classified right.
         train: `[N, 15]` bool, the same for the images that were trained on.
+        diverged: whether weights or logits are not finite. Nothing is right then.
     """
 
     test: Tensor
     train: Tensor
+    diverged: bool
+
+
+def classify(logits: Tensor) -> Tensor:
+    """The class of the largest of `logits` [B, K]: [B]; -1 where they are not all finite.
+
+    Argmax takes NaN for the largest: without weights that are numbers every image would be of class 0.
+    """
+    return logits.argmax(1).where(logits.isfinite().all(1), -1)
 
 
 @dataclass(frozen=True)
@@ -33,19 +43,25 @@ class Kind:
 
     Attributes:
         number: its type.
+        limit: its largest value, the least being 0; None for the number of classes.
+        what: what people call a value.
         heading: of the terminal's table; `{}` is the measure's name.
         tag: of its TensorBoard curve, likewise.
     """
 
     number: type[int] | type[float]
+    limit: int | None
+    what: str
     heading: str
     tag: str
 
 
-ACCURACY = Kind(float, "meta-test {} %", "accuracy_{}")
+ACCURACY = Kind(float, 1, "an accuracy", "meta-test {} %", "accuracy_{}")
 """A fraction from 0 to 1, shown in percent and with an interval."""
-CLASSES = Kind(int, "{}", "classes_{}")
+CLASSES = Kind(int, None, "a number of classes", "{}", "classes_{}")
 """How many of the classes."""
+RUNS = Kind(int, 1, "a whole number", "{}", "{}")
+"""1 for a run of which it is true, else 0; of several runs how many it is true of."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +101,13 @@ class Measure:
         Raises:
             ValueError: it is none; the message says what it should be, and is.
         """
-        limit, what = (1, "an accuracy") if self.kind is ACCURACY else (classes, "a number of classes")
+        limit = self.kind.limit or classes
         try:
             value = self.kind.number(str(cell))
         except ValueError:
             value = -1
         if not 0 <= value <= limit:  # also true for NaN
-            raise ValueError(f"{self.name} is {cell!r}, not {what} from 0 to {limit}")
+            raise ValueError(f"{self.name} is {cell!r}, not {self.kind.what} from 0 to {limit}")
         return value
 
 
@@ -105,6 +121,7 @@ MEASURES: dict[str, Measure] = {
         Measure("test", ACCURACY, "unseen images", lambda a: a.test.double().mean(1).mean().item()),
         Measure("train", ACCURACY, "forgetting", lambda a: a.train.double().mean().item()),
         Measure("above_chance", CLASSES, "classes with a test accuracy above 1 / N", _above_chance),
+        Measure("diverged", RUNS, "weights or logits not finite", lambda a: int(a.diverged)),
     )
 }
 """By column, in the order in which files and tables have them."""

@@ -121,6 +121,18 @@ def test_one_run_has_no_interval(tmp_path: Path) -> None:
     assert "Student's t for fewer than 10" in tables
 
 
+def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
+    """An upper limit is not met by weights that are no numbers."""
+    results = write_ledger(tmp_path, manifest="anml,t,c\noml,t,c\n")
+    header = "classes,run,lr,test,train,above_chance,diverged\n"
+    (results / "oml.csv").write_text(f"{header}600,0,1000000.0,0.0,0.0,0,1\n")
+    (results / "anml.csv").write_text(f"{header}10,0,0.001,0.0,0.0,0,1\n10,1,0.001,0.9,0.9,10,0\n")
+    tables = ledger(results)
+    assert "0 met, 2 missed" in tables
+    assert "| OML | test accuracy | 600 | <1 | paper | diverged | **-** |" in tables
+    assert " | 45.0 ± 55.0 (1 diverged) | **-43.0** |" in tables
+
+
 def test_a_result_without_a_target(tmp_path: Path) -> None:
     results = write_ledger(tmp_path, manifest="other,t,c\n")
     write_accuracies(results, "other", {10: (0.98, 1.0), 600: (0.6, 0.94)})

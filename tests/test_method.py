@@ -312,6 +312,8 @@ def test_best_rate_is_that_of_any_order() -> None:
 
     for table in ({0.003: (0.9, 0.9, 0.5), 0.001: (0.9, 0.9, 0.8)}, {0.003: (0.5,) * 3, 0.001: (0.5,) * 3}):
         assert best_rate(trials(table), "train") == best_rate(trials(table)[::-1], "train") == 0.001
+    diverged = [Trial(0, 0.1, Score(train=0.4, diverged=1)), Trial(0, 0.2, Score(train=0.0, diverged=0))]
+    assert best_rate(diverged, "train") == 0.2
     # 0.1 has 1/3 + 1/2 + 1 wins, 0.2 has 1/3 + 1/2, and 0.3 has 1/3 + 1/2 + 1/2.
     shared = {0.1: (0.5, 0.1, 0.5, 0.9), 0.2: (0.5, 0.5, 0.1, 0.1), 0.3: (0.5, 0.5, 0.5, 0.1)}
     assert best_rate(trials(shared), "train") == 0.1

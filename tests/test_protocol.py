@@ -22,7 +22,7 @@ import model.meta_test
 from datasets.samplers import Task, sample_task
 from model.meta_test import MetaTest, Track, Trial, best_rate
 from model.modelfactory import build
-from model.scores import ACCURACY, MEASURES, Measure, Score
+from model.scores import ACCURACY, MEASURES, Measure, Score, classify
 from model.treatments import TABLE
 from utils.arguments import evaluation_parser, parse
 from utils.checkpoint import save_checkpoint
@@ -194,6 +194,49 @@ def test_a_rate_within_the_search_is_not_pointed_out() -> None:
         assert "edge" not in chosen(flags)
 
 
+def test_a_diverged_run_says_so(evaluate: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"{TINY} --model OML.net --rln 0 --schedule 10 --runs 2"  # class 0 is among the 10
+    folder = evaluate(f"{flags} --lr 1e12 --track_every 10")
+    out = capsys.readouterr().out
+    warning = "10 classes: 2 of 2 runs diverged at the learning rate 1e+12: weights or logits are not finite"
+    assert f"warning: {warning}" in out
+    assert warning in (folder / "log.txt").read_text()
+    found = out[out.index("meta-test test %") :].splitlines()[1].split()
+    assert found == ["10", "1e+12", "2", "diverged", "diverged", "-", "2"]
+    rows, (line,), _ = numbers(folder)
+    assert [(row["lr"], row["test"], row["train"], row["diverged"]) for row in rows] == [(1e12, 0, 0, 1)] * 2
+    assert (line["test"], line["test_low"], line["above_chance"], line["diverged"]) == (None, None, None, 2)
+    with (folder / "forgetting_10.csv").open() as file:
+        assert {row["test"] for row in csv.DictReader(file)} == {"0.0"}
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+    # In a search it loses, even to a rate that learns nothing.
+    searched = evaluate(f"{flags} --lrs 1e12 1e-12 --lr_search_runs 2")
+    assert {row["lr"] for row in numbers(searched)[0]} == {1e-12}
+    out = capsys.readouterr().out
+    assert "10 classes: 2 of 2 tries diverged at the learning rate 1e+12" in out
+    assert "runs diverged" not in out
+
+
+def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, torch.nan, 1.0], [torch.inf, 1.0, 0.0], [3.0, 1.0, 2.0]])
+    assert classify(logits).tolist() == [1, -1, -1, 0]
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(3, 20, 1, 28, 28), 6, seed=0)
+    assert meta_test.score(3, 0.01, "report", 0).diverged == 0
+    original = model.meta_test.initial_weights
+
+    def saturated(*arguments: Any) -> dict[str, torch.Tensor]:
+        weights = original(*arguments)
+        with torch.no_grad():
+            weights["nm.gate.bias"][0] = torch.inf  # opens the gate: logits are finite
+        return weights
+
+    monkeypatch.setattr(model.meta_test, "initial_weights", saturated)
+    score = meta_test.score(3, 0.01, "report", 0)
+    assert (score.diverged, score.train, score.above_chance) == (1, 0, 0)
+
+
 def test_the_rate_that_wins_most_draws_of_all_models() -> None:
     def trial(model: str, draw: int, lr: float, train: float) -> Trial:
         return Trial(draw, lr, Score(train=train), model)
@@ -319,12 +362,12 @@ def test_what_would_change_numbers_is_refused_by_name(
 def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
     score, nothing = (
-        Score(test=1 / 3, train=0.1 + 0.2, above_chance=7),
-        Score(test=0, train=0, above_chance=0),
+        Score(test=1 / 3, train=0.1 + 0.2, above_chance=7, diverged=0),
+        Score(test=0, train=0, above_chance=0, diverged=1),
     )
     with Journal(path) as journal:
         assert journal.score(key, lambda: score) == score
-        assert path.read_bytes().endswith(b"7\n")  # on disk before the next one
+        assert path.read_bytes().endswith(b"7,0\n")  # on disk before the next one
     whole = path.read_bytes()
     for torn in range(len(whole)):
         path.write_bytes(whole[:torn])
@@ -347,11 +390,11 @@ def test_a_journal_of_an_older_version_goes_on(tmp_path: Path) -> None:
     draft.write_text("of a process that was killed while it did this")
     key = Key("report", "a, b", 10, 3, 0.00085)
     with Journal(path) as journal:
-        assert journal.known == {key: Score(test=None, train=0.1, above_chance=None)}
-        whole = f'{",".join(columns())}\nreport,"a, b",10,3,0.00085,,0.1,\n'
+        assert journal.known == {key: Score(test=None, train=0.1, above_chance=None, diverged=None)}
+        whole = f'{",".join(columns())}\nreport,"a, b",10,3,0.00085,,0.1,,\n'
         assert path.read_text() == whole
-        journal.score(key._replace(draw=4), lambda: Score(test=0.5, train=1.0, above_chance=2))
-    assert path.read_text() == f'{whole}report,"a, b",10,4,0.00085,0.5,1.0,2\n'
+        journal.score(key._replace(draw=4), lambda: Score(test=0.5, train=1.0, above_chance=2, diverged=0))
+    assert path.read_text() == f'{whole}report,"a, b",10,4,0.00085,0.5,1.0,2,0\n'
     assert not draft.exists()
     with Journal(path) as journal:
         assert [score.test for score in journal.known.values()] == [None, 0.5]
@@ -402,10 +445,10 @@ def test_one_more_measure_is_one_more_line(
         ("purpose,classes,draw,lr,test\n", "columns"),
         (f"{','.join(columns())},new\n", "columns"),
         (f"{','.join(columns())},test\n", "columns"),
-        (f"{','.join(columns())}\nsearch,a,2,0,0.1,nan,0.5,1\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,0.1,nan,0.5,1,0\n", "line 2"),
         (f"{','.join(columns())}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2"),
-        (f"{','.join(columns())}\nlunch,a,2,0,0.1,0.5,0.5,1\n", "line 2"),
-        (f"{','.join(columns())}\nsearch,a,2,0,x,0.5,0.5,1\n", "line 2"),
+        (f"{','.join(columns())}\nlunch,a,2,0,0.1,0.5,0.5,1,0\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,x,0.5,0.5,1,0\n", "line 2"),
         ("\xff\x00\n", "s.csv"),
     ],
 )

@@ -25,13 +25,13 @@ from utils.results import (
     write_results,
 )
 
-HEADER = "model,classes,run,lr,test,train,above_chance"
-LINE = "a.net,10,0,0.001,0.8,0.9,10"
+HEADER = "model,classes,run,lr,test,train,above_chance,diverged"
+LINE = "a.net,10,0,0.001,0.8,0.9,10,0"
 
 
 def row(**changes: Any) -> dict[str, Any]:
     values = {"model": "a.net", "classes": 10, "run": 0, "lr": 0.001, "test": 0.1 + 0.2, "train": 0.9}
-    return {**values, "above_chance": 10, **changes}
+    return {**values, "above_chance": 10, "diverged": 0, **changes}
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -48,17 +48,17 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 def test_a_file_without_a_model_column(tmp_path: Path) -> None:
     path = tmp_path / "old.csv"
     path.write_text("classes,run,lr,test,train,above_chance\n10,0,0.001,0.8,0.9,10\n")
-    assert read_results(path).rows == [row(model="", test=0.8)]
+    assert read_results(path).rows == [row(model="", test=0.8, diverged=None)]
 
 
 def test_a_measure_that_a_file_lacks_is_missing(tmp_path: Path) -> None:
     older, mixed = tmp_path / "older.csv", tmp_path / "mixed.csv"
     older.write_text("classes,run,lr,test\n10,0,0.001,0.8\n")
-    assert read_results(older).rows == [row(model="", test=0.8, train=None, above_chance=None)]
+    assert read_results(older).rows == [row(model="", test=0.8, train=None, above_chance=None, diverged=None)]
     (line,) = summarise(read_results(older).rows)
     assert line["test"] == 0.8
-    assert [line[key] for key in ("train", "train_low", "train_high", "above_chance")] == [None] * 4
-    assert table(read_results(older).rows).splitlines()[1].split()[-2:] == ["-", "-"]
+    assert [line[key] for key in ("train", "train_low", "above_chance", "diverged")] == [None] * 4
+    assert table(read_results(older).rows).splitlines()[1].split()[-3:] == ["-"] * 3
     assert "train_u" not in compare(read_results(older).rows, [row()])[0]
     mixed.write_text(f"{HEADER}\n{LINE}\n{LINE.replace(',0,', ',1,').replace('0.8', '')}\n")
     rows = read_results(mixed).rows
@@ -86,7 +86,11 @@ def test_a_measure_that_a_file_lacks_is_missing(tmp_path: Path) -> None:
         (f"{HEADER}\n{LINE}".replace(",10,0,", ",10.5,0,"), "classes is '10.5'"),
         (f"{HEADER}\n{LINE}".replace("0.001", "inf"), "lr is 'inf'"),
         (f"{HEADER}\n{LINE}".replace("0.001", "0"), "lr is '0'"),
-        (f"{HEADER}\n{LINE}"[:-2] + "11", "above_chance is '11', not a number of classes from 0 to 10"),
+        (
+            f"{HEADER}\n{LINE}".replace("0.9,10", "0.9,11"),
+            "above_chance is '11', not a number of classes from 0 to 10",
+        ),
+        (f"{HEADER}\n{LINE}"[:-1] + "2", "diverged is '2', not a whole number from 0 to 1"),
         (f"{HEADER}\n{LINE}\n{LINE}", "twice"),
     ],
 )
@@ -144,19 +148,31 @@ def test_one_run_has_no_interval(tmp_path: Path) -> None:
     (line,) = summarise([row(test=0.56)])
     assert line["test"] == 0.56
     assert [line[f"test_{end}"] for end in ("low", "high", "interval")] == [None] * 3
-    assert len(table([row(test=0.56)]).splitlines()) == 2  # and no line on intervals
-    assert table([row(test=0.56)]).splitlines()[1].split() == [
-        "10",
-        "0.001",
-        "1",
-        "56.0",
-        "-",
-        "90.0",
-        "-",
-        "10.0",
-    ]
+    _, cells = table([row(test=0.56)]).splitlines()  # and no line on intervals
+    assert " ".join(cells.split()) == "10 0.001 1 56.0 - 90.0 - 10.0 0"
     write_results(tmp_path, [row()], {})
     assert '"test_low": null' in (tmp_path / "results.json").read_text()
+
+
+def test_diverged_runs_have_nothing_right(tmp_path: Path) -> None:
+    """They count, since the mean of what did not diverge would praise a rate that mostly does."""
+    nothing = {"test": 0.0, "train": 0.0, "above_chance": 0, "diverged": 1}
+    rows = [row(test=0.6), row(run=1, **nothing), row(classes=50, **nothing)]
+    some, every = summarise(rows)
+    assert (some["test"], some["diverged"]) == (0.3, 1)
+    assert (every["test"], every["test_low"], every["above_chance"], every["diverged"]) == (
+        None,
+        None,
+        None,
+        1,
+    )
+    lines = table(rows).splitlines()
+    assert lines[0].split()[-1] == "diverged"
+    assert [line.split()[-1] for line in lines[1:3]] == ["1", "1"]
+    assert lines[2].split()[3:5] == ["diverged", "diverged"]
+    write_results(tmp_path, rows, {})
+    assert read_results(tmp_path).rows == rows
+    assert "2 of them diverged" in compare_results.describe(tmp_path, read_results(tmp_path))
 
 
 def test_few_runs_have_the_interval_of_student() -> None:

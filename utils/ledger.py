@@ -12,6 +12,7 @@ no result is listed as not run; a result of a name that no target has stands in 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,20 +34,24 @@ END = "<!-- end of the ledger -->"
 
 @dataclass(frozen=True)
 class Measured:
-    """One of our numbers in percent, and how far from it its 95% interval reaches where there is one."""
+    """One of our numbers in percent, and how far from it its 95% interval reaches where there is one.
+
+    Attributes:
+        mean: NaN where every run diverged.
+        diverged: runs of it that did.
+    """
 
     mean: float
     reach: float | None = None
+    diverged: int = 0
 
     def __str__(self) -> str:
-        if self.reach is None:
-            return f"{self.mean:.1f}"
-        # Never 0.0 for what is not 0.
-        return (
-            f"{self.mean:.1f} ± {self.reach:.1f}"
-            if self.reach >= 0.05
-            else f"{self.mean:.1f} ± {self.reach:.1g}"
-        )
+        if math.isnan(self.mean):
+            return "diverged"
+        text = f"{self.mean:.1f}"
+        if self.reach is not None:  # never 0.0 for what is not 0
+            text += f" ± {self.reach:.1f}" if self.reach >= 0.05 else f" ± {self.reach:.1g}"
+        return f"{text} ({self.diverged} diverged)" if self.diverged else text
 
 
 Result = dict[tuple[str, int | None], Measured]
@@ -60,17 +65,20 @@ def read_accuracies(path: Path) -> Result:
         UserError: it is not one.
     """
     return {
-        (key, line["classes"]): Measured(100 * line[key], _reach(line, key))
+        (key, line["classes"]): _measured(line, key)
         for line in summarise(read_results(path).rows)
         for key in ACCURACIES
-        if line[key] is not None
+        if line[key] is not None or line["diverged"] == line["runs"]
     }
 
 
-def _reach(line: Mapping[str, Any], key: str) -> float | None:
-    """How far the interval of `line[key]` reaches, in points; an interval ends at 0 and at 100."""
+def _measured(line: Mapping[str, Any], key: str) -> Measured:
     mean, low, high = (line[f"{key}{end}"] for end in ("", "_low", "_high"))
-    return None if low is None else 100 * max(mean - low, high - mean)
+    if mean is None:
+        return Measured(math.nan)
+    # An interval ends at 0 and at 100.
+    reach = None if low is None else 100 * max(mean - low, high - mean)
+    return Measured(100 * mean, reach, line["diverged"] or 0)
 
 
 def read_representation(path: Path) -> Result:
@@ -189,6 +197,8 @@ def _without_target(name: str, result: Result) -> list[str]:
 def _difference(target: Target, ours: Measured | None) -> str:
     if ours is None:
         return "-"
+    if math.isnan(ours.mean):
+        return "**-**"
     text = f"{ours.mean - target.published:+.1f}"
     return text if target.met_by(ours.mean) else f"**{text}**"
 

@@ -27,6 +27,7 @@ def validate(run: Run, net: Network, images: Tensor, step: int, classes: int) ->
     found = score.accuracies()
     run.scalars(step, {f"meta_val/{MEASURES[name].tag}": value for name, value in found.items()})
     text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+    text = "diverged" if score.diverged else text
     log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
     shown = images[: min(classes, SHOWN), :2]
     gate = represent(net, shown).gate

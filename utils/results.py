@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.scores import ACCURACY, MEASURES, Measure, Score, accuracies
+from model.scores import ACCURACY, MEASURES, RUNS, Measure, Score, accuracies
 from utils.errors import UserError
 from utils.files import write_text
 
@@ -271,9 +271,10 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Returns:
         mappings with `classes`, `models`, `runs` (of all models), `lr` (that of the first run),
-        and each measure as its mean over the runs that have it, None if none has. An accuracy such as
-        `test` has `test_low`, `test_high` and `test_interval` as well, which names the method of its
-        :func:`interval`; all None where there is none.
+        and each measure as its mean over the runs that have it, or as the number of runs that it is
+        true of (`diverged`); None if no run has it. A run that diverged has nothing right, which counts;
+        where all have, there is no mean. An accuracy such as `test` has `test_low`, `test_high` and
+        `test_interval` as well, which names the method of its :func:`interval`; None where there is none.
     """
     summary = []
     for classes in sorted({row["classes"] for row in rows}):
@@ -281,9 +282,15 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
         models = list(dict.fromkeys(row.get("model", "") for row in runs))
         line: dict[str, Any] = {"classes": classes, "models": len(models), "runs": len(runs)}
         line["lr"] = runs[0]["lr"]
+        all_diverged = all(row.get("diverged") for row in runs)
         for name, measure in MEASURES.items():
             groups = [known(name, (row for row in runs if row.get("model", "") == model)) for model in models]
             groups = [group for group in groups if group]
+            if measure.kind is RUNS:
+                line[name] = sum(map(sum, groups)) if groups else None
+                continue
+            if all_diverged:
+                groups = []
             line[name] = float(np.mean([value for group in groups for value in group])) if groups else None
             if measure.kind is ACCURACY:
                 found = interval(groups) if groups else None
@@ -317,9 +324,9 @@ def _cell(line: Mapping[str, Any], measure: Measure) -> str:
     """One measure of a line of the summary as the table shows it."""
     value = line[measure.name]
     if value is None:
-        return "-"
+        return "diverged" if measure.kind is ACCURACY and line["diverged"] == line["runs"] else "-"
     if measure.kind is not ACCURACY:
-        return f"{value:.1f}"
+        return str(value) if measure.kind is RUNS else f"{value:.1f}"
     low, high = line[f"{measure.name}_low"], line[f"{measure.name}_high"]
     span = "-" if low is None else f"[{100 * low:5.1f}, {100 * high:5.1f}]"
     return f"{100 * value:5.1f} {span}"
