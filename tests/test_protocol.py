@@ -19,13 +19,14 @@ import torch
 
 import evaluate_classification
 import model.meta_test
+import utils.models
 from datasets.samplers import Task, sample_task
 from model.meta_test import MetaTest, Track, Trial, best_rate
 from model.modelfactory import build
 from model.scores import ACCURACY, MEASURES, Measure, Score, classify
 from model.treatments import TABLE
 from utils.arguments import evaluation_parser, parse
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.journal import Journal, Key, columns
 from utils.results import read_results
@@ -181,6 +182,38 @@ def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evalu
     alone = numbers(evaluate(f"{TINY} {search} --model ANML.net --lr {rows[0]['lr']}"))[0]
     assert alone[0] == rows[0]
     assert alone[1] != rows[1]
+
+
+def test_a_model_given_twice_counts_once(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content, whatever else the files say: the last model that training kept is its final one."""
+    saved = load_checkpoint(Path("ANML.net"))
+    model = saved.network, saved.widths, saved.state_dict
+    save_checkpoint(Path("ANML_7.net"), *model, {"steps": 7}, 7)
+    Path("copy.net").write_bytes(Path("ANML.net").read_bytes())
+    flags = f"{TINY} --schedule 2 --lr 0.001 --model ANML.net ANML_7.net ANML1.net copy.net"
+    folder = evaluate(f"{flags} --runs 2")
+    out = capsys.readouterr().out
+    for name in ("ANML_7.net", "copy.net"):
+        assert f"warning: {name} holds the same weights as ANML.net: it is left out" in out
+    rows, (line,), _ = numbers(folder)
+    assert (line["models"], line["runs"], line["test_interval"]) == (2, 4, "Student's t over models")
+    assert [row["model"] for row in rows] == ["ANML.net"] * 2 + ["ANML1.net"] * 2
+    evaluate(f"--resume {folder} --runs 3")
+    assert [row for row in numbers(folder)[0] if row["run"] < 2] == rows
+    assert "another file" in refused(
+        lambda: evaluate(f"--resume {folder} --model ANML_7.net ANML.net ANML1.net copy.net"), capsys
+    )
+
+    # An older evaluation gave each file draws of its own, and goes on with them.
+    with monkeypatch.context() as patched:
+        patched.setattr(utils.models, "distinct", list)
+        older = evaluate(f"{flags} --runs 2")
+        whole = evaluate(f"{flags} --runs 3")
+    evaluate(f"--resume {older} --runs 3")
+    assert numbers(older) == numbers(whole)
+    assert len(numbers(older)[0]) == 12
 
 
 def test_a_rate_within_the_search_is_not_pointed_out() -> None:
