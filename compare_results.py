@@ -11,27 +11,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model.scores import accuracies
 from utils.arguments import comparison_parser
 from utils.errors import UserError, run_script
-from utils.results import Results, compare, read_results
+from utils.results import Results, compare, known, read_results
 
 
 def describe(path: Path, results: Results) -> str:
     """One line on a result: where it is, what it is of."""
     treatment = results.about.get("treatment", "treatment not recorded")
     models = len({row["model"] for row in results.rows})
-    return f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
+    diverged = int(sum(known("diverged", results.rows)))
+    text = f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
+    return f"{text}, {diverged} of them diverged" if diverged else text
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The comparison for the terminal: mean accuracies in percent, U of A, two-sided p."""
     header = f"{'classes':>7}  {'runs':>7}"
-    for key in ("test", "train"):
+    measured = [m.name for m in accuracies() if any(f"{m.name}_u" in line for line in lines)]
+    for key in measured:
         header += f"  {f'A {key} %':>9}  {f'B {key} %':>9}  {'U':>7}  {'p':>8}"
     rows = [header]
     for line in lines:
         row = f"{line['classes']:7d}  {line['runs_a']:3d}/{line['runs_b']:<3d}"
-        for key in ("test", "train"):
+        for key in measured:
+            if f"{key}_u" not in line:
+                row += f"  {'-':>9}  {'-':>9}  {'-':>7}  {'-':>8}"
+                continue
             means = [100 * line[f"{key}_{side}"] for side in "ab"]
             row += f"  {means[0]:9.1f}  {means[1]:9.1f}  {line[f'{key}_u']:7g}  {line[f'{key}_p']:8.2g}"
         rows.append(row)

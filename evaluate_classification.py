@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -24,6 +25,7 @@ from datasets import load_pool
 from model.fast import use_backend
 from model.meta_test import Trial, best_rate
 from model.modelfactory import trained_parameters
+from model.scores import MEASURES
 from model.treatments import describe
 from utils.arguments import evaluation_parser, parse, recorded
 from utils.device import choose_device
@@ -32,7 +34,7 @@ from utils.errors import UserError, run_script
 from utils.journal import Journal
 from utils.models import Model, load_models, match_earlier
 from utils.plots import accuracy_figure, save_figure
-from utils.results import summarise, table, write_results
+from utils.results import Row, summarise, table, write_results
 from utils.run import Run, log_to_terminal
 from utils.scorer import Scorer, scorer
 
@@ -48,9 +50,21 @@ def search(
     with run.progress(len(jobs), every=len(args.lrs), unit="try") as bar:
         for (position, draw, lr), found in zip(jobs, scores("search", classes, jobs), strict=True):
             trials.append(Trial(draw, lr, found, models[position].name))
-            if bar.advance(test=found.test, train=found.train):
+            if bar.advance(**found.accuracies()):
                 bar.report()
+    for lr in args.lrs:
+        warn_of_diverged(classes, lr, "tries", [trial.score for trial in trials if trial.lr == lr])
     return trials
+
+
+def warn_of_diverged(classes: int, lr: float, of: str, scores: Sequence[Mapping[str, Any]]) -> None:
+    """Say how many of the runs at a rate diverged, if any did: their accuracies say nothing else."""
+    diverged = sum(1 for score in scores if score["diverged"])
+    if diverged:
+        log.warning(
+            "%d classes: %d of %d %s diverged at the learning rate %g: weights or logits are not finite",
+            *(classes, diverged, len(scores), of, lr),
+        )
 
 
 def evaluate(
@@ -58,30 +72,30 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Search and report each class count of `--schedule`; results are written after each."""
     rows: list[dict[str, Any]] = []
-    about |= {"lr_chosen": how_chosen(args, len(models)), "search": []}
+    about["search"] = []
     for classes in args.schedule:
         lr = args.lr
         if lr is None:
             trials = search(args, run, scores, models, classes)
             lr = best_rate(trials, "test" if args.test else "train")
             about["search"] += [
-                {"model": t.model, "classes": classes, "draw": t.draw, "lr": t.lr, **t.score._asdict()}
-                for t in trials
+                {"model": t.model, "classes": classes, "draw": t.draw, "lr": t.lr, **t.score} for t in trials
             ]
         jobs = list(product(range(len(models)), range(args.runs), [lr]))
         found_rows = []
         with run.progress(len(jobs), every=args.runs, unit="run") as bar:
             for (position, draw, _), found in zip(jobs, scores("report", classes, jobs), strict=True):
                 row = {"model": models[position].name, "classes": classes, "run": draw, "lr": lr}
-                found_rows.append({**row, **found._asdict()})
+                found_rows.append({**row, **found})
                 run.metrics(found_rows[-1])
-                if bar.advance(test=found.test, train=found.train):
+                if bar.advance(**found.accuracies()):
                     bar.report()
+        warn_of_diverged(classes, lr, "runs", found_rows)
         rows += found_rows
+        about["lr_chosen"] = how_chosen(args, models, rows)
         (line,) = summarise(found_rows)
-        for key in ("test", "train"):
-            run.scalars(classes, {f"meta_test/accuracy_{key}": line[key]})
-        run.scalars(classes, {"meta_test/lr": lr, "meta_test/classes_above_chance": line["above_chance"]})
+        values = {measure.tag: line[name] for name, measure in MEASURES.items() if line[name] is not None}
+        run.scalars(classes, {f"meta_test/{tag}": value for tag, value in {"lr": lr, **values}.items()})
         if is_first():
             write_results(run.folder, rows, about)
     return rows
@@ -139,22 +153,29 @@ def main() -> None:
         figure = accuracy_figure(summarise(rows))
         save_figure(figure, run.folder / "accuracy.png")
         run.figure("meta_test/accuracy", figure, max(args.schedule))
-        log.info("%s", how_chosen(args, len(models)))
+        log.info("%s", how_chosen(args, models, rows))
         log.info("%s", table(rows))
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
 
 
-def how_chosen(args: argparse.Namespace, models: int) -> str:
-    """One line on where the learning rates come from, so that nobody reads a leak as a result."""
+def how_chosen(args: argparse.Namespace, models: list[Model], rows: Sequence[Row]) -> str:
+    """One line on where the learning rates of `rows` come from, so that nobody reads a leak as a result,
+    or a search that ended at its edge as one that found the best."""
     if args.lr is not None:
         return f"learning rate {args.lr:g} as given"
     pool = "the meta-test classes themselves, as released"
     if args.lr_search_split == "background":
         pool = "meta-training classes, none of those reported on"
-    draws = f"{args.lr_search_runs} draws" + (f" for each of {models} models" if models > 1 else "")
+    draws = f"{args.lr_search_runs} draws" + (f" for each of {len(models)} models" if len(models) > 1 else "")
     accuracy = f"meta-test {'test' if args.test else 'train'} accuracy"
-    rates = f"of {len(args.lrs)} from {min(args.lrs):g} to {max(args.lrs):g}, the one that wins most draws"
-    return f"learning rates chosen by {accuracy} on {draws} of {pool}; {rates}"
+    low, high = min(args.lrs), max(args.lrs)
+    rates = f"of {len(args.lrs)} from {low:g} to {high:g}, the one that wins most draws"
+    text = f"learning rates chosen by {accuracy} on {draws} of {pool}; {rates}"
+    edges = {row["classes"]: row["lr"] for row in rows if row["lr"] in (low, high)}
+    if low == high or not edges:
+        return text
+    at = ", ".join(f"{lr:g} for {classes} classes" for classes, lr in edges.items())
+    return f"{text}; at the edge of these, beyond which a better one may lie: {at}"
 
 
 if __name__ == "__main__":

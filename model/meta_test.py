@@ -5,9 +5,10 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from statistics import fmean
 from typing import Literal, NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from model.meta_learner import gather
 from model.method import OnlineLearner
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
 from model.optimizer import OPTIMIZERS
+from model.scores import Answers, Score
 
 Purpose = Literal["search", "report", "validation"]
 PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
@@ -82,7 +84,7 @@ class Learner(Protocol):
         """Learn images, or a network's frozen output of them, with class ids [B], one after the other."""
 
     def predict(self, images: Inputs) -> Tensor:
-        """[B] class ids."""
+        """[B] class ids; -1 for images whose logits are not finite."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,16 @@ def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor) -> None:
         learner.learn(outputs.get(index), index[:, 0].to(outputs.images.device))
 
 
+def answers(learner: Learner, outputs: FrozenOutputs, index: Tensor) -> Tensor:
+    """The class that a learner gives to each image of `index` [..., 2], among all outputs: [...]."""
+    given = [learner.predict(outputs.get(part)) for part in index.reshape(-1, 2).split(CHUNK)]
+    return torch.cat(given).reshape(index.shape[:-1])
+
+
 def correct(learner: Learner, outputs: FrozenOutputs, index: Tensor) -> Tensor:
     """Which images of `index` [..., 2] a learner classifies right: bool [...]."""
-    rows = index.reshape(-1, 2)
-    hits = [
-        learner.predict(outputs.get(part)) == part[:, 0].to(outputs.images.device)
-        for part in rows.split(CHUNK)
-    ]
-    return torch.cat(hits).reshape(index.shape[:-1])
+    given = answers(learner, outputs, index)
+    return given == index[..., 0].to(given.device)
 
 
 def new_run(
@@ -144,20 +148,6 @@ def new_run(
     else:
         reset_head(net, generator)
     return net
-
-
-class Score(NamedTuple):
-    """Accuracies of one run.
-
-    Attributes:
-        test: fraction of the test images classified right after the whole sequence.
-        train: the same for the images that were trained on (what is left of them: forgetting).
-        above_chance: classes whose test accuracy is above 1 / N.
-    """
-
-    test: float
-    train: float
-    above_chance: int
 
 
 @dataclass
@@ -256,9 +246,11 @@ class MetaTest:
                 if self.iid:
                     stream = stream[torch.randperm(len(stream), generator=generator)]
                 learn(learner, self.outputs, stream)
-        test = correct(learner, self.outputs, task.test).cpu().double().mean(1)
-        train = correct(learner, self.outputs, task.train).cpu().double().mean()
-        return Score(test.mean().item(), train.item(), int((test > 1 / classes).sum()))
+        test, train = (answers(learner, self.outputs, index).cpu() for index in (task.test, task.train))
+        finite = all(bool(net.get_parameter(name).isfinite().all()) for name in self.trained)
+        diverged = not finite or bool((test < 0).any() or (train < 0).any())
+        right = ((test == task.test[..., 0]) & (not diverged), (train == task.train[..., 0]) & (not diverged))
+        return Score.of(Answers(*right, diverged))
 
     def _learn_and_track(self, learner: Learner, task: Task, track: Track) -> None:
         if self.iid or self.epochs > 1:
@@ -289,19 +281,27 @@ class Trial(NamedTuple):
 def best_rate(trials: Sequence[Trial], objective: str) -> float:
     """The learning rate that wins most draws (paper and released code: the mode of the winners).
 
-    Of rates that win equally often, the one with the best mean over all draws. Several models share
-    one rate: their draws count alike.
+    Rates that are equal on a draw share its win. Of rates that win equally often it is the one with the
+    best mean over all draws, and then the smallest. So neither the order of the rates matters, nor does a
+    rate win that is nowhere better than another one and somewhere worse. Several models share one rate:
+    their draws count alike. A run that diverged is worse than any that did not.
 
     Args:
         trials: every rate on every draw of every model.
-        objective: field of `Score` to maximise, `train` (as released) or `test`.
+        objective: measure to maximise, `train` (as released) or `test`.
     """
     by_draw: defaultdict[tuple[str, int], dict[float, float]] = defaultdict(dict)
     for trial in trials:
-        by_draw[trial.model, trial.draw][trial.lr] = getattr(trial.score, objective)
-    wins = Counter(max(scores, key=scores.__getitem__) for scores in by_draw.values())
+        value = trial.score[objective]
+        lost = trial.score.get("diverged")
+        by_draw[trial.model, trial.draw][trial.lr] = -1 if value is None or lost else value
+    wins: defaultdict[float, Fraction] = defaultdict(Fraction)
+    for values in by_draw.values():
+        winners = [lr for lr, value in values.items() if value == max(values.values())]
+        for lr in winners:
+            wins[lr] += Fraction(1, len(winners))
 
-    def rank(lr: float) -> tuple[int, float]:
-        return wins[lr], fmean(scores[lr] for scores in by_draw.values())
+    def rank(lr: float) -> tuple[Fraction, float, float]:
+        return wins[lr], fmean(values[lr] for values in by_draw.values()), -lr
 
     return max(wins, key=rank)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from model.layers import Inputs
+from model.scores import classify
 
 Params = dict[str, Tensor]
 """Parameters that learn, or fast weights or gradients in their place, by name."""
@@ -188,6 +189,5 @@ class OnlineLearner:
 
     @torch.no_grad()
     def predict(self, images: Inputs) -> Tensor:
-        """[B] the class with the largest logit for each image."""
-        classes: Tensor = self.net(images).argmax(1)
-        return classes
+        """[B] the class with the largest logit for each image; -1 where logits are not finite."""
+        return classify(self.net(images))

@@ -373,7 +373,7 @@ RESULTS = result_files()
         st.just(RESULTS["results.json"]),
         JSON_VALUES.map(lambda runs: json.dumps({"runs": runs}).encode()),
     ),
-    scores=damaged(RESULTS["scores.csv"] + b"report,m,2,0,0.1,0.5,1.0,1\n"),
+    scores=damaged(RESULTS["scores.csv"] + b"report,m,2,0,0.1,0.5,1.0,1,0\nreport,m,2,1,0.1,,1.0,1,\n"),
 )
 def test_results(csv: bytes, about: bytes, scores: bytes) -> None:
     with folder() as place:

@@ -100,13 +100,37 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
     tables = ledger(results)
     assert "6 published numbers: 3 met, 2 missed (difference in bold), 1 not run" in tables
     rows = {tuple(line.split(" | ")[:3]): line for line in tables.splitlines() if line.startswith("| ")}
-    # At the edge of a tolerance is within it; the interval is that of both runs' means, 97 and 99.
-    assert "| 98.0 ± 1.0 | +10.0 |" in rows["| ANML", "test accuracy", "10"]
-    assert "| 60.0 ± 1.0 | **-3.8** |" in rows["| ANML", "test accuracy", "600"]
-    assert "| 94.0 ± 0.0 | +1.0 |" in rows["| ANML", "train accuracy", "600"]
-    assert "| 2.0 ± 1.0 | **+1.0** |" in rows["| OML", "test accuracy", "600"]
+    # At the edge of a tolerance is within it; the interval is that of two runs, 97 and 99: 12.7 points.
+    assert "| 98.0 ± 12.7 | +10.0 |" in rows["| ANML", "test accuracy", "10"]
+    assert "| 60.0 ± 12.7 | **-3.8** |" in rows["| ANML", "test accuracy", "600"]
+    assert "| 94.0 ± 0 | +1.0 |" in rows["| ANML", "train accuracy", "600"]
+    assert "| 2.0 ± 12.7 | **+1.0** |" in rows["| OML", "test accuracy", "600"]
     assert "| 0.4 | +0.4 |" in rows["| ANML", "dead units", ""]
     assert "| anml | 20,000 steps | `python evaluate.py --x 1` |" in tables
+
+
+def test_one_run_has_no_interval(tmp_path: Path) -> None:
+    results = write_ledger(tmp_path, manifest="anml,t,c\nother,t,c\n")
+    header = "classes,run,lr,test,train,above_chance\n"
+    (results / "anml.csv").write_text(f"{header}600,0,0.001,0.6,0.9,600\n")
+    rows = "".join(f"10,{run},0.001,{test},0.9,10\n" for run, test in enumerate((0.0050, 0.0051, 0.0052)))
+    (results / "other.csv").write_text(f"{header}{rows}")
+    tables = ledger(results)
+    assert "| 60.0 | **-3.8** |" in tables
+    assert "| other | test accuracy | 10 | 0.5 ± 0.02 |" in tables
+    assert "Student's t for fewer than 10" in tables
+
+
+def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
+    """An upper limit is not met by weights that are no numbers."""
+    results = write_ledger(tmp_path, manifest="anml,t,c\noml,t,c\n")
+    header = "classes,run,lr,test,train,above_chance,diverged\n"
+    (results / "oml.csv").write_text(f"{header}600,0,1000000.0,0.0,0.0,0,1\n")
+    (results / "anml.csv").write_text(f"{header}10,0,0.001,0.0,0.0,0,1\n10,1,0.001,0.9,0.9,10,0\n")
+    tables = ledger(results)
+    assert "0 met, 2 missed" in tables
+    assert "| OML | test accuracy | 600 | <1 | paper | diverged | **-** |" in tables
+    assert " | 45.0 ± 55.0 (1 diverged) | **-43.0** |" in tables
 
 
 def test_a_result_without_a_target(tmp_path: Path) -> None:
@@ -114,8 +138,8 @@ def test_a_result_without_a_target(tmp_path: Path) -> None:
     write_accuracies(results, "other", {10: (0.98, 1.0), 600: (0.6, 0.94)})
     tables = ledger(results)
     assert "6 not run" in tables
-    assert "| other | test accuracy | 10 / 600 | 98.0 ± 1.0 / 60.0 ± 1.0 |" in tables
-    assert "| other | train accuracy | 10 / 600 | 100.0 ± 0.0 / 94.0 ± 0.0 |" in tables
+    assert "| other | test accuracy | 10 / 600 | 98.0 ± 12.7 / 60.0 ± 12.7 |" in tables
+    assert "| other | train accuracy | 10 / 600 | 100.0 ± 0 / 94.0 ± 0 |" in tables
     assert "| other | t | `c` |" in tables
 
 
@@ -124,7 +148,7 @@ def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
     results = write_ledger(tmp_path, lines, "anml,t,c\n")
     write_accuracies(results, "anml", {10: (0.81, 1.0), 75: (0.9, 1.0)})
     assert (
-        "| ANML | test accuracy | 10 / 50 / 75 | 80 ± 2 / 80 / 80 ± 1 | S | 81.0 ± 1.0 / - / 90.0 ± 1.0 | "
+        "| ANML | test accuracy | 10 / 50 / 75 | 80 ± 2 / 80 / 80 ± 1 | S | 81.0 ± 12.7 / - / 90.0 ± 12.7 | "
         "+1.0 / - / **+10.0** |" in ledger(results)
     )
 

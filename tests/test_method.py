@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,7 +20,6 @@ from model.meta_learner import MetaLearner, gather
 from model.meta_test import (
     FrozenOutputs,
     MetaTest,
-    Score,
     Settings,
     Trial,
     best_rate,
@@ -27,6 +28,7 @@ from model.meta_test import (
 )
 from model.method import Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
+from model.scores import Score
 from tests import reference
 from utils.errors import UserError
 
@@ -392,6 +394,33 @@ def test_best_rate_is_the_mode_of_the_winners() -> None:
     assert best_rate(trials, "test") == 0.1  # although 0.2 has the better mean
     assert best_rate(trials, "train") == 0.3
     assert best_rate([t for t in trials if t.draw], "test") == 0.2  # a tie: the better mean
+
+
+def test_best_rate_is_that_of_any_order() -> None:
+    """Coarse accuracies, so that many are equal: no order decides, and no dominated rate wins."""
+
+    def trials(table: Mapping[float, tuple[float, ...]]) -> list[Trial]:
+        return [Trial(k, lr, Score(train=v)) for lr, values in table.items() for k, v in enumerate(values)]
+
+    for table in ({0.003: (0.9, 0.9, 0.5), 0.001: (0.9, 0.9, 0.8)}, {0.003: (0.5,) * 3, 0.001: (0.5,) * 3}):
+        assert best_rate(trials(table), "train") == best_rate(trials(table)[::-1], "train") == 0.001
+    diverged = [Trial(0, 0.1, Score(train=0.4, diverged=1)), Trial(0, 0.2, Score(train=0.0, diverged=0))]
+    assert best_rate(diverged, "train") == 0.2
+    # 0.1 has 1/3 + 1/2 + 1 wins, 0.2 has 1/3 + 1/2, and 0.3 has 1/3 + 1/2 + 1/2.
+    shared = {0.1: (0.5, 0.1, 0.5, 0.9), 0.2: (0.5, 0.5, 0.1, 0.1), 0.3: (0.5, 0.5, 0.5, 0.1)}
+    assert best_rate(trials(shared), "train") == 0.1
+    assert best_rate([t for t in trials(shared) if t.draw < 3], "train") == 0.3
+
+    draw = random.Random(0)
+    for _ in range(300):
+        coarse = {lr: tuple(draw.choices((0.0, 0.5, 1.0), k=3)) for lr in (0.1, 0.2, 0.3, 0.4)}
+        shuffled = trials(coarse)
+        draw.shuffle(shuffled)
+        found = best_rate(shuffled, "train")
+        assert found == best_rate(trials(coarse), "train")
+        for other in coarse.values():
+            never_worse = all(a >= b for a, b in zip(other, coarse[found], strict=True))
+            assert not never_worse or other == coarse[found]
 
 
 def test_trajectory_layout() -> None:

@@ -178,7 +178,7 @@ def test_results_go_to_the_ledger_with_their_commands(project: Path) -> None:
     assert rows["anml"]["training"] == "20,000 steps, second order, seed 9"
     assert shlex.split(rows["anml"]["command"]) == listed(project)["anml"][:-2]
     tables = ledger(project / "results")
-    assert "| 80.0 ± 1.0 / - / - / - / - |" in tables
+    assert "| 80.0 ± 12.7 / - / - / - / - |" in tables
     assert "| anml | 20,000 steps, second order, seed 9 | `./fake evaluate_classification.py " in tables
 
 

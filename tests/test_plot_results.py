@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import Rectangle
 
 import plot_results
+from model.scores import ACCURACY, MEASURES, Measure, accuracies
 from tests.test_ledger import write_accuracies
 from utils.arguments import parse, plot_parser
 from utils.plots import (
@@ -87,6 +88,34 @@ def test_bars_show_means_intervals_and_published_numbers() -> None:
     ends = {tuple(np.round(np.ravel(s), 6)) for c in intervals for s in c.get_segments()}
     assert (55, -0.2, 65, -0.2) in ends
     assert "600 classes" in axes.get_xlabel()
+
+
+def test_each_accuracy_that_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newer = summary({600: 0.6}), summary({600: 0.2})
+    monkeypatch.setitem(MEASURES, "worst", Measure("worst", ACCURACY, "of all classes", lambda answers: 0.0))
+    curves = {"A": older, "B": newer}
+    assert len(comparison_figure(curves).axes) == 2
+    newer[0] |= {"worst": 0.1, "worst_low": 0.0, "worst_high": 0.2}
+    del newer[0]["train"]
+    panels = comparison_figure(curves).axes
+    assert [axes.get_title() for axes in panels] == [measure.title for measure in accuracies()]
+    np.testing.assert_allclose(lines(panels[2])["B"], [[600, 10]])
+    assert np.isnan(lines(panels[2])["A"]).any()
+    (axes,) = bars_figure({"A": older[0], "B": newer[0]}).axes
+    assert [text.get_text() for text in axes.texts] == ["60.0", "20.0", "70.0", "-", "-", "10.0"]
+
+
+def test_one_run_has_no_band() -> None:
+    one = [{"classes": classes, "test": 0.5, "test_low": None, "train": 0.6} for classes in (10, 600)]
+    figure, several = (comparison_figure({"A": rows}) for rows in (one, summary({10: 0.5, 600: 0.4})))
+    for axes, bands in ((figure.axes[0], 0), (several.axes[0], 1)):
+        band = next(c for c in axes.collections if isinstance(c, PolyCollection))
+        assert len(band.get_paths()) == bands
+        assert ("95% interval" in axes.get_ylabel()) == bool(bands)
+    np.testing.assert_allclose(lines(figure.axes[0])["A"], [[10, 50], [600, 50]])
+    (axes,) = bars_figure({"A": one[0]}).axes
+    ends = [s for c in axes.collections if isinstance(c, LineCollection) for s in c.get_segments()]
+    assert not any(map(len, ends))
 
 
 def test_activations_are_squares() -> None:

@@ -19,13 +19,16 @@ import torch
 
 import evaluate_classification
 import model.meta_test
+import utils.models
 from datasets.samplers import Task, sample_task
-from model.meta_test import MetaTest, Score, Track, Trial, best_rate
-from model.modelfactory import build
+from model.meta_test import MetaTest, Track, Trial, best_rate
+from model.modelfactory import Network, build
+from model.scores import ACCURACY, MEASURES, Measure, Score, classify
 from model.treatments import TABLE
-from utils.checkpoint import save_checkpoint
+from utils.arguments import evaluation_parser, parse
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.journal import COLUMNS, Journal, Key
+from utils.journal import Journal, Key, columns
 from utils.results import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +171,13 @@ def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evalu
     assert (line["models"], line["runs"], len({row["lr"] for row in rows})) == (2, 4, 1)
     assert line["test"] == pytest.approx(sum(row["test"] for row in rows) / 4)
     assert sorted({trial["model"] for trial in trials}) == ["ANML.net", "ANML1.net"]
-    assert "for each of 2 models" in read_results(together).about["lr_chosen"]
+    chosen = read_results(together).about["lr_chosen"]
+    assert "for each of 2 models" in chosen
+    # Of two rates each is at the edge of the search.
+    assert chosen.endswith(
+        f"; at the edge of these, beyond which a better one may lie: {line['lr']} for 2 classes"
+    )
+    assert chosen in (together / "log.txt").read_text()
     assert read_results(together).about["models"][0]["name"] == "ANML.net"
     # The first model's first run is that of the model alone.
     alone = numbers(evaluate(f"{TINY} {search} --model ANML.net --lr {rows[0]['lr']}"))[0]
@@ -176,9 +185,95 @@ def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evalu
     assert alone[1] != rows[1]
 
 
+def test_a_model_given_twice_counts_once(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content, whatever else the files say: the last model that training kept is its final one."""
+    saved = load_checkpoint(Path("ANML.net"))
+    model = saved.network, saved.widths, saved.state_dict
+    save_checkpoint(Path("ANML_7.net"), *model, {"steps": 7}, 7)
+    Path("copy.net").write_bytes(Path("ANML.net").read_bytes())
+    flags = f"{TINY} --schedule 2 --lr 0.001 --model ANML.net ANML_7.net ANML1.net copy.net"
+    folder = evaluate(f"{flags} --runs 2")
+    out = capsys.readouterr().out
+    for name in ("ANML_7.net", "copy.net"):
+        assert f"warning: {name} holds the same weights as ANML.net: it is left out" in out
+    rows, (line,), _ = numbers(folder)
+    assert (line["models"], line["runs"], line["test_interval"]) == (2, 4, "Student's t over models")
+    assert [row["model"] for row in rows] == ["ANML.net"] * 2 + ["ANML1.net"] * 2
+    evaluate(f"--resume {folder} --runs 3")
+    assert [row for row in numbers(folder)[0] if row["run"] < 2] == rows
+    assert "another file" in refused(
+        lambda: evaluate(f"--resume {folder} --model ANML_7.net ANML.net ANML1.net copy.net"), capsys
+    )
+
+    # An older evaluation gave each file draws of its own, and goes on with them.
+    with monkeypatch.context() as patched:
+        patched.setattr(utils.models, "distinct", list)
+        older = evaluate(f"{flags} --runs 2")
+        whole = evaluate(f"{flags} --runs 3")
+    evaluate(f"--resume {older} --runs 3")
+    assert numbers(older) == numbers(whole)
+    assert len(numbers(older)[0]) == 12
+
+
+def test_a_rate_within_the_search_is_not_pointed_out() -> None:
+    def chosen(*flags: str) -> str:
+        args = parse(evaluation_parser(), ["--model=M.net", *flags])
+        rows = [{"classes": 10, "lr": 0.01}, {"classes": 50, "lr": 0.003}, {"classes": 100, "lr": 0.001}]
+        return evaluate_classification.how_chosen(args, [], rows)
+
+    assert chosen("--lrs=0.01,0.003,0.001").endswith(": 0.01 for 10 classes, 0.001 for 100 classes")
+    for flags in ("--lrs=0.03,0.01,0.003,0.001,0.0003", "--lrs=0.01", "--lr=0.01"):
+        assert "edge" not in chosen(flags)
+
+
+def test_a_diverged_run_says_so(evaluate: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"{TINY} --model OML.net --rln 0 --schedule 10 --runs 2"  # class 0 is among the 10
+    folder = evaluate(f"{flags} --lr 1e12 --track_every 10")
+    out = capsys.readouterr().out
+    warning = "10 classes: 2 of 2 runs diverged at the learning rate 1e+12: weights or logits are not finite"
+    assert f"warning: {warning}" in out
+    assert warning in (folder / "log.txt").read_text()
+    found = out[out.index("meta-test test %") :].splitlines()[1].split()
+    assert found == ["10", "1e+12", "2", "diverged", "diverged", "-", "2"]
+    rows, (line,), _ = numbers(folder)
+    assert [(row["lr"], row["test"], row["train"], row["diverged"]) for row in rows] == [(1e12, 0, 0, 1)] * 2
+    assert (line["test"], line["test_low"], line["above_chance"], line["diverged"]) == (None, None, None, 2)
+    with (folder / "forgetting_10.csv").open() as file:
+        assert {row["test"] for row in csv.DictReader(file)} == {"0.0"}
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+    # In a search it loses, even to a rate that learns nothing.
+    searched = evaluate(f"{flags} --lrs 1e12 1e-12 --lr_search_runs 2")
+    assert {row["lr"] for row in numbers(searched)[0]} == {1e-12}
+    out = capsys.readouterr().out
+    assert "10 classes: 2 of 2 tries diverged at the learning rate 1e+12" in out
+    assert "runs diverged" not in out
+
+
+def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, torch.nan, 1.0], [torch.inf, 1.0, 0.0], [3.0, 1.0, 2.0]])
+    assert classify(logits).tolist() == [1, -1, -1, 0]
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(3, 20, 1, 28, 28), 6, seed=0)
+    assert meta_test.score(3, 0.01, "report", 0).diverged == 0
+    original = model.meta_test.new_run
+
+    def saturated(*arguments: Any) -> Network:
+        run = original(*arguments)
+        with torch.no_grad():
+            run.get_parameter("nm.gate.bias")[0] = torch.inf  # opens the gate: logits are finite
+        return run
+
+    monkeypatch.setattr(model.meta_test, "new_run", saturated)
+    score = meta_test.score(3, 0.01, "report", 0)
+    assert (score.diverged, score.train, score.above_chance) == (1, 0, 0)
+
+
 def test_the_rate_that_wins_most_draws_of_all_models() -> None:
     def trial(model: str, draw: int, lr: float, train: float) -> Trial:
-        return Trial(draw, lr, Score(0, train, 0), model)
+        return Trial(draw, lr, Score(train=train), model)
 
     # 0.1 has the best mean, 0.01 wins both draws of the second model and one of the first.
     trials = [
@@ -300,10 +395,13 @@ def test_what_would_change_numbers_is_refused_by_name(
 
 def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
-    score = Score(1 / 3, 0.1 + 0.2, 7)
+    score, nothing = (
+        Score(test=1 / 3, train=0.1 + 0.2, above_chance=7, diverged=0),
+        Score(test=0, train=0, above_chance=0, diverged=1),
+    )
     with Journal(path) as journal:
         assert journal.score(key, lambda: score) == score
-        assert path.read_bytes().endswith(b"7\n")  # on disk before the next one
+        assert path.read_bytes().endswith(b"7,0\n")  # on disk before the next one
     whole = path.read_bytes()
     for torn in range(len(whole)):
         path.write_bytes(whole[:torn])
@@ -314,18 +412,77 @@ def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     with Journal(path) as journal:
         assert journal.score(key, lambda: pytest.fail("computed again")) == score
         other = key._replace(lr=0.0009)
-        assert journal.score(other, lambda: Score(0, 0, 0)) == Score(0, 0, 0)
+        assert journal.score(other, lambda: nothing) == nothing
     with Journal(path) as journal:
-        assert journal.known == {key: score, other: Score(0, 0, 0)}
+        assert journal.known == {key: score, other: nothing}
+
+
+def test_a_journal_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text('purpose,model,classes,draw,lr,train\nreport,"a, b",10,3,0.00085,0.1\nreport,a,1')
+    draft = tmp_path / ".s.csv.abcd"
+    draft.write_text("of a process that was killed while it did this")
+    key = Key("report", "a, b", 10, 3, 0.00085)
+    with Journal(path) as journal:
+        assert journal.known == {key: Score(test=None, train=0.1, above_chance=None, diverged=None)}
+        whole = f'{",".join(columns())}\nreport,"a, b",10,3,0.00085,,0.1,,\n'
+        assert path.read_text() == whole
+        journal.score(key._replace(draw=4), lambda: Score(test=0.5, train=1.0, above_chance=2, diverged=0))
+    assert path.read_text() == f'{whole}report,"a, b",10,4,0.00085,0.5,1.0,2,0\n'
+    assert not draft.exists()
+    with Journal(path) as journal:
+        assert [score.test for score in journal.known.values()] == [None, 0.5]
+
+
+def test_one_more_measure_is_one_more_line(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measure of the user's own reaches every file, the table and the curves; older runs lack it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    search = f"{TINY} --schedule 2 --lrs 0.01 0.001 --lr_search_runs 2 --model ANML.net"
+    older = evaluate(f"{search} --runs 1")
+    capsys.readouterr()
+    worst = Measure(
+        "worst", ACCURACY, "of all classes", lambda answers: answers.test.double().mean(1).min().item()
+    )
+    with monkeypatch.context() as patched:
+        patched.setitem(MEASURES, "worst", worst)
+        newer = evaluate(f"{search} --runs 2")
+        assert "meta-test worst %" in capsys.readouterr().out
+        assert all(0 <= float(row["worst"]) <= float(row["test"]) for row in table(newer))
+        rows, (line,), trials = numbers(newer)
+        assert line["worst"] == pytest.approx(sum(row["worst"] for row in rows) / 2)
+        assert line["worst_low"] <= line["worst"] <= line["worst_high"]
+        assert [trial["worst"] for trial in trials] == [float(row["worst"]) for row in table(newer)[:4]]
+        events = EventAccumulator(str(newer))
+        events.Reload()
+        assert "meta_test/accuracy_worst" in events.Tags()["scalars"]
+
+        evaluate(f"--resume {older} --runs 2")
+        assert [row["worst"] for row in table(older)] == [*[""] * 5, table(newer)[5]["worst"]]
+        rows, (line,), _ = numbers(older)
+        assert [row["worst"] for row in rows] == [None, numbers(newer)[0][1]["worst"]]
+        assert line["worst"] == rows[1]["worst"]
+        assert line["test"] == sum(row["test"] for row in rows) / 2
+    with pytest.raises(UserError, match="columns"):
+        read_results(newer)
+    with pytest.raises(UserError, match="columns"):
+        Journal(newer / "scores.csv")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("step,loss\n1,2\n", "columns"),
-        (f"{','.join(COLUMNS)}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2"),
-        (f"{','.join(COLUMNS)}\nlunch,a,2,0,0.1,0.5,0.5,1\n", "line 2"),
-        (f"{','.join(COLUMNS)}\nsearch,a,2,0,x,0.5,0.5,1\n", "line 2"),
+        ("purpose,model,classes,draw,lr\n", "columns"),
+        ("purpose,classes,draw,lr,test\n", "columns"),
+        (f"{','.join(columns())},new\n", "columns"),
+        (f"{','.join(columns())},test\n", "columns"),
+        (f"{','.join(columns())}\nsearch,a,2,0,0.1,nan,0.5,1,0\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2"),
+        (f"{','.join(columns())}\nlunch,a,2,0,0.1,0.5,0.5,1,0\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,x,0.5,0.5,1,0\n", "line 2"),
         ("\xff\x00\n", "s.csv"),
     ],
 )

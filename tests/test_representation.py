@@ -48,6 +48,17 @@ def test_knn_is_the_plain_one(k: int) -> None:
     assert found.tolist() == [plain_knn(examples, labels, query, k) for query in queries]
 
 
+@pytest.mark.parametrize("common", [1, 1000])
+def test_knn_of_features_that_have_much_in_common(common: int) -> None:
+    """A gate that is nearly shut, or nearly open, differs little from image to image."""
+    generator = torch.Generator().manual_seed(0)
+    centres, noise = (torch.randn(n, 64, generator=generator) for n in (30, 600))
+    features = common * torch.rand(64, generator=generator) + 0.1 * (centres.repeat(20, 1) + noise)
+    labels = torch.arange(30).repeat(20)
+    found = nearest_neighbours(features[:450], labels[:450], features[450:])
+    assert found.tolist() == [plain_knn(features[:450], labels[:450], query, 5) for query in features[450:]]
+
+
 def test_equal_votes_go_to_the_class_with_the_nearest_example() -> None:
     examples = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
     labels = torch.tensor([7, 8, 8, 7, 9])  # two votes each for 7 and 8

@@ -18,18 +18,20 @@ from utils.results import (
     bootstrap_interval,
     cluster_interval,
     compare,
+    interval,
     read_results,
     summarise,
+    table,
     write_results,
 )
 
-HEADER = "model,classes,run,lr,test,train,above_chance"
-LINE = "a.net,10,0,0.001,0.8,0.9,10"
+HEADER = "model,classes,run,lr,test,train,above_chance,diverged"
+LINE = "a.net,10,0,0.001,0.8,0.9,10,0"
 
 
 def row(**changes: Any) -> dict[str, Any]:
     values = {"model": "a.net", "classes": 10, "run": 0, "lr": 0.001, "test": 0.1 + 0.2, "train": 0.9}
-    return {**values, "above_chance": 10, **changes}
+    return {**values, "above_chance": 10, "diverged": 0, **changes}
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -46,7 +48,25 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 def test_a_file_without_a_model_column(tmp_path: Path) -> None:
     path = tmp_path / "old.csv"
     path.write_text("classes,run,lr,test,train,above_chance\n10,0,0.001,0.8,0.9,10\n")
-    assert read_results(path).rows == [row(model="", test=0.8)]
+    assert read_results(path).rows == [row(model="", test=0.8, diverged=None)]
+
+
+def test_a_measure_that_a_file_lacks_is_missing(tmp_path: Path) -> None:
+    older, mixed = tmp_path / "older.csv", tmp_path / "mixed.csv"
+    older.write_text("classes,run,lr,test\n10,0,0.001,0.8\n")
+    assert read_results(older).rows == [row(model="", test=0.8, train=None, above_chance=None, diverged=None)]
+    (line,) = summarise(read_results(older).rows)
+    assert line["test"] == 0.8
+    assert [line[key] for key in ("train", "train_low", "above_chance", "diverged")] == [None] * 4
+    assert table(read_results(older).rows).splitlines()[1].split()[-3:] == ["-"] * 3
+    assert "train_u" not in compare(read_results(older).rows, [row()])[0]
+    mixed.write_text(f"{HEADER}\n{LINE}\n{LINE.replace(',0,', ',1,').replace('0.8', '')}\n")
+    rows = read_results(mixed).rows
+    assert [found["test"] for found in rows] == [0.8, None]
+    assert (summarise(rows)[0]["test"], summarise(rows)[0]["train"]) == (0.8, 0.9)
+    write_results(tmp_path, rows, {})
+    for path in (tmp_path, tmp_path / "results.json"):
+        assert read_results(path).rows == rows
 
 
 @pytest.mark.parametrize(
@@ -56,15 +76,21 @@ def test_a_file_without_a_model_column(tmp_path: Path) -> None:
         (HEADER, "no runs"),
         ("classes,accuracy\n10,0.5", "line 2: the columns should be"),
         (f"{HEADER},extra\n{LINE},1", "extra"),
+        ("classes,run,lr\n10,0,0.001", "line 2: the columns should be"),
+        ("run,lr,test\n0,0.001,0.5", "line 2: the columns should be"),
         (f"{HEADER}\n{LINE},7", "columns"),
-        (f"{HEADER}\n{LINE}\na.net,10,1,0.5", "line 3: test is None"),
+        (f"{HEADER}\n{LINE}\na.net,10,1,0.5", "line 3: fewer fields"),
         (f"{HEADER}\n{LINE}".replace("0.8", "nan"), "test is 'nan', not an accuracy"),
         (f"{HEADER}\n{LINE}".replace("0.8", "80"), "test is '80', not an accuracy"),
         (f"{HEADER}\n{LINE}".replace("0.9", "-0.1"), "train is '-0.1'"),
         (f"{HEADER}\n{LINE}".replace(",10,0,", ",10.5,0,"), "classes is '10.5'"),
         (f"{HEADER}\n{LINE}".replace("0.001", "inf"), "lr is 'inf'"),
         (f"{HEADER}\n{LINE}".replace("0.001", "0"), "lr is '0'"),
-        (f"{HEADER}\n{LINE}"[:-2] + "11", "11 classes above chance"),
+        (
+            f"{HEADER}\n{LINE}".replace("0.9,10", "0.9,11"),
+            "above_chance is '11', not a number of classes from 0 to 10",
+        ),
+        (f"{HEADER}\n{LINE}"[:-1] + "2", "diverged is '2', not a whole number from 0 to 1"),
         (f"{HEADER}\n{LINE}\n{LINE}", "twice"),
     ],
 )
@@ -105,15 +131,78 @@ def test_no_results(tmp_path: Path) -> None:
 
 
 def test_one_model_has_the_interval_of_its_runs() -> None:
-    values = [0.1, 0.4, 0.2, 0.35, 0.3]
+    values = [0.1, 0.4, 0.2, 0.35, 0.3] * 2
     expected = stats.bootstrap(
         (np.array(values),), np.mean, method="percentile", rng=np.random.default_rng(0)
     )
     assert cluster_interval([values]) == bootstrap_interval(values) == tuple(expected.confidence_interval)
     (line,) = summarise([row(run=k, test=value) for k, value in enumerate(values)])
     assert (line["test_low"], line["test_high"]) == bootstrap_interval(values)
+    assert line["test_interval"] == "bootstrap over runs"
     # One run of each model: models are what is resampled.
+    assert interval([[value] for value in values]) == (*bootstrap_interval(values), "bootstrap over models")
     assert cluster_interval([[value] for value in values]) == bootstrap_interval(values)
+
+
+def test_one_run_has_no_interval(tmp_path: Path) -> None:
+    (line,) = summarise([row(test=0.56)])
+    assert line["test"] == 0.56
+    assert [line[f"test_{end}"] for end in ("low", "high", "interval")] == [None] * 3
+    _, cells = table([row(test=0.56)]).splitlines()  # and no line on intervals
+    assert " ".join(cells.split()) == "10 0.001 1 56.0 - 90.0 - 10.0 0"
+    write_results(tmp_path, [row()], {})
+    assert '"test_low": null' in (tmp_path / "results.json").read_text()
+
+
+def test_diverged_runs_have_nothing_right(tmp_path: Path) -> None:
+    """They count, since the mean of what did not diverge would praise a rate that mostly does."""
+    nothing = {"test": 0.0, "train": 0.0, "above_chance": 0, "diverged": 1}
+    rows = [row(test=0.6), row(run=1, **nothing), row(classes=50, **nothing)]
+    some, every = summarise(rows)
+    assert (some["test"], some["diverged"]) == (0.3, 1)
+    assert (every["test"], every["test_low"], every["above_chance"], every["diverged"]) == (
+        None,
+        None,
+        None,
+        1,
+    )
+    lines = table(rows).splitlines()
+    assert lines[0].split()[-1] == "diverged"
+    assert [line.split()[-1] for line in lines[1:3]] == ["1", "1"]
+    assert lines[2].split()[3:5] == ["diverged", "diverged"]
+    write_results(tmp_path, rows, {})
+    assert read_results(tmp_path).rows == rows
+    assert "2 of them diverged" in compare_results.describe(tmp_path, read_results(tmp_path))
+
+
+def test_few_runs_have_the_interval_of_student() -> None:
+    values = [0.1, 0.4, 0.2, 0.35, 0.3]
+    expected = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    rows = [row(run=k, test=value) for k, value in enumerate(values)]
+    (line,) = summarise(rows)
+    assert (line["test_low"], line["test_high"]) == pytest.approx(expected)
+    assert line["test_interval"] == "Student's t over runs"
+    assert table(rows).splitlines()[-1] == "[ ] 95% interval: Student's t over runs"
+    assert interval([[value] * 4 for value in values]) == pytest.approx(
+        (*expected, "Student's t over models"), abs=1e-12
+    )
+    assert interval([[0.8, 1.0]]) == (0.0, 1.0, "Student's t over runs")  # accuracies end there
+    assert interval([[0.5, 0.5]]) == (0.5, 0.5, "Student's t over runs")
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Of samples whose mean is known, 95% have an interval that holds it, whatever their numbers."""
+    rng = np.random.default_rng(0)
+    for sizes in ([2], [3], [5], [1, 1, 1], [4, 4, 4], [2, 6, 4, 5], [3] * 8):
+        held = 0
+        for _ in range(1000):
+            models = rng.normal(0.5, 0.03 * (len(sizes) > 1), len(sizes))
+            found = interval(
+                [rng.normal(mean, 0.02, n).tolist() for mean, n in zip(models, sizes, strict=True)]
+            )
+            assert found is not None
+            held += found.low <= 0.5 <= found.high
+        assert 0.92 < held / 1000 < 0.98, sizes  # resampling 3 values: 0.72
 
 
 def test_runs_of_one_model_do_not_count_as_models() -> None:

@@ -496,7 +496,8 @@ def evaluation_parser() -> Parser:
         _whole(1),
         10,
         "class draws of each model, each trying every rate; the rate that wins most draws, of all "
-        "models together, is used",
+        "models together, is used: rates that are equal on a draw share its win, and of those with as "
+        "many wins it is the one with the best mean over all draws, then the smallest",
     )
     parser.flag(
         search,

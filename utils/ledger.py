@@ -12,16 +12,18 @@ no result is listed as not run; a result of a name that no target has stands in 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from utils.arguments import ledger_parser, parse
 from utils.errors import UserError, run_script
 from utils.files import write_text
-from utils.results import read_results, summarise
+from utils.results import FEW, read_results, summarise
 from utils.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
 
 MANIFEST = ("result", "training", "command")
@@ -32,14 +34,24 @@ END = "<!-- end of the ledger -->"
 
 @dataclass(frozen=True)
 class Measured:
-    """One of our numbers in percent, with half the width of its 95% interval where there are runs to
-    have one."""
+    """One of our numbers in percent, and how far from it its 95% interval reaches where there is one.
+
+    Attributes:
+        mean: NaN where every run diverged.
+        diverged: runs of it that did.
+    """
 
     mean: float
-    half: float | None = None
+    reach: float | None = None
+    diverged: int = 0
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.half is None else f"{self.mean:.1f} ± {self.half:.1f}"
+        if math.isnan(self.mean):
+            return "diverged"
+        text = f"{self.mean:.1f}"
+        if self.reach is not None:  # never 0.0 for what is not 0
+            text += f" ± {self.reach:.1f}" if self.reach >= 0.05 else f" ± {self.reach:.1g}"
+        return f"{text} ({self.diverged} diverged)" if self.diverged else text
 
 
 Result = dict[tuple[str, int | None], Measured]
@@ -53,10 +65,20 @@ def read_accuracies(path: Path) -> Result:
         UserError: it is not one.
     """
     return {
-        (key, line["classes"]): Measured(100 * line[key], 50 * (line[f"{key}_high"] - line[f"{key}_low"]))
+        (key, line["classes"]): _measured(line, key)
         for line in summarise(read_results(path).rows)
         for key in ACCURACIES
+        if line[key] is not None or line["diverged"] == line["runs"]
     }
+
+
+def _measured(line: Mapping[str, Any], key: str) -> Measured:
+    mean, low, high = (line[f"{key}{end}"] for end in ("", "_low", "_high"))
+    if mean is None:
+        return Measured(math.nan)
+    # An interval ends at 0 and at 100.
+    reach = None if low is None else 100 * max(mean - low, high - mean)
+    return Measured(100 * mean, reach, line["diverged"] or 0)
 
 
 def read_representation(path: Path) -> Result:
@@ -115,9 +137,11 @@ def ledger(folder: Path) -> str:
     outcomes = [None if ours is None else target.met_by(ours.mean) for target, ours in pairs]
     lines = [
         f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
-        f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is half of a 95% "
-        "interval. Tolerances are in `results/targets.csv`: twice the published spread and at least 2 "
-        "points, 3 or more without one. Second-hand: cited by others, not checked against the paper's text.",
+        f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is how far from it "
+        "a 95% interval over runs (of several models, over these) reaches: Student's t for fewer than "
+        f"{FEW} of them, else the bootstrap. Tolerances are in `results/targets.csv`: twice the published "
+        "spread and at least 2 points, 3 or more without one. Second-hand: cited by others, not checked "
+        "against the paper's text.",
         "",
         "| treatment | quantity | classes | published | source | ours | difference | command |",
         "|---|---|---|---|---|---|---|---|",
@@ -173,6 +197,8 @@ def _without_target(name: str, result: Result) -> list[str]:
 def _difference(target: Target, ours: Measured | None) -> str:
     if ours is None:
         return "-"
+    if math.isnan(ours.mean):
+        return "**-**"
     text = f"{ours.mean - target.published:+.1f}"
     return text if target.met_by(ours.mean) else f"**{text}**"
 

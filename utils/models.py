@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from model.modelfactory import Network, build, restore
+from model.modelfactory import Network, build, fingerprint, restore
 from model.treatments import TABLE, Weights
 from utils.arguments import network_widths, read_config
 from utils.checkpoint import load_checkpoint
@@ -43,7 +43,8 @@ class Model(NamedTuple):
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
-    """The models of `--model`; for `--scratch` one new network, of the shape of `--model` if that is given.
+    """The models of `--model`, each once; for `--scratch` one new network, of the shape of `--model` if that
+    is given. An evaluation that is resumed gets them all; see :func:`match_earlier`.
 
     Raises:
         UserError: a file is unreadable, or the models are not all of one treatment, that of
@@ -73,7 +74,23 @@ def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
                 f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
                 f"{first.name} holds {_kind(first)}"
             )
+    if args.resume is None:
+        models = distinct(models)
     return [model._replace(net=model.net.to(device)) for model in models]
+
+
+def distinct(models: list[Model]) -> list[Model]:
+    """The models without those whose weights another one before them has, such as the last model that
+    training kept and its final one: counted twice they would narrow an interval over models.
+
+    Their files may differ in what they say of the training.
+    """
+    kept: dict[str, Model] = {}
+    for model in models:
+        first = kept.setdefault(fingerprint(model.net), model)
+        if first is not model:
+            log.warning("%s holds the same weights as %s: it is left out", model.name, first.name)
+    return list(kept.values())
 
 
 def match_earlier(models: list[Model], data: Mapping[str, str], folder: Path) -> list[Model]:
@@ -91,6 +108,9 @@ def match_earlier(models: list[Model], data: Mapping[str, str], folder: Path) ->
         if config.get(key) != value:
             raise UserError(f"--resume {folder}: its {key} was {config.get(key)}, and is now {value}")
     recorded = config.get("models")
+    # One that was begun before models were told apart goes on with the draws it gave to each file.
+    if isinstance(recorded, list) and len(recorded) < len(models):
+        models = distinct(models)
     if not isinstance(recorded, list) or len(recorded) != len(models):
         raise UserError(f"--resume {folder}: --model names {len(models)} files, not those it was begun with")
     matched = []

@@ -11,6 +11,7 @@ from model.meta_learner import active_fraction
 from model.meta_test import MetaTest
 from model.modelfactory import Network
 from model.representation import represent
+from model.scores import MEASURES
 from utils.plots import gate_figure
 from utils.run import Run
 
@@ -23,11 +24,11 @@ SHOWN = 10  # classes whose gates are drawn, two images each
 def validate(run: Run, net: Network, images: Tensor, step: int, classes: int) -> None:
     """A small meta-test on the first of the meta-training classes [C, 20, 1, 28, 28], and some gates."""
     score = MetaTest(net, images, net.default_meta_test_rln, seed=0).score(classes, LR, "validation", draw=0)
-    run.scalars(step, {"meta_val/accuracy_test": score.test, "meta_val/accuracy_train": score.train})
-    log.info(
-        "step %d meta-test on %d meta-training classes: test %.3f train %.3f",
-        *(step, classes, score.test, score.train),
-    )
+    found = score.accuracies()
+    run.scalars(step, {f"meta_val/{MEASURES[name].tag}": value for name, value in found.items()})
+    text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+    text = "diverged" if score.diverged else text
+    log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
     shown = images[: min(classes, SHOWN), :2]
     gate = represent(net, shown).gate
     if gate is not None:

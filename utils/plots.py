@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.scores import Measure, accuracies
 from utils.files import atomic_write
 from utils.results import METRICS
 
@@ -33,29 +34,28 @@ STYLES = (
 )
 SMOOTHED = 50  # meta-steps, since that of one trajectory says little
 PUBLISHED = ("o", "s", "^", "D", "v", "P", "X", "*")  # hollow, without a line
-TEST = "meta-test test (unseen images)"
-TRAIN = "meta-test train (forgetting)"
+FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
 
 Summary = Sequence[Mapping[str, Any]]
-"""One mapping per class count, as `utils.results.summarise` returns them: `classes` (count) and `test`,
-`test_low`, `test_high`, `train`, `train_low`, `train_high` (mean and 95% interval, 0 to 1)."""
+"""One mapping per class count, as `utils.results.summarise` returns them: `classes` (count) and mean and
+95% interval, 0 to 1, of each accuracy: `test`, `test_low`, `test_high` and the like, None if unknown."""
 
 
 def accuracy_figure(rows: Summary) -> Figure:
-    """Accuracy of one treatment against the number of classes learned, test and train, and chance."""
+    """Accuracies of one treatment against the number of classes learned, and chance."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    _curve(axes, rows, "test", TEST, ("-", "o", "tab:blue"))
-    _curve(axes, rows, "train", TRAIN, ("--", "s", "tab:orange"))
+    for style, measure in zip(cycle(STYLES), _measured(rows)):
+        _curve(axes, rows, measure.name, measure.title, style)
     _against_classes(axes, [rows])
     axes.legend()
     return figure
 
 
 def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] = ()) -> Figure:
-    """Accuracy of several treatments against the number of classes: a panel for test, one for train.
+    """Accuracy of several treatments against the number of classes, a panel for each accuracy.
 
     Args:
         curves: by the name in the legend.
@@ -65,18 +65,20 @@ def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] =
 
     sources = list(dict.fromkeys((target.treatment, target.source) for target in targets))
     entries = len(curves) + len(sources) + 1
-    figure = Figure(figsize=(11, 4.6 + 0.2 * -(-entries // 3)), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, key, title in zip(panels, ("test", "train"), (TEST, TRAIN), strict=True):
+    measures = _measured([row for rows in curves.values() for row in rows])
+    figure = Figure(figsize=(5.5 * len(measures), 4.6 + 0.2 * -(-entries // 3)), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
         for style, (label, rows) in zip(cycle(STYLES), curves.items()):
-            _curve(axes, rows, key, label, style)
+            _curve(axes, rows, measure.name, label, style)
         for marker, (treatment, source) in zip(cycle(PUBLISHED), sources):
-            points = [t for t in targets if (t.quantity, t.treatment, t.source) == (key, treatment, source)]
+            wanted = (measure.name, treatment, source)
+            points = [t for t in targets if (t.quantity, t.treatment, t.source) == wanted]
             if points:
                 _published(axes, points, marker, f"{treatment}, published: {source}")
         _against_classes(axes, list(curves.values()))
-        axes.set_title(title)
-    panels[1].set_ylabel("")
+        axes.set_title(measure.title)
+        axes.label_outer()
     by_label = {
         label: handle
         for axes in panels
@@ -114,30 +116,31 @@ def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Fi
 
 
 def steps_figure(curves: Mapping[str, Summary]) -> Figure:
-    """Accuracy against the meta-steps that models were trained for: a panel for test, one for train.
+    """Accuracy against the meta-steps that models were trained for, a panel for each accuracy.
 
     Args:
         curves: by the name in the legend; their lines have `step` beside the entries of a summary.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, key, title in zip(panels, ("test", "train"), (TEST, TRAIN), strict=True):
+    measures = _measured([row for rows in curves.values() for row in rows])
+    figure = Figure(figsize=(5.5 * len(measures), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
         for style, (label, rows) in zip(cycle(STYLES), curves.items()):
-            _curve(axes, rows, key, label, style, against="step")
+            _curve(axes, rows, measure.name, label, style, against="step")
         axes.set_xlabel("meta-steps")
         axes.set_ylim(0, 102)  # room for the upper half of a marker
         axes.grid(alpha=0.3)
-        axes.set_title(title)
-    panels[0].set_ylabel("accuracy (%), 95% interval")
+        axes.set_title(measure.title)
+    panels[0].set_ylabel(_with_interval("accuracy (%)", [row for rows in curves.values() for row in rows]))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 
 def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[str, Target]] = ()) -> Figure:
-    """Test and train accuracy of several treatments after the same number of classes, as bars.
+    """Accuracies of several treatments after the same number of classes, as bars.
 
     Args:
         final: by name, the line of its summary at that class count.
@@ -149,18 +152,25 @@ def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[
     names = list(final)
     figure = Figure(figsize=(7, 1.8 + 0.6 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    offsets = {"test": -0.2, "train": 0.2}
-    for key, label, colour, hatch in (("test", TEST, "0.65", ""), ("train", TRAIN, "white", "///")):
-        places = np.arange(len(names)) + offsets[key]
-        mean, low, high = (_percent(list(final.values()), f"{key}{bound}") for bound in ("", "_low", "_high"))
-        axes.barh(places, mean, 0.38, color=colour, edgecolor="black", hatch=hatch, label=label)
+    lines = list(final.values())
+    measures = _measured(lines)
+    step = 0.8 / len(measures)
+    offsets = {measure.name: (k - (len(measures) - 1) / 2) * step for k, measure in enumerate(measures)}
+    for (colour, hatch), measure in zip(cycle(FILLS), measures):
+        places = np.arange(len(names)) + offsets[measure.name]
+        mean, low, high = (_percent(lines, f"{measure.name}{bound}") for bound in ("", "_low", "_high"))
+        axes.barh(
+            places, mean, 0.95 * step, color=colour, edgecolor="black", hatch=hatch, label=measure.title
+        )
         axes.errorbar(mean, places, xerr=(mean - low, high - mean), fmt="none", ecolor="black", capsize=3)
         for place, value in zip(places, mean, strict=True):  # apart from the bars and what is on them
-            axes.text(110, place, f"{value:.1f}", ha="right", va="center", fontsize=9)
-    if targets:
+            text = "-" if np.isnan(value) else f"{value:.1f}"
+            axes.text(110, place, text, ha="right", va="center", fontsize=9)
+    points = [(name, target) for name, target in targets if target.quantity in offsets]
+    if points:
         axes.plot(
-            [target.published for _, target in targets],
-            [names.index(name) + offsets[target.quantity] for name, target in targets],
+            [target.published for _, target in points],
+            [names.index(name) + offsets[target.quantity] for name, target in points],
             "D",
             color="black",
             markerfacecolor="white",
@@ -174,13 +184,25 @@ def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[
     axes.invert_yaxis()
     axes.set_xlim(0, 111)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel(f"accuracy after {classes} classes (%), 95% interval")
+    axes.set_xlabel(_with_interval(f"accuracy after {classes} classes (%)", lines))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
+def _measured(rows: Summary) -> list[Measure]:
+    """The accuracies that `rows` have; all where they have none, so that there is something to draw on."""
+    return [m for m in accuracies() if any(row.get(m.name) is not None for row in rows)] or accuracies()
+
+
+def _with_interval(label: str, rows: Summary) -> str:
+    """The label of an axis: one run has no interval to be shown."""
+    known = any(row.get(f"{measure.name}_low") is not None for row in rows for measure in accuracies())
+    return f"{label}, 95% interval" if known else label
+
+
 def _percent(rows: Summary, key: str) -> NDArray[np.float64]:
-    return 100 * np.array([row[key] for row in rows], dtype=float)
+    """NaN for what is not known, which is not drawn."""
+    return 100 * np.array([row.get(key) for row in rows], dtype=float)
 
 
 def _curve(
@@ -219,7 +241,7 @@ def _against_classes(axes: Axes, curves: Sequence[Summary]) -> None:
     counts = np.geomspace(min(classes), max(classes), 100)
     axes.plot(counts, 100 / counts, "k:", label="chance")
     axes.set_xlabel("classes learned one after another")
-    axes.set_ylabel("accuracy (%), 95% interval")
+    axes.set_ylabel(_with_interval("accuracy (%)", [row for rows in curves for row in rows]))
     axes.set_xlim(left=0)
     axes.set_ylim(0, 102)  # room for the upper half of a marker
     axes.grid(alpha=0.3)

@@ -6,22 +6,28 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.scores import ACCURACY, MEASURES, RUNS, Measure, Score, accuracies
 from utils.errors import UserError
 from utils.files import write_text
+
+FEW = 10  # values, from which on a bootstrap says how far off their mean may be
 
 METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 """The columns of a training's `metrics.csv` that are drawn."""
 
 Row = Mapping[str, Any]
-"""One run: `model` (its file), `classes`, `run`, `lr`, `test`, `train` (0 to 1), `above_chance` (classes)."""
+"""One run: `model` (its file), `classes`, `run`, `lr` and the measures of `model.scores`.
+
+A measure is None, or not there, where the file is older than it.
+"""
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,7 @@ class Results:
     """What a results file holds.
 
     Attributes:
-        rows: one per run: `classes` (int), `run` (int), `lr`, `test`, `train` (0 to 1),
-            `above_chance` (int, classes), `model` (file name; empty in files that do not say).
+        rows: one per run; `model` is empty in files that do not say.
         about: what `results.json` says beside the runs and their summary; empty without one.
     """
 
@@ -47,7 +52,7 @@ def read_results(path: Path) -> Results:
 
     Raises:
         UserError: no such file, or it is not a table of runs: wrong columns, a value of the wrong
-            kind or out of its range, a run twice, no runs at all.
+            kind or out of its range, a run twice, no runs at all. Measures may be missing.
     """
     path = _table(path, "results.csv", "evaluate_classification.py")
     if path.suffix == ".json":
@@ -62,8 +67,11 @@ def read_results(path: Path) -> Results:
         reader = csv.DictReader(io.StringIO(_read(path)), strict=True)
         try:
             numbered = [(f"line {reader.line_num}", row) for row in reader]
+            short = next((where for where, row in numbered if None in row.values()), None)
         except csv.Error as error:
             raise UserError(f"{path} is not a CSV file: {error}") from error
+        if short is not None:
+            raise UserError(f"{path}, {short}: fewer fields than columns")
     rows = [_checked(row, f"{path}, {where}") for where, row in numbered]
     if not rows:
         raise UserError(f"{path} holds no runs")
@@ -142,30 +150,74 @@ _COLUMNS: dict[str, tuple[Callable[[str], Any], str]] = {
     "classes": (_number(int, 1, math.inf), "a whole number of 1 or more"),
     "run": (_number(int, 0, math.inf), "a whole number of 0 or more"),
     "lr": (_number(float, math.ulp(0.0), 1e300), "a finite number above 0"),
-    "test": (_number(float, 0, 1), "an accuracy from 0 to 1"),
-    "train": (_number(float, 0, 1), "an accuracy from 0 to 1"),
-    "above_chance": (_number(int, 0, math.inf), "a whole number of 0 or more"),
 }
-"""How each column is read, and what it must hold."""
+"""How each column but the measures is read, and what it must hold."""
 
 
 def _checked(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """One row with its values read; texts from a CSV and values from a JSON pass the same checks."""
     row = {"model": "", **row}
-    if row.keys() != _COLUMNS.keys():
+    columns = [*_COLUMNS, *MEASURES]
+    if not _COLUMNS.keys() < row.keys() <= set(columns):
         given = ", ".join(sorted(str(key) for key in row if key is not None))
-        raise UserError(f"{where}: the columns should be {', '.join(_COLUMNS)}; they are {given}")
+        raise UserError(f"{where}: the columns should be {', '.join(columns)}; they are {given}")
     values = {}
     for name, (read, kind) in _COLUMNS.items():
         try:
             values[name] = read(str(row[name]))
         except ValueError:
             raise UserError(f"{where}: {name} is {row[name]!r}, not {kind}") from None
-    if values["above_chance"] > values["classes"]:
-        raise UserError(
-            f"{where}: {values['above_chance']} classes above chance of {values['classes']} classes"
-        )
-    return values
+    try:
+        return {**values, **Score.read(row, values["classes"])}
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+class Interval(NamedTuple):
+    """95% interval of a mean accuracy, 0 to 1, and how it was found."""
+
+    low: float
+    high: float
+    method: str
+
+
+def interval(groups: Sequence[Sequence[float]]) -> Interval | None:
+    """95% interval of the mean of all values, over models or, of one model, over its runs.
+
+    Fewer than `FEW` of them have Student's t interval, since resampling as few gives one that is far too
+    narrow. One run alone has no interval.
+
+    Args:
+        groups: the values of each model; none is empty.
+    """
+    of = "models" if len(groups) > 1 else "runs"
+    units = groups if len(groups) > 1 else [[value] for value in groups[0]]
+    if len(units) < 2:
+        return None
+    if len(units) < FEW:
+        return Interval(*t_interval(units), f"Student's t over {of}")
+    within = " and runs" if max(map(len, units)) > 1 else ""
+    return Interval(*cluster_interval(groups), f"bootstrap over {of}{within}")
+
+
+def t_interval(units: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95% interval of the mean of all values by Student's t over the units they belong to, within 0 to 1.
+
+    The values of a unit may depend on each other in any way: with equally many in each it is the t interval
+    of the units' means.
+
+    Args:
+        units: two or more; none is empty.
+    """
+    from scipy.special import stdtrit  # half a second to import
+
+    sizes = np.array([len(unit) for unit in units])
+    sums = np.array([sum(unit) for unit in units])
+    mean = sums.sum() / sizes.sum()
+    count = len(units)
+    error = math.sqrt(count / (count - 1) * ((sums - sizes * mean) ** 2).sum()) / sizes.sum()
+    half = stdtrit(count - 1, 0.975) * error
+    return max(float(mean - half), 0.0), min(float(mean + half), 1.0)
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -219,8 +271,10 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Returns:
         mappings with `classes`, `models`, `runs` (of all models), `lr` (that of the first run),
-        `test`, `test_low`, `test_high` (see :func:`cluster_interval`), the same for `train`, and
-        `above_chance` (mean number of classes whose test accuracy is above chance).
+        and each measure as its mean over the runs that have it, or as the number of runs that it is
+        true of (`diverged`); None if no run has it. A run that diverged has nothing right, which counts;
+        where all have, there is no mean. An accuracy such as `test` has `test_low`, `test_high` and
+        `test_interval` as well, which names the method of its :func:`interval`; None where there is none.
     """
     summary = []
     for classes in sorted({row["classes"] for row in rows}):
@@ -228,31 +282,54 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
         models = list(dict.fromkeys(row.get("model", "") for row in runs))
         line: dict[str, Any] = {"classes": classes, "models": len(models), "runs": len(runs)}
         line["lr"] = runs[0]["lr"]
-        for key in ("test", "train"):
-            groups = [[row[key] for row in runs if row.get("model", "") == model] for model in models]
-            line[key] = float(np.mean([row[key] for row in runs]))
-            line[f"{key}_low"], line[f"{key}_high"] = cluster_interval(groups)
-        line["above_chance"] = float(np.mean([row["above_chance"] for row in runs]))
+        all_diverged = all(row.get("diverged") for row in runs)
+        for name, measure in MEASURES.items():
+            groups = [known(name, (row for row in runs if row.get("model", "") == model)) for model in models]
+            groups = [group for group in groups if group]
+            if measure.kind is RUNS:
+                line[name] = sum(map(sum, groups)) if groups else None
+                continue
+            if all_diverged:
+                groups = []
+            line[name] = float(np.mean([value for group in groups for value in group])) if groups else None
+            if measure.kind is ACCURACY:
+                found = interval(groups) if groups else None
+                ends = ("low", "high", "interval")
+                line |= {f"{name}_{end}": value for end, value in zip(ends, found or [None] * 3, strict=True)}
         summary.append(line)
     return summary
 
 
+def known(name: str, rows: Iterable[Row]) -> list[float]:
+    """The values of a measure, without those that are missing."""
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
 def table(rows: Sequence[Row]) -> str:
     """The summary as lines for the terminal; accuracies in percent, 95% intervals in brackets."""
-    lines = [
-        f"{'classes':>7}  {'lr':>8}  {'runs':>4}  {'meta-test test %':>20}  "
-        f"{'meta-test train %':>20}  {'above chance':>12}"
-    ]
-    for line in summarise(rows):
-        cells = [
-            f"{100 * line[key]:5.1f} [{100 * line[f'{key}_low']:5.1f}, {100 * line[f'{key}_high']:5.1f}]"
-            for key in ("test", "train")
-        ]
-        lines.append(
-            f"{line['classes']:7d}  {line['lr']:8.6g}  {line['runs']:4d}  {cells[0]:>20}  "
-            f"{cells[1]:>20}  {line['above_chance']:12.1f}"
-        )
-    return "\n".join(lines)
+    lines = [["classes", "lr", "runs", *(measure.heading for measure in MEASURES.values())]]
+    summary = summarise(rows)
+    for line in summary:
+        cells = [_cell(line, measure) for measure in MEASURES.values()]
+        lines.append([str(line["classes"]), f"{line['lr']:.6g}", str(line["runs"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    methods = {line[f"{measure.name}_interval"] for line in summary for measure in accuracies()} - {None}
+    if methods:
+        texts.append(f"[ ] 95% interval: {', '.join(sorted(methods))}")
+    return "\n".join(texts)
+
+
+def _cell(line: Mapping[str, Any], measure: Measure) -> str:
+    """One measure of a line of the summary as the table shows it."""
+    value = line[measure.name]
+    if value is None:
+        return "diverged" if measure.kind is ACCURACY and line["diverged"] == line["runs"] else "-"
+    if measure.kind is not ACCURACY:
+        return str(value) if measure.kind is RUNS else f"{value:.1f}"
+    low, high = line[f"{measure.name}_low"], line[f"{measure.name}_high"]
+    span = "-" if low is None else f"[{100 * low:5.1f}, {100 * high:5.1f}]"
+    return f"{100 * value:5.1f} {span}"
 
 
 def compare(a: Sequence[Row], b: Sequence[Row]) -> list[dict[str, Any]]:
@@ -261,8 +338,8 @@ def compare(a: Sequence[Row], b: Sequence[Row]) -> list[dict[str, Any]]:
     The paper's test. It takes all runs of all models of a result for independent.
 
     Returns:
-        mappings with `classes`, `runs_a`, `runs_b`, and for `key` of `test` and `train`: `key_a` and
-        `key_b` (mean accuracies, 0 to 1), `key_u` (U of `a`: pairs of runs in which `a` is better,
+        mappings with `classes`, `runs_a`, `runs_b`, and for each accuracy `key` that runs of both have:
+        `key_a` and `key_b` (means, 0 to 1), `key_u` (U of `a`: pairs of runs in which `a` is better,
         ties counting half) and `key_p` (probability of such a U, or one further from the middle,
         if both were alike). In order of class count; empty if they have none in common.
     """
@@ -272,8 +349,10 @@ def compare(a: Sequence[Row], b: Sequence[Row]) -> list[dict[str, Any]]:
     for classes in sorted({row["classes"] for row in a} & {row["classes"] for row in b}):
         runs = [[row for row in rows if row["classes"] == classes] for rows in (a, b)]
         line: dict[str, Any] = {"classes": classes, "runs_a": len(runs[0]), "runs_b": len(runs[1])}
-        for key in ("test", "train"):
-            of_a, of_b = ([row[key] for row in rows] for rows in runs)
+        for key in (measure.name for measure in accuracies()):
+            of_a, of_b = (known(key, rows) for rows in runs)
+            if not (of_a and of_b):
+                continue
             line |= {f"{key}_a": float(np.mean(of_a)), f"{key}_b": float(np.mean(of_b))}
             found = stats.mannwhitneyu(of_a, of_b, alternative="two-sided")
             line |= {f"{key}_u": float(found.statistic), f"{key}_p": float(found.pvalue)}

@@ -9,7 +9,8 @@ from functools import lru_cache, partial
 from torch import Tensor
 
 from model.fast import Backend, learner
-from model.meta_test import MetaTest, Purpose, Score, Track
+from model.meta_test import MetaTest, Purpose, Track
+from model.scores import Score
 from utils.distributed import Group
 from utils.journal import Journal, Key
 from utils.models import Model
@@ -21,7 +22,7 @@ Job = tuple[int, int, float]
 """One run: position of the model, draw, learning rate."""
 
 Scorer = Callable[[Purpose, int, Sequence[Job]], Iterator[Score]]
-"""Accuracies of runs in order, from their purpose, number of classes and jobs."""
+"""Scores of runs in order, from their purpose, number of classes and jobs."""
 
 
 def scorer(
@@ -82,7 +83,7 @@ def scorer(
             found = {keys[k]: test(purpose, classes, jobs[k]) for k in mine}
             for part in group.gather(found):
                 for key, score in part.items():
-                    known[key] = journal.score(key, partial(Score, *score)) if journal else score
+                    known[key] = journal.score(key, partial(Score, score)) if journal else score
             yield from (known[keys[k]] for k in together)
 
     return scores

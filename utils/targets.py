@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.scores import accuracies
 from utils.errors import UserError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TARGETS = RESULTS / "targets.csv"
 COLUMNS = ("result", "treatment", "quantity", "classes", "published", "spread", "tolerance", "source")
 
-ACCURACIES = {"test": "test accuracy", "train": "train accuracy"}
+ACCURACIES = {measure.name: f"{measure.name} accuracy" for measure in accuracies()}
 REPRESENTATION = {
     "active_before": "active units before the gate",
     "active_after": "active units after the gate",
