@@ -57,7 +57,7 @@ from utils.arguments import (
 )
 from utils.device import choose_device
 from utils.errors import UserError, run_script
-from utils.files import check_writable, write_text
+from utils.files import check_writable, expand, write_text
 from utils.run import cpu_name
 from utils.timing import (
     Spread,
@@ -519,7 +519,7 @@ def benchmark_parser() -> Parser:
     parser.flag(group, "--nm_channels", positive, NETWORK["nm_channels"], "channels of NM")
     parser.flag(group, "--pln_channels", positive, NETWORK["pln_channels"], "channels of the PLN, and of OML")
     group = parser.add_argument_group("run")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
+    group.add_argument("--json", type=expand, metavar="FILE", help="write the numbers here as well")
     parser.flag(group, "--device", str.lower, "auto", "where", choices=("auto", "cpu", "cuda", "mps"))
     parser.flag(group, "--threads", positive, None, "CPU threads", shown="torch's choice")
     return parser

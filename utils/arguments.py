@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from model.treatments import TABLE
 from utils.errors import UserError
+from utils.files import expand
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -495,7 +496,7 @@ def analysis_parser() -> Parser:
     parser.flag(
         analysis,
         "--model",
-        Path,
+        _path,
         None,
         "model file that mrcl_classification.py or pretrain_classification.py wrote",
         shown="none: it must be given",
@@ -545,7 +546,7 @@ def plot_parser() -> Parser:
         "add published numbers, of the treatments that labels or results name, else of ANML",
         default=True,
     )
-    parser.flag(group, "--out", Path, Path("runs/figures"), "folder for the figures", metavar="DIR")
+    parser.flag(group, "--out", _path, Path("runs/figures"), "folder for the figures", metavar="DIR")
     parser.flag(group, "--name", _folder_name, "results", "start of the figures' file names")
     return parser
 
@@ -561,7 +562,7 @@ def ledger_parser() -> Parser:
         ("README.md", "FILE", "file with the two marker lines of the ledger"),
     ):
         flag = f"--{name.removesuffix('.md').lower()}"
-        parser.flag(group, flag, Path, root / name, text, shown=f"this project's {name}", metavar=kind)
+        parser.flag(group, flag, _path, root / name, text, shown=f"this project's {name}", metavar=kind)
     return parser
 
 
@@ -957,9 +958,10 @@ def _device(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    if not _is_text(text):
+    path = expand(text)
+    if not _is_text(str(path)):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be a file's name")
-    return Path(text)
+    return path
 
 
 def _is_text(text: str) -> bool:

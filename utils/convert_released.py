@@ -24,6 +24,7 @@ from torch import Tensor
 from model.modelfactory import NETWORKS, Network
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError, run_script
+from utils.files import expand
 from utils.records import read, tensors
 
 BLOCK = re.compile(r"(rln|nm)\.(?:convBlock(\d)\.(conv|norm|bn)|encoder\.(\d)\.([01]))\.(weight|bias)")
@@ -127,8 +128,8 @@ def _rows(value: Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.convert_released", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="IN", help="model file to read")
-    parser.add_argument("target", type=Path, metavar="OUT", help="model file to write")
+    parser.add_argument("source", type=expand, metavar="IN", help="model file to read")
+    parser.add_argument("target", type=expand, metavar="OUT", help="model file to write")
     args = parser.parse_args()
     net, weights, rest = convert(args.source)
     save_checkpoint(

@@ -12,6 +12,15 @@ from typing import BinaryIO
 from utils.errors import UserError
 
 
+def expand(text: str) -> Path:
+    """The path that a user's text names: a leading `~` or `~user` is a home folder.
+
+    The shell does that for `~/x` but not for `--flag=~/x`, and nobody does it within a file. `./~` is
+    not touched, nor is what names no user.
+    """
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib takes ./~ for ~, and fails without a user)
+
+
 @contextmanager
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path`, complete and on disk, when the block ends well.
