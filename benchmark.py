@@ -558,7 +558,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = benchmark_parser().read(sys.argv[1:])
     if args.json is not None:
-        check_writable(args.json)
+        check_writable(args.json, "--json")
     results = measure(args)
     print("\n\n".join(tables(results)))
     if args.json is not None:

@@ -97,7 +97,7 @@ def main() -> None:
         net = restore(state.network, state.widths, state.state_dict, str(args.resume))
     else:
         net = build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
-    check_writable(args.model_name)
+    check_writable(args.model_name, "--model_name")
     images, about = load_pool(args, "background", args.train_classes, net.head.out_features, device)
     extra = {"device": str(device), **about}
     with Interrupt() as interrupt, Run.open(args, extra, state.step if state else 0) as run:

@@ -158,7 +158,7 @@ def _download(split: str, archive: Path) -> None:
             error.close()  # it holds the connection
         raise UserError(
             f"{archive} is missing and cannot be downloaded ({_reason(error)}); connect to the "
-            "network, put the zip there, or give a root that has omniglot-py/"
+            "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -297,6 +297,25 @@ def test_what_would_change_numbers_is_refused_by_name(
     assert (folder / "scores.csv").read_bytes() == before
 
 
+def test_models_that_were_moved(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evaluate(f"{TINY} {SHORT} --model ANML.net ANML1.net").resolve()
+    Path("sub/runs/other_0").mkdir(parents=True)
+    monkeypatch.chdir("sub")
+    evaluate_again = f"--resume {folder} --runs 2"
+    evaluate(evaluate_again)
+    assert len(read_results(folder).rows) == 4
+    assert {row["model"] for row in read_results(folder).rows} == {"ANML.net", "ANML1.net"}
+    Path("../ANML1.net").rename("ANML1.net")
+    line = refused(lambda: evaluate(evaluate_again), capsys)
+    assert line.count("\n") == 1
+    assert f"its --model is {Path.cwd().parent}/ANML1.net" in line
+    evaluate(f"--resume {folder} --runs 3 --model ../ANML.net ANML1.net")
+    assert len(read_results(folder).rows) == 6
+    assert {path.name for path in Path().rglob("*")} == {"runs", "other_0", "ANML1.net"}
+
+
 def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
     score = Score(1 / 3, 0.1 + 0.2, 7)

@@ -16,6 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import TINY, Trainer, assert_same_run, rows
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
 from utils.run import Run
@@ -182,7 +183,6 @@ def test_metrics_that_are_torn_or_lost(left: bytes | None, trainer: Trainer) -> 
     [
         (["--meta_lr=0.01"], "--meta_lr is 0.01 and was 0.001"),
         (["--first_order", "--seed=4"], "--first_order is True and was False; --seed is 4 and was 9"),
-        (["--model_name=x.net"], "--model_name is x.net"),
         (["--checkpoint"], "--checkpoint"),
         (["--config", str(ROOT / "configs/anml.toml")], "--num_classes is 1000"),
     ],
@@ -230,6 +230,51 @@ def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.Capture
             trainer.resume()
         assert named in capsys.readouterr().err + str(ended.value)
     assert trainer.state().step == 1
+
+
+def test_a_run_that_was_moved(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer("--steps=2", "--runs_dir=old/runs", f"--model_name={tmp_path}/old/m.net")
+    Path("old").rename("new")
+    trainer.run = Path("new/runs/best_7")
+    Path("new/runs/smoke_0").rename(trainer.run)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        trainer.resume("--steps=3")
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1)
+    assert f"its --model_name is {tmp_path}/old/m.net" in error
+    assert not Path("old").exists()
+    Path("old").touch()
+    with pytest.raises(UserError, match=r"cannot write --model_name .*/old/m\.net"):
+        trainer.resume("--steps=3")
+    trainer.resume("--steps=3", "--model_name=new/m.net", "--runs_dir=new/runs", "--name=best")
+    trainer.resume("--steps=4")
+    assert load_checkpoint(Path("new/m.net")).step == 4
+    assert json.loads((trainer.run / "config.json").read_text())["name"] == "best_7"
+
+
+def test_a_run_resumed_from_another_folder(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it named from where it was started stays where it is; in a moved run, it is named from here."""
+    trainer("--steps=2", "--dataset-path=data")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    trainer.run = Path("../runs/smoke_0")
+    for steps in (3, 4):
+        trainer.resume(f"--steps={steps}")
+    assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
+    arguments = json.loads((trainer.run / "config.json").read_text())["arguments"]
+    assert arguments["dataset_path"] == str(tmp_path / "data")
+    assert not list(elsewhere.iterdir())
+    monkeypatch.chdir(tmp_path)
+    trainer("--steps=2", "--name=other")
+    Path("runs").rename("elsewhere/runs")
+    monkeypatch.chdir(elsewhere)
+    trainer.run = Path("runs/other_0")
+    trainer.resume("--steps=5")
+    assert load_checkpoint(elsewhere / "runs/smoke.net").step == 5
 
 
 def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:

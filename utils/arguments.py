@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ LEARNING_RATES = (
 )
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 TREATMENTS = {"anml": "ANML", "neuromodulation": "ANML", "oml": "OML"}
+PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 NETWORK = {"treatment": "ANML", "nm_channels": 112, "pln_channels": 256, "num_classes": 1000}
 
 
@@ -156,10 +158,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _settings_of_run(parser: Parser, folder: Path) -> dict[str, Any]:
     """The arguments that a run folder records, but for flags that had no value."""
     try:
-        settings = read_config(folder)["arguments"]
+        config = read_config(folder)
     except UserError as error:
         parser.error(f"--resume: {error}")
-    return {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key, value in config["arguments"].items() if value is not None}
+    cwd = config.get("cwd")
+    # Where the run is still in its place, so is what it named from where it was started. A folder that
+    # was moved knows no better than the user, who moved it.
+    if isinstance(cwd, str) and cwd != str(Path.cwd()) and config.get("folder") == str(folder.resolve()):
+        for key, value in settings.items():
+            if key in parser.flags and parser.flags[key].type is _path:
+                several = isinstance(value, list)
+                paths = [str(Path(cwd, str(path))) for path in (value if several else [value])]
+                settings[key] = paths if several else paths[0]
+    return settings
 
 
 def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], tokens: list[str]) -> None:
@@ -179,6 +191,23 @@ def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], toke
             f"--resume {folder} goes on as it began: {'; '.join(contradictions)}; drop these flags, or "
             "start a new run without --resume"
         )
+    _refuse_lost_places(parser, folder, of_run, given)
+
+
+def _refuse_lost_places(
+    parser: Parser, folder: Path, of_run: argparse.Namespace, given: argparse.Namespace
+) -> None:
+    """End the process if a model that the run reads, or the folder of the one it writes, is gone."""
+    places = [("model", path, path) for path in getattr(of_run, "model", None) or ()]
+    written = getattr(of_run, "model_name", None)
+    if written is not None:
+        places.append(("model_name", written, written.parent))
+    for key, path, place in places:
+        if getattr(given, key) is _NOT_GIVEN and not os.access(place, os.F_OK):
+            parser.error(
+                f"--resume {folder}: its --{key} is {path}, and there is no {place} (any more); give "
+                f"--{key} FILE as it is today"
+            )
 
 
 _NOT_GIVEN = object()
@@ -209,7 +238,7 @@ def training_parser() -> Parser:
     parser.may_change = frozenset(
         (
             *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
-            *("device", "threads", "dataset_path", "cache_dir"),
+            *("device", "threads", "model_name", *PLACES),
         )
     )
 
@@ -309,9 +338,7 @@ def training_parser() -> Parser:
 def pretraining_parser() -> Parser:
     """The flags of `pretrain_classification.py`; the default budget is what meta-training sees."""
     parser = Parser("Train a network on shuffled images of all meta-training classes.", _check_pretraining)
-    parser.may_change = frozenset(
-        ("log_every", "save_every", "device", "threads", "dataset_path", "cache_dir")
-    )
+    parser.may_change = frozenset(("log_every", "save_every", "device", "threads", "model_name", *PLACES))
 
     method = parser.add_argument_group("method")
     _treatment(parser, method, "OML")
@@ -349,9 +376,7 @@ def evaluation_parser() -> Parser:
     )
     # None of these changes a number: more runs or class counts add to what there is, and models are
     # compared by content.
-    parser.may_change = frozenset(
-        ("model", "runs", "schedule", "device", "threads", "dataset_path", "cache_dir")
-    )
+    parser.may_change = frozenset(("model", "runs", "schedule", "device", "threads", *PLACES))
 
     method = parser.add_argument_group("method")
     parser.flag(

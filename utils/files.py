@@ -84,8 +84,8 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def check_writable(path: Path) -> None:
-    """Find out now whether `path` can be written later, at the end of a long run.
+def check_writable(path: Path, flag: str) -> None:
+    """Find out now whether `path`, which `flag` names, can be written later, at the end of a long run.
 
     Raises:
         UserError: its folder cannot be written, or it is a folder itself.
@@ -93,9 +93,9 @@ def check_writable(path: Path) -> None:
     path = Path(path)
     try:
         if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
+            raise UserError(f"cannot write {flag} {path}: it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {flag} {path}: {error.strerror or error}") from error

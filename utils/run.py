@@ -228,7 +228,7 @@ class Run:
             return _Bystander(Path(runs_dir))
         settings = recorded(arguments)
         folder = _new_folder(Path(runs_dir), name)
-        config = {"name": folder.name, "arguments": settings, **_circumstances(), **(extra or {})}
+        config = {**_place(folder), "arguments": settings, **_circumstances(), **(extra or {})}
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         run = cls(folder)
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
@@ -265,7 +265,7 @@ class Run:
         run = cls(folder, done)
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
-        config |= {"arguments": recorded(arguments), "resumed": resumed}
+        config |= {**_place(folder), "arguments": recorded(arguments), "resumed": resumed}
         try:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         except UserError:
@@ -504,6 +504,11 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     with atomic_write(path) as file:
         file.writelines([header, *wanted])
     return tuple(header.decode("utf-8", "replace").strip().split(",")) if header else None
+
+
+def _place(folder: Path) -> dict[str, str]:
+    """Where a run folder is, and from where its arguments name other places."""
+    return {"name": folder.name, "folder": str(folder.resolve()), "cwd": str(Path.cwd())}
 
 
 def _circumstances() -> dict[str, Any]:
