@@ -81,6 +81,29 @@ def test_a_file_that_cannot_be_written_is_named(
     assert load_checkpoint(Path("runs/smoke.net")).step == 5
 
 
+def test_a_model_of_another_training_is_kept(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def models() -> dict[str, int]:
+        return {path.name: load_checkpoint(path).step for path in tmp_path.glob("runs/*.net")}
+
+    trainer("--steps=4", "--save_every=2")
+    trainer.resume("--steps=6")  # which replaces models of its own
+    assert models() == {"smoke.net": 6}
+    assert "kept" not in capsys.readouterr().out
+    first = Path("runs/smoke.net").read_bytes()
+    trainer("--steps=5", "--save_every=1")
+    assert Path("runs/smoke.1.net").read_bytes() == first
+    notice = "runs/smoke.net is the model of another training, and is kept as runs/smoke.1.net"
+    assert capsys.readouterr().out.count(notice) == 1
+    assert notice in (tmp_path / "runs/smoke_1/log.txt").read_text()
+    trainer.resume("--steps=7")  # of the first: the model is now that of the second
+    assert models() == {"smoke.net": 7, "smoke.1.net": 6, "smoke.2.net": 5}
+    trainer("--steps=5", "--save_every=1")  # twice the same is kept once
+    trainer("--steps=8")
+    assert models() == {"smoke.net": 8, "smoke.1.net": 6, "smoke.2.net": 5, "smoke.3.net": 7}
+
+
 def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
     """A writing thread that died would block the run for ever."""
     run = Run.create(tmp_path, "n", parse(training_parser(), []))

@@ -24,7 +24,7 @@ from torch import Tensor
 from model.modelfactory import NETWORKS, Network
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError, run_script
-from utils.files import expand
+from utils.files import expand, keep_earlier
 from utils.records import read, tensors
 
 BLOCK = re.compile(r"(rln|nm)\.(?:convBlock(\d)\.(conv|norm|bn)|encoder\.(\d)\.([01]))\.(weight|bias)")
@@ -132,6 +132,9 @@ def main() -> None:
     parser.add_argument("target", type=expand, metavar="OUT", help="model file to write")
     args = parser.parse_args()
     net, weights, rest = convert(args.source)
+    kept = keep_earlier(args.target)
+    if kept is not None:
+        print(f"{args.target} was there, and is kept as {kept}")
     save_checkpoint(
         args.target, type(net).__name__, net.widths, weights, {"converted_from": str(args.source)}, 0
     )

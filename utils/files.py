@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,6 +71,41 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def keep_earlier(path: Path, own: Path | None = None) -> Path | None:
+    """Keep what `path` holds as `name.1.suffix`, or the next free number, before it is replaced.
+
+    Args:
+        own: what this file holds as well is the writer's own, and need not be kept.
+
+    Returns:
+        where it is kept, perhaps since earlier; None if there is nothing to keep.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    content = _content(path)
+    if content is None or (own is not None and content == _content(own)):
+        return None
+    for number in count(1):
+        kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        found = _content(kept)
+        if found is None:
+            write_bytes(kept, content)
+        if found in (None, content):
+            return kept
+    raise AssertionError("count() does not end")
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None if there is no such file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def remove_drafts(path: Path) -> None:
     """Remove what writers of `path` left that were killed in the middle of :func:`atomic_write`;
     its name may be a pattern."""
@@ -78,10 +114,15 @@ def remove_drafts(path: Path) -> None:
             draft.unlink()
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically; see :func:`atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically; see :func:`atomic_write`."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    write_bytes(path, text.encode())
 
 
 def check_writable(path: Path, flag: str) -> None:
