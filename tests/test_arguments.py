@@ -204,6 +204,13 @@ def test_wrong_config_names_file_and_key(
     assert named in line
 
 
+def test_config_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_bytes(edited('# a comment\nsteps = 7\nname = "zürich"\n'.encode()))
+    arguments = train(f"--config {file}")
+    assert (arguments.steps, arguments.name) == (7, "zürich")
+
+
 def test_config_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "c.toml", tmp_path):

@@ -333,8 +333,10 @@ def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
         assert journal.score(key, lambda: pytest.fail("computed again")) == score
         other = key._replace(lr=0.0009)
         assert journal.score(other, lambda: Score(0, 0, 0)) == Score(0, 0, 0)
-    with Journal(path) as journal:
-        assert journal.known == {key: score, other: Score(0, 0, 0)}
+    for edit in (b"\xef\xbb\xbf" + path.read_bytes(), path.read_bytes().replace(b"\n", b"\r\n")):
+        path.write_bytes(edit)
+        with Journal(path) as journal:
+            assert journal.known == {key: score, other: Score(0, 0, 0)}
 
 
 @pytest.mark.parametrize(

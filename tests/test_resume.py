@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import TINY, Trainer, assert_same_run, rows
+from tests.conftest import EDITORS, TINY, Trainer, assert_same_run, rows
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
@@ -176,6 +176,17 @@ def test_metrics_that_are_torn_or_lost(left: bytes | None, trainer: Trainer) -> 
     kept = 2 if left and b"1,2" in left else 0
     assert [int(row["step"]) for row in rows(trainer.run)] == [1, 2, 3, 4][2 - kept :]
     assert ("lacks 2 of the 2 steps" in (trainer.run / "log.txt").read_text()) == (kept == 0)
+
+
+def test_files_of_an_editor(trainer: Trainer) -> None:
+    trainer("--steps=3")
+    before = rows(trainer.run)
+    for name in ("metrics.csv", "config.json"):
+        path = trainer.run / name
+        path.write_bytes(EDITORS["both"](path.read_bytes()))
+    trainer.resume("--steps=4")
+    assert rows(trainer.run)[:3] == before
+    assert "lacks" not in (trainer.run / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(

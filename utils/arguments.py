@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from model.treatments import TABLE
 from utils.errors import UserError
-from utils.files import expand
+from utils.files import expand, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -830,7 +830,7 @@ def _flag(name: str, value: object) -> str:
 def _config_tokens(parser: Parser, path: Path) -> list[str]:
     """The settings of a TOML file as the command-line tokens that say the same."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(read_text(path))
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror or error}")
     except ValueError as error:  # also what TOML and UTF-8 decoding raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import tempfile
 from collections.abc import Iterator
@@ -112,6 +113,21 @@ def remove_drafts(path: Path) -> None:
     for draft in path.parent.glob(f".{path.name}.*"):
         with suppress(OSError):
             draft.unlink()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that people may have edited: UTF-8, or UTF-16 with its mark, and any line ends.
+
+    Editors and spreadsheets of Windows put a byte order mark in front, which is no part of the text.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not text.
+    """
+    content = path.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -59,7 +59,7 @@ class Journal:
 
     def _parse(self, content: bytes) -> dict[Key, Score]:
         try:
-            rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
+            rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
         except (ValueError, csv.Error) as error:
             raise UserError(f"{self.path} is damaged: {error}") from error
         if rows and tuple(rows[0]) != COLUMNS:

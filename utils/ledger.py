@@ -20,7 +20,7 @@ from pathlib import Path
 
 from utils.arguments import ledger_parser, parse
 from utils.errors import UserError, run_script
-from utils.files import write_text
+from utils.files import read_text, write_text
 from utils.results import read_results, summarise
 from utils.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
 
@@ -66,7 +66,7 @@ def read_representation(path: Path) -> Result:
         UserError: it is not one.
     """
     try:
-        measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+        measured = json.loads(read_text(path))["measured"]
         result: Result = {(key, None): Measured(100 * float(value)) for key, value in measured.items()}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import read_text, write_text
 
 METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 """The columns of a training's `metrics.csv` that are drawn."""
@@ -110,7 +110,7 @@ def _table(path: Path, name: str, writer: str) -> Path:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except OSError as error:
         raise UserError(f"cannot read the results {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -8,6 +8,7 @@ in one process at a time.
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
 import io
 import json
@@ -489,7 +490,7 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
         remove_drafts(folder / name)
     path = folder / "metrics.csv"
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     except FileNotFoundError:
         lines = []
     except OSError as error:
