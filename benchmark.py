@@ -56,7 +56,7 @@ from utils.arguments import (
     training_parser,
 )
 from utils.device import choose_device
-from utils.errors import UserError, run_script
+from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import check_writable, expand, write_text
 from utils.run import cpu_name
 from utils.timing import (
@@ -533,25 +533,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()[0]  # by others, as long as this has not begun
     begin = time.perf_counter()
 
-    def say(what: str) -> None:
-        print(f"{time.perf_counter() - begin:5.0f} s  {what}", file=sys.stderr, flush=True)
+    def note(what: str) -> None:
+        try_to_write(f"{time.perf_counter() - begin:5.0f} s  {what}\n", sys.stderr)
 
     if "start" in args.only:
-        say("start of training")
+        note("start of training")
         flags = [f"--device={args.device}", *(f"--{name}={width}" for name, width in widths.items())]
         results["start"] = measure_start([*flags, *([f"--threads={args.threads}"] if args.threads else [])])
-    say("machine")
+    note("machine")
     results["machine"] = {**measure_machine(device, args.repeats), "load": load}
     setup = Setup(device, synthetic_images(963, device), widths, args.repeats)
     for parts, measurement in ((ORDERS, measure_meta_step), (TREATMENTS, measure_meta_test)):
         for part in parts:
             if part in args.only:
-                say(called(part))
+                note(called(part))
                 results[part] = measurement(setup, part)
     results["extrapolated_seconds"] = extrapolate(results)
     results["targets"] = compare(results)
     results["seconds"] = time.perf_counter() - begin
-    say("done")
+    note("done")
     return results
 
 
@@ -560,7 +560,7 @@ def main() -> None:
     if args.json is not None:
         check_writable(args.json, "--json")
     results = measure(args)
-    print("\n\n".join(tables(results)))
+    say("\n\n".join(tables(results)))
     if args.json is not None:
         write_text(args.json, json.dumps(plain(results), indent=2) + "\n")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.arguments import parse, plot_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError, run_script, say
 from utils.files import expand
 from utils.plots import bars_figure, comparison_figure, save_figure, steps_figure, training_figure
 from utils.results import Results, read_metrics, read_results, summarise
@@ -138,7 +138,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
 def main() -> None:
     args = parse(plot_parser())
     for path in draw(args):
-        print(path)
+        say(str(path))
 
 
 if __name__ == "__main__":

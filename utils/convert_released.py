@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.modelfactory import NETWORKS, Network
 from utils.checkpoint import save_checkpoint
-from utils.errors import UserError, run_script
+from utils.errors import UserError, run_script, say
 from utils.files import expand, keep_earlier
 from utils.records import read, tensors
 
@@ -133,14 +133,14 @@ def main() -> None:
     args = parser.parse_args()
     net, weights, rest = convert(args.source)
     kept = keep_earlier(args.target)
-    if kept is not None:
-        print(f"{args.target} was there, and is kept as {kept}")
     save_checkpoint(
         args.target, type(net).__name__, net.widths, weights, {"converted_from": str(args.source)}, 0
     )
-    print(f"{args.target}: {type(net).__name__} {net.widths}")
+    if kept is not None:
+        say(f"{args.target} was there, and is kept as {kept}")
+    say(f"{args.target}: {type(net).__name__} {net.widths}")
     if rest:
-        print(f"not needed: {len(rest)} other tensors, {', '.join(rest[:3])}{', ...' * (len(rest) > 3)}")
+        say(f"not needed: {len(rest)} other tensors, {', '.join(rest[:3])}{', ...' * (len(rest) > 3)}")
 
 
 if __name__ == "__main__":

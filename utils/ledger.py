@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 from utils.arguments import ledger_parser, parse
-from utils.errors import UserError, run_script
+from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import read_text, write_text
 from utils.results import read_results, summarise
 from utils.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
@@ -199,9 +199,9 @@ def main() -> None:
     current = inserted(text, ledger(args.results), args.readme)
     if not args.check:
         write_text(args.readme, current)
-        print(f"{args.readme} says what {args.results} holds")
+        say(f"{args.readme} says what {args.results} holds")
     elif text != current:
-        print(f"{args.readme} and {args.results} disagree: run python -m utils.ledger", file=sys.stderr)
+        try_to_write(f"{args.readme} and {args.results} disagree: run python -m utils.ledger\n", sys.stderr)
         sys.exit(1)
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from utils.arguments import read_config, recorded
 from utils.distributed import is_first
-from utils.errors import UserError
+from utils.errors import UserError, try_to_write
 from utils.files import atomic_write, remove_drafts, write_text
 from utils.plots import figure_pixels
 
@@ -64,8 +64,8 @@ class _Terminal(logging.Handler):
         if getattr(record, "file_only", False):
             return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with tqdm.external_write_mode(file=sys.stdout):
+            try_to_write(f"{prefix}{self.format(record)}\n", sys.stdout)  # the run goes on without a reader
 
 
 def log_to_terminal() -> _Terminal:
@@ -93,7 +93,7 @@ class _LogFile(logging.FileHandler):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "log.txt", encoding="utf-8")
+        super().__init__(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         self.folder = folder
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if sys.platform != "win32":
@@ -174,7 +174,7 @@ class Run:
                 self._log_file = opened.enter_context(closing(_LogFile(folder)))
                 self._columns = None if done is None else _cut_back(folder, done)
                 # Line-buffered, so that a killed run keeps its rows.
-                metrics = (folder / "metrics.csv").open("a", newline="", buffering=1)
+                metrics = (folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
                 self._metrics = opened.enter_context(metrics)
                 self._events = SummaryWriter(
                     f"{_EventFile.PREFIX}:{folder}",
@@ -540,7 +540,7 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def cpu_name() -> str:
     """The processor's name where Linux tells it, else what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -561,6 +561,7 @@ def _git_state() -> dict[str, Any] | None:
             check=True,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=10,
         ).stdout.strip()
 
