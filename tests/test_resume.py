@@ -91,6 +91,54 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
 
 
+ON_A_TERMINAL = """
+import fcntl, os, struct, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""A program that makes its stdin the terminal of its session, 80 columns wide, and becomes a command."""
+
+
+def test_a_closed_terminal_saves(trainer: Trainer) -> None:
+    """The kernel sends SIGHUP, and what is printed after it fails."""
+    ours, theirs = os.openpty()
+    training = [str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=100000", "--log_every=1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, *training],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=ENVIRONMENT,
+    ) as process:
+        os.close(theirs)
+        while b"loss=" not in os.read(ours, 1000):  # which fails when the training ends
+            pass
+        os.close(ours)
+        assert process.wait(60) == 129
+    assert trainer.state().step == len(rows(trainer.run))
+    assert "model written to" in (trainer.run / "log.txt").read_text()
+
+
+def test_hangups_within_an_interrupt() -> None:
+    with Interrupt() as interrupt:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert interrupt.exit_code == 129
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_signal_within_an_interrupt() -> None:
     for patient in (False, True):
         with Interrupt(patient) as interrupt:
