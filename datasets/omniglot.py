@@ -158,7 +158,9 @@ def _download(split: str, archive: Path) -> None:
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
         with (
-            tempfile.TemporaryDirectory(prefix=".omniglot-", dir=nearest) as temporary,
+            tempfile.TemporaryDirectory(
+                prefix=".omniglot-", dir=nearest, ignore_cleanup_errors=True
+            ) as temporary,
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from model.treatments import TABLE
 from utils.errors import UserError
-from utils.files import expand, read_text
+from utils.files import expand, place_of, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -162,10 +162,10 @@ def _settings_of_run(parser: Parser, folder: Path) -> dict[str, Any]:
     except UserError as error:
         parser.error(f"--resume: {error}")
     settings = {key: value for key, value in config["arguments"].items() if value is not None}
-    cwd = config.get("cwd")
+    here, cwd = place_of(folder), config.get("cwd")
     # Where the run is still in its place, so is what it named from where it was started. A folder that
     # was moved knows no better than the user, who moved it.
-    if isinstance(cwd, str) and cwd != str(Path.cwd()) and config.get("folder") == str(folder.resolve()):
+    if here and config.get("folder") == here["folder"] and isinstance(cwd, str) and cwd != here["cwd"]:
         for key, value in settings.items():
             if key in parser.flags and parser.flags[key].type is _path:
                 several = isinstance(value, list)

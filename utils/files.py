@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,14 @@ def expand(text: str) -> Path:
     not touched, nor is what names no user.
     """
     return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib takes ./~ for ~, and fails without a user)
+
+
+def place_of(folder: Path) -> dict[str, str]:
+    """Where a `folder` is, and `cwd`, which relative paths start from; empty where that was removed."""
+    try:
+        return {"folder": str(folder.resolve()), "cwd": str(Path.cwd())}
+    except OSError:
+        return {}
 
 
 @contextmanager
@@ -47,10 +56,11 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         umask = os.umask(0)  # the only way to read it
         os.umask(umask)
-        draft.chmod(0o666 & ~umask)
+        with suppress(OSError):  # network shares and mounts of Windows may have modes of their own
+            draft.chmod(0o666 & ~umask)
         if previous is not None and path.exists():
             path.replace(previous)
         draft.replace(path)
@@ -58,7 +68,23 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
+
+
+def sync(handle: int) -> None:
+    """Put what was written to an open file on disk, where its file system can.
+
+    Raises:
+        OSError: it did not get there; the disk may be full.
+    """
+    try:
+        os.fsync(handle)
+    except PermissionError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -152,7 +178,9 @@ def check_writable(path: Path, flag: str) -> None:
         if path.is_dir():
             raise UserError(f"cannot write {flag} {path}: it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.try.")
+        os.close(handle)
+        with suppress(OSError):
+            Path(draft).unlink()
     except OSError as error:
         raise UserError(f"cannot write {flag} {path}: {error.strerror or error}") from error

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from model.meta_test import PURPOSES, Score
 from utils.errors import UserError
+from utils.files import sync
 
 
 class Key(NamedTuple):
@@ -96,7 +97,7 @@ class Journal:
         data = line.getvalue().encode()
         if self._file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"cannot write {self.path}: {error.strerror or error}")

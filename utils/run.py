@@ -38,7 +38,7 @@ from tqdm import tqdm
 from utils.arguments import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
-from utils.files import atomic_write, remove_drafts, write_text
+from utils.files import atomic_write, place_of, remove_drafts, sync, write_text
 from utils.plots import figure_pixels
 
 if sys.platform != "win32":
@@ -229,7 +229,13 @@ class Run:
             return _Bystander(Path(runs_dir))
         settings = recorded(arguments)
         folder = _new_folder(Path(runs_dir), name)
-        config = {**_place(folder), "arguments": settings, **_circumstances(), **(extra or {})}
+        config = {
+            "name": folder.name,
+            **place_of(folder),
+            "arguments": settings,
+            **_circumstances(),
+            **(extra or {}),
+        }
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         run = cls(folder)
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
@@ -266,7 +272,8 @@ class Run:
         run = cls(folder, done)
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
-        config |= {**_place(folder), "arguments": recorded(arguments), "resumed": resumed}
+        config |= {"name": folder.name, **place_of(folder)}
+        config |= {"arguments": recorded(arguments), "resumed": resumed}
         try:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         except UserError:
@@ -300,7 +307,7 @@ class Run:
             UserError: the disk is full.
         """
         try:
-            os.fsync(self._metrics.fileno())
+            sync(self._metrics.fileno())
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -505,11 +512,6 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     with atomic_write(path) as file:
         file.writelines([header, *wanted])
     return tuple(header.decode("utf-8", "replace").strip().split(",")) if header else None
-
-
-def _place(folder: Path) -> dict[str, str]:
-    """Where a run folder is, and from where its arguments name other places."""
-    return {"name": folder.name, "folder": str(folder.resolve()), "cwd": str(Path.cwd())}
 
 
 def _circumstances() -> dict[str, Any]:
