@@ -27,7 +27,7 @@ from model.optimizer import Adam
 from model.supervised import supervised_step
 from utils.arguments import network_widths, parse, pretraining_parser, recorded
 from utils.device import choose_device
-from utils.distributed import launched
+from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
@@ -89,8 +89,7 @@ def train(
 def main() -> None:
     args = parse(pretraining_parser())
     log_to_terminal()
-    if launched():
-        raise UserError("pretraining runs in one process: start it without torchrun")
+    refuse_several("pretraining")
     device = choose_device(args.device, args.threads)
     state = load_state(args.resume) if args.resume else None
     if state:

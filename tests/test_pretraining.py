@@ -223,3 +223,7 @@ def test_refuses_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="torchrun"):
         pretrain(TINY, tmp_path / "cache", tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"one process.*WORLD_SIZE=2"):
+        pretrain(TINY, tmp_path / "cache", tmp_path, monkeypatch)
