@@ -16,7 +16,7 @@ from datasets.samplers import sample_trajectory
 from model.meta_learner import MetaLearner
 from model.modelfactory import build
 from tests.conftest import TINY, Trainer
-from utils.distributed import SIZES, join, other_launcher
+from utils.distributed import SIZES, Group, join, other_launcher
 from utils.errors import UserError
 from utils.state import load_state
 
@@ -140,6 +140,23 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     assert not list(tmp_path.iterdir())
     monkeypatch.delenv("RANK")
     trainer("--steps=1")
+
+
+def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(*tensors: object) -> None:
+        raise RuntimeError(
+            "NCCL error: Duplicate GPU\nException raised from x (most recent call first):\nf #0"
+        )
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(UserError, match="process 0 stops: NCCL error: Duplicate GPU ") as ended:
+        Group(0, 2).largest(1)
+    assert "Exception raised" not in str(ended.value)
+    for name, value in (("TORCHELASTIC_RUN_ID", "7"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"process 1 stops: .*MASTER_ADDR"):
+        join(torch.device("cpu"))
 
 
 def test_evaluation_gives_the_same_table(cache: Path, tmp_path: Path) -> None:

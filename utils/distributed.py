@@ -179,8 +179,10 @@ def join(device: torch.device) -> Group:
 def _others_answer() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what both backends raise
+    except (RuntimeError, ValueError) as error:  # what the backends raise, and what looks for the others
+        cause = str(error).partition("Exception raised from")[0]  # a C++ backtrace follows
         raise UserError(
-            f"process {environment('RANK', 0)} stops: another process of the job has ended or cannot be "
-            "reached; what it wrote last says why"
+            f"process {environment('RANK', 0)} stops: {cause.strip() or type(error).__name__} (if that is "
+            "about a connection, another process of the job has ended or cannot be reached, and what that "
+            "one wrote last says why)"
         ) from error
