@@ -28,6 +28,7 @@ from model.representation import Representation, measure, principal_components, 
 from utils.arguments import analysis_parser, parse, recorded
 from utils.checkpoint import load_checkpoint
 from utils.device import choose_device
+from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
 from utils.files import write_text
 from utils.plots import activations_figure, class_gates_figure, embedding_figure, save_figure
@@ -102,6 +103,7 @@ def pictures(
 def main() -> None:
     args = parse(analysis_parser())
     log_to_terminal()
+    refuse_several("analysis")
     device = choose_device(args.device, args.threads)
     net, step = network(args)
     backend = use_backend(net, args.backend, device)

@@ -57,8 +57,8 @@ from utils.arguments import (
     training_parser,
 )
 from utils.device import choose_device
-from utils.errors import UserError, run_script
-from utils.files import check_writable, write_text
+from utils.errors import UserError, run_script, say, try_to_write
+from utils.files import check_writable, expand, write_text
 from utils.run import cpu_name
 from utils.timing import (
     Spread,
@@ -550,7 +550,7 @@ def benchmark_parser() -> Parser:
     parser.flag(group, "--nm_channels", positive, WIDTHS["nm_channels"], "channels of NM")
     parser.flag(group, "--pln_channels", positive, WIDTHS["pln_channels"], "channels of the PLN, and of OML")
     group = parser.add_argument_group("run")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
+    group.add_argument("--json", type=expand, metavar="FILE", help="write the numbers here as well")
     parser.flag(group, "--device", str.lower, "auto", "where", choices=("auto", "cpu", "cuda", "mps"))
     parser.flag(group, "--threads", positive, None, "CPU threads", shown="torch's choice")
     return parser
@@ -564,34 +564,34 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()[0]  # by others, as long as this has not begun
     begin = time.perf_counter()
 
-    def say(what: str) -> None:
-        print(f"{time.perf_counter() - begin:5.0f} s  {what}", file=sys.stderr, flush=True)
+    def note(what: str) -> None:
+        try_to_write(f"{time.perf_counter() - begin:5.0f} s  {what}\n", sys.stderr)
 
     if "start" in args.only:
-        say("start of training")
+        note("start of training")
         flags = [f"--device={args.device}", *(f"--{name}={width}" for name, width in widths.items())]
         results["start"] = measure_start([*flags, *([f"--threads={args.threads}"] if args.threads else [])])
-    say("machine")
+    note("machine")
     results["machine"] = {**measure_machine(device, args.repeats), "load": load}
     setup = Setup(device, synthetic_images(963, device), widths, args.repeats)
     for parts, measurement in ((ORDERS, measure_meta_step), (TREATMENTS, measure_meta_test)):
         for part in parts:
             if part in args.only:
-                say(called(part))
+                note(called(part))
                 results[part] = measurement(setup, part)
     results["extrapolated_seconds"] = extrapolate(results)
     results["targets"] = compare(results)
     results["seconds"] = time.perf_counter() - begin
-    say("done")
+    note("done")
     return results
 
 
 def main() -> None:
     args = benchmark_parser().read(sys.argv[1:])
     if args.json is not None:
-        check_writable(args.json)
+        check_writable(args.json, "--json")
     results = measure(args)
-    print("\n\n".join(tables(results)))
+    say("\n\n".join(tables(results)))
     if args.json is not None:
         write_text(args.json, json.dumps(plain(results), indent=2) + "\n")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from model.scores import accuracies
 from utils.arguments import comparison_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError, run_script, say
 from utils.results import Results, compare, known, read_results
 
 
@@ -59,14 +59,14 @@ def main() -> None:
         )
     if args.json:
         content = {"a": str(args.a), "b": str(args.b), "only_a": only["A"], "only_b": only["B"]}
-        print(json.dumps({**content, "comparison": lines}, indent=2))
+        say(json.dumps({**content, "comparison": lines}, indent=2))
         return
     for name, result in results.items():
-        print(f"{name}  {describe(paths[name], result)}")
+        say(f"{name}  {describe(paths[name], result)}")
         if only[name]:
-            print(f"   only in {name}, not compared: {' '.join(map(str, only[name]))} classes")
-    print("Mann-Whitney U, two-sided:")
-    print(table(lines))
+            say(f"   only in {name}, not compared: {' '.join(map(str, only[name]))} classes")
+    say("Mann-Whitney U, two-sided:")
+    say(table(lines))
 
 
 if __name__ == "__main__":

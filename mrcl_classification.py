@@ -138,7 +138,7 @@ def main() -> None:
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
     if group.first:
-        check_writable(args.model_name)
+        check_writable(args.model_name, "--model_name")
     outputs = net.num_outputs
     images, about = group.one_before_others(
         lambda: load_pool(args, "background", args.train_classes, outputs, device)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.arguments import parse, plot_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError, run_script, say
+from utils.files import expand
 from utils.plots import bars_figure, comparison_figure, save_figure, steps_figure, training_figure
 from utils.results import Results, read_metrics, read_results, summarise
 from utils.targets import ACCURACIES, Target, read_targets
@@ -33,11 +34,11 @@ Found = TypeVar("Found")
 def labelled(text: str) -> tuple[str, Path]:
     """A label and a path from `label=path`; a path alone is named after its run folder or file."""
     label, equals, rest = text.partition("=")
-    if equals and not Path(text).exists():
+    if equals and not expand(text).exists():
         if not label.strip() or not rest:
             raise UserError(f"{text!r} is neither a path nor LABEL=PATH")
-        return label, Path(rest)
-    path = Path(text)
+        return label, expand(rest)
+    path = expand(text)
     return path.resolve().parent.name if path.stem in ("results", "metrics") else path.resolve().stem, path
 
 
@@ -137,7 +138,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
 def main() -> None:
     args = parse(plot_parser())
     for path in draw(args):
-        print(path)
+        say(str(path))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from model.optimizer import Adam
 from model.supervised import supervised_step
 from utils.arguments import network_widths, parse, pretraining_parser, recorded
 from utils.device import choose_device
-from utils.distributed import launched
+from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
@@ -92,15 +92,14 @@ def train(
 def main() -> None:
     args = parse(pretraining_parser())
     log_to_terminal()
-    if launched():
-        raise UserError("pretraining runs in one process: start it without torchrun")
+    refuse_several("pretraining")
     device = choose_device(args.device, args.threads)
     state = load_state(args.resume) if args.resume else None
     if state:
         net = restore(state.network, state.widths, state.state_dict, str(args.resume))
     else:
         net = build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
-    check_writable(args.model_name)
+    check_writable(args.model_name, "--model_name")
     images, about = load_pool(args, "background", args.train_classes, net.num_outputs, device)
     backend = use_backend(net, args.backend, device)
     check_network(net.network, net.widths, backend=backend)

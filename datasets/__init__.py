@@ -29,8 +29,9 @@ def load_characters(
     Args:
         dataset: `omniglot`, the real thing, or `glyphs`, generated and without files.
         split: `background` (964 classes, meta-training) or `evaluation` (659, meta-test).
-        root: holds `omniglot-py/` with the split's folder or zip; where both are missing,
-            torchvision downloads the zip. Not looked at for `glyphs`.
+        root: holds `omniglot-py/` with the split's folder or zip, or is a folder near them (see
+            :func:`datasets.omniglot.load`); where both are missing, torchvision downloads the zip. Not
+            looked at for `glyphs`.
         cache_dir: gets one file of about 15 MB per split, which makes the next start quick.
         glyph_seed: 0 or greater; other seeds are other glyphs.
 

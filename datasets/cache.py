@@ -50,7 +50,7 @@ def cached(
                 file.write(body.getbuffer())
                 file.write(_digest(key, body.getbuffer()))
         except UserError as error:
-            log.warning("%s; without this cache every start prepares the images again", error)
+            log.warning("%s; without this cache (--cache_dir) every start prepares the images again", error)
     return array
 
 

@@ -1,4 +1,4 @@
-"""Omniglot (Lake et al. 2015) from `ROOT/omniglot-py/`: extracted folders, zips, or a download.
+"""Omniglot (Lake et al. 2015) from `ROOT/omniglot-py/` and the like: extracted folders, zips, or a download.
 
 Everything is checked before it is used, and what is wrong is named with the file it is wrong in.
 """
@@ -81,11 +81,11 @@ class Source(Protocol):
 
 
 def load(split: str, root: Path, cache_dir: Path) -> CharacterSet:
-    """Load one split from `root/omniglot-py/`: `images_<split>/`, else its zip, else a download.
+    """Load one split from `images_<split>/`, else its zip, in :func:`_places`, else a download.
 
     Args:
         split: `background` or `evaluation`; nothing of the other split is touched.
-        root: as `torchvision.datasets.Omniglot` takes it.
+        root: as `torchvision.datasets.Omniglot` takes it, or the folder of the split's zip or folder.
         cache_dir: see :func:`datasets.cache.cached`.
 
     Returns:
@@ -119,19 +119,31 @@ def load(split: str, root: Path, cache_dir: Path) -> CharacterSet:
 
 def _find(split: str, root: Path) -> Source:
     """Return the split's folder or zip under `root`, which is downloaded if neither is there."""
-    folder = root / "omniglot-py" / f"images_{split}"
-    archive = folder.with_name(f"{folder.name}.zip")
     try:
-        if folder.is_dir():
-            return _Folder(folder)
-        if not os.path.lexists(archive):
-            for stray in (root / folder.name, root / archive.name):
-                if stray.exists():
-                    raise UserError(f"{stray} is not where it belongs; move it to {folder.parent}")
-            _download(split, archive)
+        places = _places(root)
+        for place in places:
+            if (folder := place / f"images_{split}").is_dir():
+                return _Folder(folder)
+            if os.path.lexists(archive := place / f"images_{split}.zip"):
+                return _Archive(archive)
+        archive = places[0] / f"images_{split}.zip"
+        _download(split, archive)
     except OSError as error:
         raise UserError(f"cannot look into {root}: {error.strerror}; choose another root") from error
     return _Archive(archive)
+
+
+def _places(root: Path) -> list[Path]:
+    """Where the splits may be if users point at `root`; the first is where a download goes.
+
+    `root` may hold `omniglot-py/`, as in torchvision, or be that folder, or a split's folder or zip in
+    it; or hold or be the authors' repository, which has the zips in `python/`.
+    """
+    while root.absolute().stem in [f"images_{split}" for split in CLASSES]:
+        root = root.absolute().parent
+    home = root if root.absolute().name == "omniglot-py" else root / "omniglot-py"
+    others = ("python", "omniglot*", "omniglot*/python", "omniglot*/omniglot*", "omniglot*/omniglot*/python")
+    return [home, root, *(place for pattern in others for place in sorted(root.glob(pattern)))]
 
 
 def _download(split: str, archive: Path) -> None:
@@ -146,7 +158,9 @@ def _download(split: str, archive: Path) -> None:
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
         with (
-            tempfile.TemporaryDirectory(prefix=".omniglot-", dir=nearest) as temporary,
+            tempfile.TemporaryDirectory(
+                prefix=".omniglot-", dir=nearest, ignore_cleanup_errors=True
+            ) as temporary,
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):
@@ -158,14 +172,14 @@ def _download(split: str, archive: Path) -> None:
             error.close()  # it holds the connection
         raise UserError(
             f"{archive} is missing and cannot be downloaded ({_reason(error)}); connect to the "
-            "network, put the zip there, or give a root that has omniglot-py/"
+            "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 class _Folder:
-    """An extracted split: `<alphabet>/<character>/<file>.png`."""
+    """An extracted split: `<alphabet>/<character>/<file>.png`, perhaps a folder or two deeper."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -175,14 +189,19 @@ class _Folder:
 
     def scan(self) -> list[Drawing]:
         drawings = []
-        for alphabet in _folders(self.path):
+        # "Extract All" of images_background.zip makes images_background/images_background.
+        above = (self.path.glob(f"{deeper}*/character01/[0-9]*.png") for deeper in ("", "*/", "*/*/"))
+        top = next((found.parents[2] for paths in above for found in sorted(paths)), self.path)
+        inside = "".join(f"{folder}/" for folder in top.relative_to(self.path).parts)
+        for alphabet in _folders(top):
             for character in _folders(alphabet.path):
                 with os.scandir(character.path) as files:
                     for file in files:
                         if _is_drawing(file.name):
                             status = file.stat()
                             name = f"{alphabet.name}/{character.name}/{file.name}"
-                            drawings.append(Drawing(name, name, status.st_size, status.st_mtime_ns))
+                            member = inside + name
+                            drawings.append(Drawing(name, member, status.st_size, status.st_mtime_ns))
         return drawings
 
     def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:
@@ -206,14 +225,10 @@ class _Archive:
     def scan(self) -> list[Drawing]:
         with zipfile.ZipFile(self.path) as archive:
             return [
-                Drawing(
-                    "/".join(info.filename.split("/")[-3:]),
-                    info.filename,
-                    info.file_size,
-                    info.CRC,
-                )
+                Drawing("/".join(parts[-3:]), info.filename, info.file_size, info.CRC)
                 for info in archive.infolist()
-                if _is_drawing(info.filename.rpartition("/")[2])
+                # Some programs write backslashes.
+                if _is_drawing((parts := re.split(r"[/\\]", info.filename))[-1])
             ]
 
     def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:

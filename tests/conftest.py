@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import logging
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,26 @@ TINY = [
     *("--nm_channels=2", "--pln_channels=2", "--update_step=2", "--log_every=10", "--threads=1"),
 ]
 """Flags of training steps that take milliseconds."""
+
+
+def windows(data: bytes) -> bytes:
+    """With the line ends of Windows."""
+    return re.sub(rb"\r?\n", b"\r\n", data)
+
+
+EDITORS: dict[str, Callable[[bytes], bytes]] = {
+    "lines of Windows": windows,
+    "a mark in front": lambda data: codecs.BOM_UTF8 + data,
+    "both": lambda data: codecs.BOM_UTF8 + windows(data),
+    "UTF-16": lambda data: windows(data).decode().encode("utf-16"),
+}
+"""What editors and spreadsheets make of a text file's bytes."""
+
+
+@pytest.fixture(params=EDITORS)
+def edited(request: pytest.FixtureRequest) -> Callable[[bytes], bytes]:
+    """What another program makes of a file's bytes."""
+    return EDITORS[request.param]
 
 
 @pytest.fixture(scope="session")

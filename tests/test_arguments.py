@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from utils.arguments import Parser, evaluation_parser, parse, recorded, training_parser
+import plot_results
+from benchmark import benchmark_parser
+from utils.arguments import (
+    Parser,
+    analysis_parser,
+    comparison_parser,
+    evaluation_parser,
+    ledger_parser,
+    parse,
+    plot_parser,
+    pretraining_parser,
+    recorded,
+    training_parser,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+PARSERS = [
+    *(training_parser, pretraining_parser, evaluation_parser, analysis_parser, plot_parser, ledger_parser),
+    *(comparison_parser, benchmark_parser),
+]
 RELEASED_TRAIN = """--steps 5 --model_name m.net --treatment Neuromodulation --checkpoint
     --saved_model s.net --seed 9 --seeds 1 2 --tasks 2 --meta_lr 0.001 --update_lr 0.1
     --update_step 20 --name n --dataset omniglot --commit --no-reset --rln 7 --model none"""
@@ -25,6 +44,13 @@ def train(text: str) -> Namespace:
 
 def evaluate(text: str) -> Namespace:
     return parse(evaluation_parser(), text.split())
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def refused(parser: Parser, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -178,10 +204,45 @@ def test_wrong_config_names_file_and_key(
     assert named in line
 
 
+def test_config_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_bytes(edited('# a comment\nsteps = 7\nname = "zürich"\n'.encode()))
+    arguments = train(f"--config {file}")
+    assert (arguments.steps, arguments.name) == (7, "zürich")
+
+
 def test_config_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "c.toml", tmp_path):
         assert str(path) in refused(training_parser(), ["--config", str(path)], capsys)
+
+
+@pytest.mark.parametrize("make", PARSERS)
+def test_the_home_folder_in_every_path(make: Callable[[], Parser], home: Path) -> None:
+    """A shell expands `--runs_dir ~/x` but not `--runs_dir=~/x`."""
+    found = {}
+    for action in make()._actions:
+        read: Any = action.type
+        with suppress(TypeError, ValueError, ArgumentTypeError):  # of flags that take something else
+            if isinstance(read("file"), Path):
+                found[action.dest] = read("~/x")
+    assert found
+    assert found == dict.fromkeys(found, home / "x")
+
+
+def test_the_home_folder_in_a_config(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('model = ["~/a.net", "b.net"]\nruns_dir = "~/x"\n')
+    arguments = evaluate(f"--config {tmp_path / 'c.toml'}")
+    assert (arguments.model, arguments.runs_dir) == ([home / "a.net", Path("b.net")], home / "x")
+    assert plot_results.labelled("a=~/x") == ("a", home / "x")
+    assert plot_results.labelled("~/x") == ("x", home / "x")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("./~/x", "~/x"), ("~no such user/x", "~no such user/x"), ("a/~", "a/~"), ("~", "")]
+)
+def test_what_is_no_home_folder(typed: str, meant: str, home: Path) -> None:
+    assert parse(training_parser(), [f"--runs_dir={typed}"]).runs_dir == (Path(meant) if meant else home)
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.modelfactory import Network, build, restore
 from utils.checkpoint import load_checkpoint
-from utils.convert_released import convert
+from utils.convert_released import convert, main
 from utils.errors import UserError
 from utils.records import read, tensors
 
@@ -133,6 +133,19 @@ def test_the_command_writes_a_model_that_loads(tmp_path: Path) -> None:
     saved = load_checkpoint(tmp_path / "out.net")
     copy = restore(saved.network, saved.widths, saved.state_dict, "out.net")
     assert torch.equal(logits(copy), logits(net))
+
+
+def test_a_file_that_is_there_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.net"
+    save_released(path, network())
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["convert_released", str(path), str(path)])
+    main()
+    assert load_checkpoint(path).network == "ANML"
+    assert (tmp_path / "m.1.net").read_bytes() == before
+    assert f"is kept as {tmp_path / 'm.1.net'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("style", ["norm", "bn", "encoder"])

@@ -382,9 +382,69 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
     assert str(root) in refused(root)
 
 
-def test_a_split_beside_its_place(root: Path) -> None:
-    folder_of(root).rename(root / "images_background")
-    assert f"move it to {folder_of(root).parent}" in refused(root)
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize(
+    ("place", "pointed_at"),
+    [
+        ("omniglot-py", "omniglot-py"),
+        ("omniglot-py", "omniglot-py/images_background"),
+        ("omniglot-py", "omniglot-py/images_evaluation.zip"),
+        ("omniglot-py/omniglot-py", "omniglot-py"),
+        ("", ""),
+        ("python", ""),
+        ("omniglot/python", ""),
+        ("omniglot-master/omniglot-master/python", ""),
+        ("omniglot", ""),
+    ],
+)
+def test_places_that_users_point_at(root: Path, place: str, pointed_at: str, packed: bool) -> None:
+    manifest = load(root).manifest
+    source = to_zip(root) if packed else folder_of(root)
+    (root / place).mkdir(parents=True, exist_ok=True)
+    source.rename(root / place / source.name)
+    assert load(root / pointed_at, root.parent / "other").manifest == manifest
+
+
+def test_the_current_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (folder_of(root).parent, folder_of(root)):
+        monkeypatch.chdir(folder)
+        load(Path(), root.parent / "cache")
+
+
+@pytest.mark.parametrize("deeper", ["images_background", "omniglot-py/images_background"])
+def test_folders_that_unpacking_adds(root: Path, deeper: str) -> None:
+    before = load(root)
+    folder_of(root).rename(root / "unpacked")
+    (folder_of(root) / deeper).parent.mkdir(parents=True)
+    (root / "unpacked").rename(folder_of(root) / deeper)
+    beside = folder_of(root) / "__MACOSX/images_background/Alpha/character01/._0001_01.png"
+    beside.parent.mkdir(parents=True)
+    beside.touch()
+    after = load(root, root.parent / "other")
+    assert torch.equal(after.images, before.images)
+    assert (after.manifest, after.characters) == (before.manifest, before.characters)
+    for point_at in (folder_of(root), folder_of(root) / "images_background"):
+        assert load(point_at).manifest == before.manifest
+    (folder_of(root) / deeper / "Beta/character02/0005_07.png").unlink()
+    message = refused(root)
+    assert f"{folder_of(root) / deeper}/Beta/character02: 19 drawings" in message
+    assert f"remove {folder_of(root)} to have" in message
+
+
+def test_a_zip_with_backslashes(root: Path) -> None:
+    before = load(root)
+    with zipfile.ZipFile(archive_of(root), "w") as file:
+        for path in sorted(folder_of(root).rglob("*.png")):
+            info = zipfile.ZipInfo()
+            info.filename = str(path.relative_to(folder_of(root).parent)).replace("/", "\\")
+            file.writestr(info, path.read_bytes())
+    shutil.rmtree(folder_of(root))
+    assert load(root).manifest == before.manifest
+
+
+def test_a_download_goes_to_the_folder_pointed_at(tmp_path: Path, mirror: Path) -> None:
+    load(tmp_path / "omniglot-py", tmp_path / "cache")
+    assert archive_of(tmp_path).exists()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+import analyze_representation
 from datasets.samplers import sample_trajectory
 from model.meta_learner import MetaLearner
 from model.modelfactory import build
-from tests.conftest import TINY
-from utils.distributed import join
+from tests.conftest import TINY, Trainer
+from utils.distributed import SIZES, Group, join, other_launcher
+from utils.errors import UserError
 from utils.state import load_state
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +92,71 @@ def test_a_process_that_dies_ends_the_job(cache: Path, tmp_path: Path) -> None:
     flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--runs_dir=file/x"]
     done = torchrun(2, tmp_path, script, *flags, code=1)  # which the first process alone finds out
     assert "cannot write the run folder file/x" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}, "WORLD_SIZE=2"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=4"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE=2"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, "SLURM_NTASKS=2"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_NTASKS=2"),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8"),
+        # One process: of its own, alone, in a shell or a batch script of an allocation.
+        ({}, None),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "high", "WORLD_SIZE": "all"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": str(2**32 - 5)}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "7"}, None),
+    ],
+)
+def test_other_launchers(
+    environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*SIZES, *os.environ):
+        if name in (*SIZES, "RANK", "WORLD_SIZE") or name.startswith("SLURM_"):
+            monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert other_launcher() == found
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match=r"WORLD_SIZE=2.*torchrun"):
+            trainer()
+        monkeypatch.setattr(sys, "argv", ["analyze_representation.py", "--model=m.net"])
+        with pytest.raises(UserError, match="analysis runs in one process"):
+            analyze_representation.main()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("RANK")
+    trainer("--steps=1")
+
+
+def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(*tensors: object) -> None:
+        raise RuntimeError(
+            "NCCL error: Duplicate GPU\nException raised from x (most recent call first):\nf #0"
+        )
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(UserError, match="process 0 stops: NCCL error: Duplicate GPU ") as ended:
+        Group(0, 2).largest(1)
+    assert "Exception raised" not in str(ended.value)
+    for name, value in (("TORCHELASTIC_RUN_ID", "7"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"process 1 stops: .*MASTER_ADDR"):
+        join(torch.device("cpu"))
 
 
 def test_evaluation_gives_the_same_table(cache: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import resource
@@ -15,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from model.meta_test import Score
 from tests.conftest import Trainer
 from utils.arguments import parse, training_parser
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.files import check_writable, write_text
+from utils.journal import Journal, Key
 from utils.run import Run
 from utils.state import TrainingState
 
@@ -79,6 +83,82 @@ def test_a_file_that_cannot_be_written_is_named(
     # The state is written first: what fails after it loses nothing.
     assert trainer.state().step == (5 if target == "state.pt" else 9)
     assert load_checkpoint(Path("runs/smoke.net")).step == 5
+
+
+@pytest.fixture
+def poor_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No modes, owners, times, links nor locks, and no way to ask for writing at once: a share, a bucket."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    for name in ("chmod", "fchmod", "chown", "utime", "link", "symlink"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_a_poor_file_system(poor_file_system: None, trainer: Trainer, tmp_path: Path) -> None:
+    trainer("--steps=3")
+    trainer.resume("--steps=5", "--save_every=1")
+    trainer("--steps=2")
+    assert load_checkpoint(Path("runs/smoke.net")).step == 2
+    assert load_checkpoint(Path("runs/smoke.1.net")).step == 5
+    key, score = Key("search", "m.net", 2, 0, 0.1), Score(0.5, 0.5, 1)
+    with Journal(tmp_path / "scores.csv") as journal:
+        journal.score(key, lambda: score)
+    with Journal(tmp_path / "scores.csv") as journal:
+        assert journal.known == {key: score}
+
+
+def test_drafts_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    check_writable(tmp_path / "m.net", "--model_name")
+    write_text(tmp_path / "a", "b")
+    assert (tmp_path / "a").read_text() == "b"
+    with largest_file(10), pytest.raises(UserError, match="File too large"):
+        write_text(tmp_path / "a", "b" * 100)
+
+
+def test_a_current_folder_that_was_removed(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer("--steps=1", f"--model_name={tmp_path / 'm.net'}")
+    trainer.run = tmp_path / "runs/smoke_0"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    trainer.resume("--steps=2")
+    assert load_checkpoint(tmp_path / "m.net").step == 2
+
+
+def test_a_model_of_another_training_is_kept(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def models() -> dict[str, int]:
+        return {path.name: load_checkpoint(path).step for path in tmp_path.glob("runs/*.net")}
+
+    trainer("--steps=4", "--save_every=2")
+    trainer.resume("--steps=6")  # which replaces models of its own
+    assert models() == {"smoke.net": 6}
+    assert "kept" not in capsys.readouterr().out
+    first = Path("runs/smoke.net").read_bytes()
+    trainer("--steps=5", "--save_every=1")
+    assert Path("runs/smoke.1.net").read_bytes() == first
+    notice = "runs/smoke.net is the model of another training, and is kept as runs/smoke.1.net"
+    assert capsys.readouterr().out.count(notice) == 1
+    assert notice in (tmp_path / "runs/smoke_1/log.txt").read_text()
+    trainer.resume("--steps=7")  # of the first: the model is now that of the second
+    assert models() == {"smoke.net": 7, "smoke.1.net": 6, "smoke.2.net": 5}
+    trainer("--steps=5", "--save_every=1")  # twice the same is kept once
+    trainer("--steps=8")
+    assert models() == {"smoke.net": 8, "smoke.1.net": 6, "smoke.2.net": 5, "smoke.3.net": 7}
 
 
 def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:

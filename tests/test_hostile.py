@@ -137,7 +137,7 @@ def use(arguments: argparse.Namespace, place: Path) -> None:
     """What scripts do first with the names they are given, within `place`."""
     for name in (arguments.model_name, arguments.saved_model or "m.net"):
         path = place / str(name).lstrip("/")
-        refused_or(lambda path=path: check_writable(path))  # type: ignore[misc]
+        refused_or(lambda path=path: check_writable(path, "--model_name"))  # type: ignore[misc]
         refused_or(lambda path=path: load_checkpoint(path))  # type: ignore[misc]
     run = refused_or(lambda: Run.create(place / "runs", arguments.name, arguments))
     if isinstance(run, Run):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,16 @@ def test_a_result_without_a_target(tmp_path: Path) -> None:
     assert "| other | test accuracy | 10 / 600 | 98.0 ± 12.7 / 60.0 ± 12.7 |" in tables
     assert "| other | train accuracy | 10 / 600 | 100.0 ± 0 / 94.0 ± 0 |" in tables
     assert "| other | t | `c` |" in tables
+
+
+def test_files_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
+    results = write_ledger(tmp_path, manifest="anml,a,b\nrepresentation,c,d\n")
+    write_accuracies(results, "anml", {10: (0.98, 0.9)})
+    (results / "representation.json").write_text(json.dumps({"measured": {"dead": 0.01}}))
+    tables = ledger(results)
+    for path in results.iterdir():
+        path.write_bytes(edited(path.read_bytes()))
+    assert ledger(results) == tables
 
 
 def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:

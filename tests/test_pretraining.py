@@ -131,7 +131,7 @@ def test_a_rate_too_high_keeps_the_last_good_model(
         ("--images 0", "--images"),
         ("--train_classes 9", "--num_classes 8"),
         ("--train_classes 965 --num_classes 1000", "964 classes"),
-        ("--model_name file/m.net", "file/m.net"),
+        ("--model_name file/m.net", "--model_name file/m.net"),
         ("--update_lr 0.1", "--update_lr"),
     ],
 )
@@ -202,6 +202,10 @@ def test_what_was_interrupted_goes_on_bit_for_bit(
     assert [entry["step"] for entry in config["resumed"]] == [6, 12]
     assert rows(runs / "pretrain_1")[-1]["images"] == "1000"
     (tmp_path / "Pretrain_Model.net").unlink()
+    pretrain(f"{resume} --model_name moved.net", cache, tmp_path, monkeypatch)
+    assert load_checkpoint(tmp_path / "moved.net").step == 31
+    runs.rename(tmp_path / "moved")
+    resume = "--resume moved/pretrain_1 --model_name Pretrain_Model.net --runs_dir moved"
     pretrain(resume, cache, tmp_path, monkeypatch)  # nothing to do, which is no error
     assert load_checkpoint(tmp_path / "Pretrain_Model.net").step == 31
     capsys.readouterr()
@@ -219,3 +223,7 @@ def test_refuses_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="torchrun"):
         pretrain(TINY, tmp_path / "cache", tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"one process.*WORLD_SIZE=2"):
+        pretrain(TINY, tmp_path / "cache", tmp_path, monkeypatch)

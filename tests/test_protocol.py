@@ -393,6 +393,25 @@ def test_what_would_change_numbers_is_refused_by_name(
     assert (folder / "scores.csv").read_bytes() == before
 
 
+def test_models_that_were_moved(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evaluate(f"{TINY} {SHORT} --model ANML.net ANML1.net").resolve()
+    Path("sub/runs/other_0").mkdir(parents=True)
+    monkeypatch.chdir("sub")
+    evaluate_again = f"--resume {folder} --runs 2"
+    evaluate(evaluate_again)
+    assert len(read_results(folder).rows) == 4
+    assert {row["model"] for row in read_results(folder).rows} == {"ANML.net", "ANML1.net"}
+    Path("../ANML1.net").rename("ANML1.net")
+    line = refused(lambda: evaluate(evaluate_again), capsys)
+    assert line.count("\n") == 1
+    assert f"its --model is {Path.cwd().parent}/ANML1.net" in line
+    evaluate(f"--resume {folder} --runs 3 --model ../ANML.net ANML1.net")
+    assert len(read_results(folder).rows) == 6
+    assert {path.name for path in Path().rglob("*")} == {"runs", "other_0", "ANML1.net"}
+
+
 def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
     score, nothing = (
@@ -415,6 +434,10 @@ def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
         assert journal.score(other, lambda: nothing) == nothing
     with Journal(path) as journal:
         assert journal.known == {key: score, other: nothing}
+    for edit in (b"\xef\xbb\xbf" + path.read_bytes(), path.read_bytes().replace(b"\n", b"\r\n")):
+        path.write_bytes(edit)
+        with Journal(path) as journal:
+            assert journal.known == {key: score, other: nothing}
 
 
 def test_a_journal_of_an_older_version_goes_on(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from scipy import stats
 import compare_results
 from utils.errors import UserError
 from utils.results import (
+    METRICS,
     bootstrap_interval,
     cluster_interval,
     compare,
     interval,
+    read_metrics,
     read_results,
     summarise,
     table,
@@ -43,6 +46,19 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
         assert results.about == {"treatment": "ANML"}
     (tmp_path / "results.json").unlink()
     assert read_results(tmp_path).about == {}
+
+
+def test_a_file_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
+    rows = [row(model="zürich.net"), row(model="zürich.net", run=1)]
+    write_results(tmp_path, rows, {"treatment": "ANML"})
+    metrics = f"{','.join(METRICS)}\n1,0.5,0.25,0\n2,0.5,0.25,1\n"
+    (tmp_path / "metrics.csv").write_text(metrics)
+    for path in tmp_path.iterdir():
+        path.write_bytes(edited(path.read_bytes()))
+    for name in ("results.csv", "results.json"):
+        assert read_results(tmp_path / name).rows == rows
+        assert read_results(tmp_path / name).about == {"treatment": "ANML"}
+    assert read_metrics(tmp_path)["accuracy_remember"].tolist() == [0, 1]
 
 
 def test_a_file_without_a_model_column(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import TINY, Trainer, assert_same_run, rows
+from tests.conftest import EDITORS, TINY, Trainer, assert_same_run, rows
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
 from utils.run import Run
@@ -88,6 +89,54 @@ def test_a_signal_saves_and_the_run_goes_on(
     trainer.resume(f"--steps={step + 3}")
     trainer(f"--steps={step + 3}")
     assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
+
+
+ON_A_TERMINAL = """
+import fcntl, os, struct, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""A program that makes its stdin the terminal of its session, 80 columns wide, and becomes a command."""
+
+
+def test_a_closed_terminal_saves(trainer: Trainer) -> None:
+    """The kernel sends SIGHUP, and what is printed after it fails."""
+    ours, theirs = os.openpty()
+    training = [str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=100000", "--log_every=1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, *training],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=ENVIRONMENT,
+    ) as process:
+        os.close(theirs)
+        while b"loss=" not in os.read(ours, 1000):  # which fails when the training ends
+            pass
+        os.close(ours)
+        assert process.wait(60) == 129
+    assert trainer.state().step == len(rows(trainer.run))
+    assert "model written to" in (trainer.run / "log.txt").read_text()
+
+
+def test_hangups_within_an_interrupt() -> None:
+    with Interrupt() as interrupt:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert interrupt.exit_code == 129
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_signal_within_an_interrupt() -> None:
@@ -177,12 +226,22 @@ def test_metrics_that_are_torn_or_lost(left: bytes | None, trainer: Trainer) -> 
     assert ("lacks 2 of the 2 steps" in (trainer.run / "log.txt").read_text()) == (kept == 0)
 
 
+def test_files_of_an_editor(trainer: Trainer) -> None:
+    trainer("--steps=3")
+    before = rows(trainer.run)
+    for name in ("metrics.csv", "config.json"):
+        path = trainer.run / name
+        path.write_bytes(EDITORS["both"](path.read_bytes()))
+    trainer.resume("--steps=4")
+    assert rows(trainer.run)[:3] == before
+    assert "lacks" not in (trainer.run / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--meta_lr=0.01"], "--meta_lr is 0.01 and was 0.001"),
         (["--first_order", "--seed=4"], "--first_order is True and was False; --seed is 4 and was 9"),
-        (["--model_name=x.net"], "--model_name is x.net"),
         (["--checkpoint"], "--checkpoint"),
         (["--config", str(ROOT / "configs/anml.toml")], "--num_classes is 1000"),
     ],
@@ -230,6 +289,51 @@ def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.Capture
             trainer.resume()
         assert named in capsys.readouterr().err + str(ended.value)
     assert trainer.state().step == 1
+
+
+def test_a_run_that_was_moved(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer("--steps=2", "--runs_dir=old/runs", f"--model_name={tmp_path}/old/m.net")
+    Path("old").rename("new")
+    trainer.run = Path("new/runs/best_7")
+    Path("new/runs/smoke_0").rename(trainer.run)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        trainer.resume("--steps=3")
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1)
+    assert f"its --model_name is {tmp_path}/old/m.net" in error
+    assert not Path("old").exists()
+    Path("old").touch()
+    with pytest.raises(UserError, match=r"cannot write --model_name .*/old/m\.net"):
+        trainer.resume("--steps=3")
+    trainer.resume("--steps=3", "--model_name=new/m.net", "--runs_dir=new/runs", "--name=best")
+    trainer.resume("--steps=4")
+    assert load_checkpoint(Path("new/m.net")).step == 4
+    assert json.loads((trainer.run / "config.json").read_text())["name"] == "best_7"
+
+
+def test_a_run_resumed_from_another_folder(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it named from where it was started stays where it is; in a moved run, it is named from here."""
+    trainer("--steps=2", "--dataset-path=data")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    trainer.run = Path("../runs/smoke_0")
+    for steps in (3, 4):
+        trainer.resume(f"--steps={steps}")
+    assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
+    arguments = json.loads((trainer.run / "config.json").read_text())["arguments"]
+    assert arguments["dataset_path"] == str(tmp_path / "data")
+    assert not list(elsewhere.iterdir())
+    monkeypatch.chdir(tmp_path)
+    trainer("--steps=2", "--name=other")
+    Path("runs").rename("elsewhere/runs")
+    monkeypatch.chdir(elsewhere)
+    trainer.run = Path("runs/other_0")
+    trainer.resume("--steps=5")
+    assert load_checkpoint(elsewhere / "runs/smoke.net").step == 5
 
 
 def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:

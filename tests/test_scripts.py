@@ -203,6 +203,66 @@ def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "runs/smoke.net").step == rows
 
 
+def shell(folder: Path, line: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which `"$@"` is the command; of a pipe, the exit code is the command's."""
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}", "bash", *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "environment"),
+    [
+        ('"$@"', {"PYTHONIOENCODING": "ascii"}),
+        ('"$@" <&- >&- 2>&-', {}),
+        ('"$@" 2>&1 | head -n 1', {"PYTHONUNBUFFERED": "1"}),
+        ('"$@" > /dev/full 2>&1', {}),
+    ],
+)
+def test_training_goes_on_whatever_stdout_is(
+    line: str, environment: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, "--eval_every=0", "--log_every=1", "--name=zürich")
+    training = command("mrcl_classification.py", cache, *flags)
+    done = shell(tmp_path, line, *training, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    log = (tmp_path / "runs/zürich_0/log.txt").read_text(encoding="utf-8")
+    assert "run folder runs/zürich_0" in log
+    assert [f"step {step}/4 " in log for step in range(1, 5)] == [True] * 4
+    assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
+    if environment.get("PYTHONIOENCODING") == "ascii":
+        assert "run folder runs/z\\xfcrich_0" in done.stdout
+
+
+@pytest.mark.parametrize("line", ['"$@" 2>&-', '"$@" 2>&1 | true', '"$@" > /dev/full 2>&1'])
+def test_the_exit_code_does_not_depend_on_stderr(line: str, tmp_path: Path) -> None:
+    for arguments in (["a.csv"], ["a.csv", "b.csv"]):  # which the parser refuses, and the script
+        done = shell(tmp_path, line, sys.executable, str(ROOT / "compare_results.py"), *arguments)
+        assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "error"),
+    [
+        ('"$@" >&-', 0, ""),
+        ('"$@" | true', 0, ""),
+        ('"$@" > /dev/full', 2, "cannot write to stdout: No space left on device"),
+    ],
+)
+def test_a_table_that_cannot_be_printed(line: str, code: int, error: str, tmp_path: Path) -> None:
+    results = str(ROOT / "results/scratch.csv")
+    done = shell(tmp_path, line, sys.executable, str(ROOT / "compare_results.py"), results, results)
+    assert done.returncode == code
+    assert done.stderr.count("\n") == bool(error)
+    assert error in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -13,6 +13,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from model.modelfactory import NETWORKS, constructor_arguments
 from model.optimizer import OPTIMIZERS
 from model.treatments import TABLE
 from utils.errors import UserError
+from utils.files import expand, place_of, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +40,7 @@ LEARNING_RATES = (
 )
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 ALIASES = {"neuromodulation": "ANML"}  # the released code's name
+PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,10 +162,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _settings_of_run(parser: Parser, folder: Path) -> dict[str, Any]:
     """The arguments that a run folder records, but for flags that had no value."""
     try:
-        settings = read_config(folder)["arguments"]
+        config = read_config(folder)
     except UserError as error:
         parser.error(f"--resume: {error}")
-    return {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key, value in config["arguments"].items() if value is not None}
+    here, cwd = place_of(folder), config.get("cwd")
+    # Where the run is still in its place, so is what it named from where it was started. A folder that
+    # was moved knows no better than the user, who moved it.
+    if here and config.get("folder") == here["folder"] and isinstance(cwd, str) and cwd != here["cwd"]:
+        for key, value in settings.items():
+            if key in parser.flags and parser.flags[key].type is _path:
+                several = isinstance(value, list)
+                paths = [str(Path(cwd, str(path))) for path in (value if several else [value])]
+                settings[key] = paths if several else paths[0]
+    return settings
 
 
 def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], tokens: list[str]) -> None:
@@ -182,6 +195,23 @@ def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], toke
             f"--resume {folder} goes on as it began: {'; '.join(contradictions)}; drop these flags, or "
             "start a new run without --resume"
         )
+    _refuse_lost_places(parser, folder, of_run, given)
+
+
+def _refuse_lost_places(
+    parser: Parser, folder: Path, of_run: argparse.Namespace, given: argparse.Namespace
+) -> None:
+    """End the process if a model that the run reads, or the folder of the one it writes, is gone."""
+    places = [("model", path, path) for path in getattr(of_run, "model", None) or ()]
+    written = getattr(of_run, "model_name", None)
+    if written is not None:
+        places.append(("model_name", written, written.parent))
+    for key, path, place in places:
+        if getattr(given, key) is _NOT_GIVEN and not os.access(place, os.F_OK):
+            parser.error(
+                f"--resume {folder}: its --{key} is {path}, and there is no {place} (any more); give "
+                f"--{key} FILE as it is today"
+            )
 
 
 _NOT_GIVEN = object()
@@ -215,7 +245,7 @@ def training_parser() -> Parser:
     parser.may_change = frozenset(
         (
             *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
-            *("device", "threads", "backend", "dataset_path", "cache_dir"),
+            *("device", "threads", "backend", "model_name", *PLACES),
         )
     )
 
@@ -330,7 +360,7 @@ def pretraining_parser() -> Parser:
     """The flags of `pretrain_classification.py`; the default budget is what meta-training sees."""
     parser = Parser("Train a network on shuffled images of all meta-training classes.", _check_pretraining)
     parser.may_change = frozenset(
-        ("log_every", "save_every", "device", "threads", "backend", "dataset_path", "cache_dir")
+        ("log_every", "save_every", "device", "threads", "backend", "model_name", *PLACES)
     )
 
     method = parser.add_argument_group("method")
@@ -369,9 +399,7 @@ def evaluation_parser() -> Parser:
     )
     # None of these changes a number: more runs or class counts add to what there is, and models are
     # compared by content.
-    parser.may_change = frozenset(
-        ("model", "runs", "schedule", "device", "threads", "backend", "dataset_path", "cache_dir")
-    )
+    parser.may_change = frozenset(("model", "runs", "schedule", "device", "threads", "backend", *PLACES))
 
     method = parser.add_argument_group("method")
     parser.flag(
@@ -534,7 +562,7 @@ def analysis_parser() -> Parser:
     parser.flag(
         analysis,
         "--model",
-        Path,
+        _path,
         None,
         "model file that mrcl_classification.py or pretrain_classification.py wrote",
         shown="none: it must be given",
@@ -584,7 +612,7 @@ def plot_parser() -> Parser:
         "add published numbers, of the treatments that labels or results name, else of ANML",
         default=True,
     )
-    parser.flag(group, "--out", Path, Path("runs/figures"), "folder for the figures", metavar="DIR")
+    parser.flag(group, "--out", _path, Path("runs/figures"), "folder for the figures", metavar="DIR")
     parser.flag(group, "--name", _folder_name, "results", "start of the figures' file names")
     return parser
 
@@ -600,7 +628,7 @@ def ledger_parser() -> Parser:
         ("README.md", "FILE", "file with the two marker lines of the ledger"),
     ):
         flag = f"--{name.removesuffix('.md').lower()}"
-        parser.flag(group, flag, Path, root / name, text, shown=f"this project's {name}", metavar=kind)
+        parser.flag(group, flag, _path, root / name, text, shown=f"this project's {name}", metavar=kind)
     return parser
 
 
@@ -912,7 +940,7 @@ def _flag(name: str, value: object) -> str:
 def _config_tokens(parser: Parser, path: Path) -> list[str]:
     """The settings of a TOML file as the command-line tokens that say the same."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(read_text(path))
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror or error}")
     except ValueError as error:  # also what TOML and UTF-8 decoding raise
@@ -1076,9 +1104,10 @@ def _device(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    if not _is_text(text):
+    path = expand(text)
+    if not _is_text(str(path)):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be a file's name")
-    return Path(text)
+    return path
 
 
 def _is_text(text: str) -> bool:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from model.modelfactory import NETWORKS, Network
 from utils.checkpoint import save_checkpoint
-from utils.errors import UserError, run_script
+from utils.errors import UserError, run_script, say
+from utils.files import expand, keep_earlier
 from utils.records import read, tensors
 
 BLOCK = re.compile(r"(rln|nm)\.(?:convBlock(\d)\.(conv|norm|bn)|encoder\.(\d)\.([01]))\.(weight|bias)")
@@ -127,14 +128,17 @@ def _rows(value: Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.convert_released", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="IN", help="model file to read")
-    parser.add_argument("target", type=Path, metavar="OUT", help="model file to write")
+    parser.add_argument("source", type=expand, metavar="IN", help="model file to read")
+    parser.add_argument("target", type=expand, metavar="OUT", help="model file to write")
     args = parser.parse_args()
     net, weights, rest = convert(args.source)
+    kept = keep_earlier(args.target)
     save_checkpoint(args.target, net.network, net.widths, weights, {"converted_from": str(args.source)}, 0)
-    print(f"{args.target}: {net.network} {net.widths}")
+    if kept is not None:
+        say(f"{args.target} was there, and is kept as {kept}")
+    say(f"{args.target}: {net.network} {net.widths}")
     if rest:
-        print(f"not needed: {len(rest)} other tensors, {', '.join(rest[:3])}{', ...' * (len(rest) > 3)}")
+        say(f"not needed: {len(rest)} other tensors, {', '.join(rest[:3])}{', ...' * (len(rest) > 3)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+# What the launchers of Open MPI, of MPICH and Intel MPI, of MVAPICH, Horovod and LSF's jsrun tell a process.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "JSM_NAMESPACE_SIZE")
 
 
 def launched() -> bool:
@@ -30,6 +32,37 @@ def launched() -> bool:
 def environment(name: str, alone: int) -> int:
     """What torchrun says of this process: RANK, LOCAL_RANK or WORLD_SIZE; `alone` without it."""
     return int(os.environ[name]) if launched() else alone
+
+
+def other_launcher() -> str | None:
+    """How something else than torchrun says that it started this process as one of several; None if not.
+
+    Within an allocation of Slurm, `SLURM_NTASKS` alone says nothing: a shell and a batch script have it
+    too, and are one process. Those of `srun` have a step.
+    """
+    if launched():
+        return None
+    step = _number("SLURM_STEP_ID", -1)
+    names = list(SIZES)
+    if "RANK" in os.environ:
+        names.append("WORLD_SIZE")
+    # The highest numbers are those of the steps that batch scripts and the shells of salloc are.
+    if 0 <= step < 2**32 - 16 or _number("SLURM_PROCID", 0) > 0:
+        names.append("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS")
+    return next((f"{name}={size}" for name in names if (size := _number(name, 1)) > 1), None)
+
+
+def _number(name: str, otherwise: int) -> int:
+    """The whole number in an environment variable that anybody may have set."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+def refuse_several(what: str) -> None:
+    """Raise UserError where a launcher started this process, since `what` runs in one."""
+    launcher = "torchrun" if launched() else other_launcher()
+    if launcher is not None:
+        raise UserError(f"{what} runs in one process: start it without torchrun or mpirun ({launcher})")
 
 
 def is_first() -> bool:
@@ -125,8 +158,15 @@ def join(device: torch.device) -> Group:
     """The group of this process; waits for the others (nccl between GPUs, gloo between CPUs).
 
     Raises:
-        UserError: the others cannot be reached.
+        UserError: the others cannot be reached, or do not know of each other.
     """
+    launcher = other_launcher()
+    if launcher is not None:
+        raise UserError(
+            f"this is one of several processes that were not started by torchrun ({launcher}): each would "
+            "do all of the work and write the same files. Start them with torchrun, as the README says "
+            f"under Several devices; for a run of its own, unset {launcher.partition('=')[0]}"
+        )
     size = environment("WORLD_SIZE", 1)
     if size == 1:
         return Group()
@@ -139,8 +179,10 @@ def join(device: torch.device) -> Group:
 def _others_answer() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what both backends raise
+    except (RuntimeError, ValueError) as error:  # what the backends raise, and what looks for the others
+        cause = str(error).partition("Exception raised from")[0]  # a C++ backtrace follows
         raise UserError(
-            f"process {environment('RANK', 0)} stops: another process of the job has ended or cannot be "
-            "reached; what it wrote last says why"
+            f"process {environment('RANK', 0)} stops: {cause.strip() or type(error).__name__} (if that is "
+            "about a connection, another process of the job has ended or cannot be reached, and what that "
+            "one wrote last says why)"
         ) from error

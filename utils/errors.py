@@ -1,10 +1,18 @@
-"""How a script ends when the user, the data or the disk is at fault: one line on stderr, exit code 2."""
+"""How a script speaks, and how it ends when the user, the data or the disk is at fault: one line on stderr,
+exit code 2.
+
+stdout and stderr may be anything: closed, a pipe that nobody reads any more, a full disk, an encoding
+without umlauts. None of these ends a run.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -18,11 +26,48 @@ def run_script(main: Callable[[], None]) -> None:
     does for a wrong flag) and 130 after Ctrl-C. Any other exception is a defect and keeps its
     traceback.
     """
+    _take_any_text()
     try:
         main()
     except UserError as error:
         line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        try_to_write(f"{Path(sys.argv[0]).name}: error: {line}\n", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        for stream in (sys.stdout, sys.stderr):  # here, since an error at exit would change the exit code
+            try_to_write("", stream)
+
+
+def say(text: str) -> None:
+    """Print what a script has found.
+
+    Raises:
+        UserError: it cannot be written; that a reader wants no more of it is no error.
+    """
+    error = try_to_write(f"{text}\n", sys.stdout)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise UserError(f"cannot write to stdout: {error.strerror or error}") from error
+
+
+def try_to_write(text: str, stream: TextIO) -> OSError | None:
+    """Write `text` at once; returns why that failed. What follows in this stream then goes nowhere."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        return error
+    return None
+
+
+def _take_any_text() -> None:
+    """Give this process a stdout and a stderr that can be written, and that escape what they cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # whoever started this process has closed it
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (to the end)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UserError
+
+
+def expand(text: str) -> Path:
+    """The path that a user's text names: a leading `~` or `~user` is a home folder.
+
+    The shell does that for `~/x` but not for `--flag=~/x`, and nobody does it within a file. `./~` is
+    not touched, nor is what names no user.
+    """
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib takes ./~ for ~, and fails without a user)
+
+
+def place_of(folder: Path) -> dict[str, str]:
+    """Where a `folder` is, and `cwd`, which relative paths start from; empty where that was removed."""
+    try:
+        return {"folder": str(folder.resolve()), "cwd": str(Path.cwd())}
+    except OSError:
+        return {}
 
 
 @contextmanager
@@ -36,10 +56,11 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         umask = os.umask(0)  # the only way to read it
         os.umask(umask)
-        draft.chmod(0o666 & ~umask)
+        with suppress(OSError):  # network shares and mounts of Windows may have modes of their own
+            draft.chmod(0o666 & ~umask)
         if previous is not None and path.exists():
             path.replace(previous)
         draft.replace(path)
@@ -47,7 +68,23 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
+
+
+def sync(handle: int) -> None:
+    """Put what was written to an open file on disk, where its file system can.
+
+    Raises:
+        OSError: it did not get there; the disk may be full.
+    """
+    try:
+        os.fsync(handle)
+    except PermissionError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -61,6 +98,41 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def keep_earlier(path: Path, own: Path | None = None) -> Path | None:
+    """Keep what `path` holds as `name.1.suffix`, or the next free number, before it is replaced.
+
+    Args:
+        own: what this file holds as well is the writer's own, and need not be kept.
+
+    Returns:
+        where it is kept, perhaps since earlier; None if there is nothing to keep.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    content = _content(path)
+    if content is None or (own is not None and content == _content(own)):
+        return None
+    for number in count(1):
+        kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        found = _content(kept)
+        if found is None:
+            write_bytes(kept, content)
+        if found in (None, content):
+            return kept
+    raise AssertionError("count() does not end")
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None if there is no such file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def remove_drafts(path: Path) -> None:
     """Remove what writers of `path` left that were killed in the middle of :func:`atomic_write`;
     its name may be a pattern."""
@@ -69,14 +141,34 @@ def remove_drafts(path: Path) -> None:
             draft.unlink()
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that people may have edited: UTF-8, or UTF-16 with its mark, and any line ends.
+
+    Editors and spreadsheets of Windows put a byte order mark in front, which is no part of the text.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not text.
+    """
+    content = path.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically; see :func:`atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically; see :func:`atomic_write`."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    write_bytes(path, text.encode())
 
 
-def check_writable(path: Path) -> None:
-    """Find out now whether `path` can be written later, at the end of a long run.
+def check_writable(path: Path, flag: str) -> None:
+    """Find out now whether `path`, which `flag` names, can be written later, at the end of a long run.
 
     Raises:
         UserError: its folder cannot be written, or it is a folder itself.
@@ -84,9 +176,11 @@ def check_writable(path: Path) -> None:
     path = Path(path)
     try:
         if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
+            raise UserError(f"cannot write {flag} {path}: it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.try.")
+        os.close(handle)
+        with suppress(OSError):
+            Path(draft).unlink()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {flag} {path}: {error.strerror or error}") from error

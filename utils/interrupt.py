@@ -1,17 +1,24 @@
-"""Ctrl-C and SIGTERM that wait for the step in hand, so that what is saved is never half a step."""
+"""Ctrl-C, SIGTERM and SIGHUP that wait for the step in hand, so that what is saved is never half a step."""
 
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 
 from utils.distributed import Group
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends the one, `kill` and Slurm the other
+# What a terminal that is closed sends, a broken SSH connection say.
+HANGUP = () if sys.platform == "win32" else (signal.SIGHUP,)
 
 
 class Interrupt:
     """While this context is open, the first of these signals is noted; a second one acts as usual.
+
+    SIGHUP never acts, since the kernel and the shell both send it when a terminal is closed, and is not
+    even noted where it was ignored before, as `nohup` has it.
 
     Args:
         patient: note all of them and let none act. A launcher passes on what its terminal got, so
@@ -37,21 +44,22 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """What a process that a signal has ended leaves by convention: 130 or 143; 0 without one."""
+        """What a process that a signal has ended leaves by convention: 129, 130 or 143; 0 without one."""
         return 0 if self.signal is None else 128 + self.signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-        if not self._patient:
-            self._restore()
+        if not self._patient and number in SIGNALS:
+            self._restore(SIGNALS)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _restore(self, numbers: Iterable[signal.Signals]) -> None:
+        for number in numbers:
+            signal.signal(number, self._before[number])
 
     def __enter__(self) -> Interrupt:
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        heard = [number for number in HANGUP if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in (*SIGNALS, *heard)}
         return self
 
     def __exit__(
@@ -60,4 +68,4 @@ class Interrupt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._restore()
+        self._restore(self._before)

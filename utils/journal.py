@@ -14,7 +14,7 @@ from typing import NamedTuple
 from model.meta_test import PURPOSES
 from model.scores import MEASURES, Score
 from utils.errors import UserError
-from utils.files import remove_drafts, write_text
+from utils.files import remove_drafts, sync, write_text
 
 
 class Key(NamedTuple):
@@ -70,7 +70,7 @@ class Journal:
     def _parse(self, content: bytes) -> tuple[list[str], dict[Key, Score]]:
         """Header and scores; both are empty for an empty file."""
         try:
-            rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
+            rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
         except (ValueError, csv.Error) as error:
             raise UserError(f"{self.path} is damaged: {error}") from error
         header, *rows = rows or [[]]
@@ -108,7 +108,7 @@ class Journal:
         data = _line(values).encode()
         if self._file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"cannot write {self.path}: {error.strerror or error}")

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments import ledger_parser, parse
-from utils.errors import UserError, run_script
-from utils.files import write_text
+from utils.errors import UserError, run_script, say, try_to_write
+from utils.files import read_text, write_text
 from utils.results import FEW, read_results, summarise
 from utils.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
 
@@ -88,7 +88,7 @@ def read_representation(path: Path) -> Result:
         UserError: it is not one.
     """
     try:
-        measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+        measured = json.loads(read_text(path))["measured"]
         result: Result = {(key, None): Measured(100 * float(value)) for key, value in measured.items()}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -225,9 +225,9 @@ def main() -> None:
     current = inserted(text, ledger(args.results), args.readme)
     if not args.check:
         write_text(args.readme, current)
-        print(f"{args.readme} says what {args.results} holds")
+        say(f"{args.readme} says what {args.results} holds")
     elif text != current:
-        print(f"{args.readme} and {args.results} disagree: run python -m utils.ledger", file=sys.stderr)
+        try_to_write(f"{args.readme} and {args.results} disagree: run python -m utils.ledger\n", sys.stderr)
         sys.exit(1)
 
 

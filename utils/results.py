@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.scores import ACCURACY, MEASURES, RUNS, Measure, Score, accuracies
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import read_text, write_text
 
 FEW = 10  # values, from which on a bootstrap says how far off their mean may be
 
@@ -118,7 +118,7 @@ def _table(path: Path, name: str, writer: str) -> Path:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except OSError as error:
         raise UserError(f"cannot read the results {path}: {error.strerror or error}") from error
     except ValueError as error:

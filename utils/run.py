@@ -8,6 +8,7 @@ in one process at a time.
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
 import io
 import json
@@ -36,8 +37,8 @@ from tqdm import tqdm
 
 from utils.arguments import read_config, recorded
 from utils.distributed import is_first
-from utils.errors import UserError
-from utils.files import atomic_write, remove_drafts, write_text
+from utils.errors import UserError, try_to_write
+from utils.files import atomic_write, place_of, remove_drafts, sync, write_text
 from utils.plots import figure_pixels
 
 if sys.platform != "win32":
@@ -63,8 +64,8 @@ class _Terminal(logging.Handler):
         if getattr(record, "file_only", False):
             return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with tqdm.external_write_mode(file=sys.stdout):
+            try_to_write(f"{prefix}{self.format(record)}\n", sys.stdout)  # the run goes on without a reader
 
 
 def log_to_terminal() -> _Terminal:
@@ -92,7 +93,7 @@ class _LogFile(logging.FileHandler):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "log.txt", encoding="utf-8")
+        super().__init__(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         self.folder = folder
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if sys.platform != "win32":
@@ -173,7 +174,7 @@ class Run:
                 self._log_file = opened.enter_context(closing(_LogFile(folder)))
                 self._columns = None if done is None else _cut_back(folder, done)
                 # Line-buffered, so that a killed run keeps its rows.
-                metrics = (folder / "metrics.csv").open("a", newline="", buffering=1)
+                metrics = (folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
                 self._metrics = opened.enter_context(metrics)
                 self._events = SummaryWriter(
                     f"{_EventFile.PREFIX}:{folder}",
@@ -228,7 +229,13 @@ class Run:
             return _Bystander(Path(runs_dir))
         settings = recorded(arguments)
         folder = _new_folder(Path(runs_dir), name)
-        config = {"name": folder.name, "arguments": settings, **_circumstances(), **(extra or {})}
+        config = {
+            "name": folder.name,
+            **place_of(folder),
+            "arguments": settings,
+            **_circumstances(),
+            **(extra or {}),
+        }
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         run = cls(folder)
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
@@ -265,6 +272,7 @@ class Run:
         run = cls(folder, done)
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
+        config |= {"name": folder.name, **place_of(folder)}
         config |= {"arguments": recorded(arguments), "resumed": resumed}
         try:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -299,7 +307,7 @@ class Run:
             UserError: the disk is full.
         """
         try:
-            os.fsync(self._metrics.fileno())
+            sync(self._metrics.fileno())
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -489,7 +497,7 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
         remove_drafts(folder / name)
     path = folder / "metrics.csv"
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     except FileNotFoundError:
         lines = []
     except OSError as error:
@@ -534,7 +542,7 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def cpu_name() -> str:
     """The processor's name where Linux tells it, else what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -555,6 +563,7 @@ def _git_state() -> dict[str, Any] | None:
             check=True,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=10,
         ).stdout.strip()
 

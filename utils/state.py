@@ -20,7 +20,7 @@ from model.modelfactory import Network
 from model.optimizer import Adam
 from utils.checkpoint import model_content, model_fault, read_saved, save_checkpoint, write_saved
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, keep_earlier
 from utils.run import Run
 
 log = logging.getLogger("anml")
@@ -86,12 +86,18 @@ class TrainingState:
 def save_progress(run: Run, model_name: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
     """Write a training state to the run folder, then its model there and to `model_name`.
 
+    What another run wrote to `model_name` is kept under another name. Its own is what is in the folder.
+
     Raises:
         UserError: one cannot be written, or the weights are not finite; what was there stays.
     """
     run.sync()
     save_state(run.folder, state, arguments)
-    for path in (run.folder / "model.net", model_name):
+    own = run.folder / "model.net"
+    kept = keep_earlier(model_name, own)
+    if kept is not None:
+        log.warning("%s is the model of another training, and is kept as %s", model_name, kept)
+    for path in (own, model_name):
         save_model(path, state, arguments)
 
 

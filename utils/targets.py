@@ -19,6 +19,7 @@ from pathlib import Path
 
 from model.scores import accuracies
 from utils.errors import UserError
+from utils.files import read_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TARGETS = RESULTS / "targets.csv"
@@ -96,8 +97,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         UserError: no such file, not UTF-8, other columns, or a row with too few or too many fields.
     """
     try:
-        text = path.read_bytes().decode()
-        lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
+        lines = [line for line in csv.reader(io.StringIO(read_text(path)), strict=True) if line]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, csv.Error) as error:
