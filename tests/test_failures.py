@@ -107,7 +107,7 @@ def test_a_poor_file_system(poor_file_system: None, trainer: Trainer, tmp_path: 
     trainer("--steps=2")
     assert load_checkpoint(Path("runs/smoke.net")).step == 2
     assert load_checkpoint(Path("runs/smoke.1.net")).step == 5
-    key, score = Key("search", "m.net", 2, 0, 0.1), Score(0.5, 0.5, 1)
+    key, score = Key("search", "m.net", 2, 0, 0.1), Score(test=0.5, train=0.5, above_chance=1, diverged=0)
     with Journal(tmp_path / "scores.csv") as journal:
         journal.score(key, lambda: score)
     with Journal(tmp_path / "scores.csv") as journal:
