@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.meta_test import Score
+from model.scores import Score
 from tests.conftest import Trainer
 from utils.arguments import parse, training_parser
 from utils.checkpoint import load_checkpoint

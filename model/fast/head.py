@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from model import meta_test, method
+from model import method
 from model.fast.layers import FastConv2d, FastConvBlock, FastLinear
 from model.fast.matmul import linear
+from model.fast.memory import use_huge_pages
 from model.layers import ImageNorm, Inputs
 from model.meta_test import Learner, Settings
 from model.method import Examples, InnerRule, OnlineLearner, Params
 from model.modelfactory import ANML, OML, SANML, Network
-from model.optimizer import OPTIMIZERS
+from model.optimizer import OPTIMIZERS, SGD, Adam
 
 CHAINS = (ANML, SANML, OML)
 LAYERS = (
@@ -86,9 +87,14 @@ def meta_loss(
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
     """`model.meta_test.adam_learner`, or, where the head alone learns and `applies`, the same by hand."""
-    if len(trained) > 2 or not applies(net, trained):
-        return meta_test.adam_learner(net, trained, settings)
-    return _HeadLearner(net, trained, lambda params: OPTIMIZERS[settings.optimizer](params, settings.lr))
+
+    def optimizer(params: list[Tensor]) -> Adam | SGD:
+        made = OPTIMIZERS[settings.optimizer](params, settings.lr)
+        use_huge_pages(*made.weights, *(made.means + made.squares if isinstance(made, Adam) else ()))
+        return made
+
+    by_hand = len(trained) == 2 and applies(net, trained)
+    return (_HeadLearner if by_hand else OnlineLearner)(net, trained, optimizer)
 
 
 class _HeadLearner(OnlineLearner):
