@@ -336,7 +336,12 @@ def training_parser() -> Parser:
         metavar="FILE",
     )
     _resume(parser, run)
-    parser.switch(run, "--checkpoint", "start a new run from the weights in --saved_model")
+    parser.switch(
+        run,
+        "--checkpoint",
+        "start a new run from the weights in --saved_model; its draws follow from --seed and these weights, "
+        "so that the same seed does not repeat those that made them",
+    )
     parser.flag(
         run,
         "--saved_model",
