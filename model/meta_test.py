@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datasets.samplers import Task, sample_task
 from model.layers import FrozenOutput, Inputs
-from model.meta_learner import gather
+from model.meta_learner import gather, send
 from model.method import OnlineLearner
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
 from model.optimizer import OPTIMIZERS
@@ -73,7 +73,7 @@ class FrozenOutputs:
                 for store, part in zip(self.kept, output.activations, strict=True):
                     store[label] = part
                 self.known[label] = True
-        index = index.to(self.images.device, non_blocking=True)
+        index = send(index, self.images.device)
         return replace(self.sample, activations=tuple(part[index[:, 0], index[:, 1]] for part in self.kept))
 
 
