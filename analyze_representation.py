@@ -90,11 +90,9 @@ def pictures(
         for alphabet in list(dict.fromkeys(alphabets))[: args.alphabets]
         for label in [k for k, other in enumerate(alphabets) if other == alphabet][:CLASSES_SHOWN]
     ]
+    points = torch.tensor(chosen)
     figures["embedding"] = embedding_figure(
-        {
-            title: principal_components(part[chosen].flatten(0, 1)).cpu().numpy()
-            for title, part in features.items()
-        },
+        {title: principal_components(part[points].flatten(0, 1)).numpy() for title, part in features.items()},
         [alphabets[label] for label in chosen for _ in range(images.shape[1])],
     )
     return figures

@@ -23,7 +23,7 @@ from typing import Any
 
 from datasets import load_pool
 from model.fast import use_backend
-from model.meta_test import Trial, best_rate
+from model.meta_test import Trial, best_rate, check_outputs
 from model.modelfactory import trained_parameters
 from model.scores import MEASURES
 from model.treatments import describe
@@ -110,20 +110,20 @@ def main() -> None:
     net = models[0].net
     if args.rln is None:
         args.rln = net.default_meta_test_rln
-    trained_parameters(net, args.rln)  # a wrong rln is an error now, not after the data is read
-    outputs = net.num_outputs
+    trained_parameters(net, args.rln)  # what does not fit is an error now, not after the data is read
+    longest = max(args.schedule)
+    check_outputs(net, longest)
     for model in models:
         backend = use_backend(model.net, args.backend, device)
     images, data = group.one_before_others(
-        lambda: load_pool(args, "evaluation", args.test_classes, outputs, device)
+        lambda: load_pool(args, "evaluation", args.test_classes, None, device)
     )
     pools = {"evaluation": images}
     if args.lr is None and args.lr_search_split == "background":
         pools["background"], searched = group.one_before_others(
-            lambda: load_pool(args, "background", None, outputs, device)
+            lambda: load_pool(args, "background", None, net.num_outputs, device)
         )
         data |= {f"search_{key}": value for key, value in searched.items()}
-    longest = max(args.schedule)
     for pool in pools.values():
         if longest > len(pool):
             raise UserError(f"--schedule asks for {longest} classes; there are {len(pool)}")

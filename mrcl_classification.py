@@ -20,6 +20,7 @@ import sys
 import time
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from datasets import load_pool
@@ -53,6 +54,16 @@ def initial_network(args: argparse.Namespace, state: TrainingState | None) -> Ne
     return restore(saved.network, saved.widths, saved.state_dict, str(source))
 
 
+def first_seed(args: argparse.Namespace, net: Network) -> int:
+    """The seed of a new run's draws, 0 to 2**32 - 1: `--seed`, or with `--checkpoint` a function of it and of
+    the weights to start from, which would else meet the draws again that made them.
+    """
+    if not args.checkpoint:
+        return int(args.seed)
+    sequence = np.random.SeedSequence([args.seed, int(fingerprint(net), 16)])
+    return int(sequence.generate_state(1)[0])
+
+
 def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: Interrupt, done: int) -> int:
     """Meta-train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     net, images, generator = learner.net, learner.images, learner.generator
@@ -60,7 +71,8 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
         for step in range(done + 1, args.steps + 1):
             start = time.perf_counter()
             before = generator.get_state()
-            torch.manual_seed(args.seed * 2**32 + step)  # what layers draw (dropout) is resumed as well
+            # What layers draw (dropout) is resumed as well: the generator's state holds its first seed.
+            torch.manual_seed(generator.initial_seed() * 2**32 + step)
             trajectories = [
                 sample_trajectory(
                     len(images),
@@ -148,7 +160,7 @@ def main() -> None:
     learner = MetaLearner(
         net.to(device).train(),
         images,
-        torch.Generator().manual_seed(args.seed),
+        torch.Generator().manual_seed(first_seed(args, net)),
         meta_lr=args.meta_lr,
         update_lr=args.update_lr,
         rln=args.rln,

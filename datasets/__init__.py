@@ -60,7 +60,7 @@ def load_characters(
 
 
 def load_pool(
-    arguments: argparse.Namespace, split: str, classes: int | None, outputs: int, device: torch.device
+    arguments: argparse.Namespace, split: str, classes: int | None, outputs: int | None, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, str]]:
     """The first classes of a split as network inputs, and what a run folder says of them.
 
@@ -68,7 +68,7 @@ def load_pool(
         arguments: those of a script, with its data flags.
         split: see :func:`load_characters`.
         classes: how many; None for as many as the split and the network have.
-        outputs: of the network, which class ids must be below.
+        outputs: of the network, which class ids must be below; None where they need not.
 
     Returns:
         Images `[classes, 20, 1, 28, 28]` on `device`, and `data` and `manifest`.
@@ -81,11 +81,11 @@ def load_pool(
     )
     present = len(characters.characters)
     if classes is None:
-        classes = min(present, outputs)
+        classes = present if outputs is None else min(present, outputs)
     flag = "--train_classes" if split == "background" else "--test_classes"
     if classes > present:
         raise UserError(f"{flag} {classes}: {characters.name} has {present} classes")
-    if classes > outputs:
+    if outputs is not None and classes > outputs:
         raise UserError(f"the network has {outputs} outputs, too few for {flag} {classes}; lower it")
     about = {"data": characters.name, "manifest": characters.manifest}
     return characters.normalised(device)[:classes], about

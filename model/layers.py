@@ -54,7 +54,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(F.conv2d(x, self.conv.weight)))
-        return F.max_pool2d(x, 2) if self.pool else x
+        # Without its indices MPS has no second derivative of it.
+        return F.max_pool2d(x, 2, return_indices=True)[0] if self.pool else x
 
     def extra_repr(self) -> str:
         return "convolution without its bias, norm of each image, ReLU" + ", 2x2 max-pool" * self.pool

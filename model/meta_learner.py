@@ -156,12 +156,25 @@ class MetaLearner:
 def gather(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Images [..., 1, 28, 28] and class ids [...] of an index [..., 2] of (class, drawing).
 
-    `images` is [C, 20, 1, 28, 28]; the index may lie on the CPU and travels without waiting.
+    `images` is [C, 20, 1, 28, 28]; the index may lie on the CPU.
     """
-    index = index.to(images.device, non_blocking=True)
+    index = send(index, images.device)
     return images[index[..., 0], index[..., 1]], index[..., 0]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting where it may be forgotten meanwhile.
+
+    MPS would read the memory when it has long been another's.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def fraction(mask: Tensor) -> float:
+    """Fraction of the values of a bool tensor that are true; on the CPU, since MPS has no float64."""
+    return mask.cpu().double().mean().item()
 
 
 def active_fraction(activations: Tensor, threshold: float = 0.01) -> float:
     """Fraction of the values that are above `threshold` (paper, section 5: active units)."""
-    return (activations > threshold).double().mean().item()
+    return fraction(activations > threshold)

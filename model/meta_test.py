@@ -18,11 +18,12 @@ from torch import Tensor
 
 from datasets.samplers import Task, sample_task
 from model.layers import FrozenOutput, Inputs
-from model.meta_learner import gather
+from model.meta_learner import gather, send
 from model.method import OnlineLearner
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
 from model.optimizer import OPTIMIZERS
 from model.scores import Answers, Score
+from utils.errors import UserError
 
 Purpose = Literal["search", "report", "validation"]
 PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
@@ -73,7 +74,7 @@ class FrozenOutputs:
                 for store, part in zip(self.kept, output.activations, strict=True):
                     store[label] = part
                 self.known[label] = True
-        index = index.to(self.images.device, non_blocking=True)
+        index = send(index, self.images.device)
         return replace(self.sample, activations=tuple(part[index[:, 0], index[:, 1]] for part in self.kept))
 
 
@@ -81,10 +82,14 @@ class Learner(Protocol):
     """Learns a stream of images once, in order, and says what it has learned."""
 
     def learn(self, images: Inputs, labels: Tensor) -> None:
-        """Learn images, or a network's frozen output of them, with class ids [B], one after the other."""
+        """Learn images, or a network's frozen output of them, with labels [B], one after the other.
+
+        Labels are class ids in the pool; in a network with fewer outputs than that has classes, positions
+        in the draw.
+        """
 
     def predict(self, images: Inputs) -> Tensor:
-        """[B] class ids; -1 for images whose logits are not finite."""
+        """[B] labels; -1 for images whose logits are not finite."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,32 @@ MakeLearner = Callable[[Network, Collection[str], Settings], Learner]
 
 LEARNERS: dict[str, MakeLearner] = {"adam": adam_learner}
 """What `--learner` may name."""
+
+
+class _InOrder:
+    """A learner of a network with fewer outputs than its pool has classes: the outputs stand for the classes
+    of one draw, in the order in which they are learned. All heads are drawn anew, so no output means anything
+    before.
+
+    Args:
+        drawn: [N] class ids of the draw, below `pool`.
+        num_outputs: of the network, N or more.
+    """
+
+    def __init__(self, learner: Learner, drawn: Tensor, pool: int, num_outputs: int, device: torch.device):
+        self.learner = learner
+        self.output_of = torch.zeros(pool, dtype=torch.long)
+        self.output_of[drawn] = torch.arange(len(drawn))
+        self.class_of = torch.full((num_outputs,), pool)  # of no class, which is no right answer
+        self.class_of[: len(drawn)] = drawn
+        self.output_of, self.class_of = self.output_of.to(device), self.class_of.to(device)
+
+    def learn(self, images: Inputs, labels: Tensor) -> None:
+        self.learner.learn(images, self.output_of[labels])
+
+    def predict(self, images: Inputs) -> Tensor:
+        given = self.learner.predict(images)
+        return self.class_of[given.clamp_min(0)].where(given >= 0, given)
 
 
 def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor) -> None:
@@ -163,6 +194,14 @@ class Track:
 
     every: int
     rows: list[dict[str, float]] = field(default_factory=list)
+
+
+def check_outputs(net: Network, classes: int) -> None:
+    """Raise UserError where a sequence of so many classes needs more outputs than a network has."""
+    if classes > net.num_outputs:
+        raise UserError(
+            f"--schedule asks for {classes} classes; the network has {net.num_outputs} outputs, one for each"
+        )
 
 
 class MetaTest:
@@ -224,8 +263,10 @@ class MetaTest:
                 frozen layers in other batches, which may change the last bits.)
 
         Raises:
+            UserError: more classes than the pool or the network's outputs.
             ValueError: `track` in a stream that is shuffled or passed more than once.
         """
+        check_outputs(self.net, classes)
         sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), classes, draw))
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         task = sample_task(
@@ -238,6 +279,9 @@ class MetaTest:
         )
         net = new_run(self.net, self.trained, generator, self.reset_all)
         learner = self.learner(net, self.trained, Settings(lr, self.optimizer))
+        if net.num_outputs < len(self.images):
+            place = len(self.images), net.num_outputs, self.images.device
+            learner = _InOrder(learner, task.train[:, 0, 0], *place)
         if track is not None:
             self._learn_and_track(learner, task, track)
         else:

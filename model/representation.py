@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from datasets.samplers import Task
-from model.meta_learner import active_fraction, gather
+from model.meta_learner import active_fraction, fraction, gather
 from model.modelfactory import Network, shared_copy
 
 CHUNK = 100  # images that pass through the network at a time
@@ -60,7 +60,7 @@ def represent(net: Network, images: Tensor) -> Representation:
 
 def dead_fraction(activations: Tensor) -> float:
     """Fraction of the units of `activations` [..., F] that are active for none of the images."""
-    return 1 - (activations.flatten(0, -2) > ACTIVE).any(0).double().mean().item()
+    return 1 - fraction((activations.flatten(0, -2) > ACTIVE).any(0))
 
 
 def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -98,7 +98,7 @@ def knn_accuracy(activations: Tensor, task: Task, k: int = NEIGHBOURS) -> float:
     """
     examples, labels = gather(activations, task.train.flatten(0, 1))
     queries, truth = gather(activations, task.test.flatten(0, 1))
-    return (nearest_neighbours(examples, labels, queries, k) == truth.cpu()).double().mean().item()
+    return fraction(nearest_neighbours(examples, labels, queries, k) == truth.cpu())
 
 
 def measure(representation: Representation, task: Task) -> dict[str, float]:
@@ -114,7 +114,7 @@ def measure(representation: Representation, task: Task) -> dict[str, float]:
     values = {"active_before": active_fraction(test.before, ACTIVE)}
     if test.gate is not None:
         values["active_after"] = active_fraction(test.after, ACTIVE)
-        values["gate_mean"] = test.gate.double().mean().item()
+        values["gate_mean"] = test.gate.cpu().double().mean().item()
     values["dead"] = dead_fraction(test.after)
     values["knn_before"] = knn_accuracy(representation.before, task)
     if representation.gate is not None:
@@ -124,11 +124,12 @@ def measure(representation: Representation, task: Task) -> dict[str, float]:
 
 
 def principal_components(points: Tensor, count: int = 2) -> Tensor:
-    """Points [N, F] in the plane of their largest variance: [N, count].
+    """Points [N, F] in the plane of their largest variance: [N, count], on the CPU.
 
     By a full SVD, which needs no random numbers; each axis points to where its largest loading is
     positive, as the sign is arbitrary.
     """
+    points = points.cpu()  # not every device has the SVD
     centred = points - points.mean(0)
     axes: Tensor = torch.linalg.svd(centred, full_matrices=False)[2][:count]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))

@@ -13,7 +13,8 @@ from model.optimizer import Adam
 
 
 class Batch(NamedTuple):
-    """What one step saw, before its update: mean cross-entropy, fraction classified right."""
+    """What one step saw, before its update: mean cross-entropy, and the fraction classified right, in float64
+    on the CPU, since MPS has none."""
 
     loss: Tensor
     accuracy: Tensor
@@ -34,4 +35,4 @@ def supervised_step(net: Network, optimizer: Adam, images: Tensor, labels: Tenso
     learned = [weight for weight in net.parameters() if weight.requires_grad]
     gradients = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
     optimizer.step(gradients)
-    return Batch(loss.detach(), (logits.argmax(1) == labels).double().mean())
+    return Batch(loss.detach(), (logits.argmax(1) == labels).cpu().double().mean())

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import evaluate_classification
 import model.meta_test
 import utils.models
 from datasets.samplers import Task, sample_task
+from model.fast import Backend, learner, use_backend
 from model.meta_test import MetaTest, Track, Trial, best_rate
 from model.modelfactory import Network, build
 from model.scores import ACCURACY, MEASURES, Measure, Score, classify
@@ -159,6 +161,74 @@ def test_draws_of_search_and_report_are_disjoint(monkeypatch: pytest.MonkeyPatch
                 meta_test.score(2, lr, purpose, draw)
     assert drawn[0::2] == drawn[1::2]
     assert len(set(drawn)) == 30
+
+
+def test_labels_are_positions_where_the_network_has_fewer_outputs_than_the_pool_has_classes() -> None:
+    """Where it has as many, labels are class ids, whatever the draw."""
+    seen: list[int] = []
+
+    class Spy:
+        def learn(self, images: Any, labels: Tensor) -> None:
+            seen.extend(labels.unique_consecutive().tolist())
+
+        def predict(self, images: Any) -> Tensor:
+            return torch.zeros(len(images), dtype=torch.long)
+
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    outputs = net.num_outputs
+    for pool in (outputs, outputs + 1):
+        seen.clear()
+        images = torch.zeros(pool, 20, 1, 28, 28)
+        rows = Track(every=4)
+        score = MetaTest(net, images, 13, seed=0, learner=lambda *args: Spy()).score(4, 1, "report", 0, rows)
+        classes = [int(row["class"]) for row in rows.rows]
+        assert seen == (classes if pool == outputs else [0, 1, 2, 3])
+        assert len(set(classes)) == 4
+        right = [float(label == 0) for label in seen]
+        assert [row["test"] for row in rows.rows] == right
+        assert (score.test, score.train) == (sum(right) / 4, sum(right) / 4)
+
+
+@pytest.mark.parametrize("backend", ["plain", "fast"])
+@pytest.mark.parametrize("iid", [False, True])
+def test_as_many_classes_as_outputs_of_a_larger_pool(
+    backend: Backend, iid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are those of the same draw from a pool of these classes alone."""
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    use_backend(net, backend, torch.device("cpu"))
+    outputs = net.num_outputs
+    pool = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    pool = pool[:, :1] + 0.1 * pool
+    drawn: list[Tensor] = []
+
+    def spy(count: int, *args: Any, **options: Any) -> Task:
+        task = sample_task(outputs + 9, *args, **options)
+        if count > outputs:
+            drawn.append(task.train[:, 0, 0])
+            return task
+        positions = torch.arange(outputs)[:, None]
+        for part in (task.train, task.test):
+            part[..., 0] = positions
+        return task
+
+    monkeypatch.setattr(model.meta_test, "sample_task", spy)
+    options: Any = {"learner": learner("adam", backend), "iid": iid}
+    score = MetaTest(net, pool, 13, 0, **options).score(outputs, 0.01, "report", 0)
+    assert score == MetaTest(net, pool[drawn[0]], 13, 0, **options).score(outputs, 0.01, "report", 0)
+    assert score.test > 2 / outputs
+    assert MetaTest(net, pool, 0, 0, **options).score(2, 1e30, "report", 0).diverged
+    with pytest.raises(UserError, match=f"{outputs} outputs"):
+        MetaTest(net, pool, 13, 0).score(outputs + 1, 0.01, "report", 0)
+
+
+def test_a_network_learns_as_many_classes_as_it_has_outputs(evaluate: Evaluate) -> None:
+    search = "--lrs 0.01 0.001 --lr_search_runs 1"
+    for split in ("evaluation", "background"):
+        flags = f"--schedule 2 20 --runs 1 --test_classes 50 {search} --lr_search_split {split}"
+        rows, _, trials = numbers(evaluate(f"{TINY} {flags} --model ANML.net"))
+        assert [row["classes"] for row in rows] == [2, 20]
+        assert len(trials) == 4
 
 
 def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evaluate) -> None:

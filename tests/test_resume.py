@@ -17,6 +17,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import mrcl_classification
+from datasets.samplers import Trajectory, sample_trajectory
 from model.modelfactory import load_network
 from tests.conftest import EDITORS, TINY, Trainer, assert_same_run, rows
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -62,6 +64,34 @@ def test_twenty_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
     assert [step for step, _ in points] == sorted({step for step, _ in points})
     assert set(points) <= set(curve(whole))
     assert not list(killed.glob(".*")), "drafts are left"
+
+
+def test_a_run_from_weights_does_not_repeat_the_draws_that_made_them(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of trajectories, head rows and layers; all of a chain of runs draw anew, and each the same again."""
+    drawn: list[tuple[int, bytes]] = []
+
+    def spy(classes: int, drawings: int, generator: torch.Generator, **options: int) -> Trajectory:
+        drawn.append((torch.initial_seed(), generator.get_state().numpy().tobytes()))
+        return sample_trajectory(classes, drawings, generator, **options)
+
+    monkeypatch.setattr(mrcl_classification, "sample_trajectory", spy)
+    trainer("--steps=2", "--name=first", "--seed=3")
+    assert drawn[0] == (3 * 2**32 + 1, torch.Generator().manual_seed(3).get_state().numpy().tobytes())
+    again = ("--checkpoint", "--seed=3")
+    trainer("--steps=2", "--name=next", *again, "--saved_model=runs/first_0/model.net")
+    trainer("--steps=2", "--name=last", *again, "--saved_model=runs/next_0/model.net")
+    assert len(drawn) == 6
+    assert all(len(set(part)) == 6 for part in zip(*drawn, strict=True))
+
+    trainer.run = Path("runs/next_0")
+    trainer.resume("--steps=3")
+    trainer("--steps=3", "--name=whole", *again, "--saved_model=runs/first_0/model.net")
+    assert_same_run(Path("runs/next_0"), Path("runs/whole_0"))
+    assert drawn[6:] == [drawn[9], *drawn[2:4], drawn[9]]
+    trainer("--steps=1", "--checkpoint", "--seed=4", "--saved_model=runs/first_0/model.net")
+    assert drawn[-1] not in drawn[:-1]
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.net", "model_30.net", "state.pt"])

@@ -293,7 +293,7 @@ def test_training_refuses_in_one_line(
         (("--rln", "14"), "--rln 14"),
         (("--schedule", "11"), "11"),
         (("--test_classes", "660"), "659"),
-        (("--test_classes", "21"), "20 outputs"),
+        (("--test_classes", "21", "--schedule", "21"), "20 outputs"),
         (("--model", "nowhere.net"), "nowhere.net"),
         (("--runs_dir", "file/runs"), "file/runs"),
     ],

@@ -336,7 +336,12 @@ def training_parser() -> Parser:
         metavar="FILE",
     )
     _resume(parser, run)
-    parser.switch(run, "--checkpoint", "start a new run from the weights in --saved_model")
+    parser.switch(
+        run,
+        "--checkpoint",
+        "start a new run from the weights in --saved_model; its draws follow from --seed and these weights, "
+        "so that the same seed does not repeat those that made them",
+    )
     parser.flag(
         run,
         "--saved_model",
@@ -472,7 +477,8 @@ def evaluation_parser() -> Parser:
         "--schedule",
         _several(_whole(1)),
         list(SCHEDULE),
-        "class counts to learn, each a curve's point",
+        "class counts to learn, each a curve's point, at most the outputs of the network; with fewer outputs "
+        "than --test_classes, they stand for the classes of a draw in order, not for those of the data",
         shown=" ".join(map(str, SCHEDULE)),
         nargs="+",
         action=_Flat,
@@ -668,7 +674,7 @@ def _model_name(network: str) -> str:
 WIDTHS = {
     "nm_channels": "channels of each convolution of ANML's neuromodulatory network",
     "pln_channels": "channels of each convolution of the prediction network",
-    "num_classes": "outputs of the head; class ids must be below it",
+    "num_classes": "outputs of the head, no fewer than classes to train on or to learn in a meta-test",
     "hidden": "outputs of OML's first linear layer",
 }
 """What the arguments of the published networks mean."""
