@@ -10,6 +10,10 @@ KNN accuracy are those of the other 5. Of classes with equal votes the one with 
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import json
 import logging

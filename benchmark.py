@@ -22,6 +22,10 @@ No data is needed. What is measured, and how:
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import csv
 import json

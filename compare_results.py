@@ -6,6 +6,10 @@ python compare_results.py results/anml.csv runs/Omni_test_traj_3/results.json --
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import json
 import sys
 from pathlib import Path

@@ -14,6 +14,10 @@ Per class count: search the learning rate, then report `--runs` fresh draws at i
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import logging
 from collections.abc import Mapping, Sequence

@@ -13,6 +13,10 @@ that afterwards these images and 64 others of all classes are classified right.
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import logging
 import math

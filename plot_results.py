@@ -12,6 +12,10 @@ Two figures, each as PNG and PDF: `<name>_curves`, accuracy against the number o
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path

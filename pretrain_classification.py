@@ -11,6 +11,10 @@ trained to tell the classes apart, not to learn new ones without forgetting.
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import logging
 import math

@@ -7,6 +7,10 @@ Each fault is one line that names the cause. What is tried is a new network of t
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import copy
 import io

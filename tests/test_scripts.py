@@ -10,13 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.checkpoint import load_checkpoint
+from utils.device import WAITING, choose_device
+from utils.start import numbers
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--config", str(ROOT / "configs/smoke.toml")]
@@ -307,3 +312,94 @@ def test_evaluation_refuses_in_one_line(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("results*"))
+
+
+def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0", "--logdir=runs"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as file, subprocess.Popen(command, cwd=trained, stdout=file, stderr=file) as server:
+        try:
+
+            def wait_for(what: Callable[[], Any]) -> Any:
+                for _ in range(600):
+                    assert server.poll() is None, said.read_text()
+                    found = what()
+                    if found:
+                        return found
+                    time.sleep(0.1)
+                raise AssertionError(said.read_text())
+
+            (url,) = wait_for(lambda: re.findall(r"http://127\.0\.0\.1:\d+/(?= )", said.read_text()))
+
+            def page(path: str) -> bytes:
+                with urllib.request.urlopen(f"{url}{path}", timeout=60) as answer:  # noqa: S310 (ours)
+                    found: bytes = answer.read()
+                    return found
+
+            assert b"<title>TensorBoard</title>" in page("")
+            wait_for(lambda: {"smoke_0", "smoke_evaluate_0"} <= set(json.loads(page("data/runs"))))
+            curve = "data/plugin/scalars/scalars?run=smoke_0&tag=meta_train/loss"
+            assert [step for _, step, _ in json.loads(page(curve))] == [1, 2, 3, 4]
+        finally:
+            server.terminate()
+
+
+SCRIPTS = [
+    *sorted(path.name for path in ROOT.glob("*.py")),
+    *("-m model.check", "-m utils.convert_released", "-m utils.ledger"),
+]
+OLD = {
+    "torch": "import torch; torch.__version__ = '2.8.0+cpu'; del torch.func.functional_call",
+    "scipy": "from importlib import metadata; new = metadata.version\n"
+    "metadata.version = lambda name: '1.14.1' if name == 'scipy' else new(name)",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [*((script, "torch") for script in SCRIPTS), ("evaluate_classification.py", "scipy")],
+)
+def test_an_old_release_is_refused_in_one_line(script: str, package: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OLD[package])
+    done = subprocess.run(
+        [sys.executable, *script.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.search(rf"error: {package} [\d.]+\S* is too old, [\d.]+ is needed: pip install -r ", line)
+
+
+def test_releases_are_compared_by_number() -> None:
+    assert numbers("2.10.0a0+git1") > numbers("2.9")
+    assert numbers("2.9.0+cpu") >= numbers("2.9")
+    assert numbers("2.8.1") < numbers("2.9")
+
+
+@pytest.mark.parametrize(
+    ("threads", "load", "waiting", "said"),
+    [(2, 1.7, {}, True), (2, 0.3, {}, False), (1, 1.4, {}, False), (2, 1.7, {"OMP_WAIT_POLICY": "x"}, False)],
+)
+def test_a_shared_machine_is_pointed_out_at_the_start(
+    threads: int,
+    load: float,
+    waiting: dict[str, str],
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in waiting.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with caplog.at_level("INFO", logger="anml"):
+        choose_device("cpu")
+    assert ("OMP_WAIT_POLICY=passive" in caplog.text) == said

@@ -13,6 +13,10 @@ are read here without running anything; see `utils/records.py`. The names and or
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import re
 from collections.abc import Mapping

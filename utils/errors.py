@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 
 class UserError(Exception):
@@ -30,14 +30,19 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        line = " ".join(str(error).split())
-        try_to_write(f"{Path(sys.argv[0]).name}: error: {line}\n", sys.stderr)
-        sys.exit(2)
+        refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         for stream in (sys.stdout, sys.stderr):  # here, since an error at exit would change the exit code
             try_to_write("", stream)
+
+
+def refuse(message: str) -> NoReturn:
+    """Leave the process with exit code 2 and `message` as one line on stderr."""
+    line = " ".join(message.split())
+    try_to_write(f"{Path(sys.argv[0]).name}: error: {line}\n", sys.stderr)
+    sys.exit(2)
 
 
 def say(text: str) -> None:

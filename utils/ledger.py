@@ -11,6 +11,10 @@ no result is listed as not run; a result of a name that no target has stands in 
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import json
 import math
 import sys
