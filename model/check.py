@@ -211,7 +211,7 @@ def _check_gradients(net: Network, rln: int, images: Tensor, labels: Tensor) -> 
     expected_loss, expected = _unrolled(plain, names, images, labels)
     if not _same(loss.detach(), expected_loss):
         raise _FaultError("two inner steps give another loss than plain autograd")
-    scale = max(float(grad.abs().max()) for grad in expected)
+    scale = max(float(grad.detach().abs().max()) for grad in expected)
     for name, grad, other in zip(learned, grads, expected, strict=True):
         if (grad - other).abs().max() > TOLERANCE * scale:
             raise _FaultError(f"the meta-gradient of {name} is not that of plain autograd")
