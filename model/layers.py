@@ -53,7 +53,7 @@ class ConvBlock(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(F.conv2d(x, self.conv.weight)))
+        x = F.relu(self.norm(self.conv._conv_forward(x, self.conv.weight, None)))
         # Without its indices MPS has no second derivative of it.
         return F.max_pool2d(x, 2, return_indices=True)[0] if self.pool else x
 

@@ -309,7 +309,9 @@ class Dropped(ConvBlock):
 @pytest.mark.parametrize(
     "change",
     [
-        put("pln.block2.conv", nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular")),
+        put("pln.block2.conv", nn.Conv2d(6, 6, 3, groups=2)),
+        put("pln.block3.conv", nn.Conv2d(6, 6, 3, padding=1, stride=2)),
+        put("pln.block2.norm", nn.GroupNorm(2, 6)),
         put("pln.block2", Dropped(6, 6, True)),
         put("nm.sigmoid", nn.Softsign()),
         put("head", nn.Sequential(nn.Tanh(), nn.Linear(54, 20))),
@@ -321,6 +323,8 @@ def test_parts_of_anml_changed(change: Callable[[ANML], None], monkeypatch: pyte
     kind.no_effect = ANML.no_effect
     monkeypatch.setitem(NETWORKS, "Changed", kind)
     check_network("Changed", backend="fast")
+    plain, fast, x = new("Changed"), new("Changed", "fast"), images(3).float()
+    torch.testing.assert_close(fast.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
     test_meta_gradient_at_every_cut("Changed", "fast", False)
 
 

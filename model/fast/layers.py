@@ -9,33 +9,40 @@ from model.fast.conv import conv2d
 from model.fast.first_block import grey_block
 from model.fast.matmul import linear
 from model.fast.norm import norm_relu_pool
-from model.layers import ConvBlock
+from model.layers import ConvBlock, ImageNorm
 
 
 class FastConvBlock(ConvBlock):
     """`ConvBlock` with fast convolution and norm, both in one where the input is grey images."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.norm) is not ImageNorm or type(self.conv) is not FastConv2d or not self.conv.is_fast(x):
+            return super().forward(x)  # somebody has put another layer into the block
         weight, norm = self.conv.weight, self.norm
         even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-        if is_grey(x) and self.pool and even and not x.requires_grad:
+        if is_grey(x) and self.pool and even and self.conv.stride == (1, 1) and not x.requires_grad:
             x, weight = summed_over_channels(x, weight)
             return grey_block(x, weight, norm.weight, norm.bias, norm.eps)
-        return norm_relu_pool(conv2d(x, weight), norm.weight, norm.bias, norm.eps, self.pool)
+        y = conv2d(x, weight, self.conv.stride[0])
+        return norm_relu_pool(y, norm.weight, norm.bias, norm.eps, self.pool)
 
 
 class FastConv2d(nn.Conv2d):
     """`nn.Conv2d`, fast for 3x3 kernels without padding, dilation and groups."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether this is a convolution that `conv2d` computes, and `x` are images [B, C, H, W] for it."""
         step = self.stride[0]
         shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        if shape != ((3, 3), (step, step), (0, 0), (1, 1), 1) or x.ndim != 4 or min(x.shape[2:]) < 3:
+        return shape == ((3, 3), (step, step), (0, 0), (1, 1), 1) and x.ndim == 4 and min(x.shape[2:]) >= 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_fast(x):
             return super().forward(x)
         weight = self.weight
         if is_grey(x):
             x, weight = summed_over_channels(x, weight)
-        y = conv2d(x, weight, step)
+        y = conv2d(x, weight, self.stride[0])
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
