@@ -26,6 +26,11 @@ from itertools import product
 from typing import Any
 
 from datasets import load_pool
+from evaluation.journal import Journal
+from evaluation.models import Model, load_models, match_earlier
+from evaluation.plots import accuracy_figure, save_figure
+from evaluation.results import Row, summarise, table, write_results
+from evaluation.runner import Scorer, scorer
 from model.fast import use_backend
 from model.meta_test import Trial, best_rate, check_outputs
 from model.modelfactory import trained_parameters
@@ -35,12 +40,7 @@ from utils.arguments import evaluation_parser, parse, recorded
 from utils.device import choose_device
 from utils.distributed import is_first, join
 from utils.errors import UserError, run_script
-from utils.journal import Journal
-from utils.models import Model, load_models, match_earlier
-from utils.plots import accuracy_figure, save_figure
-from utils.results import Row, summarise, table, write_results
 from utils.run import Run, log_to_terminal
-from utils.scorer import Scorer, scorer
 
 log = logging.getLogger("anml")
 

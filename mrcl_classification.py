@@ -28,11 +28,13 @@ import numpy as np
 import torch
 
 from datasets import load_pool
-from datasets.samplers import sample_trajectory
+from evaluation.monitor import gate_statistics, validate
 from model.check import check_network
+from model.episodes import sample_trajectory
 from model.fast import meta_loss, use_backend
 from model.meta_learner import MetaLearner, gather
 from model.modelfactory import Network, build, fingerprint, restore
+from model.training_state import TrainingState, load_state, save_model, save_progress
 from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint
 from utils.device import choose_device
@@ -40,9 +42,7 @@ from utils.distributed import join, launched
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
-from utils.monitor import gate_statistics, validate
 from utils.run import Run, log_to_terminal
-from utils.state import TrainingState, load_state, save_model, save_progress
 
 log = logging.getLogger("anml")
 

@@ -24,13 +24,14 @@ import time
 import torch
 
 from datasets import load_pool
-from datasets.samplers import shuffled_batches
 from model.check import check_network
+from model.episodes import shuffled_batches
 from model.fast import use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, build, restore
 from model.optimizer import Adam
 from model.supervised import supervised_step
+from model.training_state import TrainingState, load_state, save_progress
 from utils.arguments import network_widths, parse, pretraining_parser, recorded
 from utils.device import choose_device
 from utils.distributed import refuse_several
@@ -38,7 +39,6 @@ from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
 from utils.run import Run, log_to_terminal
-from utils.state import TrainingState, load_state, save_progress
 
 log = logging.getLogger("anml")
 

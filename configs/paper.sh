@@ -156,36 +156,36 @@ paper() {
   done
 
   # The representation: active and dead units, KNN, pictures.
-  local analysis=("$PYTHON" analyze_representation.py --model Neuromodulation_Model.net
+  local analysis=("$PYTHON" -m tools.analyze_representation --model Neuromodulation_Model.net
     --name paper_representation --dataset-path "$ROOT")
   RESULTS+=(representation "runs/paper_representation_*/representation.json" "$ANML"
     "$(typed "${analysis[@]}")")
   step representation "1 min" "runs/paper_representation_*/embedding.png" "${analysis[@]}"
 
   # Figures, comparisons and the table in README.md: quick, so never skipped.
-  step figure_sequence "5 s" "" "$PYTHON" plot_results.py --name sequence \
+  step figure_sequence "5 s" "" "$PYTHON" -m tools.plot_results --name sequence \
     ANML=runs/paper_anml_0 OML=runs/paper_oml_0 OML-OLFT=runs/paper_oml_olft_0 \
     Pretrain=runs/paper_pretrain_0
-  step figure_fine_tuning "5 s" "" "$PYTHON" plot_results.py --name fine_tuning \
+  step figure_fine_tuning "5 s" "" "$PYTHON" -m tools.plot_results --name fine_tuning \
     ANML=runs/paper_anml_0 ANML-FT:PLN=runs/paper_anml_ft_pln_0 \
     ANML-FT:PLN+NM-out=runs/paper_anml_ft_pln_nm_out_0 ANML-Unlimited=runs/paper_anml_unlimited_0
-  step figure_order "5 s" "" "$PYTHON" plot_results.py --name order \
+  step figure_order "5 s" "" "$PYTHON" -m tools.plot_results --name order \
     ANML=runs/paper_anml_0 "ANML, first order=runs/paper_anml_first_order_0"
-  step figure_training "5 s" "" "$PYTHON" plot_results.py --name training --against steps \
+  step figure_training "5 s" "" "$PYTHON" -m tools.plot_results --name training --against steps \
     "second order=runs/paper_anml_on_the_way_0" "first order=runs/paper_anml_first_order_on_the_way_0"
-  step figure_final "5 s" "" "$PYTHON" plot_results.py --name final \
+  step figure_final "5 s" "" "$PYTHON" -m tools.plot_results --name final \
     "ANML-Oracle, 20 epochs=runs/paper_anml_oracle_0" ANML-Oracle=runs/paper_anml_oracle_1_0 \
     ANML=runs/paper_anml_0 OML=runs/paper_oml_0 OML-OLFT=runs/paper_oml_olft_0 \
     ANML-FT:PLN=runs/paper_anml_ft_pln_0 ANML-FT:PLN+NM-out=runs/paper_anml_ft_pln_nm_out_0 \
     "Scratch-Oracle, 20 epochs=runs/paper_scratch_oracle_0" \
     "Pretrain-Oracle, 20 epochs=runs/paper_pretrain_oracle_0" \
     Scratch=runs/paper_scratch_0 Pretrain=runs/paper_pretrain_0 OML-Unlimited=runs/paper_oml_unlimited_0
-  step compare_oml "1 s" "" "$PYTHON" compare_results.py runs/paper_anml_0 runs/paper_oml_0
-  step compare_oml_olft "1 s" "" "$PYTHON" compare_results.py runs/paper_anml_0 runs/paper_oml_olft_0
+  step compare_oml "1 s" "" "$PYTHON" -m tools.compare_results runs/paper_anml_0 runs/paper_oml_0
+  step compare_oml_olft "1 s" "" "$PYTHON" -m tools.compare_results runs/paper_anml_0 runs/paper_oml_olft_0
   if ! $LISTING && ! $DRY_RUN && wanted ledger; then
     keep "${RESULTS[@]}"
   fi
-  step ledger "1 s" "" "$PYTHON" -m utils.ledger
+  step ledger "1 s" "" "$PYTHON" -m tools.ledger
 }
 
 LISTING=true # this pass only learns the steps' names

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datasets.samplers import Trajectory
 from model import method
+from model.episodes import Trajectory
 from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, reset_head, trained_parameters

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.samplers import Task, sample_task
+from model.episodes import Task, sample_task
 from model.layers import FrozenOutput, Inputs
 from model.meta_learner import gather, send
 from model.method import OnlineLearner

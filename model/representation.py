@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datasets.samplers import Task
+from model.episodes import Task
 from model.meta_learner import active_fraction, fraction, gather
 from model.modelfactory import Network, shared_copy
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import mrcl_classification
+from model.training_state import TrainingState, load_state
 from utils.checkpoint import load_checkpoint
-from utils.state import TrainingState, load_state
 
 TINY = [
     *("--config", str(Path(__file__).parents[1] / "configs/smoke.toml"), "--eval_every=0"),

@@ -560,7 +560,7 @@ def evaluation_parser() -> Parser:
 
 
 def analysis_parser() -> Parser:
-    """The flags of `analyze_representation.py`."""
+    """The flags of `python -m tools.analyze_representation`."""
     parser = Parser(
         "Measure and draw a model's features and gate on classes it has never seen.", _check_analysis
     )
@@ -592,7 +592,7 @@ def analysis_parser() -> Parser:
 
 
 def plot_parser() -> Parser:
-    """The flags of `plot_results.py`."""
+    """The flags of `python -m tools.plot_results`."""
     parser = Parser("Draw accuracy against the number of classes, and the final accuracy as bars.", _no_check)
     group = parser.add_argument_group("figures")
     group.add_argument(
@@ -624,7 +624,7 @@ def plot_parser() -> Parser:
 
 
 def ledger_parser() -> Parser:
-    """The flags of `python -m utils.ledger`."""
+    """The flags of `python -m tools.ledger`."""
     parser = Parser("Write published numbers beside ours into the README.", _no_check)
     group = parser.add_argument_group("ledger")
     parser.switch(group, "--check", "change nothing; exit code 1 if the README is not what would be written")
@@ -639,7 +639,7 @@ def ledger_parser() -> Parser:
 
 
 def comparison_parser() -> Parser:
-    """The arguments of `compare_results.py`, which reads no config file."""
+    """The arguments of `python -m tools.compare_results`, which reads no config file."""
     parser = Parser("Test whether two evaluations differ, at each class count that both have.", _no_check)
     for name in ("A", "B"):
         text = "run folder of an evaluation, or its results.csv or results.json"

@@ -163,7 +163,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     fault = model_fault(content)
     if fault is not None:
         raise UserError(
-            f"{path} is not a model of this project: {fault}; python -m utils.convert_released reads "
+            f"{path} is not a model of this project: {fault}; python -m tools.convert_released reads "
             "those of the released code and of higherANML"
         )
     return Checkpoint(
@@ -180,12 +180,12 @@ def _unreadable(path: Path, data: bytes, error: Exception) -> str:
     """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
     archive, pickled = data.startswith(b"PK"), data.startswith(b"\x80")
     if (archive or pickled) and isinstance(error, pickle.UnpicklingError):
-        from utils.convert_released import is_foreign_model  # which imports this module
+        from tools.convert_released import is_foreign_model  # which imports this module
 
         if is_foreign_model(path):
             return (
                 "it is a pickled module, as the released ANML code saves them, and loading one could run "
-                f"code; this reads it without: python -m utils.convert_released {path} NEW.net"
+                f"code; this reads it without: python -m tools.convert_released {path} NEW.net"
             )
         return "it holds pickled Python objects that are no known model, and loading those could run code"
     if archive or not data:

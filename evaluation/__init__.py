@@ -1,0 +1,1 @@
+"""Meta-test above the networks: models, scores on disk, results, plots, published numbers."""

@@ -1,0 +1,48 @@
+"""What meta-training looks at on its way; nothing here changes the network or a random draw of training."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from evaluation.plots import gate_figure
+from model.meta_learner import active_fraction
+from model.meta_test import MetaTest
+from model.modelfactory import Network
+from model.representation import represent
+from model.scores import MEASURES
+from utils.run import Run
+
+log = logging.getLogger("anml")
+
+LR = 0.001  # of the small meta-tests: the best rate at most lengths
+SHOWN = 10  # classes whose gates are drawn, two images each
+
+
+def validate(run: Run, net: Network, images: Tensor, step: int, classes: int) -> None:
+    """A small meta-test on the first of the meta-training classes [C, 20, 1, 28, 28], and some gates."""
+    score = MetaTest(net, images, net.default_meta_test_rln, seed=0).score(classes, LR, "validation", draw=0)
+    found = score.accuracies()
+    run.scalars(step, {f"meta_val/{MEASURES[name].tag}": value for name, value in found.items()})
+    text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+    text = "diverged" if score.diverged else text
+    log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
+    shown = images[: min(classes, SHOWN), :2]
+    gate = represent(net, shown).gate
+    if gate is not None:
+        labels = torch.arange(len(shown)).repeat_interleave(2).tolist()
+        run.figure("meta_val/gate", gate_figure(gate.flatten(0, 1).cpu().numpy(), labels), step)
+
+
+def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
+    """Mean of the gate and fraction of features that are active before and after it, on [B, 1, 28, 28]."""
+    seen = represent(net, images[None])
+    if seen.gate is None:
+        return {"meta_train/active": active_fraction(seen.before)}
+    return {
+        "meta_train/gate_mean": seen.gate.mean().item(),
+        "meta_train/active_before_gate": active_fraction(seen.before),
+        "meta_train/active_after_gate": active_fraction(seen.after),
+    }

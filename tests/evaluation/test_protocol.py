@@ -1,0 +1,626 @@
+"""The protocol of an evaluation: treatments, several models, kills and what is resumed, tracking."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import evaluate_classification
+import evaluation.models
+import model.meta_test
+from evaluation.journal import Journal, Key, columns
+from evaluation.results import read_results
+from model.episodes import Task, sample_task
+from model.fast import Backend, learner, use_backend
+from model.meta_test import MetaTest, Track, Trial, best_rate
+from model.modelfactory import Network, build
+from model.scores import ACCURACY, MEASURES, Measure, Score, classify
+from model.treatments import TABLE
+from utils.arguments import evaluation_parser, parse
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = {
+    "ANML": {"nm_channels": 4, "pln_channels": 4, "num_classes": 20},
+    "OML": {"pln_channels": 4, "num_classes": 20},
+    "sANML": {"pln_channels": 4, "num_classes": 20},
+}
+TINY = "--dataset glyphs --test_classes 10 --threads 1 --name e"
+SHORT = "--schedule 2 --runs 1 --lr 0.001"
+
+Evaluate = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of untrained models: three of ANML, and one of sANML, OML and Pretrain each."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("ANML", "ANML1", "ANML2", "OML", "Pretrain", "sANML")):
+        kind = {"Pretrain": "OML"}.get(name, name.rstrip("12"))
+        net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(seed))
+        arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
+        save_checkpoint(folder / f"{name}.net", kind, net.widths, net.state_dict(), arguments, 0)
+    return folder
+
+
+@pytest.fixture
+def evaluate(models: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    """Runs the script in this process, beside the models; returns the latest run folder."""
+    for path in models.glob("*.net"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("anml"), "handlers", [])  # the script's goes with the test
+
+    def run(flags: str) -> Path:
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate_classification.py", *flags.split(), f"--cache_dir={cache}"]
+        )
+        evaluate_classification.main()
+        return max(Path("runs").iterdir(), key=lambda folder: int(folder.name.rpartition("_")[2]))
+
+    return run
+
+
+def refused(run: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line that a command ends with, of the parser or of a UserError."""
+    capsys.readouterr()
+    with pytest.raises((UserError, SystemExit)) as ended:
+        run()
+    if isinstance(ended.value, UserError):
+        return str(ended.value)
+    assert isinstance(ended.value, SystemExit)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(folder: Path) -> tuple[list[dict[str, Any]], Any, Any]:
+    """What an evaluation found, without what tells one run folder from another."""
+    results = json.loads((folder / "results.json").read_text())
+    return read_results(folder).rows, results["summary"], results["search"]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_treatment_runs_and_is_recorded(name: str, evaluate: Evaluate) -> None:
+    row = TABLE[name]
+    file = "Pretrain.net" if row.weights == "pretrained" else f"{row.network}.net"
+    # Scratch needs no model, but takes the shape of one, here a small one.
+    model = "--model ANML.net" if row.scratch else f"--model {file}"
+    folder = evaluate(f"{TINY} {SHORT} {model} --treatment-preset {name}")
+    results = read_results(folder)
+    assert (results.about["treatment"], results.about["rln"]) == (name, row.rln)
+    assert results.about["models"][0]["weights"] == row.weights
+    assert [line["model"] for line in results.rows] == ["scratch" if row.scratch else file]
+
+
+def test_without_a_preset_the_name_is_found(evaluate: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, name in (
+        ("--model ANML.net", "ANML"),
+        ("--model ANML.net --rln 6 --iid --epoch 2", "ANML-FT:PLN+NM-out-Oracle, 2 epochs"),
+        ("--model Pretrain.net", "Pretrain"),
+        ("--model ANML.net --scratch", "Scratch"),
+    ):
+        assert read_results(evaluate(f"{TINY} {SHORT} {flags}")).about["treatment"] == name
+    assert "treatment Scratch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        ("--model OML.net --treatment-preset ANML", ["ANML", "OML.net holds meta-trained OML"]),
+        ("--model OML.net --treatment-preset Pretrain", ["pretrained OML", "meta-trained OML"]),
+        ("--model Pretrain.net --treatment-preset OML", ["meta-trained OML", "pretrained OML"]),
+        ("--model OML.net --rln 13", ["--rln 13", "OML"]),
+        ("--model ANML.net OML.net", ["one treatment", "OML.net"]),
+        ("--model OML.net Pretrain.net", ["one treatment", "Pretrain.net"]),
+        ("--model ANML.net nowhere.net", ["nowhere.net"]),
+        ("--resume nowhere", ["nowhere"]),
+    ],
+)
+def test_models_that_do_not_fit(
+    flags: str, messages: list[str], evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(lambda: evaluate(f"{TINY} {SHORT} {flags}"), capsys)
+    assert all(message in line for message in messages)
+    assert not Path("runs").exists()
+
+
+def test_draws_of_search_and_report_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All draws of one evaluation differ, and a draw is the same for all learning rates."""
+    drawn: list[bytes] = []
+
+    def spy(*args: Any, **options: Any) -> Task:
+        task = sample_task(*args, **options)
+        drawn.append(torch.cat([task.train, task.test], 1).numpy().tobytes())
+        return task
+
+    monkeypatch.setattr(model.meta_test, "sample_task", spy)
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(10, 20, 1, 28, 28), 13, seed=0)
+    for purpose in model.meta_test.PURPOSES:
+        for draw in range(10):
+            for lr in (0.1, 0.01):
+                meta_test.score(2, lr, purpose, draw)
+    assert drawn[0::2] == drawn[1::2]
+    assert len(set(drawn)) == 30
+
+
+def test_labels_are_positions_where_the_network_has_fewer_outputs_than_the_pool_has_classes() -> None:
+    """Where it has as many, labels are class ids, whatever the draw."""
+    seen: list[int] = []
+
+    class Spy:
+        def learn(self, images: Any, labels: Tensor) -> None:
+            seen.extend(labels.unique_consecutive().tolist())
+
+        def predict(self, images: Any) -> Tensor:
+            return torch.zeros(len(images), dtype=torch.long)
+
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    outputs = net.num_outputs
+    for pool in (outputs, outputs + 1):
+        seen.clear()
+        images = torch.zeros(pool, 20, 1, 28, 28)
+        rows = Track(every=4)
+        score = MetaTest(net, images, 13, seed=0, learner=lambda *args: Spy()).score(4, 1, "report", 0, rows)
+        classes = [int(row["class"]) for row in rows.rows]
+        assert seen == (classes if pool == outputs else [0, 1, 2, 3])
+        assert len(set(classes)) == 4
+        right = [float(label == 0) for label in seen]
+        assert [row["test"] for row in rows.rows] == right
+        assert (score.test, score.train) == (sum(right) / 4, sum(right) / 4)
+
+
+@pytest.mark.parametrize("backend", ["plain", "fast"])
+@pytest.mark.parametrize("iid", [False, True])
+def test_as_many_classes_as_outputs_of_a_larger_pool(
+    backend: Backend, iid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are those of the same draw from a pool of these classes alone."""
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    use_backend(net, backend, torch.device("cpu"))
+    outputs = net.num_outputs
+    pool = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    pool = pool[:, :1] + 0.1 * pool
+    drawn: list[Tensor] = []
+
+    def spy(count: int, *args: Any, **options: Any) -> Task:
+        task = sample_task(outputs + 9, *args, **options)
+        if count > outputs:
+            drawn.append(task.train[:, 0, 0])
+            return task
+        positions = torch.arange(outputs)[:, None]
+        for part in (task.train, task.test):
+            part[..., 0] = positions
+        return task
+
+    monkeypatch.setattr(model.meta_test, "sample_task", spy)
+    options: Any = {"learner": learner("adam", backend), "iid": iid}
+    score = MetaTest(net, pool, 13, 0, **options).score(outputs, 0.01, "report", 0)
+    assert score == MetaTest(net, pool[drawn[0]], 13, 0, **options).score(outputs, 0.01, "report", 0)
+    assert score.test > 2 / outputs
+    assert MetaTest(net, pool, 0, 0, **options).score(2, 1e30, "report", 0).diverged
+    with pytest.raises(UserError, match=f"{outputs} outputs"):
+        MetaTest(net, pool, 13, 0).score(outputs + 1, 0.01, "report", 0)
+
+
+def test_a_network_learns_as_many_classes_as_it_has_outputs(evaluate: Evaluate) -> None:
+    search = "--lrs 0.01 0.001 --lr_search_runs 1"
+    for split in ("evaluation", "background"):
+        flags = f"--schedule 2 20 --runs 1 --test_classes 50 {search} --lr_search_split {split}"
+        rows, _, trials = numbers(evaluate(f"{TINY} {flags} --model ANML.net"))
+        assert [row["classes"] for row in rows] == [2, 20]
+        assert len(trials) == 4
+
+
+def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evaluate) -> None:
+    search = "--schedule 2 --runs 2 --lrs 0.01 0.001 --lr_search_runs 1"
+    together = evaluate(f"{TINY} {search} --model ANML.net ANML1.net")
+    rows, (line,), trials = numbers(together)
+    assert [(row["model"], row["run"]) for row in rows] == [
+        *(("ANML.net", 0), ("ANML.net", 1), ("ANML1.net", 0), ("ANML1.net", 1)),
+    ]
+    assert (line["models"], line["runs"], len({row["lr"] for row in rows})) == (2, 4, 1)
+    assert line["test"] == pytest.approx(sum(row["test"] for row in rows) / 4)
+    assert sorted({trial["model"] for trial in trials}) == ["ANML.net", "ANML1.net"]
+    chosen = read_results(together).about["lr_chosen"]
+    assert "for each of 2 models" in chosen
+    # Of two rates each is at the edge of the search.
+    assert chosen.endswith(
+        f"; at the edge of these, beyond which a better one may lie: {line['lr']} for 2 classes"
+    )
+    assert chosen in (together / "log.txt").read_text()
+    assert read_results(together).about["models"][0]["name"] == "ANML.net"
+    # The first model's first run is that of the model alone.
+    alone = numbers(evaluate(f"{TINY} {search} --model ANML.net --lr {rows[0]['lr']}"))[0]
+    assert alone[0] == rows[0]
+    assert alone[1] != rows[1]
+
+
+def test_a_model_given_twice_counts_once(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content, whatever else the files say: the last model that training kept is its final one."""
+    saved = load_checkpoint(Path("ANML.net"))
+    model = saved.network, saved.widths, saved.state_dict
+    save_checkpoint(Path("ANML_7.net"), *model, {"steps": 7}, 7)
+    Path("copy.net").write_bytes(Path("ANML.net").read_bytes())
+    flags = f"{TINY} --schedule 2 --lr 0.001 --model ANML.net ANML_7.net ANML1.net copy.net"
+    folder = evaluate(f"{flags} --runs 2")
+    out = capsys.readouterr().out
+    for name in ("ANML_7.net", "copy.net"):
+        assert f"warning: {name} holds the same weights as ANML.net: it is left out" in out
+    rows, (line,), _ = numbers(folder)
+    assert (line["models"], line["runs"], line["test_interval"]) == (2, 4, "Student's t over models")
+    assert [row["model"] for row in rows] == ["ANML.net"] * 2 + ["ANML1.net"] * 2
+    evaluate(f"--resume {folder} --runs 3")
+    assert [row for row in numbers(folder)[0] if row["run"] < 2] == rows
+    assert "another file" in refused(
+        lambda: evaluate(f"--resume {folder} --model ANML_7.net ANML.net ANML1.net copy.net"), capsys
+    )
+
+    # An older evaluation gave each file draws of its own, and goes on with them.
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.models, "distinct", list)
+        older = evaluate(f"{flags} --runs 2")
+        whole = evaluate(f"{flags} --runs 3")
+    evaluate(f"--resume {older} --runs 3")
+    assert numbers(older) == numbers(whole)
+    assert len(numbers(older)[0]) == 12
+
+
+def test_a_rate_within_the_search_is_not_pointed_out() -> None:
+    def chosen(*flags: str) -> str:
+        args = parse(evaluation_parser(), ["--model=M.net", *flags])
+        rows = [{"classes": 10, "lr": 0.01}, {"classes": 50, "lr": 0.003}, {"classes": 100, "lr": 0.001}]
+        return evaluate_classification.how_chosen(args, [], rows)
+
+    assert chosen("--lrs=0.01,0.003,0.001").endswith(": 0.01 for 10 classes, 0.001 for 100 classes")
+    for flags in ("--lrs=0.03,0.01,0.003,0.001,0.0003", "--lrs=0.01", "--lr=0.01"):
+        assert "edge" not in chosen(flags)
+
+
+def test_a_diverged_run_says_so(evaluate: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"{TINY} --model OML.net --rln 0 --schedule 10 --runs 2"  # class 0 is among the 10
+    folder = evaluate(f"{flags} --lr 1e12 --track_every 10")
+    out = capsys.readouterr().out
+    warning = "10 classes: 2 of 2 runs diverged at the learning rate 1e+12: weights or logits are not finite"
+    assert f"warning: {warning}" in out
+    assert warning in (folder / "log.txt").read_text()
+    found = out[out.index("meta-test test %") :].splitlines()[1].split()
+    assert found == ["10", "1e+12", "2", "diverged", "diverged", "-", "2"]
+    rows, (line,), _ = numbers(folder)
+    assert [(row["lr"], row["test"], row["train"], row["diverged"]) for row in rows] == [(1e12, 0, 0, 1)] * 2
+    assert (line["test"], line["test_low"], line["above_chance"], line["diverged"]) == (None, None, None, 2)
+    with (folder / "forgetting_10.csv").open() as file:
+        assert {row["test"] for row in csv.DictReader(file)} == {"0.0"}
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+    # In a search it loses, even to a rate that learns nothing.
+    searched = evaluate(f"{flags} --lrs 1e12 1e-12 --lr_search_runs 2")
+    assert {row["lr"] for row in numbers(searched)[0]} == {1e-12}
+    out = capsys.readouterr().out
+    assert "10 classes: 2 of 2 tries diverged at the learning rate 1e+12" in out
+    assert "runs diverged" not in out
+
+
+def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, torch.nan, 1.0], [torch.inf, 1.0, 0.0], [3.0, 1.0, 2.0]])
+    assert classify(logits).tolist() == [1, -1, -1, 0]
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(3, 20, 1, 28, 28), 6, seed=0)
+    assert meta_test.score(3, 0.01, "report", 0).diverged == 0
+    original = model.meta_test.new_run
+
+    def saturated(*arguments: Any) -> Network:
+        run = original(*arguments)
+        with torch.no_grad():
+            run.get_parameter("nm.gate.bias")[0] = torch.inf  # opens the gate: logits are finite
+        return run
+
+    monkeypatch.setattr(model.meta_test, "new_run", saturated)
+    score = meta_test.score(3, 0.01, "report", 0)
+    assert (score.diverged, score.train, score.above_chance) == (1, 0, 0)
+
+
+def test_the_rate_that_wins_most_draws_of_all_models() -> None:
+    def trial(model: str, draw: int, lr: float, train: float) -> Trial:
+        return Trial(draw, lr, Score(train=train), model)
+
+    # 0.1 has the best mean, 0.01 wins both draws of the second model and one of the first.
+    trials = [
+        *(
+            trial("a", 0, 0.1, 0.9),
+            trial("a", 0, 0.01, 0.1),
+            trial("a", 1, 0.1, 0.4),
+            trial("a", 1, 0.01, 0.5),
+        ),
+        *(
+            trial("b", 0, 0.1, 0.4),
+            trial("b", 0, 0.01, 0.5),
+            trial("b", 1, 0.1, 0.4),
+            trial("b", 1, 0.01, 0.5),
+        ),
+    ]
+    assert best_rate(trials, "train") == 0.01
+    assert best_rate(trials[:2], "train") == 0.1
+
+
+SEARCH = "--schedule 2 3 --runs 4 --lrs 0.01 0.003 0.001 --lr_search_runs 5 --model ANML.net ANML1.net"
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_numbers(
+    evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(f"{TINY} {SEARCH} --track_every 1")
+    killed = Path("runs/e_1")
+    flags = f"{TINY} {SEARCH} --track_every 1".split()
+    for lines in (10, 45):  # within the first search, and within the second
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "evaluate_classification.py"), *flags, f"--cache_dir={cache}"],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        deadline = time.monotonic() + 120
+        while not (killed / "scores.csv").exists() or len(table(killed)) < lines:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        flags = ["--resume", str(killed)]
+    known = table(killed)
+    assert lines <= len(known) < len(table(whole))
+    with (killed / "scores.csv").open("a") as file:
+        file.write("search,ANML.net,3,0,0.")  # as a full disk would tear a line
+
+    made: list[tuple[Any, ...]] = []
+    original = MetaTest.score
+
+    def counted(self: MetaTest, *arguments: Any) -> Score:
+        made.append(arguments)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(MetaTest, "score", counted)
+    evaluate(f"--resume {killed}")
+    assert numbers(killed) == numbers(whole)
+    assert table(killed) == table(whole)
+    assert len(made) == len(table(whole)) - len(known)
+    for name in ("results.csv", "metrics.csv", "forgetting_2.csv", "forgetting_3.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert len(json.loads((killed / "config.json").read_text())["resumed"]) == 2
+
+    # Once more, and nothing is left to do; more runs and class counts add to what there is.
+    made.clear()
+    evaluate(f"--resume {killed}")
+    assert not made
+    evaluate(f"--resume {killed} --runs 5 --schedule 2 --model {Path.cwd()}/ANML.net ANML1.net")
+    assert len(made) == 2
+    rows = read_results(killed).rows
+    assert [row for row in rows if row["run"] < 4] == [
+        row for row in numbers(whole)[0] if row["classes"] == 2
+    ]
+
+
+def test_what_would_change_numbers_is_refused_by_name(
+    evaluate: Evaluate, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = evaluate(f"{TINY} --schedule 2 --runs 1 --lr_search_runs 1 --lrs 0.1 --model ANML.net")
+    before = (folder / "scores.csv").read_bytes()
+    for flags, message in (
+        ("--rln 7", "--rln is 7 and was 13"),
+        ("--seed 1", "--seed is 1 and was 222"),
+        ("--lrs 0.1 0.2", "--lrs is [0.1, 0.2] and was [0.1]"),
+        ("--lr 0.1", "--lr is 0.1 and was None"),
+        ("--iid", "--iid"),
+        ("--epoch 2", "--epoch"),
+        ("--split dataset", "--split"),
+        ("--class_order dataset", "--class_order"),
+        ("--test", "--test"),
+        ("--test_classes 11", "--test_classes"),
+        ("--lr_search_runs 2", "--lr_search_runs"),
+        ("--lr_search_split background", "--lr_search_split"),
+        ("--dataset omniglot", "--dataset"),
+        ("--glyph_seed 1", "--glyph_seed"),
+        ("--track_every 1", "--track_every"),
+        ("--model ANML1.net", "ANML1.net is another file"),
+        ("--model ANML.net ANML1.net", "2 files"),
+    ):
+        line = refused(lambda flags=flags: evaluate(f"--resume {folder} {flags}"), capsys)  # type: ignore[misc]
+        assert message in line
+        assert "--resume" in line
+    Path("ANML.net").write_bytes((models / "ANML1.net").read_bytes())
+    assert "has changed since" in refused(lambda: evaluate(f"--resume {folder}"), capsys)
+    Path("ANML.net").write_bytes((models / "ANML.net").read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    for damage, message in (
+        ({"manifest": "0" * 64}, "manifest"),
+        ({"models": None}, "--model"),
+        ({"models": [5]}, "ANML.net is another file"),
+        ({"arguments": {"steps": 5}}, "unknown key 'steps'"),
+        ({"arguments": []}, "config.json"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **damage}))
+        assert message in refused(lambda: evaluate(f"--resume {folder}"), capsys)
+    assert (folder / "scores.csv").read_bytes() == before
+
+
+def test_models_that_were_moved(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evaluate(f"{TINY} {SHORT} --model ANML.net ANML1.net").resolve()
+    Path("sub/runs/other_0").mkdir(parents=True)
+    monkeypatch.chdir("sub")
+    evaluate_again = f"--resume {folder} --runs 2"
+    evaluate(evaluate_again)
+    assert len(read_results(folder).rows) == 4
+    assert {row["model"] for row in read_results(folder).rows} == {"ANML.net", "ANML1.net"}
+    Path("../ANML1.net").rename("ANML1.net")
+    line = refused(lambda: evaluate(evaluate_again), capsys)
+    assert line.count("\n") == 1
+    assert f"its --model is {Path.cwd().parent}/ANML1.net" in line
+    evaluate(f"--resume {folder} --runs 3 --model ../ANML.net ANML1.net")
+    assert len(read_results(folder).rows) == 6
+    assert {path.name for path in Path().rglob("*")} == {"runs", "other_0", "ANML1.net"}
+
+
+def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
+    path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
+    score, nothing = (
+        Score(test=1 / 3, train=0.1 + 0.2, above_chance=7, diverged=0),
+        Score(test=0, train=0, above_chance=0, diverged=1),
+    )
+    with Journal(path) as journal:
+        assert journal.score(key, lambda: score) == score
+        assert path.read_bytes().endswith(b"7,0\n")  # on disk before the next one
+    whole = path.read_bytes()
+    for torn in range(len(whole)):
+        path.write_bytes(whole[:torn])
+        with Journal(path) as journal:
+            assert journal.known == {}
+            journal.score(key, lambda: score)
+        assert path.read_bytes() == whole
+    with Journal(path) as journal:
+        assert journal.score(key, lambda: pytest.fail("computed again")) == score
+        other = key._replace(lr=0.0009)
+        assert journal.score(other, lambda: nothing) == nothing
+    with Journal(path) as journal:
+        assert journal.known == {key: score, other: nothing}
+    for edit in (b"\xef\xbb\xbf" + path.read_bytes(), path.read_bytes().replace(b"\n", b"\r\n")):
+        path.write_bytes(edit)
+        with Journal(path) as journal:
+            assert journal.known == {key: score, other: nothing}
+
+
+def test_a_journal_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text('purpose,model,classes,draw,lr,train\nreport,"a, b",10,3,0.00085,0.1\nreport,a,1')
+    draft = tmp_path / ".s.csv.abcd"
+    draft.write_text("of a process that was killed while it did this")
+    key = Key("report", "a, b", 10, 3, 0.00085)
+    with Journal(path) as journal:
+        assert journal.known == {key: Score(test=None, train=0.1, above_chance=None, diverged=None)}
+        whole = f'{",".join(columns())}\nreport,"a, b",10,3,0.00085,,0.1,,\n'
+        assert path.read_text() == whole
+        journal.score(key._replace(draw=4), lambda: Score(test=0.5, train=1.0, above_chance=2, diverged=0))
+    assert path.read_text() == f'{whole}report,"a, b",10,4,0.00085,0.5,1.0,2,0\n'
+    assert not draft.exists()
+    with Journal(path) as journal:
+        assert [score.test for score in journal.known.values()] == [None, 0.5]
+
+
+def test_one_more_measure_is_one_more_line(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measure of the user's own reaches every file, the table and the curves; older runs lack it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    search = f"{TINY} --schedule 2 --lrs 0.01 0.001 --lr_search_runs 2 --model ANML.net"
+    older = evaluate(f"{search} --runs 1")
+    capsys.readouterr()
+    worst = Measure(
+        "worst", ACCURACY, "of all classes", lambda answers: answers.test.double().mean(1).min().item()
+    )
+    with monkeypatch.context() as patched:
+        patched.setitem(MEASURES, "worst", worst)
+        newer = evaluate(f"{search} --runs 2")
+        assert "meta-test worst %" in capsys.readouterr().out
+        assert all(0 <= float(row["worst"]) <= float(row["test"]) for row in table(newer))
+        rows, (line,), trials = numbers(newer)
+        assert line["worst"] == pytest.approx(sum(row["worst"] for row in rows) / 2)
+        assert line["worst_low"] <= line["worst"] <= line["worst_high"]
+        assert [trial["worst"] for trial in trials] == [float(row["worst"]) for row in table(newer)[:4]]
+        events = EventAccumulator(str(newer))
+        events.Reload()
+        assert "meta_test/accuracy_worst" in events.Tags()["scalars"]
+
+        evaluate(f"--resume {older} --runs 2")
+        assert [row["worst"] for row in table(older)] == [*[""] * 5, table(newer)[5]["worst"]]
+        rows, (line,), _ = numbers(older)
+        assert [row["worst"] for row in rows] == [None, numbers(newer)[0][1]["worst"]]
+        assert line["worst"] == rows[1]["worst"]
+        assert line["test"] == sum(row["test"] for row in rows) / 2
+    with pytest.raises(UserError, match="columns"):
+        read_results(newer)
+    with pytest.raises(UserError, match="columns"):
+        Journal(newer / "scores.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step,loss\n1,2\n", "columns"),
+        ("purpose,model,classes,draw,lr\n", "columns"),
+        ("purpose,classes,draw,lr,test\n", "columns"),
+        (f"{','.join(columns())},new\n", "columns"),
+        (f"{','.join(columns())},test\n", "columns"),
+        (f"{','.join(columns())}\nsearch,a,2,0,0.1,nan,0.5,1,0\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2"),
+        (f"{','.join(columns())}\nlunch,a,2,0,0.1,0.5,0.5,1,0\n", "line 2"),
+        (f"{','.join(columns())}\nsearch,a,2,0,x,0.5,0.5,1,0\n", "line 2"),
+        ("\xff\x00\n", "s.csv"),
+    ],
+)
+def test_a_journal_of_something_else(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        Journal(path)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.parametrize("rln", [0, 7, 13])
+def test_tracking_leaves_the_numbers_alone(rln: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = build("ANML", WIDTHS["ANML"], generator)
+    meta_test = MetaTest(net, torch.randn(10, 20, 1, 28, 28, generator=generator), rln, seed=0)
+    track = Track(every=2)
+    score = meta_test.score(5, 0.01, "report", 0, track)
+    assert score == meta_test.score(5, 0.01, "report", 0)
+    moments = [(row["seen"], row["position"]) for row in track.rows]
+    assert moments == [(seen, position) for seen in (2, 4, 5) for position in range(seen)]
+    last = [row for row in track.rows if row["seen"] == 5]
+    assert sum(row["test"] for row in last) / 5 == pytest.approx(score.test)
+    assert sum(row["train"] for row in last) / 5 == pytest.approx(score.train)
+    assert len({row["class"] for row in last}) == 5
+    # Whoever has learned two classes only knows as much of them as was measured at that time.
+    assert [row["class"] for row in track.rows[:2]] == [row["class"] for row in last[:2]]
+    with pytest.raises(ValueError, match="one class after another"):
+        MetaTest(net, meta_test.images, rln, 0, iid=True).score(2, 0.01, "report", 0, track)
+
+
+def test_a_tracked_evaluation_leaves_table_and_picture(evaluate: Evaluate) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = f"{TINY} --schedule 2 5 --runs 2 --lr 0.01 --model ANML.net"
+    plain, tracked = evaluate(flags), evaluate(f"{flags} --track_every 2")
+    assert read_results(plain).rows == read_results(tracked).rows
+    assert not list(plain.glob("forgetting*"))
+    with (tracked / "forgetting_5.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["seen", "position", "class", "train", "test"]
+    assert len(rows) == 2 + 4 + 5
+    first = read_results(tracked).rows[2]
+    assert sum(float(row["test"]) for row in rows[-5:]) / 5 == pytest.approx(first["test"])
+    assert (tracked / "forgetting_5.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(tracked))
+    events.Reload()
+    assert {"meta_test/forgetting_2", "meta_test/forgetting_5"} <= set(events.Tags()["images"])

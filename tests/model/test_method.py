@@ -1,0 +1,489 @@
+"""The method against the plain float64 reference, on small networks and random images."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import method
+from model.episodes import Trajectory, sample_task, sample_trajectory
+from model.fast import learner as fast_learner
+from model.fast import meta_loss, use_backend
+from model.fast.head import _FactoredHead, _WeightGrad, applies
+from model.meta_learner import MetaLearner, gather
+from model.meta_test import (
+    FrozenOutputs,
+    MetaTest,
+    Settings,
+    Trial,
+    best_rate,
+    learn,
+    new_run,
+)
+from model.method import Params
+from model.modelfactory import Network, build, shared_copy, trained_parameters
+from model.scores import Score
+from tests import reference
+from utils.errors import UserError
+
+NM, PLN, CLASSES = 5, 6, 12
+WIDTHS = {
+    "ANML": {"nm_channels": NM, "pln_channels": PLN, "num_classes": CLASSES},
+    "OML": {"pln_channels": PLN, "num_classes": CLASSES},
+}
+# (network, --rln): the defaults, the paper's treatments and cuts inside a block.
+CUTS = [("ANML", rln) for rln in (0, 3, 6, 7, 9, 13)] + [("OML", rln) for rln in (0, 6, 7)]
+LR = {"ANML": 0.1, "OML": 0.03}
+BACKENDS = ("plain", "fast")
+CPU = torch.device("cpu")
+
+
+def assert_same(ours: object, theirs: object, rtol: float = 1e-9, atol: float = 1e-12) -> None:
+    """Equal but for rounding in float64."""
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+def network(kind: str, seed: int = 0, backend: str = "plain") -> tuple[Network, list[Tensor]]:
+    """A small float64 network and the same weights as a list for the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = reference.fresh_weights(kind, generator, NM, PLN, CLASSES)
+    net = build(kind, WIDTHS[kind], generator).double()
+    with torch.no_grad():
+        for parameter, weight in zip(net.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    use_backend(net, backend, CPU)
+    return net, weights
+
+
+def images(*shape: int, seed: int = 1) -> Tensor:
+    """Smooth grey images in about the released scale: [*shape, 1, 28, 28]."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(*shape, 1, 7, 7, generator=generator, dtype=torch.float64)
+    flat = noise.reshape(-1, 1, 7, 7)
+    smooth = torch.nn.functional.interpolate(flat, size=28, mode="bicubic")
+    return smooth.reshape(*shape, 1, 28, 28)
+
+
+def grey(x: Tensor) -> Tensor:
+    """The three equal channels that the published networks read."""
+    return x.expand(*x.shape[:-3], 3, 28, 28)
+
+
+def differentiate(
+    net: Network,
+    query: Tensor,
+    labels: Tensor,
+    steps: int,
+    rln: int,
+    lr: float = 0.1,
+    backend: str = "plain",
+    **options: Any,
+) -> tuple[Tensor, Tensor, Params]:
+    """Loss, inner losses and meta-gradient of a trajectory, the last `steps` images of the query."""
+    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
+    inputs = net.frozen(query, params)
+    loss, _, inner_losses = meta_loss(backend)(  # type: ignore[arg-type]
+        net, params, (inputs[-steps:], labels[-steps:]), (inputs, labels), inner_lr=lr, **options
+    )
+    learned = dict(net.named_parameters())
+    grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), inner_losses, dict(zip(learned, grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["ANML", "OML"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_logits(kind: str, channels: int, backend: str) -> None:
+    net, weights = network(kind, backend=backend)
+    x = images(4)
+    ours = net(x.expand(-1, channels, -1, -1).contiguous())
+    theirs = torch.stack([reference.logits_of(weights, image) for image in grey(x)])
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_the_frozen_part_and_the_rest_make_the_whole_network(kind: str, rln: int, backend: str) -> None:
+    net, _ = network(kind, backend=backend)
+    x = images(3)
+    inputs = net.frozen(x, trained_parameters(net, rln))
+    assert_same(net(inputs), net(x))
+    assert_same(net(inputs[1:2]), net(x)[1:2])
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_adapted_weights_and_meta_gradient(kind: str, rln: int, backend: str, first_order: bool) -> None:
+    net, weights = network(kind, backend=backend)
+    steps, remember = 5, 4
+    query = images(remember + steps)
+    labels = [0, 5, 1, 7, 3, 3, 3, 8, 8]
+    lr = LR[kind]
+
+    initial = [weight.clone().requires_grad_() for weight in weights]
+    expected_fast, expected_losses = reference.inner_loop(
+        initial, grey(query[-steps:]), labels[-steps:], lr, rln, not first_order
+    )
+    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
+    fast, losses = method.inner_loop(
+        net,
+        params,
+        net.frozen(query[-steps:], params),
+        torch.tensor(labels[-steps:]),
+        inner_lr=lr,
+        first_order=first_order,
+    )
+    assert list(fast) == list(params)
+    for ours, theirs in zip(fast.values(), expected_fast[2 * rln :], strict=True):
+        assert_same(ours, theirs)
+    assert_same(losses, torch.stack(expected_losses))
+
+    expected_loss, expected = reference.meta_gradient(
+        weights, grey(query), labels, steps, lr, rln, not first_order
+    )
+    loss, inner_losses, grads = differentiate(
+        net, query, torch.tensor(labels), steps, rln, lr, backend, first_order=first_order
+    )
+    assert_same(loss, expected_loss)
+    assert_same(inner_losses, torch.stack(expected_losses))
+    for (name, ours), theirs in zip(grads.items(), expected, strict=True):
+        if name in net.no_effect:
+            assert not ours.any()
+        else:
+            assert_same(ours, theirs, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_order_gradient_is_the_slope_of_the_meta_loss(backend: str) -> None:
+    """No autograd on the other side: central differences of the loss along a random direction."""
+    net, _ = network("ANML", backend=backend)
+    query, labels = images(7), torch.tensor([0, 5, 1, 7, 3, 3, 3])
+    _, _, grads = differentiate(net, query, labels, 3, 7, backend=backend)
+    generator = torch.Generator().manual_seed(3)
+    direction = {name: torch.randn(g.shape, generator=generator).double() for name, g in grads.items()}
+    slope = torch.stack([(grads[name] * d).sum() for name, d in direction.items()]).sum()
+    losses = []
+    for step in (1e-6, -1e-6):
+        moved, _ = network("ANML", backend=backend)
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                parameter.add_(step * direction[name])
+        losses.append(differentiate(moved, query, labels, 3, 7, backend=backend)[0])
+    assert_same((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("kind", ["ANML", "OML"])
+def test_a_meta_step_leaves_nothing_behind(kind: str, first_order: bool) -> None:
+    """No cycle keeps weights and gradients of the inner loop alive, to pile up step after step."""
+    net, _ = network(kind, backend="fast")
+    query, labels = images(7), torch.tensor([0, 5, 1, 7, 3, 3, 3])
+    gc.collect()
+    gc.disable()
+    try:
+        differentiate(net, query, labels, 3, 6, backend="fast", first_order=first_order)
+        left = [thing for thing in gc.get_objects() if type(thing) in (_FactoredHead, _WeightGrad)]
+    finally:
+        gc.enable()
+    assert left == []
+
+
+def test_one_step_of_published_width_in_single_precision() -> None:
+    found = []
+    for backend in BACKENDS:
+        net = build("ANML", {}, torch.Generator().manual_seed(0))
+        use_backend(net, backend, CPU)
+        query, labels = images(6).float(), torch.tensor([0, 5, 1, 7, 3, 3])
+        loss, inner_losses, grads = differentiate(net, query, labels, 2, 7, backend=backend)
+        found.append((loss, inner_losses, [grad.norm() for grad in grads.values()]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_the_factored_head_is_for_networks_whose_structure_is_known() -> None:
+    """Anything that somebody has put into one of them, and the loop of the method is used."""
+
+    def known(change: Any = lambda net: None) -> bool:
+        net, _ = network("ANML", backend="fast")
+        change(net)
+        return applies(net, {name: net.get_parameter(name) for name in trained_parameters(net, 7)})
+
+    class Other(type(network("ANML")[0])):  # type: ignore[misc]
+        """A subclass may do anything."""
+
+    def put(name: str, module: torch.nn.Module) -> Any:
+        return lambda net: net.set_submodule(name, module)
+
+    assert known()
+    assert not known(lambda net: setattr(net, "__class__", Other))
+    assert not known(put("pln.block2.conv", torch.nn.Conv2d(PLN, PLN, 3)))
+    assert not known(put("pln.flatten", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout())))
+    assert not known(put("head", torch.nn.Linear(9 * PLN, CLASSES)))
+    assert not known(lambda net: setattr(net.nm.gate, "bias", net.pln.block1.norm.bias))
+    assert not known(lambda net: net.pln.register_forward_hook(lambda *_: None))
+    assert not known(lambda net: net.register_forward_hook(lambda *_: None))
+
+
+def test_first_order_is_not_second_order() -> None:
+    gradients = []
+    for first_order in (True, False):
+        net, _ = network("ANML")
+        labels = torch.tensor([0, 5, 3, 3, 3])
+        _, _, grads = differentiate(net, images(5), labels, 3, 7, first_order=first_order)
+        gradients.append(torch.cat([grad.flatten() for grad in grads.values()]))
+    first, second = gradients
+    assert (first - second).norm() > 0.01 * second.norm()
+
+
+def learner(net: Network, pixels: Tensor, **options: Any) -> MetaLearner:
+    generator = torch.Generator().manual_seed(7)
+    return MetaLearner(net, pixels, generator, meta_lr=0.001, update_lr=0.1, rln=7, **options)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_steps_with_adam(backend: str, first_order: bool) -> None:
+    """Two whole meta-steps, so that Adam's moments count; no reset, to share the reference's head."""
+    net, weights = network("ANML", backend=backend)
+    pixels = images(CLASSES, 20)
+    loss = meta_loss(backend)  # type: ignore[arg-type]
+    ours = learner(net, pixels, first_order=first_order, reset=False, meta_loss=loss)
+    generator = torch.Generator().manual_seed(11)
+    adam = reference.Adam(weights, 0.001)
+    for _ in range(2):
+        trajectory = sample_trajectory(CLASSES, 20, generator, update_step=4, remember=3)
+        query, labels = gather(grey(pixels), trajectory.query)
+        _, slopes = reference.meta_gradient(weights, query, labels.tolist(), 4, 0.1, 7, not first_order)
+        weights = adam.step(weights, slopes)
+        ours.step(trajectory)
+    for (name, parameter), theirs in zip(net.named_parameters(), weights, strict=True):
+        if name in net.no_effect:  # no effect on the output: rounding of the reference, nothing here
+            assert_same(parameter, theirs, rtol=0, atol=1e-7)
+        else:
+            assert_same(parameter, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_reset_draws_the_rows_of_the_sampled_classes_only() -> None:
+    net, _ = network("ANML")
+    meta = learner(net, images(CLASSES, 20))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    meta.optimizer.lr = 0.0
+    trajectory = sample_trajectory(
+        CLASSES, 20, torch.Generator().manual_seed(0), update_step=4, tasks=2, remember=3
+    )
+    meta.step(trajectory)
+    for name, parameter in net.named_parameters():
+        changed = (parameter != before[name]).reshape(len(parameter), -1).any(1).nonzero().flatten()
+        expected = sorted(trajectory.classes) if name == "head.weight" else []
+        assert changed.tolist() == expected, name
+    drawn = net.get_parameter("head.weight").detach()[trajectory.classes]
+    assert 0.5 < float(drawn.std()) / (2 / drawn.shape[1]) ** 0.5 < 1.5
+
+
+def test_no_reset_leaves_the_head_alone() -> None:
+    net, _ = network("ANML")
+    meta = learner(net, images(CLASSES, 20), reset=False)
+    meta.optimizer.lr = 0.0
+    before = net.get_parameter("head.weight").detach().clone()
+    meta.step(sample_trajectory(CLASSES, 20, torch.Generator(), update_step=2, remember=2))
+    assert torch.equal(net.get_parameter("head.weight"), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_meta_test_updates(kind: str, rln: int, backend: str) -> None:
+    """A short stream learned with Adam: trained weights as in the reference, the others untouched."""
+    net, weights = network(kind, backend=backend)
+    pool = images(3, 20)
+    index = torch.tensor([[0, 1], [0, 2], [2, 5], [2, 6], [1, 0], [1, 3]])
+    trained = trained_parameters(net, rln)
+    copied = shared_copy(net, trained)
+    make = fast_learner("adam", backend)  # type: ignore[arg-type]
+    learn(make(copied, trained, Settings(0.001)), FrozenOutputs(net, pool, trained), index)
+
+    adam = reference.Adam(weights[2 * rln :], 0.001)
+    learned = weights
+    for label, drawing in index.tolist():
+        image = grey(pool[label, drawing])
+        learned = reference.meta_test_update(learned, image, label, rln, adam)
+    for (name, parameter), before, after in zip(net.named_parameters(), weights, learned, strict=True):
+        assert torch.equal(parameter, before), f"{name}: meta-test changed the model"
+        ours = copied.get_parameter(name)
+        if name in trained:
+            noise = name in net.no_effect
+            assert_same(ours, after, rtol=1e-7, atol=1e-6 if noise else 1e-9)
+        else:
+            assert torch.equal(ours, before)
+            assert ours.data_ptr() == parameter.data_ptr()  # shared, not copied
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sgd_at_meta_test(backend: str) -> None:
+    net, weights = network("ANML", backend=backend)
+    pool, trained = images(3, 20), trained_parameters(net, 13)
+    copied = shared_copy(net, trained)
+    learner = fast_learner("adam", backend)(copied, trained, Settings(0.1, "sgd"))  # type: ignore[arg-type]
+    learn(learner, FrozenOutputs(net, pool, trained), torch.tensor([[0, 1], [2, 5]]))
+    stream = grey(torch.stack([pool[0, 1], pool[2, 5]]))
+    expected, _ = reference.inner_loop(
+        [weight.clone().requires_grad_() for weight in weights], stream, [0, 2], 0.1, 13, False
+    )
+    assert_same(copied.get_parameter("head.weight"), expected[-2])
+    assert_same(copied.get_parameter("head.bias"), expected[-1])
+
+
+def test_frozen_outputs_are_the_same_kept_or_not() -> None:
+    net, _ = network("ANML")
+    pool, trained = images(3, 20), trained_parameters(net, 9)
+    index = torch.tensor([[2, 5], [0, 1], [2, 5]])
+    kept = FrozenOutputs(net, pool, trained)
+    recomputed = FrozenOutputs(net, pool, trained, budget=0)
+    assert kept.kept
+    assert not recomputed.kept
+    assert_same(net(kept.get(index)), net(recomputed.get(index)))
+
+
+def test_a_run_starts_the_head_anew() -> None:
+    net, _ = network("ANML")
+    run = new_run(net, trained_parameters(net, 6), torch.Generator().manual_seed(0))
+    assert torch.equal(run.get_parameter("nm.gate.weight"), net.get_parameter("nm.gate.weight"))
+    assert not torch.equal(run.get_parameter("head.weight"), net.get_parameter("head.weight"))
+    assert not run.get_parameter("head.bias").any()
+    scratch = new_run(net, trained_parameters(net, 0), torch.Generator().manual_seed(0), reset_all=True)
+    assert scratch.get_parameter("pln.block1.norm.weight").eq(1).all()
+    name = "pln.block2.conv.weight"
+    assert not torch.equal(scratch.get_parameter(name), net.get_parameter(name))
+
+
+@pytest.mark.parametrize("iid", [True, False])
+def test_meta_test_learns(iid: bool) -> None:
+    """Three easy classes: the head alone learns them, far above chance, and reports both accuracies."""
+    net, _ = network("ANML")
+    prototypes = images(3, 1)
+    pool = prototypes + 0.05 * images(3, 20, seed=5)
+    meta_test = MetaTest(net, pool, 13, seed=2, epochs=3, iid=iid)
+    score = meta_test.score(3, 0.003, "report", draw=0)
+    assert score.test > 0.6
+    assert score.train > 0.6
+    assert score.above_chance >= 2
+
+
+def test_draws_repeat_and_differ() -> None:
+    net, _ = network("ANML")
+    scores = [
+        MetaTest(net, images(8, 20), 13, seed).score(8, 0.001, purpose, draw)  # type: ignore[arg-type]
+        for seed, purpose, draw in ((1, "report", 0), (1, "report", 0), (1, "search", 0))
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0] != scores[2]
+
+
+def test_best_rate_is_the_mode_of_the_winners() -> None:
+    table = {0: (0.5, 0.4, 0.1), 1: (0.5, 0.4, 0.1), 2: (0.1, 0.9, 0.1)}
+    trials = [
+        Trial(draw, lr, Score(test=score, train=1 - score, above_chance=0))
+        for draw, scores in table.items()
+        for lr, score in zip((0.1, 0.2, 0.3), scores, strict=True)
+    ]
+    assert best_rate(trials, "test") == 0.1  # although 0.2 has the better mean
+    assert best_rate(trials, "train") == 0.3
+    assert best_rate([t for t in trials if t.draw], "test") == 0.2  # a tie: the better mean
+
+
+def test_best_rate_is_that_of_any_order() -> None:
+    """Coarse accuracies, so that many are equal: no order decides, and no dominated rate wins."""
+
+    def trials(table: Mapping[float, tuple[float, ...]]) -> list[Trial]:
+        return [Trial(k, lr, Score(train=v)) for lr, values in table.items() for k, v in enumerate(values)]
+
+    for table in ({0.003: (0.9, 0.9, 0.5), 0.001: (0.9, 0.9, 0.8)}, {0.003: (0.5,) * 3, 0.001: (0.5,) * 3}):
+        assert best_rate(trials(table), "train") == best_rate(trials(table)[::-1], "train") == 0.001
+    diverged = [Trial(0, 0.1, Score(train=0.4, diverged=1)), Trial(0, 0.2, Score(train=0.0, diverged=0))]
+    assert best_rate(diverged, "train") == 0.2
+    # 0.1 has 1/3 + 1/2 + 1 wins, 0.2 has 1/3 + 1/2, and 0.3 has 1/3 + 1/2 + 1/2.
+    shared = {0.1: (0.5, 0.1, 0.5, 0.9), 0.2: (0.5, 0.5, 0.1, 0.1), 0.3: (0.5, 0.5, 0.5, 0.1)}
+    assert best_rate(trials(shared), "train") == 0.1
+    assert best_rate([t for t in trials(shared) if t.draw < 3], "train") == 0.3
+
+    draw = random.Random(0)
+    for _ in range(300):
+        coarse = {lr: tuple(draw.choices((0.0, 0.5, 1.0), k=3)) for lr in (0.1, 0.2, 0.3, 0.4)}
+        shuffled = trials(coarse)
+        draw.shuffle(shuffled)
+        found = best_rate(shuffled, "train")
+        assert found == best_rate(trials(coarse), "train")
+        for other in coarse.values():
+            never_worse = all(a >= b for a, b in zip(other, coarse[found], strict=True))
+            assert not never_worse or other == coarse[found]
+
+
+def test_trajectory_layout() -> None:
+    generator = torch.Generator().manual_seed(0)
+    trajectory = sample_trajectory(30, 20, generator, update_step=20, tasks=3, remember=64)
+    assert isinstance(trajectory, Trajectory)
+    labels, drawings = trajectory.support.unbind(1)
+    sizes = [int((labels == label).sum()) for label in trajectory.classes]
+    assert sizes == [6, 6, 8]
+    assert labels.tolist() == sorted(labels.tolist(), key=trajectory.classes.index)
+    assert len({tuple(row) for row in trajectory.support.tolist()}) == 20
+    assert torch.equal(trajectory.query[64:], trajectory.support)
+    assert len({tuple(row) for row in trajectory.query[:64].tolist()}) == 64
+    assert drawings.max() < 20
+
+
+@pytest.mark.parametrize(("steps", "tasks"), [(21, 1), (2, 3), (50, 2)])
+def test_trajectory_that_cannot_be_drawn(steps: int, tasks: int) -> None:
+    with pytest.raises(UserError, match="update_step"):
+        sample_trajectory(30, 20, torch.Generator(), update_step=steps, tasks=tasks)
+
+
+def test_task_splits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    task = sample_task(50, 20, 10, generator)
+    assert task.train.shape == (10, 15, 2)
+    assert task.test.shape == (10, 5, 2)
+    for train, test in zip(task.train, task.test, strict=True):
+        drawn = sorted(torch.cat([train, test])[:, 1].tolist())
+        assert drawn == list(range(20))
+        assert train[:, 0].unique() == test[:, 0].unique()
+    other = sample_task(50, 20, 10, generator)
+    assert not torch.equal(task.train, other.train)
+    released = sample_task(50, 20, 10, generator, class_order="dataset", split="dataset")
+    assert released.train[0, :, 1].tolist() == list(range(15))
+    assert released.train[:, 0, 0].diff().gt(0).all()
+    with pytest.raises(UserError, match="50"):
+        sample_task(50, 20, 51, generator)
+
+
+@pytest.mark.parametrize(("kind", "rln"), [("ANML", 14), ("ANML", -1), ("OML", 8)])
+def test_rln_that_the_network_does_not_have(kind: str, rln: int) -> None:
+    net, _ = network(kind)
+    with pytest.raises(UserError, match=f"--rln {rln}"):
+        trained_parameters(net, rln)
+
+
+def test_rln_names() -> None:
+    net, _ = network("ANML")
+    assert trained_parameters(net, 13) == ["head.weight", "head.bias"]
+    assert trained_parameters(net, 7)[0] == "pln.block1.conv.weight"
+    assert trained_parameters(net, 6)[0] == "nm.gate.weight"
+    assert len(trained_parameters(net, 0)) == 28
+    oml, _ = network("OML")
+    assert trained_parameters(oml, 6)[0] == "body.linear.weight"
+
+
+def test_published_size_and_order() -> None:
+    net = build("ANML", {}, torch.Generator())
+    shapes = [tuple(p.shape) for p in net.parameters()]
+    assert sum(p.numel() for n, p in net.named_parameters() if n.startswith("nm.")) == 2_554_560
+    assert sum(p.numel() for p in net.parameters()) == 6_048_424
+    assert shapes[0] == (112, 3, 3, 3)
+    assert shapes[12] == (2304, 1008)
+    assert shapes[14] == (256, 3, 3, 3)
+    assert shapes[26] == (1000, 2304)

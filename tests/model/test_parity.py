@@ -1,0 +1,80 @@
+"""The recorded fixtures of the released model, in float64 and float32, and the comparison itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import parity, reference
+
+FOLDER = Path(os.environ.get("ANML_PARITY_DIR", Path(__file__).parents[2] / "../shared/parity"))
+FIXTURES = sorted(FOLDER.resolve().glob("*.npz"))
+
+
+@pytest.mark.skipif(not FIXTURES, reason=f"no parity fixtures in {FOLDER} (ANML_PARITY_DIR)")
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [("float64", "plain"), ("float64", "fast"), ("float32", "fast")]
+)
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.stem)
+def test_fixture(fixture: Path, dtype: str, backend: str) -> None:
+    results = parity.compare(fixture, parity.find_root(fixture), dtype, backend)
+    assert len(results) >= 11
+    wrong = [result for result in results if parity.past_tolerance(*result[1:], dtype)]
+    if dtype == "float32" and wrong:
+        # A ReLU or a max-pool whose inputs are closer than rounding may decide otherwise in float32
+        # and move a row of the meta-gradient by more than the tolerance. How far the plain reference
+        # is off in float32, on this machine, says what is left to chance.
+        plain = plain_float32_errors(fixture)
+        wrong = [result for result in wrong if result[1] > 2 * plain.get(result[0], 0)]
+    assert not wrong
+
+
+def plain_float32_errors(path: Path) -> dict[str, float]:
+    """Relative errors of the meta-gradients of the plain reference, computed in float32."""
+    fixture = parity.Fixture(path, parity.find_root(path), torch.float32)
+    images, labels = fixture.query()
+    weights = [parameter.detach() for parameter in fixture.net.parameters()]
+    errors = {}
+    for order in ("first", "second"):
+        _, slopes = reference.meta_gradient(
+            weights,
+            images.expand(-1, 3, -1, -1),
+            labels.tolist(),
+            len(fixture.arrays["support_files"]),
+            fixture.update_lr,
+            fixture.rln,
+            order == "second",
+        )
+        for name, value in parity.gradient_summary(slopes).items():
+            key = f"meta_grad_{name}_{order}"
+            errors[key] = parity.errors(key, value, fixture.arrays[key])[0]
+    return errors
+
+
+def test_error_of_an_array_is_relative_to_its_largest_value() -> None:
+    reference = np.array([[1.0, -4.0], [0.5, 2.0]])
+    relative, zero = parity.errors("logits", reference + 0.4, reference)
+    assert relative == pytest.approx(0.1)
+    assert zero == 0
+
+
+def test_error_by_row_and_of_biases_before_a_norm() -> None:
+    reference = np.ones((28, 16))
+    reference[3] = 0.01
+    ours = reference.copy()
+    ours[3] += 0.001
+    ours[5] += 2e-9  # a bias that feeds a norm: compared absolutely
+    relative, zero = parity.errors("meta_grad_head_first", ours, reference)
+    assert relative == pytest.approx(0.1)
+    assert zero == pytest.approx(2e-9)
+    assert parity.past_tolerance(0, zero, "float64")
+    assert not parity.past_tolerance(0, zero, "float32")
+
+
+def test_what_is_not_a_number_is_past_tolerance() -> None:
+    relative, zero = parity.errors("meta_loss_first", np.array(np.nan), np.array(1.0))
+    assert parity.past_tolerance(relative, zero, "float32")

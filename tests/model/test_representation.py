@@ -1,0 +1,189 @@
+"""Activity, dead units, KNN and the embedding, against plain versions; the script on glyphs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from model.episodes import Task, sample_task
+from model.modelfactory import build
+from model.representation import (
+    Representation,
+    dead_fraction,
+    measure,
+    nearest_neighbours,
+    principal_components,
+    represent,
+)
+from tests.scripts.test_scripts import run
+from utils.arguments import analysis_parser, parse
+from utils.checkpoint import save_checkpoint
+
+WIDTHS = {"ANML": {"nm_channels": 4, "pln_channels": 4}, "OML": {"pln_channels": 4}}
+PICTURES = {"ANML": {"activations", "class_gates", "embedding"}, "OML": {"activations", "embedding"}}
+
+
+def plain_knn(examples: Tensor, labels: Tensor, query: Tensor, k: int) -> int:
+    """Sort all examples by distance, count, and let the nearest of the winners decide."""
+    distances = [math.dist(query.tolist(), example.tolist()) for example in examples]
+    nearest = [int(labels[i]) for i in sorted(range(len(examples)), key=distances.__getitem__)[:k]]
+    votes = Counter(nearest)
+    return next(label for label in nearest if votes[label] == max(votes.values()))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_knn_is_the_plain_one(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    examples, queries = (torch.rand(n, 3, generator=generator) for n in (40, 600))
+    labels = torch.randint(6, (40,), generator=generator)  # k = 2 makes ties of two, k = 5 also 2-2-1
+    found = nearest_neighbours(examples, labels, queries, k)
+    assert found.tolist() == [plain_knn(examples, labels, query, k) for query in queries]
+
+
+@pytest.mark.parametrize("common", [1, 1000])
+def test_knn_of_features_that_have_much_in_common(common: int) -> None:
+    """A gate that is nearly shut, or nearly open, differs little from image to image."""
+    generator = torch.Generator().manual_seed(0)
+    centres, noise = (torch.randn(n, 64, generator=generator) for n in (30, 600))
+    features = common * torch.rand(64, generator=generator) + 0.1 * (centres.repeat(20, 1) + noise)
+    labels = torch.arange(30).repeat(20)
+    found = nearest_neighbours(features[:450], labels[:450], features[450:])
+    assert found.tolist() == [plain_knn(features[:450], labels[:450], query, 5) for query in features[450:]]
+
+
+def test_equal_votes_go_to_the_class_with_the_nearest_example() -> None:
+    examples = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
+    labels = torch.tensor([7, 8, 8, 7, 9])  # two votes each for 7 and 8
+    assert nearest_neighbours(examples, labels, torch.tensor([[0.0], [6.0]])).tolist() == [7, 7]
+    labels = torch.tensor([8, 9, 9, 7, 7])
+    assert nearest_neighbours(examples, labels, torch.tensor([[0.0], [6.0]])).tolist() == [9, 7]
+
+
+def test_a_unit_is_dead_if_no_image_activates_it() -> None:
+    activations = torch.tensor([[[0.0, 0.01, 0.02, 5.0]], [[0.0, 0.005, 0.0, 0.0]]])
+    assert dead_fraction(activations) == 0.5
+
+
+def test_measured_on_known_activations() -> None:
+    """Classes that the gate alone tells apart: two units, one for each class, opened by its gate."""
+    before = torch.full((2, 20, 4), 0.5)
+    before[..., 3] = 0
+    gate = torch.zeros(2, 20, 4)
+    gate[0, :, 0] = gate[1, :, 1] = 1
+    before += torch.linspace(0, 1e-3, 40).reshape(2, 20, 1) * (before > 0)  # no two images are equal
+    before[1] = before[0]  # nor do features tell the classes
+    task = sample_task(2, 20, 2, torch.Generator().manual_seed(0), class_order="dataset", split="dataset")
+    measured = measure(Representation(before, gate, before * gate), task)
+    expected = {"active_before": 0.75, "active_after": 0.25, "gate_mean": 0.25, "dead": 0.5}
+    assert {key: measured[key] for key in expected} == pytest.approx(expected)
+    assert (measured["knn_gate"], measured["knn_after"]) == (1, 1)
+    assert measured["knn_before"] == 0.5
+
+    plain = measure(Representation(before, None, before), task)
+    assert plain == {
+        "active_before": measured["active_before"],
+        "dead": 0.25,
+        "knn_before": measured["knn_before"],
+    }
+
+
+def test_activity_is_that_of_test_images_and_knn_learns_training_images() -> None:
+    before = torch.zeros(3, 20, 3)
+    before[torch.arange(3), :, torch.arange(3)] = 1
+    before[:, 15:] = 1  # test images activate every unit
+    train = torch.stack([torch.stack([torch.full((15,), c), torch.arange(15)], 1) for c in range(3)])
+    test = torch.stack([torch.stack([torch.full((5,), c), torch.arange(15, 20)], 1) for c in range(3)])
+    measured = measure(Representation(before, None, before), Task(train, test))
+    assert (measured["active_before"], measured["dead"]) == (1, 0)
+    assert measured["knn_before"] == pytest.approx(1 / 3)  # all are equally far: one class wins all
+    swapped = measure(Representation(before, None, before), Task(test, train))
+    assert swapped["active_before"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("name", ["ANML", "OML"])
+def test_represent_is_what_enters_the_head(name: str) -> None:
+    net = build(name, WIDTHS[name], torch.Generator().manual_seed(1))
+    images = torch.rand(7, 20, 1, 28, 28, generator=torch.Generator().manual_seed(2)) - 0.5
+    representation = represent(net, images)
+    expected = net.features(images.flatten(0, 1)).detach()
+    torch.testing.assert_close(representation.after.flatten(0, 1), expected)
+    assert (representation.gate is None) == (name == "OML")
+
+
+def test_principal_components_are_those_of_the_covariance() -> None:
+    points = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points *= torch.tensor([1, 5, 1, 3, 1, 1])
+    projected = principal_components(points)
+    values = np.linalg.eigvalsh(np.cov(points.T.numpy()))[::-1][:2]
+    np.testing.assert_allclose(np.cov(projected.T.numpy()), np.diag(values), atol=1e-9)
+    torch.testing.assert_close(principal_components(-points), -projected)
+    assert torch.corrcoef(torch.stack([projected[:, 0], points[:, 1]]))[0, 1] > 0.9
+
+
+def save(folder: Path, name: str) -> Path:
+    net = build(name, WIDTHS[name], torch.Generator().manual_seed(3))
+    path = folder / f"{name}.net"
+    save_checkpoint(path, name, net.widths, net.state_dict(), {}, 12)
+    return path
+
+
+@pytest.mark.parametrize("name", ["ANML", "OML"])
+def test_script_leaves_numbers_and_pictures(cache: Path, tmp_path: Path, name: str) -> None:
+    flags = ("--dataset", "glyphs", "--model", str(save(tmp_path, name)), "--test_classes", "40")
+    done = run("tools.analyze_representation", cache, tmp_path, *flags)
+    folder = tmp_path / "runs/representation_0"
+    content = json.loads((folder / "representation.json").read_text())
+    measured = content["measured"]
+    assert (content["network"], content["step"]) == (name, 12)
+    assert all(0 <= value <= 1 for value in measured.values())
+    assert ("knn_gate" in measured) == (name == "ANML")
+    assert measured["knn_before"] > 2 / 40  # twice chance: even random features tell some classes apart
+    assert {path.stem for path in folder.glob("*.png")} == PICTURES[name]
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    assert set(reader.Tags()["images"]) == {f"representation/{picture}" for picture in PICTURES[name]}
+    (point,) = reader.Scalars("representation/knn_before")
+    assert (point.step, point.value) == (12, pytest.approx(measured["knn_before"]))
+    # The paper's numbers stand beside ANML's, which they are of.
+    assert ("81.1" in done.stdout) == (name == "ANML")
+    if name == "ANML":
+        again = run("tools.analyze_representation", cache, tmp_path, *flags, "--samples=1", "--alphabets=1")
+        second = json.loads((tmp_path / "runs/representation_1/representation.json").read_text())
+        assert second["measured"] == measured
+        assert "representation_1" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "nowhere.net"), "nowhere.net"),
+        (("--model", "foreign"), "foreign"),
+        (("--model", "{model}", "--test_classes", "660"), "659 classes"),
+        (("--model", "{model}", "--runs_dir", "foreign"), "foreign"),
+        (("--model", "{model}", "--dataset", "omniglot", "--dataset-path", "foreign"), "foreign"),
+    ],
+)
+def test_script_refuses_in_one_line(
+    cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "foreign").write_text("a note")
+    model = str(save(tmp_path, "ANML"))
+    flags = ("--dataset", "glyphs", *(flag.format(model=model) for flag in flags))
+    done = run("tools.analyze_representation", cache, tmp_path, *flags, code=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_model_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(analysis_parser(), [])
+    assert "--model" in capsys.readouterr().err

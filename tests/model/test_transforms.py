@@ -1,0 +1,259 @@
+"""The method under torch.func and on fake devices, and inner rules beside the paper's."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, vmap
+
+from model.episodes import sample_trajectory
+from model.inner_rules import MetaSGD
+from model.meta_learner import MetaLearner
+from model.meta_test import MetaTest, Settings, adam_learner, new_run
+from model.method import Params, call, inner_loop, meta_loss
+from model.modelfactory import NETWORKS, Network, load_network, trained_parameters
+from tests.conftest import Trainer, assert_same_run
+from tests.model.test_method import CLASSES, CUTS, WIDTHS, images, network
+from utils.checkpoint import load_checkpoint
+
+STEPS, LR = 3, 0.1
+
+
+def examples(seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Two images to remember and a trajectory of three."""
+    return images(2 + STEPS, seed=seed), torch.tensor([0, 5, 3, 3, 3 + seed])
+
+
+def loss_of(net: Network, first_order: bool, **options: Any) -> Any:
+    def loss(params: Params, pixels: Tensor, labels: Tensor) -> Tensor:
+        support = pixels[-STEPS:], labels[-STEPS:]
+        query = pixels, labels
+        return meta_loss(net, params, support, query, inner_lr=LR, first_order=first_order, **options)[0]
+
+    return loss
+
+
+def learned(net: Network, rln: int) -> Params:
+    return {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize(("kind", "rln"), [("ANML", 7), ("ANML", 13), ("OML", 0)])
+def test_torch_func(kind: str, rln: int, first_order: bool) -> None:
+    """grad, vmap over trajectories, and both: the numbers of backward, one trajectory after the other."""
+    net, _ = network(kind)
+    params, loss = learned(net, rln), loss_of(net, first_order)
+    losses, grads = [], []
+    for seed in (1, 2):
+        losses.append(loss(params, *examples(seed)))
+        grads.append(
+            torch.autograd.grad(losses[-1], list(params.values()), materialize_grads=True, allow_unused=True)
+        )
+    detached = {name: p.detach() for name, p in params.items()}
+    torch.testing.assert_close(tuple(grad(loss)(detached, *examples()).values()), grads[0])
+    pixels, labels = (torch.stack(parts) for parts in zip(examples(1), examples(2), strict=True))
+    together = vmap(loss, in_dims=(None, 0, 0))
+    torch.testing.assert_close(together(params, pixels, labels), torch.stack(losses))
+    torch.testing.assert_close(together(detached, pixels, labels), torch.stack(losses))
+    per_trajectory = vmap(grad(loss), in_dims=(None, 0, 0))(detached, pixels, labels)
+    for position, found in enumerate(grads):
+        torch.testing.assert_close(tuple(g[position] for g in per_trajectory.values()), found)
+    summed = torch.autograd.grad(
+        together(params, pixels, labels).sum(),
+        list(params.values()),
+        materialize_grads=True,
+        allow_unused=True,
+    )
+    torch.testing.assert_close(summed, tuple(a + b for a, b in zip(*grads, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> str:
+    """A device that is not there: cuda with fake tensors, or meta where torch was built for CUDA and finds
+    none, since its autograd then asks the driver (and torch 2.9 ends the process)."""
+    return "meta" if torch.backends.cuda.is_built() and not torch.cuda.is_available() else "cuda"
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_steps_on_a_device_that_is_not_there(kind: str, rln: int, first_order: bool, elsewhere: str) -> None:
+    """Which refuses tensors left on the CPU and any value read back to the host."""
+    trajectory = sample_trajectory(CLASSES, 20, torch.Generator(), update_step=3, remember=5)
+    # The indices of the trajectory lie on the CPU, as in training.
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if elsewhere == "cuda" else nullcontext()
+    with fake:
+        with torch.device(elsewhere):
+            net = NETWORKS[kind](**WIDTHS[kind])
+            pixels = torch.empty(CLASSES, 20, 1, 28, 28)
+            labels = torch.zeros(2, dtype=torch.long)
+        meta = MetaLearner(
+            net, pixels, torch.Generator(), meta_lr=0.001, update_lr=LR, rln=rln, first_order=first_order
+        )
+        result = meta.step(trajectory)
+        assert result.loss.device.type == elsewhere
+        trained = trained_parameters(net, rln)
+        run = new_run(net, trained, torch.Generator())
+        inputs = net.frozen(pixels[0, :2], trained)
+        for optimizer in ("adam", "sgd"):
+            learner = adam_learner(run, trained, Settings(0.001, optimizer))
+            learner.learn(inputs, labels)
+            assert learner.predict(inputs).device.type == elsewhere
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            result.loss.item()
+
+
+def truncated(net: Network, params: Params, pixels: Tensor, labels: Tensor, last: int) -> Tensor:
+    """Plain autograd with the gradients before the `last` steps detached."""
+    fast = dict(params)
+    for t in range(STEPS):
+        inner = F.cross_entropy(call(net, fast, pixels[2 + t : 3 + t]), labels[2 + t : 3 + t])
+        grads = torch.autograd.grad(
+            inner, list(fast.values()), create_graph=True, materialize_grads=True, allow_unused=True
+        )
+        kept = [g if t >= STEPS - last else g.detach() for g in grads]
+        fast = {name: p - LR * g for (name, p), g in zip(fast.items(), kept, strict=True)}
+    return F.cross_entropy(call(net, fast, pixels), labels)
+
+
+@pytest.mark.parametrize("last", range(STEPS + 1))
+@pytest.mark.parametrize(("kind", "rln"), [("ANML", 7), ("OML", 0)])
+def test_second_order_steps(kind: str, rln: int, last: int) -> None:
+    net, _ = network(kind)
+    params, (pixels, labels) = learned(net, rln), examples()
+    everything = list(net.parameters())
+    found = []
+    for loss in (
+        loss_of(net, False, second_order_steps=last)(params, pixels, labels),
+        truncated(net, params, pixels, labels, last),
+    ):
+        grads = torch.autograd.grad(loss, everything, allow_unused=True, materialize_grads=True)
+        found.append((loss, grads))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    if last in (0, STEPS):
+        loss = loss_of(net, first_order=last == 0)(params, pixels, labels)
+        grads = torch.autograd.grad(loss, everything, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close((loss, grads), found[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_learned_step_sizes(first_order: bool) -> None:
+    """Meta-SGD against plain autograd, gradients of the step sizes included."""
+    net, _ = network("ANML")
+    params, (pixels, labels) = learned(net, 7), examples()
+    rule = MetaSGD(params, LR)
+    generator = torch.Generator().manual_seed(2)
+    for size in rule.parameters():
+        size.data += 0.05 * torch.randn(size.shape, generator=generator, dtype=torch.float64)
+    loss = loss_of(net, first_order, rule=rule)(params, pixels, labels)
+    everything = [*net.parameters(), *rule.parameters()]
+    ours = torch.autograd.grad(loss, everything, allow_unused=True, materialize_grads=True)
+
+    fast = dict(params)
+    for t in range(STEPS):
+        inner = F.cross_entropy(call(net, fast, pixels[2 + t : 3 + t]), labels[2 + t : 3 + t])
+        grads = torch.autograd.grad(
+            inner, list(fast.values()), create_graph=True, materialize_grads=True, allow_unused=True
+        )
+        sizes = list(rule.parameters())
+        fast = {
+            name: p - size * (g.detach() if first_order else g)
+            for (name, p), size, g in zip(fast.items(), sizes, grads, strict=True)
+        }
+    expected = F.cross_entropy(call(net, fast, pixels), labels)
+    theirs = torch.autograd.grad(expected, everything, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close((loss, ours), (expected, theirs), rtol=1e-9, atol=1e-12)
+
+
+def test_learned_step_sizes_are_saved_and_resumed(trainer: Trainer) -> None:
+    trainer("--steps=2", "--learn_update_lr", "--name=part")
+    trainer("--steps=4", "--learn_update_lr", "--name=whole")
+    trainer.run = Path("runs/part_0")
+    trainer.resume("--steps=4")
+    assert_same_run(Path("runs/part_0"), Path("runs/whole_0"))
+    rules = [load_checkpoint(Path(f"runs/{name}_0/model.net")).inner_rule for name in ("part", "whole")]
+    torch.testing.assert_close(*rules, rtol=0, atol=0)
+    sizes = rules[0]["head/weight"]
+    assert sizes.shape == load_checkpoint(Path("runs/part_0/model.net")).state_dict["head.weight"].shape
+    assert not sizes.eq(sizes.flatten()[0]).all()  # they were learned
+
+
+def test_a_rule_of_ones_own() -> None:
+    """Any function from parameters and gradients to parameters: here, signs."""
+
+    def signs(params: Params, grads: Params) -> Params:
+        return {name: p - 0.01 * grads[name].sign() for name, p in params.items()}
+
+    net, _ = network("ANML")
+    params, (pixels, labels) = learned(net, 13), examples()
+    fast, losses = inner_loop(net, params, pixels[:1], labels[:1], inner_lr=0.0, rule=signs)
+    moved = (fast["head.weight"] - params["head.weight"]).abs()
+    assert losses.shape == (1,)
+    torch.testing.assert_close(moved.max().item(), 0.01)
+
+
+def test_a_module_in_two_places_keeps_its_own_parameters() -> None:
+    layer = torch.nn.Linear(3, 3)
+    net = torch.nn.Sequential(layer, torch.nn.ReLU(), layer)
+    weight = layer.weight
+    call(net, {"0.weight": torch.zeros(3, 3)}, torch.ones(1, 3))
+    assert layer.weight is weight
+
+
+def test_a_learner_of_ones_own() -> None:
+    """Nearest class mean in a few lines."""
+
+    class ClassMeans:
+        def __init__(self, net: Network) -> None:
+            self.net, self.sums = net, torch.zeros(CLASSES, 54, dtype=torch.float64)
+
+        @torch.no_grad()
+        def learn(self, inputs: Any, labels: Tensor) -> None:
+            self.sums.index_add_(0, labels, self.net.features(inputs))
+
+        @torch.no_grad()
+        def predict(self, inputs: Any) -> Tensor:
+            return torch.cdist(self.net.features(inputs), self.sums / 15).argmin(1)
+
+    net, _ = network("ANML")
+    pool = images(3, 1) + 0.05 * images(3, 20, seed=5)
+    score = MetaTest(net, pool, 13, seed=2, learner=lambda net, trained, settings: ClassMeans(net)).score(
+        3, 0.003, "report", draw=0
+    )
+    assert score.test > 0.6
+
+
+def test_example_of_the_door_for_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the documentation shows, run as it stands there."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs/extending.md").read_text(encoding="utf-8")
+    code = text.split("<!-- notebook -->")[1].split("```")[1].removeprefix("python\n")
+    monkeypatch.chdir(root)
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102 (our own documentation)
+    assert names["logits"].shape == (2, 1000)
+    assert names["features"].shape == names["gate"].shape == (2, 2304)
+
+
+def test_normalise_says_what_it_does_not_take() -> None:
+    from datasets import normalise
+
+    paper = torch.full((2, 28, 28), 255, dtype=torch.uint8)
+    assert normalise(paper.numpy()).shape == (2, 1, 28, 28)
+    with pytest.warns(UserWarning, match="dark"):
+        normalise(255 - paper)
+    for wrong in (paper.float(), paper[:, :20], paper[0], paper[:, None]):
+        with pytest.raises(ValueError, match="28, 28"):
+            normalise(wrong)
+
+
+def test_networks_say_what_their_layers_do() -> None:
+    shown = repr(load_network(Path(__file__).parents[2] / "pretrained/anml_omniglot.net"))
+    for part in ("ConvBlock", "norm of each image, ReLU, 2x2 max-pool", "Sigmoid", "out_features=1000"):
+        assert part in shown

@@ -1,0 +1,212 @@
+"""Full disks, folders that cannot be written and training that diverges: what is lost, and what is said."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluation.journal import Journal, Key
+from model.scores import Score
+from model.training_state import TrainingState
+from tests.conftest import Trainer
+from utils.arguments import parse, training_parser
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.files import check_writable, write_text
+from utils.run import Run
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within this block, no file of this process may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def same(a: TrainingState, b: TrainingState) -> bool:
+    return a.step == b.step and all(torch.equal(a.state_dict[key], b.state_dict[key]) for key in a.state_dict)
+
+
+# Too small for TensorBoard's events, for the metrics, for the training state.
+@pytest.mark.parametrize("size", [2_000, 4_000, 8_000, 20_000])
+def test_a_full_disk_keeps_the_last_good_state(size: int, trainer: Trainer) -> None:
+    trainer("--steps=5")
+    good = trainer.state()
+    with largest_file(size), pytest.raises(UserError, match=r"cannot write .*: File too large"):
+        trainer.resume("--steps=500", "--save_every=100")
+    assert same(trainer.state(), good)
+    assert load_checkpoint(trainer.run / "model.net").step == 5
+    assert not list(trainer.run.glob(".*"))
+    trainer.resume("--steps=7")
+    assert trainer.state().step == 7
+
+
+@pytest.mark.parametrize("target", ["state.pt", "model.net", "smoke.net"])
+@pytest.mark.parametrize("call", ["mkstemp", "fsync"])
+def test_a_file_that_cannot_be_written_is_named(
+    target: str, call: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer("--steps=5")
+    make, sync, drafts = tempfile.mkstemp, os.fsync, [""]
+
+    def mkstemp(**where: Any) -> tuple[int, str]:
+        drafts.append(where["prefix"])
+        if call == "mkstemp" and drafts[-1] == f".{target}.":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make(**where)
+
+    def fsync(handle: int) -> None:
+        if call == "fsync" and drafts[-1] == f".{target}.":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(os, "fsync", fsync)
+    reason = "Read-only file system" if call == "mkstemp" else "No space left on device"
+    with pytest.raises(UserError, match=f"cannot write .*{target}: {reason}"):
+        trainer.resume("--steps=9", "--save_every=100")
+    # The state is written first: what fails after it loses nothing.
+    assert trainer.state().step == (5 if target == "state.pt" else 9)
+    assert load_checkpoint(Path("runs/smoke.net")).step == 5
+
+
+@pytest.fixture
+def poor_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No modes, owners, times, links nor locks, and no way to ask for writing at once: a share, a bucket."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    for name in ("chmod", "fchmod", "chown", "utime", "link", "symlink"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_a_poor_file_system(poor_file_system: None, trainer: Trainer, tmp_path: Path) -> None:
+    trainer("--steps=3")
+    trainer.resume("--steps=5", "--save_every=1")
+    trainer("--steps=2")
+    assert load_checkpoint(Path("runs/smoke.net")).step == 2
+    assert load_checkpoint(Path("runs/smoke.1.net")).step == 5
+    key, score = Key("search", "m.net", 2, 0, 0.1), Score(test=0.5, train=0.5, above_chance=1, diverged=0)
+    with Journal(tmp_path / "scores.csv") as journal:
+        journal.score(key, lambda: score)
+    with Journal(tmp_path / "scores.csv") as journal:
+        assert journal.known == {key: score}
+
+
+def test_drafts_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    check_writable(tmp_path / "m.net", "--model_name")
+    write_text(tmp_path / "a", "b")
+    assert (tmp_path / "a").read_text() == "b"
+    with largest_file(10), pytest.raises(UserError, match="File too large"):
+        write_text(tmp_path / "a", "b" * 100)
+
+
+def test_a_current_folder_that_was_removed(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer("--steps=1", f"--model_name={tmp_path / 'm.net'}")
+    trainer.run = tmp_path / "runs/smoke_0"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    trainer.resume("--steps=2")
+    assert load_checkpoint(tmp_path / "m.net").step == 2
+
+
+def test_a_model_of_another_training_is_kept(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def models() -> dict[str, int]:
+        return {path.name: load_checkpoint(path).step for path in tmp_path.glob("runs/*.net")}
+
+    trainer("--steps=4", "--save_every=2")
+    trainer.resume("--steps=6")  # which replaces models of its own
+    assert models() == {"smoke.net": 6}
+    assert "kept" not in capsys.readouterr().out
+    first = Path("runs/smoke.net").read_bytes()
+    trainer("--steps=5", "--save_every=1")
+    assert Path("runs/smoke.1.net").read_bytes() == first
+    notice = "runs/smoke.net is the model of another training, and is kept as runs/smoke.1.net"
+    assert capsys.readouterr().out.count(notice) == 1
+    assert notice in (tmp_path / "runs/smoke_1/log.txt").read_text()
+    trainer.resume("--steps=7")  # of the first: the model is now that of the second
+    assert models() == {"smoke.net": 7, "smoke.1.net": 6, "smoke.2.net": 5}
+    trainer("--steps=5", "--save_every=1")  # twice the same is kept once
+    trainer("--steps=8")
+    assert models() == {"smoke.net": 8, "smoke.1.net": 6, "smoke.2.net": 5, "smoke.3.net": 7}
+
+
+def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
+    """A writing thread that died would block the run for ever."""
+    run = Run.create(tmp_path, "n", parse(training_parser(), []))
+
+    def write() -> None:
+        with run:
+            for step in range(10_000):
+                run.scalars(step, {"loss": 1.0})
+
+    with largest_file(2_000), pytest.raises(UserError, match="File too large"):
+        write()
+
+
+def test_a_log_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "n", parse(training_parser(), []))
+    with (run.folder / "log.txt").open("ab") as file:
+        file.write(b"\n" * 2_000_000)
+    with largest_file(1_000_000), pytest.raises(UserError, match="File too large"), run:
+        logging.getLogger("anml").info("one line more")
+
+
+@pytest.mark.parametrize(
+    ("flag", "last"),
+    [("--update_lr=1e30", 0), ("--meta_lr=1e36", 1)],
+)
+def test_divergence_stops_with_the_last_finite_state(flag: str, last: int, trainer: Trainer) -> None:
+    with pytest.raises(UserError) as ended:
+        trainer("--steps=50", flag)
+    message = str(ended.value)
+    assert message.startswith(f"step {last + 1}: ")
+    for named in ("--meta_lr", "--update_lr", "--seed 9", str(Path("runs/smoke_0"))):
+        assert named in message
+    state = trainer.state()
+    assert state.step == last
+    assert all(bool(value.isfinite().all()) for value in state.state_dict.values())
+    assert (trainer.run / "metrics.csv").read_text().count("\n") in (0, last + 1)
+    with pytest.raises(UserError) as again:
+        trainer.resume()
+    reason, separator, _ = message.partition("; the state before it is in ")
+    assert separator
+    assert str(again.value).startswith(reason)  # it stood exactly before the step that failed
+
+
+def test_weights_that_are_not_finite_are_not_saved(trainer: Trainer) -> None:
+    trainer("--steps=3")
+    trainer("--steps=1")
+    with pytest.raises(UserError, match=r"step 2.* not kept: .*not finite"):
+        trainer("--steps=9", "--meta_lr=1e39")
+    assert trainer.state().step == 3

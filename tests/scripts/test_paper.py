@@ -1,0 +1,195 @@
+"""configs/paper.sh: its commands are ones that the scripts accept, and it skips what is there."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from evaluation.targets import read_targets
+from tests.tools.test_ledger import write_accuracies
+from tools.ledger import ledger
+from utils import arguments
+from utils.arguments import Parser, parse
+
+ROOT = Path(__file__).parents[2]
+PARSERS = {
+    "mrcl_classification.py": "training_parser",
+    "pretrain_classification.py": "pretraining_parser",
+    "evaluate_classification.py": "evaluation_parser",
+    "tools/analyze_representation.py": "analysis_parser",
+    "tools/plot_results.py": "plot_parser",
+    "tools/compare_results.py": "comparison_parser",
+    "tools/ledger.py": "ledger_parser",
+}
+TIME = re.compile(r"(less than )?\d+ (s|min|h)\b")
+
+# Stands for Python: notes its arguments and makes the model that it is asked for.
+FAKE = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in *"$FAIL_AT"*) exit 130 ;; esac
+while [ $# -gt 0 ]; do
+  if [ "$1" = --model_name ]; then echo weights > "$2"; fi
+  shift
+done
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with the script, the targets, an earlier result and the configs, and an interpreter that
+    only takes notes."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results/targets.csv", tmp_path / "results/targets.csv")
+    (tmp_path / "results/manifest.csv").write_text("result,training,command\nanml,earlier,c\n")
+    (tmp_path / "fake").write_text(FAKE)
+    (tmp_path / "fake").chmod(0o755)
+    return tmp_path
+
+
+def paper(project: Path, *words: str, fail_at: str = "nothing") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": "./fake", "ROOT": "some data", "FAIL_AT": fail_at}
+    return subprocess.run(
+        ["bash", str(project / "configs/paper.sh"), *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+
+
+def calls(project: Path) -> list[str]:
+    path = project / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def listed(project: Path) -> dict[str, list[str]]:
+    """The commands that a dry run lists, by step."""
+    done = paper(project, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    steps = {}
+    for heading, command in zip(lines[::2], lines[1::2], strict=True):
+        name, time = heading.removeprefix("# ").split(": ", 1)
+        assert TIME.match(time), heading
+        steps[name] = shlex.split(command)
+    return steps
+
+
+def test_a_dry_run_runs_nothing(project: Path) -> None:
+    before = sorted(project.rglob("*"))
+    assert len(listed(project)) > 20
+    assert sorted(project.rglob("*")) == before
+
+
+def test_every_command_is_accepted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    for name, (_, script, *flags) in listed(project).items():
+        if script == "-m":
+            script = f"{flags.pop(0).replace('.', '/')}.py"
+        assert (ROOT / script).is_file(), name
+        make: Callable[[], Parser] = getattr(arguments, PARSERS[script])
+        parsed = parse(make(), flags)
+        assert not parsed.notices, name
+        if "dataset_path" in vars(parsed):
+            assert parsed.dataset_path == Path("some data")
+        if script.startswith(("mrcl_", "pretrain_", "evaluate_")):
+            assert parsed.name == f"paper_{name}"
+
+
+def test_every_target_has_its_step(project: Path) -> None:
+    assert {target.result for target in read_targets()} <= set(listed(project))
+
+
+def test_models_and_results_come_from_a_step(project: Path) -> None:
+    """What a command reads, an earlier one writes."""
+    there: set[str] = set()
+    for name, words in listed(project).items():
+        for flag, value in pairwise(words):
+            if flag == "--model":
+                assert {value, str(Path(value).parent)} & there, name
+            if flag == "--model_name":
+                there.add(value.removeprefix("partial_"))
+        for word in words:
+            folder = word.rpartition("=")[2]
+            if folder.startswith("runs/"):
+                assert {folder, str(Path(folder).parent)} & there, name
+        there.add(f"runs/paper_{name}_0")
+
+
+def test_steps_run_in_order_and_only_once(project: Path) -> None:
+    assert paper(project, "anml", "train_anml").returncode == 0
+    first, second = calls(project)
+    assert first.startswith("mrcl_classification.py --config configs/anml.toml")
+    assert second.startswith("evaluate_classification.py --name paper_anml ")
+    assert (project / "Neuromodulation_Model.net").exists()
+    assert not list(project.glob("partial_*"))
+    done = paper(project, "train_anml")
+    assert "skipped: there is Neuromodulation_Model.net" in done.stdout
+    assert len(calls(project)) == 2
+
+
+def test_an_interrupted_step_ends_the_script_and_is_not_taken_as_done(project: Path) -> None:
+    (project / "partial_OML_Model.net").write_text("weights on the way")
+    assert paper(project, "train_oml", "oml", fail_at="configs/oml.toml").returncode == 130
+    assert len(calls(project)) == 1
+    assert not (project / "OML_Model.net").exists()
+    (project / "runs/paper_train_oml_0").mkdir(parents=True)
+    assert paper(project, "train_oml").returncode == 0
+    assert calls(project)[-1].endswith("--resume runs/paper_train_oml_0")
+    assert (project / "OML_Model.net").exists()
+    # An evaluation's folder from an earlier attempt is continued; a finished one is left alone.
+    (project / "runs/paper_oml_0").mkdir(parents=True)
+    assert paper(project, "oml").returncode == 0
+    assert calls(project)[-1].endswith("--resume runs/paper_oml_0")
+    (project / "runs/paper_oml_0/accuracy.png").write_text("")
+    assert paper(project, "oml").returncode == 0
+    assert len(calls(project)) == 3
+
+
+def test_results_go_to_the_ledger_with_their_commands(project: Path) -> None:
+    for name in ("anml", "anml_unlimited"):
+        folder = project / f"runs/paper_{name}_0"
+        folder.mkdir(parents=True)
+        write_accuracies(folder, "results", {10: (0.8, 0.9)})
+    analysis = project / "runs/paper_representation_10"
+    analysis.mkdir()
+    (analysis / "representation.json").write_text('{"measured": {"dead": 0}}')
+    for _ in range(2):  # a second time replaces the first
+        assert paper(project, "ledger").returncode == 0
+    assert calls(project) == ["-m tools.ledger"] * 2
+    # There is no target for anml_unlimited.
+    assert {path.name for path in (project / "results").iterdir()} == {
+        *("anml.csv", "manifest.csv", "representation.json", "targets.csv"),
+    }
+    with (project / "results/manifest.csv").open(newline="") as file:
+        rows = {row["result"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"anml", "representation"}
+    assert rows["anml"]["training"] == "20,000 steps, second order, seed 9"
+    assert shlex.split(rows["anml"]["command"]) == listed(project)["anml"][:-2]
+    tables = ledger(project / "results")
+    assert "| 80.0 ± 12.7 / - / - / - / - |" in tables
+    assert "| anml | 20,000 steps, second order, seed 9 | `./fake evaluate_classification.py " in tables
+
+
+@pytest.mark.parametrize(("word", "message"), [("anlm", "no step anlm"), ("--dry", "no option --dry")])
+def test_unknown_words_run_nothing(project: Path, word: str, message: str) -> None:
+    done = paper(project, "train_anml", word)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    assert not calls(project)
+
+
+def test_bash_reads_it() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "configs/paper.sh")], check=True)
+    assert os.access(ROOT / "configs/paper.sh", os.X_OK)

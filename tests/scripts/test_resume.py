@@ -1,0 +1,409 @@
+"""Runs that are killed, stopped or damaged go on as if nothing had happened, or say why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mrcl_classification
+from model.episodes import Trajectory, sample_trajectory
+from model.modelfactory import load_network
+from model.training_state import load_state, save_state
+from tests.conftest import EDITORS, TINY, Trainer, assert_same_run, rows
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import UserError
+from utils.interrupt import Interrupt
+from utils.run import Run
+
+ROOT = Path(__file__).parents[2]
+STEPS, KILLS = 220, 20
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
+
+
+def test_twenty_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
+    flags = [*TINY, f"--cache_dir={cache}", f"--steps={STEPS}", "--save_every=3"]
+    for folder, kills in (("whole", 0), ("killed", KILLS)):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.kill", str(kills), "1", *flags],
+            cwd=tmp_path / folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    whole = tmp_path / "whole/runs/smoke_0"
+    killed = sorted((tmp_path / "killed/runs").glob("*/config.json"))[-1].parent
+    resumed = [entry["step"] for entry in json.loads((killed / "config.json").read_text())["resumed"]]
+    assert resumed == sorted(resumed)
+    assert len(set(resumed)) > 5, "hardly any kill met a run that had come further"
+    assert_same_run(whole, killed)
+    assert [int(row["step"]) for row in rows(killed)] == list(range(1, STEPS + 1))
+    points = curve(killed)
+    assert [step for step, _ in points] == sorted({step for step, _ in points})
+    assert set(points) <= set(curve(whole))
+    assert not list(killed.glob(".*")), "drafts are left"
+
+
+def test_a_run_from_weights_does_not_repeat_the_draws_that_made_them(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of trajectories, head rows and layers; all of a chain of runs draw anew, and each the same again."""
+    drawn: list[tuple[int, bytes]] = []
+
+    def spy(classes: int, drawings: int, generator: torch.Generator, **options: int) -> Trajectory:
+        drawn.append((torch.initial_seed(), generator.get_state().numpy().tobytes()))
+        return sample_trajectory(classes, drawings, generator, **options)
+
+    monkeypatch.setattr(mrcl_classification, "sample_trajectory", spy)
+    trainer("--steps=2", "--name=first", "--seed=3")
+    assert drawn[0] == (3 * 2**32 + 1, torch.Generator().manual_seed(3).get_state().numpy().tobytes())
+    again = ("--checkpoint", "--seed=3")
+    trainer("--steps=2", "--name=next", *again, "--saved_model=runs/first_0/model.net")
+    trainer("--steps=2", "--name=last", *again, "--saved_model=runs/next_0/model.net")
+    assert len(drawn) == 6
+    assert all(len(set(part)) == 6 for part in zip(*drawn, strict=True))
+
+    trainer.run = Path("runs/next_0")
+    trainer.resume("--steps=3")
+    trainer("--steps=3", "--name=whole", *again, "--saved_model=runs/first_0/model.net")
+    assert_same_run(Path("runs/next_0"), Path("runs/whole_0"))
+    assert drawn[6:] == [drawn[9], *drawn[2:4], drawn[9]]
+    trainer("--steps=1", "--checkpoint", "--seed=4", "--saved_model=runs/first_0/model.net")
+    assert drawn[-1] not in drawn[:-1]
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.net", "model_30.net", "state.pt"])
+def test_drafts_of_a_killed_run_are_removed(name: str, trainer: Trainer) -> None:
+    trainer("--steps=2")
+    (trainer.run / f".{name}.abc").write_text("half of it")
+    trainer.resume("--steps=3")
+    assert not list(trainer.run.glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on(
+    number: signal.Signals, code: int, trainer: Trainer, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        metrics = trainer.run / "metrics.csv"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline, "training did not start"
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (code, "")
+    step = trainer.state().step
+    assert len(rows(trainer.run)) == step
+    trainer.resume(f"--steps={step + 3}")
+    trainer(f"--steps={step + 3}")
+    assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
+
+
+ON_A_TERMINAL = """
+import fcntl, os, struct, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""A program that makes its stdin the terminal of its session, 80 columns wide, and becomes a command."""
+
+
+def test_a_closed_terminal_saves(trainer: Trainer) -> None:
+    """The kernel sends SIGHUP, and what is printed after it fails."""
+    ours, theirs = os.openpty()
+    training = [str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=100000", "--log_every=1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, *training],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=ENVIRONMENT,
+    ) as process:
+        os.close(theirs)
+        while b"loss=" not in os.read(ours, 1000):  # which fails when the training ends
+            pass
+        os.close(ours)
+        assert process.wait(60) == 129
+    assert trainer.state().step == len(rows(trainer.run))
+    assert "model written to" in (trainer.run / "log.txt").read_text()
+
+
+def test_hangups_within_an_interrupt() -> None:
+    with Interrupt() as interrupt:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert interrupt.exit_code == 129
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_signal_within_an_interrupt() -> None:
+    for patient in (False, True):
+        with Interrupt(patient) as interrupt:
+            assert (interrupt.requested, interrupt.exit_code) == (False, 0)
+            signal.raise_signal(signal.SIGTERM)
+            if patient:
+                signal.raise_signal(signal.SIGINT)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            assert (interrupt.requested, interrupt.exit_code) == (True, 143)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, alter, empty, Path.unlink])
+def test_a_damaged_state_is_replaced_by_the_one_before(
+    damage: Callable[[Path], None], trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer("--steps=7", "--save_every=2")
+    trainer("--steps=9")
+    damage(trainer.run / "state.pt")
+    assert trainer.state().step == 6
+    trainer.resume("--steps=9")
+    assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
+    assert [step for step, _ in curve(trainer.run)] == list(range(1, 10))
+    for text in (capsys.readouterr().out, (trainer.run / "log.txt").read_text()):
+        assert "state.pt" in text
+        assert "going on from state.previous.pt, step 6" in text
+    damage(trainer.run / "state.pt")
+    damage(trainer.run / "state.previous.pt")
+    before = {path: path.read_bytes() for path in trainer.run.iterdir()}
+    with pytest.raises(UserError, match=r"state\.previous\.pt.*--saved_model"):
+        trainer.resume("--steps=12")
+    assert {path: path.read_bytes() for path in trainer.run.iterdir()} == before
+
+
+def test_a_state_of_another_run_is_refused(trainer: Trainer) -> None:
+    trainer("--steps=1")
+    trainer("--steps=1", "--pln_channels=3")
+    content = trainer.state()
+    other = load_state(trainer.run.with_name("smoke_1"))
+    assert other is not None
+    save_state(trainer.run, replace(content, optimizer=other.optimizer), {})
+    with pytest.raises(UserError, match="other weights"):
+        trainer.resume("--steps=2")
+    save_state(trainer.run, replace(content, generator=content.generator[:-1]), {})
+    with pytest.raises(UserError, match="state of this run"):
+        trainer.resume("--steps=2")
+    save_state(trainer.run, replace(content, network="OML"), {})
+    with pytest.raises(UserError, match="holds OML"):
+        trainer.resume("--steps=2")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2,0,0,1\n2,2,0,0,1\n3,2,0",
+        b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2,0,0,1\n\xff\xfe\n2,2,0,0,1\n",
+        b"step,lo",
+        b"",
+        None,
+    ],
+)
+def test_metrics_that_are_torn_or_lost(left: bytes | None, trainer: Trainer) -> None:
+    trainer("--steps=2")
+    metrics = trainer.run / "metrics.csv"
+    metrics.unlink() if left is None else metrics.write_bytes(left)
+    trainer.resume("--steps=4")
+    kept = 2 if left and b"1,2" in left else 0
+    assert [int(row["step"]) for row in rows(trainer.run)] == [1, 2, 3, 4][2 - kept :]
+    assert ("lacks 2 of the 2 steps" in (trainer.run / "log.txt").read_text()) == (kept == 0)
+
+
+def test_files_of_an_editor(trainer: Trainer) -> None:
+    trainer("--steps=3")
+    before = rows(trainer.run)
+    for name in ("metrics.csv", "config.json"):
+        path = trainer.run / name
+        path.write_bytes(EDITORS["both"](path.read_bytes()))
+    trainer.resume("--steps=4")
+    assert rows(trainer.run)[:3] == before
+    assert "lacks" not in (trainer.run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--meta_lr=0.01"], "--meta_lr is 0.01 and was 0.001"),
+        (["--first_order", "--seed=4"], "--first_order is True and was False; --seed is 4 and was 9"),
+        (["--checkpoint"], "--checkpoint"),
+        (["--config", str(ROOT / "configs/anml.toml")], "--num_classes is 1000"),
+    ],
+)
+def test_contradicting_arguments_are_refused(
+    flags: list[str], named: str, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer("--steps=1")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        trainer.resume(*flags)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert named in error or "train_classes" in error
+    assert error.count("\n") == 1
+
+
+def test_what_may_change(trainer: Trainer) -> None:
+    trainer("--steps=4")
+    flags = ["--seed", "9", "--log_every=1", "--save_every=2", "--device=cpu", "--threads=1"]
+    trainer.resume("--steps=5", *flags)
+    config = json.loads((trainer.run / "config.json").read_text())
+    assert (config["arguments"]["steps"], config["arguments"]["save_every"]) == (5, 2)
+    assert config["arguments"]["config"] == str(ROOT / "configs/smoke.toml")
+    assert [entry["step"] for entry in config["resumed"]] == [4]
+    trainer.resume()  # nothing to do, which is no error
+    with pytest.raises(UserError, match=r"--steps 4: .* has done 5"):
+        trainer.resume("--steps=4")
+
+
+def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer("--steps=1", "--model_name=m.net")
+    config = trainer.run / "config.json"
+    good = config.read_text()
+    for content, named in (
+        (good.replace('"manifest": "', '"manifest": "0'), "the data is not that"),
+        (good[:-9], "damaged"),
+        ("[]", "damaged"),
+        ('{"arguments": {"stepz": 1}}', "stepz"),
+        ('{"arguments": {"steps": "1"}}', "steps"),
+        (None, "not a run folder"),
+    ):
+        config.unlink() if content is None else config.write_text(content)
+        with pytest.raises((UserError, SystemExit)) as ended:
+            trainer.resume()
+        assert named in capsys.readouterr().err + str(ended.value)
+    assert trainer.state().step == 1
+
+
+def test_a_run_that_was_moved(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer("--steps=2", "--runs_dir=old/runs", f"--model_name={tmp_path}/old/m.net")
+    Path("old").rename("new")
+    trainer.run = Path("new/runs/best_7")
+    Path("new/runs/smoke_0").rename(trainer.run)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        trainer.resume("--steps=3")
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1)
+    assert f"its --model_name is {tmp_path}/old/m.net" in error
+    assert not Path("old").exists()
+    Path("old").touch()
+    with pytest.raises(UserError, match=r"cannot write --model_name .*/old/m\.net"):
+        trainer.resume("--steps=3")
+    trainer.resume("--steps=3", "--model_name=new/m.net", "--runs_dir=new/runs", "--name=best")
+    trainer.resume("--steps=4")
+    assert load_checkpoint(Path("new/m.net")).step == 4
+    assert json.loads((trainer.run / "config.json").read_text())["name"] == "best_7"
+
+
+def test_a_run_resumed_from_another_folder(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it named from where it was started stays where it is; in a moved run, it is named from here."""
+    trainer("--steps=2", "--dataset-path=data")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    trainer.run = Path("../runs/smoke_0")
+    for steps in (3, 4):
+        trainer.resume(f"--steps={steps}")
+    assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
+    arguments = json.loads((trainer.run / "config.json").read_text())["arguments"]
+    assert arguments["dataset_path"] == str(tmp_path / "data")
+    assert not list(elsewhere.iterdir())
+    monkeypatch.chdir(tmp_path)
+    trainer("--steps=2", "--name=other")
+    Path("runs").rename("elsewhere/runs")
+    monkeypatch.chdir(elsewhere)
+    trainer.run = Path("runs/other_0")
+    trainer.resume("--steps=5")
+    assert load_checkpoint(elsewhere / "runs/smoke.net").step == 5
+
+
+def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:
+    trainer("--steps=2")
+    (trainer.run / ".state.pt.abc").write_text("half of it")
+    before = {path: path.read_bytes() for path in trainer.run.iterdir()}
+    command = [sys.executable, str(ROOT / "mrcl_classification.py"), "--resume", str(trainer.run)]
+    with Run(trainer.run):
+        before |= {path: path.read_bytes() for path in trainer.run.glob("events*")}
+        refused = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+        assert "smoke_0 is in use" in refused.stderr
+        assert {path: path.read_bytes() for path in trainer.run.iterdir()} == before
+    trainer.resume("--steps=3")
+
+
+def test_a_run_that_ended_before_its_first_state(trainer: Trainer, tmp_path: Path) -> None:
+    trainer("--steps=2")
+    trainer("--steps=2")
+    for name in ("state.pt", "model.net", "metrics.csv"):
+        (trainer.run / name).unlink()
+    trainer.resume()
+    assert_same_run(trainer.run, tmp_path / "runs/smoke_1")
+
+
+def test_a_state_of_before_parameters_were_renamed(trainer: Trainer) -> None:
+    """`nm.conv1.weight` is `nm.block1.conv.weight` now; older runs go on, and their models load."""
+    trainer("--steps=4", "--name=whole")
+    trainer("--steps=2")
+    trainer.run = Path("runs/smoke_0")
+    state = trainer.state()
+    older = {re.sub(r"block(\d)\.(conv|norm)", r"\2\1", key): x for key, x in state.state_dict.items()}
+    assert "nm.conv1.weight" in older
+    config = json.loads((trainer.run / "config.json").read_text())["arguments"]
+    save_state(trainer.run, replace(state, state_dict=older), config)
+    save_checkpoint(Path("older.net"), "ANML", state.widths, older, {}, 2)
+    torch.testing.assert_close(dict(load_network("older.net").state_dict()), state.state_dict, rtol=0, atol=0)
+    trainer.resume("--steps=4")
+    assert_same_run(Path("runs/whole_0"), trainer.run)

@@ -1,0 +1,407 @@
+"""Both scripts as a user runs them: subprocesses on generated characters."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.checkpoint import load_checkpoint
+from utils.device import WAITING, choose_device
+from utils.start import numbers
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--config", str(ROOT / "configs/smoke.toml")]
+TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]
+
+
+def command(script: str, cache: Path, *flags: str) -> list[str]:
+    program = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
+    return [sys.executable, *program, *flags, f"--cache_dir={cache}", "--threads=1"]
+
+
+def run(
+    script: str, cache: Path, folder: Path, *flags: str, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in `folder` to its end and check the exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command(script, cache, *flags),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def train(cache: Path, folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run("mrcl_classification.py", cache, folder, *TINY, *flags, code=code)
+
+
+def evaluate(cache: Path, folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run("evaluate_classification.py", cache, folder, *TINY_EVALUATE, *flags, code=code)
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the smoke config was trained and evaluated."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(cache, folder)
+    evaluate(cache, folder)
+    return folder
+
+
+def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
+    folder = trained / "runs/smoke_0"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["update_step"] == 5
+    assert config["arguments"]["seed"] == 9
+    assert re.fullmatch("[0-9a-f]{64}", config["manifest"])
+    assert config["versions"]["torch"] == torch.__version__
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert all(0 <= float(row["accuracy_remember"]) <= 1 for row in rows)
+    assert "run folder" in (folder / "log.txt").read_text()
+    for path in (trained / "runs/smoke.net", folder / "model.net"):
+        saved = load_checkpoint(path)
+        assert (saved.network, saved.step) == ("ANML", 4)
+        assert saved.arguments["update_lr"] == 0.1
+    (kept,) = folder.glob("model_*.net")
+    assert (kept.name, load_checkpoint(kept).step) == ("model_3.net", 3)
+
+
+def test_training_curves_in_tensorboard(trained: Path) -> None:
+    reader = events(trained / "runs/smoke_0")
+    tags = reader.Tags()
+    assert {
+        "meta_train/loss",
+        "meta_train/accuracy_trajectory",
+        "meta_train/accuracy_remember",
+        "meta_train/gate_mean",
+        "meta_train/active_before_gate",
+        "meta_train/active_after_gate",
+        "meta_train/steps_per_second",
+        "meta_val/accuracy_test",
+        "meta_val/accuracy_train",
+    } <= set(tags["scalars"])
+    assert "meta_val/gate" in tags["images"]
+    assert "arguments/text_summary" in tags["tensors"]
+    with (trained / "runs/smoke_0/metrics.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    curve = reader.Scalars("meta_train/loss")
+    assert [event.step for event in curve] == [1, 2, 3, 4]
+    assert [event.value for event in curve] == pytest.approx(losses)
+    before = reader.Scalars("meta_train/active_before_gate")[-1].value
+    assert 0 < reader.Scalars("meta_train/active_after_gate")[-1].value <= before <= 1
+
+
+def test_evaluation_leaves_results(trained: Path) -> None:
+    folder = trained / "runs/smoke_evaluate_0"
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["classes"], row["run"]) for row in rows] == [
+        *(("2", "0"), ("2", "1"), ("3", "0"), ("3", "1")),
+    ]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["rln"] == 13
+    assert len(results["search"]) == 4
+    for line in results["summary"]:
+        assert line["test_low"] <= line["test"] <= line["test_high"]
+        runs = [float(row["test"]) for row in rows if int(row["classes"]) == line["classes"]]
+        assert line["test"] == pytest.approx(sum(runs) / len(runs))
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    reader = events(folder)
+    assert [event.step for event in reader.Scalars("meta_test/accuracy_test")] == [2, 3]
+    assert "meta_test/accuracy" in reader.Tags()["images"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rln", "0"),
+        ("--rln", "7", "--iid", "--epoch", "2"),
+        ("--no-freeze", "--split", "dataset", "--class-order", "dataset"),
+        ("--lr_search_split", "background", "--test", "--neuromodulation"),
+        ("--scratch",),
+    ],
+)
+def test_treatments(trained: Path, cache: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    options = ("--model", str(trained / "runs/smoke.net"), "--schedule", "2", "--runs", "1")
+    done = evaluate(cache, tmp_path, *options, *flags)
+    assert "meta-test test %" in done.stdout
+    if "background" in flags:
+        assert "meta-training classes, none of those reported on" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [("--first_order",), ("--treatment", "OML", "--update_lr=0.03")])
+def test_other_methods_train_and_evaluate(cache: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    train(cache, tmp_path, *flags)
+    done = evaluate(cache, tmp_path, "--lr", "0.001", "--schedule", "3")
+    assert "learning rate 0.001 as given" in done.stdout
+
+
+def test_same_seed_same_weights(trained: Path, cache: Path, tmp_path: Path) -> None:
+    train(cache, tmp_path, "--eval_every", "0")  # and looking on the way changes nothing
+    train(cache, tmp_path, "--seed", "10", "--model_name", "other.net")
+    first = load_checkpoint(trained / "runs/smoke.net").state_dict
+    again = load_checkpoint(tmp_path / "runs/smoke.net").state_dict
+    other = load_checkpoint(tmp_path / "other.net").state_dict
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert not torch.equal(first["pln.block2.conv.weight"], other["pln.block2.conv.weight"])
+
+
+def test_training_starts_from_a_model_file(trained: Path, cache: Path, tmp_path: Path) -> None:
+    model = str(trained / "runs/smoke.net")
+    start = ("--checkpoint", "--saved_model", model, "--steps", "1", "--meta_lr", "1e-12")
+    train(cache, tmp_path, *start, "--no-reset", "--model_name", "next.net")
+    first = load_checkpoint(Path(model)).state_dict
+    second = load_checkpoint(tmp_path / "next.net").state_dict
+    assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
+
+
+def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
+    arguments = command("mrcl_classification.py", cache, *TINY, "--steps=1000000", "--eval_every=0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        metrics = tmp_path / "runs/smoke_0/metrics.csv"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline, "training did not start"
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    rows = metrics.read_text().count("\n") - 1
+    assert load_checkpoint(tmp_path / "runs/smoke.net").step == rows
+
+
+def shell(folder: Path, line: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which `"$@"` is the command; of a pipe, the exit code is the command's."""
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}", "bash", *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "environment"),
+    [
+        ('"$@"', {"PYTHONIOENCODING": "ascii"}),
+        ('"$@" <&- >&- 2>&-', {}),
+        ('"$@" 2>&1 | head -n 1', {"PYTHONUNBUFFERED": "1"}),
+        ('"$@" > /dev/full 2>&1', {}),
+    ],
+)
+def test_training_goes_on_whatever_stdout_is(
+    line: str, environment: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, "--eval_every=0", "--log_every=1", "--name=zürich")
+    training = command("mrcl_classification.py", cache, *flags)
+    done = shell(tmp_path, line, *training, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    log = (tmp_path / "runs/zürich_0/log.txt").read_text(encoding="utf-8")
+    assert "run folder runs/zürich_0" in log
+    assert [f"step {step}/4 " in log for step in range(1, 5)] == [True] * 4
+    assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
+    if environment.get("PYTHONIOENCODING") == "ascii":
+        assert "run folder runs/z\\xfcrich_0" in done.stdout
+
+
+@pytest.mark.parametrize("line", ['"$@" 2>&-', '"$@" 2>&1 | true', '"$@" > /dev/full 2>&1'])
+def test_the_exit_code_does_not_depend_on_stderr(line: str, tmp_path: Path) -> None:
+    for arguments in (["a.csv"], ["a.csv", "b.csv"]):  # which the parser refuses, and the script
+        done = shell(tmp_path, line, sys.executable, "-m", "tools.compare_results", *arguments)
+        assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "error"),
+    [
+        ('"$@" >&-', 0, ""),
+        ('"$@" | true', 0, ""),
+        ('"$@" > /dev/full', 2, "cannot write to stdout: No space left on device"),
+    ],
+)
+def test_a_table_that_cannot_be_printed(line: str, code: int, error: str, tmp_path: Path) -> None:
+    results = str(ROOT / "results/scratch.csv")
+    done = shell(tmp_path, line, sys.executable, "-m", "tools.compare_results", results, results)
+    assert done.returncode == code
+    assert done.stderr.count("\n") == bool(error)
+    assert error in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rln", "14"), "--rln 14"),
+        (("--train_classes", "965", "--num_classes", "1000"), "964 classes"),
+        (("--update_step", "21"), "21"),
+        (("--runs_dir", "file/runs"), "file/runs"),
+        (("--model_name", "file/model.net"), "file/model.net"),
+        (("--checkpoint", "--saved_model", "file"), "file"),
+        (("--checkpoint", "--saved_model", "nowhere.net"), "nowhere.net"),
+        (("--dataset", "omniglot", "--dataset-path", "file"), "file"),
+        (("--device", "cuda:99"), "cuda:99"),
+    ],
+)
+def test_training_refuses_in_one_line(
+    cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = train(cache, tmp_path, *flags, code=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("**/*.net"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rln", "14"), "--rln 14"),
+        (("--schedule", "11"), "11"),
+        (("--test_classes", "660"), "659"),
+        (("--test_classes", "21", "--schedule", "21"), "20 outputs"),
+        (("--model", "nowhere.net"), "nowhere.net"),
+        (("--runs_dir", "file/runs"), "file/runs"),
+    ],
+)
+def test_evaluation_refuses_in_one_line(
+    trained: Path, cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    model = ("--model", str(trained / "runs/smoke.net"))
+    done = evaluate(cache, tmp_path, *model, *flags, code=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("results*"))
+
+
+def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0", "--logdir=runs"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as file, subprocess.Popen(command, cwd=trained, stdout=file, stderr=file) as server:
+        try:
+
+            def wait_for(what: Callable[[], Any]) -> Any:
+                for _ in range(600):
+                    assert server.poll() is None, said.read_text()
+                    found = what()
+                    if found:
+                        return found
+                    time.sleep(0.1)
+                raise AssertionError(said.read_text())
+
+            (url,) = wait_for(lambda: re.findall(r"http://127\.0\.0\.1:\d+/(?= )", said.read_text()))
+
+            def page(path: str) -> bytes:
+                with urllib.request.urlopen(f"{url}{path}", timeout=60) as answer:  # noqa: S310 (ours)
+                    found: bytes = answer.read()
+                    return found
+
+            assert b"<title>TensorBoard</title>" in page("")
+            wait_for(lambda: {"smoke_0", "smoke_evaluate_0"} <= set(json.loads(page("data/runs"))))
+            curve = "data/plugin/scalars/scalars?run=smoke_0&tag=meta_train/loss"
+            assert [step for _, step, _ in json.loads(page(curve))] == [1, 2, 3, 4]
+        finally:
+            server.terminate()
+
+
+SCRIPTS = [
+    *sorted(path.name for path in ROOT.glob("*.py")),
+    *("-m tools." + path.stem for path in ROOT.glob("tools/*.py") if "def main" in path.read_text()),
+    "-m model.check",
+]
+OLD = {
+    "torch": "import torch; torch.__version__ = '2.8.0+cpu'; del torch.func.functional_call",
+    "scipy": "from importlib import metadata; new = metadata.version\n"
+    "metadata.version = lambda name: '1.14.1' if name == 'scipy' else new(name)",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [*((script, "torch") for script in SCRIPTS), ("evaluate_classification.py", "scipy")],
+)
+def test_an_old_release_is_refused_in_one_line(script: str, package: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OLD[package])
+    done = subprocess.run(
+        [sys.executable, *script.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.search(rf"error: {package} [\d.]+\S* is too old, [\d.]+ is needed: pip install -r ", line)
+
+
+def test_releases_are_compared_by_number() -> None:
+    assert numbers("2.10.0a0+git1") > numbers("2.9")
+    assert numbers("2.9.0+cpu") >= numbers("2.9")
+    assert numbers("2.8.1") < numbers("2.9")
+
+
+@pytest.mark.parametrize(
+    ("threads", "load", "waiting", "said"),
+    [(2, 1.7, {}, True), (2, 0.3, {}, False), (1, 1.4, {}, False), (2, 1.7, {"OMP_WAIT_POLICY": "x"}, False)],
+)
+def test_a_shared_machine_is_pointed_out_at_the_start(
+    threads: int,
+    load: float,
+    waiting: dict[str, str],
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in waiting.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with caplog.at_level("INFO", logger="anml"):
+        choose_device("cpu")
+    assert ("OMP_WAIT_POLICY=passive" in caplog.text) == said

@@ -1,0 +1,256 @@
+"""Models of others: read without running them, converted where they fit, named where they do not."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.modelfactory import Network, build, restore
+from tools.convert_released import convert, main
+from tools.records import read, tensors
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = {
+    "ANML": {"nm_channels": 2, "pln_channels": 3, "num_classes": 5},
+    "OML": {"pln_channels": 3, "num_classes": 5},
+}
+
+
+class Learner(nn.Module):
+    """As much of the released class as its file shows: a list of parameters, one of statistics."""
+
+    def __init__(self, parameters: list[Tensor], extra: object = None) -> None:
+        super().__init__()
+        self.config = [("conv1_nm", [112, 3, 3, 3, 1, 0]), ("linear", [1024, 2304])]
+        self.extra = extra
+        self.vars = nn.ParameterList([nn.Parameter(value.clone()) for value in parameters])
+        self.vars_bn = nn.ParameterList([nn.Parameter(torch.zeros(3), requires_grad=False)])
+
+
+@contextmanager
+def released_module() -> Iterator[None]:
+    """While this is open, `Learner` lives where the released code has it; afterwards nowhere."""
+    module = ModuleType("model.learner")
+    module.Learner = Learner  # type: ignore[attr-defined]
+    sys.modules["model.learner"], Learner.__module__ = module, "model.learner"
+    try:
+        yield
+    finally:
+        del sys.modules["model.learner"]
+        Learner.__module__ = __name__
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def network(kind: str = "ANML") -> Network:
+    net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(3))
+    with torch.no_grad():  # no two parameters alike, biases and scales too
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    return net
+
+
+def save_released(path: Path, net: Network, zipped: bool = True, extra: object = None) -> None:
+    with released_module(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the format before torch 1.6 wants the source beside it
+        torch.save(Learner(list(net.parameters()), extra), path, _use_new_zipfile_serialization=zipped)
+
+
+def higher_names(style: str) -> list[str]:
+    """Names in the order of this project's parameters."""
+    names = []
+    for net in ("nm", "rln"):
+        for block in range(3):
+            for number, layer in enumerate(("conv", "norm" if style != "bn" else "bn")):
+                place = f"encoder.{block}.{number}" if style == "encoder" else f"convBlock{block + 1}.{layer}"
+                names += [f"{net}.{place}.weight", f"{net}.{place}.bias"]
+        if net == "nm":
+            names += ["nm.fc.weight", "nm.fc.bias"]
+    return [*names, "fc.weight", "fc.bias"]
+
+
+def higher_state(net: Network, style: str = "norm") -> dict[str, Tensor]:
+    """A higherANML state dict of the same function for grey images, in its own order."""
+    values = [
+        value.detach().sum(1, keepdim=True) if name.endswith("block1.conv.weight") else value.detach()
+        for name, value in net.named_parameters()
+    ]  # fmt: skip
+    return dict(reversed(list(zip(higher_names(style), values, strict=True))))
+
+
+def logits(net: Network) -> Tensor:
+    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(5))
+    output: Tensor = net(images.expand(-1, 3, -1, -1))
+    return output.detach()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", ["ANML", "OML"])
+def test_a_released_module(kind: str, zipped: bool, tmp_path: Path) -> None:
+    net = network(kind)
+    save_released(tmp_path / "in.net", net, zipped)
+    found, weights, rest = convert(tmp_path / "in.net")
+    assert type(found) is type(net)
+    assert net.widths.items() <= found.widths.items()  # and OML's hidden layer, in numbers
+    torch.testing.assert_close(weights, dict(net.state_dict()), rtol=0, atol=0)
+    assert rest == ["vars_bn.0"]
+
+
+def test_the_command_writes_a_model_that_loads(tmp_path: Path) -> None:
+    net = network()
+    save_released(tmp_path / "in.net", net)
+    with pytest.raises(UserError, match=r"python -m tools\.convert_released .*in\.net NEW\.net"):
+        load_checkpoint(tmp_path / "in.net")
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.convert_released", str(tmp_path / "in.net"), str(tmp_path / "out.net")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "not needed: 1 other tensors, vars_bn.0" in done.stdout
+    saved = load_checkpoint(tmp_path / "out.net")
+    copy = restore(saved.network, saved.widths, saved.state_dict, "out.net")
+    assert torch.equal(logits(copy), logits(net))
+
+
+def test_a_file_that_is_there_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.net"
+    save_released(path, network())
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["convert_released", str(path), str(path)])
+    main()
+    assert load_checkpoint(path).network == "ANML"
+    assert (tmp_path / "m.1.net").read_bytes() == before
+    assert f"is kept as {tmp_path / 'm.1.net'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("style", ["norm", "bn", "encoder"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_higher_anml_state_dict(style: str, wrapped: bool, tmp_path: Path) -> None:
+    net = network()
+    state = higher_state(net, style)
+    torch.save(
+        {"source": "import os", "state": state, "kwargs": {}} if wrapped else state, tmp_path / "in.net"
+    )
+    found, weights, rest = convert(tmp_path / "in.net")
+    assert rest == []
+    torch.testing.assert_close(
+        weights["pln.block2.conv.weight"], dict(net.state_dict())["pln.block2.conv.weight"]
+    )
+    kernel = weights["nm.block1.conv.weight"]
+    assert torch.equal(kernel[:, 0], kernel[:, 2])
+    copy = restore("ANML", found.widths, weights, "in.net")
+    torch.testing.assert_close(logits(copy), logits(net))
+    with pytest.raises(UserError, match=r"tools\.convert_released"):
+        load_checkpoint(tmp_path / "in.net")
+
+
+def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    state = higher_state(network())
+    state["rln.convBlock2.norm.weight"] = torch.ones(4)
+    torch.save(state, tmp_path / "in.net")
+    message = r"rln\.convBlock2\.norm\.weight is \[4\] where ANML has pln\.block2\.norm\.weight \[3\]$"
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "in.net")
+    state["rln.convBlock2.norm.weight"] = torch.ones(0)
+    torch.save(state, tmp_path / "in.net")
+    with pytest.raises(UserError, match=r"norm\.weight is empty"):
+        convert(tmp_path / "in.net")
+    del state["fc.bias"]
+    torch.save(state, tmp_path / "in.net")
+    with pytest.raises(UserError, match="holds 27 tensors and is neither"):
+        convert(tmp_path / "in.net")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_file_is_run(zipped: bool, tmp_path: Path) -> None:
+    sprung, path = tmp_path / "sprung", tmp_path / "in.net"
+    net = network()
+    save_released(path, net, zipped, Trap(sprung))
+    with pytest.raises(UserError, match="convert_released"):
+        load_checkpoint(path)
+    _, weights, _ = convert(path)
+    assert torch.equal(weights["head.bias"], net.get_parameter("head.bias"))
+    torch.save(Trap(sprung), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="no known model"):
+        load_checkpoint(path)
+    for data in (path.read_bytes(), pickle.dumps(Trap(sprung)), pickle.dumps(Trap(sprung), protocol=0)):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"in\.net"):
+            convert(path)
+    assert not sprung.exists()
+
+
+def test_a_module_is_named_as_its_state_dict(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 3)))
+    torch.save(module, tmp_path / "m.net")
+    found = dict(tensors(read(tmp_path / "m.net")))
+    expected = {name: value.detach() for name, value in module.state_dict().items()}
+    torch.testing.assert_close(dict(sorted(found.items())), dict(sorted(expected.items())))
+
+
+def test_views_and_types(tmp_path: Path) -> None:
+    base = torch.arange(12.0)
+    state = {"t": base.reshape(3, 4).t(), "part": base[3:5], "half": base.half(), "n": torch.tensor(3)}
+    for zipped in (True, False):
+        torch.save(state, tmp_path / "m.net", _use_new_zipfile_serialization=zipped)
+        torch.testing.assert_close(dict(tensors(read(tmp_path / "m.net"))), state, rtol=0, atol=0)
+
+
+def hostile() -> dict[str, bytes]:
+    """Pickles that would exhaust a careless reader."""
+    nested = b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s."
+    return {
+        "a deep key": nested,
+        "a huge memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
+        "a huge text": b"\x80\x02X\xff\xff\xff\x7fabc.",
+        "a huge byte array": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
+        "another protocol": pickle.dumps({"a": 1}, protocol=5),
+        "a call of a value": b"\x80\x02K\x01)R.",
+        "no end": b"\x80\x02" + b"(" * 1000,
+        "nothing": b"",
+    }
+
+
+@pytest.mark.parametrize("name", hostile())
+def test_hostile_pickles(name: str, tmp_path: Path) -> None:
+    (tmp_path / "m.net").write_bytes(hostile()[name])
+    with pytest.raises(UserError, match=r"m\.net"):
+        convert(tmp_path / "m.net")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "in.net"
+    save_released(path, network(), zipped)
+    data = path.read_bytes()
+    for kept in range(0, len(data) - 1, len(data) // 30):
+        path.write_bytes(data[:kept])
+        with pytest.raises(UserError, match=r"in\.net"):
+            convert(path)
+    with pytest.raises(UserError, match=r"absent\.net"):
+        convert(tmp_path / "absent.net")

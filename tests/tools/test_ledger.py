@@ -1,0 +1,247 @@
+"""The ledger: what README.md says is what results/ holds, and nothing malformed passes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evaluation.results import write_results
+from evaluation.targets import COLUMNS, TARGETS, read_targets
+from tools.ledger import END, START, inserted, ledger
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TARGET_LINES = """\
+anml,ANML,test,10,88,5,10,"Numenta, second order"
+anml,ANML,test,600,63.8,,3,paper
+anml,ANML,train,600,93,,3,paper
+oml,OML,test,600,<1,,0,paper
+pretrain,Pretrain,test,600,~1,,1,paper
+representation,ANML,dead,,0,,1,paper
+"""
+
+
+def write_ledger(folder: Path, targets: str = TARGET_LINES, manifest: str = "") -> Path:
+    """A results folder and a README beside it, in `folder`; returns the results folder."""
+    results = folder / "results"
+    results.mkdir()
+    (results / "targets.csv").write_text(f"{','.join(COLUMNS)}\n{targets}")
+    (results / "manifest.csv").write_text(f"result,training,command\n{manifest}")
+    (folder / "README.md").write_text(f"# Title\n\n{START}\nstale\n{END}\n\nthe end\n")
+    return results
+
+
+def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
+    """`<name>.csv` and `<name>.json` with two runs of each class count around (test, train)."""
+    rows = [
+        {"classes": classes, "run": run, "lr": 0.001, "test": test + shift, "train": train, "above_chance": 1}
+        for classes, (test, train) in accuracies.items()
+        for run, shift in enumerate((-0.01, 0.01))
+    ]
+    write_results(results, rows, {"rln": 13})
+    for suffix in ("csv", "json"):
+        (results / f"results.{suffix}").rename(results / f"{name}.{suffix}")
+
+
+def script(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    paths = (f"--results={folder / 'results'}", f"--readme={folder / 'README.md'}")
+    return subprocess.run(
+        [sys.executable, "-m", "tools.ledger", *paths, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_readme_says_what_results_hold() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert inserted(text, ledger(ROOT / "results"), Path("README.md")) == text, "run python -m tools.ledger"
+
+
+def test_published_numbers_are_those_of_the_sources() -> None:
+    targets = read_targets(TARGETS)
+    by_key = {(t.result, t.quantity, t.classes, t.source): str(t) for t in targets}
+    assert by_key["anml", "test", 600, "paper"] == "63.8"
+    assert by_key["anml", "test", 10, "Numenta, second order"] == "88 ± 5"
+    assert by_key["oml_unlimited", "test", 600, "paper, second-hand"] == "<1"
+    assert by_key["representation", "knn_after", None, "paper, second-hand"] == "81.1"
+    for target in targets:
+        if target.spread is not None:
+            assert target.tolerance == max(2, 2 * target.spread)
+
+
+def test_without_results_everything_is_not_run(tmp_path: Path) -> None:
+    tables = ledger(write_ledger(tmp_path))
+    assert "6 published numbers: 0 met, 0 missed (difference in bold), 6 not run" in tables
+    assert (
+        "| ANML | test accuracy | 10 | 88 ± 5 | Numenta, second order | not run |  | "
+        "`configs/paper.sh anml` |" in tables
+    )
+    assert "| Pretrain | test accuracy | 600 | about 1 |" in tables
+    assert "made by" not in tables
+
+
+def test_results_are_set_beside_targets(tmp_path: Path) -> None:
+    results = write_ledger(
+        tmp_path,
+        manifest='anml,"20,000 steps","python evaluate.py --x 1"\noml,oml,c\nrepresentation,20 steps,d\n',
+    )
+    write_accuracies(results, "anml", {10: (0.98, 1.0), 600: (0.6, 0.94)})
+    write_accuracies(results, "oml", {10: (0.5, 0.5), 600: (0.02, 0.5)})
+    (results / "representation.json").write_text(json.dumps({"measured": {"dead": 0.004, "knn_gate": 0.5}}))
+    tables = ledger(results)
+    assert "6 published numbers: 3 met, 2 missed (difference in bold), 1 not run" in tables
+    rows = {tuple(line.split(" | ")[:3]): line for line in tables.splitlines() if line.startswith("| ")}
+    # At the edge of a tolerance is within it; the interval is that of two runs, 97 and 99: 12.7 points.
+    assert "| 98.0 ± 12.7 | +10.0 |" in rows["| ANML", "test accuracy", "10"]
+    assert "| 60.0 ± 12.7 | **-3.8** |" in rows["| ANML", "test accuracy", "600"]
+    assert "| 94.0 ± 0 | +1.0 |" in rows["| ANML", "train accuracy", "600"]
+    assert "| 2.0 ± 12.7 | **+1.0** |" in rows["| OML", "test accuracy", "600"]
+    assert "| 0.4 | +0.4 |" in rows["| ANML", "dead units", ""]
+    assert "| anml | 20,000 steps | `python evaluate.py --x 1` |" in tables
+
+
+def test_one_run_has_no_interval(tmp_path: Path) -> None:
+    results = write_ledger(tmp_path, manifest="anml,t,c\nother,t,c\n")
+    header = "classes,run,lr,test,train,above_chance\n"
+    (results / "anml.csv").write_text(f"{header}600,0,0.001,0.6,0.9,600\n")
+    rows = "".join(f"10,{run},0.001,{test},0.9,10\n" for run, test in enumerate((0.0050, 0.0051, 0.0052)))
+    (results / "other.csv").write_text(f"{header}{rows}")
+    tables = ledger(results)
+    assert "| 60.0 | **-3.8** |" in tables
+    assert "| other | test accuracy | 10 | 0.5 ± 0.02 |" in tables
+    assert "Student's t for fewer than 10" in tables
+
+
+def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
+    """An upper limit is not met by weights that are no numbers."""
+    results = write_ledger(tmp_path, manifest="anml,t,c\noml,t,c\n")
+    header = "classes,run,lr,test,train,above_chance,diverged\n"
+    (results / "oml.csv").write_text(f"{header}600,0,1000000.0,0.0,0.0,0,1\n")
+    (results / "anml.csv").write_text(f"{header}10,0,0.001,0.0,0.0,0,1\n10,1,0.001,0.9,0.9,10,0\n")
+    tables = ledger(results)
+    assert "0 met, 2 missed" in tables
+    assert "| OML | test accuracy | 600 | <1 | paper | diverged | **-** |" in tables
+    assert " | 45.0 ± 55.0 (1 diverged) | **-43.0** |" in tables
+
+
+def test_a_result_without_a_target(tmp_path: Path) -> None:
+    results = write_ledger(tmp_path, manifest="other,t,c\n")
+    write_accuracies(results, "other", {10: (0.98, 1.0), 600: (0.6, 0.94)})
+    tables = ledger(results)
+    assert "6 not run" in tables
+    assert "| other | test accuracy | 10 / 600 | 98.0 ± 12.7 / 60.0 ± 12.7 |" in tables
+    assert "| other | train accuracy | 10 / 600 | 100.0 ± 0 / 94.0 ± 0 |" in tables
+    assert "| other | t | `c` |" in tables
+
+
+def test_files_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
+    results = write_ledger(tmp_path, manifest="anml,a,b\nrepresentation,c,d\n")
+    write_accuracies(results, "anml", {10: (0.98, 0.9)})
+    (results / "representation.json").write_text(json.dumps({"measured": {"dead": 0.01}}))
+    tables = ledger(results)
+    for path in results.iterdir():
+        path.write_bytes(edited(path.read_bytes()))
+    assert ledger(results) == tables
+
+
+def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
+    lines = "".join(f"anml,ANML,test,{n},80,{s},4,S\n" for n, s in ((10, 2), (50, ""), (75, 1)))
+    results = write_ledger(tmp_path, lines, "anml,t,c\n")
+    write_accuracies(results, "anml", {10: (0.81, 1.0), 75: (0.9, 1.0)})
+    assert (
+        "| ANML | test accuracy | 10 / 50 / 75 | 80 ± 2 / 80 / 80 ± 1 | S | 81.0 ± 12.7 / - / 90.0 ± 12.7 | "
+        "+1.0 / - / **+10.0** |" in ledger(results)
+    )
+
+
+def test_script_writes_and_checks(tmp_path: Path) -> None:
+    results = write_ledger(tmp_path)
+    readme = tmp_path / "README.md"
+    before = readme.read_text()
+    done = script(tmp_path, "--check")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "disagree" in done.stderr
+    assert readme.read_text() == before
+    assert script(tmp_path).returncode == 0
+    text = readme.read_text()
+    assert text.startswith(f"# Title\n\n{START}\n")
+    assert text.endswith(f"{END}\n\nthe end\n")
+    assert "stale" not in text
+    assert script(tmp_path, "--check").returncode == 0
+    (results / "targets.csv").write_text((results / "targets.csv").read_text().replace("63.8", "63.9"))
+    assert script(tmp_path, "--check").returncode == 1
+    (results / "targets.csv").write_text("nonsense\n")
+    done = script(tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "targets.csv" in done.stderr
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["no markers", START, f"{END}\n{START}", f"{START}{END}{START}{END}"])
+def test_markers_are_needed_once(text: str) -> None:
+    with pytest.raises(UserError, match="once each"):
+        inserted(text, "tables", Path("README.md"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("anml,ANML,test,10,88,5,10", "line 2: 7 fields"),
+        ("anml,ANML,speed,10,88,5,10,s", "'speed'"),
+        ("anml,ANML,test,ten,88,5,10,s", "'ten'"),
+        ("anml,ANML,test,,88,5,10,s", "count of classes"),
+        ("anml,ANML,test,0,88,5,10,s", "count of classes"),
+        ("anml,ANML,dead,10,88,5,10,s", "no count"),
+        ("anml,ANML,test,10,880,5,10,s", "'880'"),
+        ("anml,ANML,test,10,nan,5,10,s", "'nan'"),
+        ("anml,ANML,test,10,88,5,,s", "percentage"),
+        ("anml,,test,10,88,5,10,s", "treatment"),
+        ("anml,A|B,test,10,88,5,10,s", "treatment"),
+        ("anml,ANML,test,10,88,5,10,s\nanml,ANML,test,10,89,5,10,s", "line 3: the same target"),
+        ('anml,"ANML,test,10,88,5,10,s', "CSV"),
+    ],
+)
+def test_malformed_targets(tmp_path: Path, line: str, message: str) -> None:
+    results = write_ledger(tmp_path, f"{line}\n")
+    with pytest.raises(UserError, match=message):
+        ledger(results)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "files", "message"),
+    [
+        ("anml,t,c\n", {}, "'anml' is in manifest.csv but has no file"),
+        ("", {"anml.csv": "x"}, "'anml' has no line"),
+        ("anml,t,c\n", {"anml.csv": "x\n1\n"}, "columns"),
+        ("anml,t,c\n", {"anml.csv": ""}, "no runs"),
+        ("anml,t,c\nanml,t,c\n", {"anml.json": '{"measured": {}}'}, "twice"),
+        ("anml,t,a|b\n", {"anml.json": '{"measured": {}}'}, "breaks"),
+        ("representation,t,c\n", {"representation.json": "{"}, "not a representation.json"),
+        ("representation,t,c\n", {"representation.json": "[1]"}, "not a representation.json"),
+        ("representation,t,c\n", {"representation.json": '{"measured": {"dead": "x"}}'}, "not a repres"),
+        ("representation,t,c\n", {"representation.json": '{"measured": {"dead": 2}}'}, "dead = 2"),
+        ("representation,t,c\n", {"representation.json": '{"measured": {"dead": NaN}}'}, "dead = nan"),
+        ("representation,t,c\n", {"representation.json": '{"measured": {"speed": 1}}'}, "speed"),
+    ],
+)
+def test_malformed_results(tmp_path: Path, manifest: str, files: dict[str, str], message: str) -> None:
+    results = write_ledger(tmp_path, manifest=manifest)
+    for name, text in files.items():
+        (results / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        ledger(results)
+
+
+def test_a_folder_without_targets(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"targets\.csv"):
+        ledger(tmp_path)

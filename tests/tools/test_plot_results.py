@@ -1,0 +1,250 @@
+"""Figures of several results: what is drawn where, the files, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.container import ErrorbarContainer
+from matplotlib.patches import Rectangle
+
+from evaluation.plots import (
+    activations_figure,
+    bars_figure,
+    comparison_figure,
+    embedding_figure,
+    figure_pixels,
+    steps_figure,
+    training_figure,
+)
+from evaluation.results import Results, read_metrics, write_results
+from evaluation.targets import Target
+from model.scores import ACCURACY, MEASURES, Measure, accuracies
+from tests.tools.test_ledger import write_accuracies
+from tools import plot_results
+from utils.arguments import parse, plot_parser
+
+ROOT = Path(__file__).parents[2]
+
+
+def summary(values: dict[int, float]) -> list[dict[str, float]]:
+    """Test accuracies, and train accuracies 0.1 above, with intervals of 0.05 to either side."""
+    bounds = (("", 0.0), ("_low", -0.05), ("_high", 0.05))
+    return [
+        {"classes": classes}
+        | {
+            f"{key}{bound}": test + above + shift
+            for key, above in (("test", 0), ("train", 0.1))
+            for bound, shift in bounds
+        }
+        for classes, test in values.items()
+    ]
+
+
+def target(quantity: str, classes: int, published: float, spread: float | None = None) -> Target:
+    return Target("a", "A", quantity, classes, "", published, spread, 4.0, "source")
+
+
+def lines(axes: Axes) -> dict[str, list[list[float]]]:
+    return {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.get_lines()}
+
+
+def test_curves_are_in_their_panels() -> None:
+    curves = {"A": summary({100: 0.5, 10: 0.8}), "B": summary({10: 0.25})}
+    published = [target("test", 10, 70, 3), target("test", 100, 60), target("train", 10, 90)]
+    figure = comparison_figure(curves, published)
+    test, train = figure.axes
+    np.testing.assert_allclose(lines(test)["A"], [[10, 80], [100, 50]])
+    np.testing.assert_allclose(lines(train)["A"], [[10, 90], [100, 60]])
+    np.testing.assert_allclose(lines(train)["B"], [[10, 35]])
+    np.testing.assert_allclose(lines(test)["chance"][-1], [100, 1])
+    bars = [c for axes in (test, train) for c in axes.containers if isinstance(c, ErrorbarContainer)]
+    hollow = [np.asarray(bar.lines[0].get_xydata()).tolist() for bar in bars]
+    assert hollow == [[[10, 70], [100, 60]], [[10, 90]]]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["A", "B", "chance", "A, published: source"]
+    # In black and white, line style and marker tell the curves apart.
+    styles = {(line.get_linestyle(), line.get_marker()) for line in test.get_lines()[:2]}
+    assert len(styles) == 2
+
+
+def test_bars_show_means_intervals_and_published_numbers() -> None:
+    final = {"A": summary({600: 0.6})[0], "B": summary({600: 0.2})[0]}
+    figure = bars_figure(final, [("B", target("test", 600, 30)), ("B", target("train", 600, 40))])
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == pytest.approx(
+        [60, 20, 70, 30]
+    )
+    assert [text.get_text() for text in axes.texts] == ["60.0", "20.0", "70.0", "30.0"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["A", "B"]
+    np.testing.assert_allclose(lines(axes)["published"], [[30, 0.8], [40, 1.2]])
+    intervals = [c for c in axes.collections if isinstance(c, LineCollection)]
+    ends = {tuple(np.round(np.ravel(s), 6)) for c in intervals for s in c.get_segments()}
+    assert (55, -0.2, 65, -0.2) in ends
+    assert "600 classes" in axes.get_xlabel()
+
+
+def test_each_accuracy_that_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newer = summary({600: 0.6}), summary({600: 0.2})
+    monkeypatch.setitem(MEASURES, "worst", Measure("worst", ACCURACY, "of all classes", lambda answers: 0.0))
+    curves = {"A": older, "B": newer}
+    assert len(comparison_figure(curves).axes) == 2
+    newer[0] |= {"worst": 0.1, "worst_low": 0.0, "worst_high": 0.2}
+    del newer[0]["train"]
+    panels = comparison_figure(curves).axes
+    assert [axes.get_title() for axes in panels] == [measure.title for measure in accuracies()]
+    np.testing.assert_allclose(lines(panels[2])["B"], [[600, 10]])
+    assert np.isnan(lines(panels[2])["A"]).any()
+    (axes,) = bars_figure({"A": older[0], "B": newer[0]}).axes
+    assert [text.get_text() for text in axes.texts] == ["60.0", "20.0", "70.0", "-", "-", "10.0"]
+
+
+def test_one_run_has_no_band() -> None:
+    one = [{"classes": classes, "test": 0.5, "test_low": None, "train": 0.6} for classes in (10, 600)]
+    figure, several = (comparison_figure({"A": rows}) for rows in (one, summary({10: 0.5, 600: 0.4})))
+    for axes, bands in ((figure.axes[0], 0), (several.axes[0], 1)):
+        band = next(c for c in axes.collections if isinstance(c, PolyCollection))
+        assert len(band.get_paths()) == bands
+        assert ("95% interval" in axes.get_ylabel()) == bool(bands)
+    np.testing.assert_allclose(lines(figure.axes[0])["A"], [[10, 50], [600, 50]])
+    (axes,) = bars_figure({"A": one[0]}).axes
+    ends = [s for c in axes.collections if isinstance(c, LineCollection) for s in c.get_segments()]
+    assert not any(map(len, ends))
+
+
+def test_activations_are_squares() -> None:
+    rows = {"gate": np.eye(10)[:2], "after": np.zeros((2, 10))}
+    figure = activations_figure(np.zeros((2, 28, 28)), rows, ["A/character01", "A/character02"])
+    pictures = [image.get_array() for axes in figure.axes for image in axes.images]
+    shown = [np.ma.filled(picture, np.nan) for picture in pictures if picture is not None]
+    assert [image.shape for image in shown[:4]] == [(28, 28)] * 2 + [(4, 4)] * 2
+    np.testing.assert_array_equal(shown[3].ravel()[:10], np.eye(10)[1])
+    assert np.isnan(shown[3].ravel()[10:]).all()
+    assert figure_pixels(figure).ndim == 3
+
+
+def test_embedding_marks_alphabets() -> None:
+    points = np.arange(12.0).reshape(6, 2)
+    figure = embedding_figure({"before": points, "after": -points}, ["A", "A", "B", "B", "B", "C"])
+    before, after = figure.axes
+    assert [len(np.asarray(c.get_offsets())) for c in before.collections] == [2, 3, 1]
+    np.testing.assert_array_equal(after.collections[1].get_offsets(), -points[2:5])
+
+
+def test_accuracy_on_the_way(tmp_path: Path) -> None:
+    rows = [
+        {"model": f"{step}.net", "classes": classes, "run": run, "lr": 0.001, "test": test + shift}
+        | {"train": test + 0.1, "above_chance": 1}
+        for step, accuracies in ((1000, (0.5, 0.3)), (200, (0.4, 0.1)))
+        for classes, test in zip((10, 50), accuracies, strict=True)
+        for run, shift in enumerate((-0.01, 0.01))
+    ]
+    models = [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]
+    curves = plot_results.on_the_way({"run_0": Results(rows, {"models": models})})
+    test, train = steps_figure(curves).axes
+    np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
+    np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
+    write_results(tmp_path, rows, {"models": models})
+    done = plot(tmp_path, ".", "again=.", "--against=steps", "--out=figures")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["figures/results_steps.png", "figures/results_steps.pdf"]
+
+
+def test_what_trainings_measured(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((120, 3))
+    rows = [f"{k + 1},{loss},{a},{b},0.1\n" for k, (loss, a, b) in enumerate(values.tolist())]
+    for name, part in (("long", rows), ("short", rows[:3])):
+        (tmp_path / name).mkdir()
+        text = "step,loss,accuracy_trajectory,accuracy_remember,seconds\n" + "".join(part) + "9,0."
+        (tmp_path / name / "metrics.csv").write_text(text)
+    loss, accuracy = training_figure({name: read_metrics(tmp_path / name) for name in ("long", "short")}).axes
+    np.testing.assert_allclose(lines(loss)["long"][-1], [95.5, values[70:, 0].mean()])
+    np.testing.assert_allclose(lines(loss)["short"], [[2, values[:3, 0].mean()]])
+    np.testing.assert_allclose(lines(accuracy)["trajectory, long"][0], [25.5, 100 * values[:50, 1].mean()])
+    np.testing.assert_allclose(lines(accuracy)["remember, long"][0], [25.5, 100 * values[:50, 2].mean()])
+    done = plot(tmp_path, "long", "b=short/metrics.csv", "--against=training", "--out=figures")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["figures/results_training.png", "figures/results_training.pdf"]
+
+
+def plot(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tools.plot_results", *flags],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def run_folder(folder: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
+    (folder / name).mkdir(parents=True)
+    write_accuracies(folder / name, "results", accuracies)
+
+
+def test_script_writes_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_folder(tmp_path, "run_0", {10: (0.8, 0.9), 600: (0.6, 0.9)})
+    run_folder(tmp_path, "run=1", {10: (0.7, 0.9), 50: (0.6, 0.9)})
+    flags = ("ANML=run_0", "run=1", "b=run_0/results.csv", "--out", "figures", "--name", "x")
+    done = plot(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    files = sorted(tmp_path.glob("figures/*"))
+    assert [file.name for file in files] == ["x_bars.pdf", "x_bars.png", "x_curves.pdf", "x_curves.png"]
+    assert [file.read_bytes()[:4] for file in files] == [b"%PDF", b"\x89PNG"] * 2
+    assert done.stdout.split() == [f"figures/x_{f}.{s}" for f in ("curves", "bars") for s in ("png", "pdf")]
+    before = [file.read_bytes() for file in files]
+    monkeypatch.chdir(tmp_path)
+    plot_results.draw(parse(plot_parser(), flags))
+    assert [file.read_bytes() for file in files] == before
+    plot_results.draw(parse(plot_parser(), [*flags, "--no-published"]))
+    assert all(file.read_bytes() != old for file, old in zip(files, before, strict=True))
+
+
+def test_published_numbers_are_those_of_the_treatment() -> None:
+    def shown(label: str, treatment: str) -> tuple[dict[str, str], set[str]]:
+        treatments, targets = plot_results.published({label: Results([], {"treatment": treatment})})
+        return treatments, {target.treatment for target in targets}
+
+    assert shown("mine", "OML-OLFT") == ({"mine": "OML-OLFT"}, {"OML-OLFT"})
+    # The label decides: results do not say how their model was trained.
+    first_order = "anml, first order"
+    assert shown(first_order, "ANML") == ({first_order: "ANML, first order"}, {"ANML, first order"})
+    assert shown("mine", "ANML --rln 9") == ({}, {"ANML"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("run_0", "run_1"), "no class count in common"),
+        (("run_0", "run_0/results.csv"), "two results are called 'run_0'"),
+        (("run_0", "nowhere"), "nowhere"),
+        (("run_0", "label="), "'label='"),
+        (("=run_0",), "'=run_0'"),
+        (("_a=run_0",), "'_a'"),
+        (("$a^$=run_0",), "'$a^$'"),
+        (("empty",), "empty"),
+        (("nonsense",), "nonsense"),
+        (("run_0", "--out", "nonsense"), "nonsense"),
+        (("run_0", "--against=steps"), "how many steps"),
+        (("run_0", "--against=training"), "no metrics.csv"),
+        (("nonsense", "--against=training"), "accuracy_remember"),
+        ((), "RESULTS"),
+    ],
+)
+def test_script_refuses_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    run_folder(tmp_path, "run_0", {10: (0.8, 0.9)})
+    run_folder(tmp_path, "run_1", {20: (0.8, 0.9)})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nonsense").write_text("no,results\n1,2\n")
+    done = plot(tmp_path, *flags)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    assert not list(tmp_path.rglob("*.p[nd]*"))

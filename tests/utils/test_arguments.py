@@ -1,0 +1,263 @@
+"""Flags: every released one, both spellings, ranges, config files, and one-line errors."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import plot_results
+from tools.benchmark import benchmark_parser
+from utils.arguments import (
+    Parser,
+    analysis_parser,
+    comparison_parser,
+    evaluation_parser,
+    ledger_parser,
+    parse,
+    plot_parser,
+    pretraining_parser,
+    recorded,
+    training_parser,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PARSERS = [
+    *(training_parser, pretraining_parser, evaluation_parser, analysis_parser, plot_parser, ledger_parser),
+    *(comparison_parser, benchmark_parser),
+]
+RELEASED_TRAIN = """--steps 5 --model_name m.net --treatment Neuromodulation --checkpoint
+    --saved_model s.net --seed 9 --seeds 1 2 --tasks 2 --meta_lr 0.001 --update_lr 0.1
+    --update_step 20 --name n --dataset omniglot --commit --no-reset --rln 7 --model none"""
+RELEASED_EVALUATE = """--epoch 1 --seed 222 --schedule 10 50 --memory 0 --model m.net --scratch
+    --dataset omniglot --dataset-path d --name n --commit --no-freeze --reset --test --iid
+    --rln 0 --runs 10 --neuromodulation"""
+
+
+def train(text: str) -> Namespace:
+    return parse(training_parser(), text.split())
+
+
+def evaluate(text: str) -> Namespace:
+    return parse(evaluation_parser(), text.split())
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def refused(parser: Parser, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse(parser, argv)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "error: " in captured.err
+    return captured.err
+
+
+def test_released_train_command_gives_the_defaults() -> None:
+    command = (
+        "--rln 7 --meta_lr 0.001 --update_lr 0.1 --name mrcl_omniglot --steps 20000 --seed 9 "
+        "--model_name Neuromodulation_Model.net"
+    )
+    assert train(command) == train("")
+
+
+def test_every_released_flag_is_accepted() -> None:
+    arguments = train(RELEASED_TRAIN)
+    assert (arguments.treatment, arguments.reset, arguments.rln) == ("ANML", False, 7)
+    assert [notice.split()[0] for notice in arguments.notices] == ["--seeds", "--commit", "--model"]
+    arguments = evaluate(RELEASED_EVALUATE)
+    assert (arguments.schedule, arguments.model) == ([10, 50], [Path("m.net")])
+    assert arguments.iid
+    assert arguments.test
+    noticed = [notice.split()[0] for notice in arguments.notices]
+    assert noticed == ["--memory", "--commit", "--neuromodulation"]
+
+
+@pytest.mark.parametrize("make", [training_parser, evaluation_parser])
+def test_both_spellings_of_every_flag(make: Callable[[], Parser]) -> None:
+    for action in make().flags.values():
+        for option in action.option_strings:
+            for spelling in (option.replace("_", "-"), "--" + option[2:].replace("-", "_")):
+                assert make().canonical(spelling + "=a_b-c") == option + "=a_b-c"
+    assert train("--no_reset --dataset_path=a_b-c").dataset_path == Path("a_b-c")
+
+
+def test_defaults_follow_the_treatment() -> None:
+    oml = train("--treatment oml")
+    assert (oml.treatment, oml.rln, oml.model_name) == ("OML", 6, Path("OML_Model.net"))
+    # With a model file, the network is unknown until the file is read.
+    known = evaluate("--model m --treatment OML")
+    assert (known.rln, known.treatment) == (None, None)
+    assert known.notices == ("--treatment has no effect: the model file says which network it is",)
+    scratch = evaluate("--scratch --pln-channels 8")
+    assert (scratch.rln, scratch.treatment, scratch.pln_channels) == (0, "ANML", 8)
+    assert evaluate("--model m --no-freeze").rln == 0
+
+
+@pytest.mark.parametrize("typed", [["10", "50"], ["10,50"], ["10 50"], ["10,", "50"]])
+def test_schedule_in_every_form(typed: list[str]) -> None:
+    arguments = parse(evaluation_parser(), ["--scratch", "--schedule", *typed])
+    assert arguments.schedule == [10, 50]
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("--steps 0", "--steps"),
+        ("--steps 1.5", "--steps"),
+        ("--step 5", "--step"),  # no abbreviations
+        ("--meta_lr nan", "--meta_lr"),
+        ("--meta_lr inf", "--meta_lr"),
+        ("--update_lr -0.1", "--update_lr"),
+        ("--seed -1", "--seed"),
+        ("--seed 4294967296", "--seed"),
+        ("--rln -1", "--rln"),
+        ("--treatment MAML", "--treatment"),
+        ("--dataset cifar", "--dataset"),
+        ("--device gpu", "--device"),
+        ("--name a/b", "--name"),
+        ("--name ..", "--name"),
+        ("--checkpoint", "--saved_model"),
+        ("--saved_model m.net", "--checkpoint"),
+        ("--tasks 21", "--update_step"),
+        ("--train_classes 1001", "--num_classes"),
+        ("--eval_every 5 --eval_classes 9 --train_classes 8", "--eval_classes"),
+        ("--config no_such_file.toml", "no_such_file.toml"),
+    ],
+)
+def test_wrong_train_flags(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(training_parser(), typed.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("", "--model"),
+        ("--model m --no-freeze --rln 7", "--no-freeze"),
+        ("--model m --schedule 10 660", "--test_classes"),
+        ("--model m --schedule ten", "--schedule"),
+        ("--model m --schedule ,", "--schedule"),
+        ("--model m --lrs 0.1 0", "--lrs"),
+        ("--model m --runs 0", "--runs"),
+    ],
+)
+def test_wrong_evaluate_flags(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(evaluation_parser(), typed.split(), capsys)
+
+
+def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('steps = 7\nmeta_lr = 1\nreset = false\ntreatment = "oml"\nseed = 3\n')
+    arguments = train(f"--config {file} --seed 9 --treatment ANML")
+    assert (arguments.steps, arguments.meta_lr, arguments.reset) == (7, 1.0, False)
+    # 9 and ANML are the defaults: typed, they count all the same.
+    assert (arguments.seed, arguments.treatment, arguments.rln) == (9, "ANML", 7)
+    assert train(f"--config {file} --reset").reset
+    file.write_text("schedule = [2, 3]\nscratch = true\nlrs = [1, 0.5]\n")
+    arguments = evaluate(f"--config {file}")
+    assert (arguments.schedule, arguments.lrs) == ([2, 3], [1.0, 0.5])
+    assert evaluate(f"--config {file} --schedule 4").schedule == [4]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("stepz = 5", "stepz"),
+        ("config = 'x'", "config"),
+        ("notices = 'x'", "notices"),
+        ("seeds = [1]", "seeds"),
+        ("steps = 0", "steps"),
+        ("steps = '5'", "steps"),
+        ("steps = true", "steps"),
+        ("steps = 5.0", "steps"),
+        ("steps = [5]", "steps"),
+        ("first_order = 1", "first_order"),
+        ("first_order = 'true'", "first_order"),
+        ("name = 5", "name"),
+        ("meta_lr = '0.1'", "meta_lr"),
+        ("meta_lr = inf", "meta_lr"),
+        ("dataset = 'cifar'", "dataset"),
+        ("[method]\nsteps = 5", "method"),
+        ("steps = ", "not a TOML file"),
+        ("steps = 5\nsteps = 6", "not a TOML file"),
+    ],
+)
+def test_wrong_config_names_file_and_key(
+    text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    line = refused(training_parser(), ["--config", str(file)], capsys)
+    assert str(file) in line
+    assert named in line
+
+
+def test_config_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_bytes(edited('# a comment\nsteps = 7\nname = "zürich"\n'.encode()))
+    arguments = train(f"--config {file}")
+    assert (arguments.steps, arguments.name) == (7, "zürich")
+
+
+def test_config_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "c.toml", tmp_path):
+        assert str(path) in refused(training_parser(), ["--config", str(path)], capsys)
+
+
+@pytest.mark.parametrize("make", PARSERS)
+def test_the_home_folder_in_every_path(make: Callable[[], Parser], home: Path) -> None:
+    """A shell expands `--runs_dir ~/x` but not `--runs_dir=~/x`."""
+    found = {}
+    for action in make()._actions:
+        read: Any = action.type
+        with suppress(TypeError, ValueError, ArgumentTypeError):  # of flags that take something else
+            if isinstance(read("file"), Path):
+                found[action.dest] = read("~/x")
+    assert found
+    assert found == dict.fromkeys(found, home / "x")
+
+
+def test_the_home_folder_in_a_config(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('model = ["~/a.net", "b.net"]\nruns_dir = "~/x"\n')
+    arguments = evaluate(f"--config {tmp_path / 'c.toml'}")
+    assert (arguments.model, arguments.runs_dir) == ([home / "a.net", Path("b.net")], home / "x")
+    assert plot_results.labelled("a=~/x") == ("a", home / "x")
+    assert plot_results.labelled("~/x") == ("x", home / "x")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("./~/x", "~/x"), ("~no such user/x", "~no such user/x"), ("a/~", "a/~"), ("~", "")]
+)
+def test_what_is_no_home_folder(typed: str, meant: str, home: Path) -> None:
+    assert parse(training_parser(), [f"--runs_dir={typed}"]).runs_dir == (Path(meant) if meant else home)
+
+
+@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_presets_are_valid(preset: Path) -> None:
+    make = evaluation_parser if preset.stem.endswith("_evaluate") else training_parser
+    parse(make(), ["--config", str(preset)])
+
+
+def test_paper_preset_is_the_default() -> None:
+    preset = recorded(train(f"--config {CONFIGS / 'anml.toml'}"))
+    assert {**preset, "config": None} == recorded(train(""))
+
+
+@pytest.mark.parametrize("make", [training_parser, evaluation_parser])
+def test_help_says_the_default_of_every_flag(make: Callable[[], Parser]) -> None:
+    parser = make()
+    parser.format_help()
+    assert all("(default: " in (action.help or "") for action in parser.flags.values())

@@ -1,0 +1,177 @@
+"""Several processes give what one gives: weights, tables, errors."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.episodes import sample_trajectory
+from model.meta_learner import MetaLearner
+from model.modelfactory import build
+from model.training_state import load_state
+from tests.conftest import TINY, Trainer
+from tools import analyze_representation
+from utils.distributed import SIZES, Group, join, other_launcher
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml"), "--threads=1"]
+
+
+def torchrun(processes: int, folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command as that many processes; torchrun itself ends with 1 if one of them fails."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node", str(processes), *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def meta_train(path: Path) -> None:
+    """A few float64 steps of four trajectories; the first process writes weights and means."""
+    group = join(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    net = build("ANML", {"nm_channels": 2, "pln_channels": 3, "num_classes": 8}, generator).double()
+    images = torch.randn(8, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
+    learner = MetaLearner(net, images, generator, meta_lr=0.01, update_lr=0.1, rln=7, group=group)
+    results = []
+    for _ in range(3):
+        trajectories = [sample_trajectory(8, 20, generator, update_step=4, remember=6) for _ in range(4)]
+        results.append(list(learner.step(*trajectories)))
+    if group.first:
+        torch.save([dict(net.state_dict()), results], path)
+    group.leave()
+
+
+def test_two_processes_of_two_trajectories_give_what_one_of_four_gives(tmp_path: Path) -> None:
+    meta_train(tmp_path / "one.pt")
+    torchrun(2, tmp_path, str(ROOT / "tests/test_distributed.py"), str(tmp_path / "two.pt"))
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+def steps(run: Path) -> list[int]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def test_training_goes_on_under_another_number_of_processes(cache: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "mrcl_classification.py")
+    flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2"]
+    torchrun(2, tmp_path, script, *flags, "--steps=3")
+    assert [path.name for path in (tmp_path / "runs").glob("smoke_*")] == ["smoke_0"]
+    for processes, last in ((1, 5), (2, 6)):
+        torchrun(processes, tmp_path, script, "--resume", "runs/smoke_0", f"--steps={last}")
+    torchrun(1, tmp_path, script, *flags, "--steps=6")
+    several, one = (load_state(tmp_path / f"runs/smoke_{k}") for k in (0, 1))
+    assert several is not None
+    assert one is not None
+    torch.testing.assert_close(several.state_dict, one.state_dict, rtol=1e-3, atol=1e-4)
+    assert torch.equal(several.generator, one.generator)
+    assert steps(tmp_path / "runs/smoke_0") == list(range(1, 7))
+
+
+def test_a_process_that_dies_ends_the_job(cache: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "mrcl_classification.py")
+    done = torchrun(2, tmp_path, script, *TINY, f"--cache_dir={cache}", code=1)
+    assert "--meta_batch 1 is too few for 2 processes to share" in done.stderr
+    (tmp_path / "file").touch()
+    flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--runs_dir=file/x"]
+    done = torchrun(2, tmp_path, script, *flags, code=1)  # which the first process alone finds out
+    assert "cannot write the run folder file/x" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}, "WORLD_SIZE=2"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=4"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE=2"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, "SLURM_NTASKS=2"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_NTASKS=2"),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8"),
+        # One process: of its own, alone, in a shell or a batch script of an allocation.
+        ({}, None),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "high", "WORLD_SIZE": "all"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": str(2**32 - 5)}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "7"}, None),
+    ],
+)
+def test_other_launchers(
+    environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*SIZES, *os.environ):
+        if name in (*SIZES, "RANK", "WORLD_SIZE") or name.startswith("SLURM_"):
+            monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert other_launcher() == found
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match=r"WORLD_SIZE=2.*torchrun"):
+            trainer()
+        monkeypatch.setattr(sys, "argv", ["analyze_representation.py", "--model=m.net"])
+        with pytest.raises(UserError, match="analysis runs in one process"):
+            analyze_representation.main()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("RANK")
+    trainer("--steps=1")
+
+
+def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(*tensors: object) -> None:
+        raise RuntimeError(
+            "NCCL error: Duplicate GPU\nException raised from x (most recent call first):\nf #0"
+        )
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(UserError, match="process 0 stops: NCCL error: Duplicate GPU ") as ended:
+        Group(0, 2).largest(1)
+    assert "Exception raised" not in str(ended.value)
+    for name, value in (("TORCHELASTIC_RUN_ID", "7"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"process 1 stops: .*MASTER_ADDR"):
+        join(torch.device("cpu"))
+
+
+def test_evaluation_gives_the_same_table(cache: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "evaluate_classification.py")
+    flags = [*TINY_EVALUATE, f"--cache_dir={cache}", "--scratch", "--model=m.net", "--runs=3"]
+    training = [str(ROOT / "mrcl_classification.py"), *TINY, f"--cache_dir={cache}", "--model_name=m.net"]
+    torchrun(1, tmp_path, *training, "--steps=1")
+    tables = []
+    for processes in (1, 2):
+        done = torchrun(processes, tmp_path, script, *flags)
+        assert done.stdout.count("meta-test test %") == 1
+        tables.append((tmp_path / f"runs/smoke_evaluate_{processes - 1}/results.csv").read_text())
+    assert tables[0] == tables[1]
+    assert len(list((tmp_path / "runs").glob("smoke_evaluate_*"))) == 2
+
+
+if __name__ == "__main__":
+    meta_train(Path(sys.argv[1]))

@@ -1,0 +1,207 @@
+"""Run folders: what is written, when, and what a crash leaves; and the figures that go there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_figure
+from utils import run as run_module
+from utils.arguments import parse, training_parser
+from utils.errors import UserError
+from utils.run import Run, log_to_terminal
+
+log = logging.getLogger("anml")
+
+
+def arguments(text: str = "") -> Namespace:
+    return parse(training_parser(), text.split())
+
+
+def events(folder: Path) -> EventAccumulator:
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return reader
+
+
+def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_to_terminal()
+    log.info("before the run")
+    asked = arguments("--seed 4 --seeds 1")
+    with Run.create(tmp_path / "a", "n", asked, {"manifest": "abc", "device": "cpu"}) as run:
+        log.info("within")
+        run.metrics({"step": 1, "loss": 0.5})
+        run.metrics({"step": 2, "loss": 0.25})
+        run.scalars(1, {"meta_train/loss": 0.5, "meta_train/rate": 3.0})
+        run.scalars(2, {"meta_train/loss": 0.25})
+        run.figure("gates", gate_figure(np.eye(3), [5, 6, 7]), 2)
+    log.info("after")
+
+    assert run.folder == tmp_path / "a" / "n_0"
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["arguments"]["seed"] == 4
+    assert config["arguments"]["dataset_path"] == "data"
+    assert (config["manifest"], config["device"]) == ("abc", "cpu")
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["machine"]["threads"] == torch.get_num_threads()
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["step", "loss"], ["1", "0.5"], ["2", "0.25"]]
+    text = (run.folder / "log.txt").read_text()
+    lines = [line.split(" ", 3)[2:] for line in text.splitlines()]
+    assert lines == [
+        ["INFO", "before the run"],
+        ["WARNING", "--seeds has no effect: give one seed with --seed"],
+        ["INFO", "within"],
+    ]
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.splitlines() == [
+        "before the run",
+        "warning: --seeds has no effect: give one seed with --seed",
+        "within",
+        "after",
+    ]
+
+    reader = events(run.folder)
+    losses = [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
+    assert losses == [(1, 0.5), (2, 0.25)]
+    assert reader.Images("gates")[0].step == 2
+    table = reader.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| seed | 4 |" in table
+
+
+def test_a_crash_keeps_what_there_is(tmp_path: Path) -> None:
+    def crash() -> None:
+        with Run.create(tmp_path, "n", arguments()) as run:
+            run.metrics({"step": 1})
+            run.scalars(1, {"loss": 2.0})
+            raise RuntimeError("lost power")
+
+    with pytest.raises(RuntimeError, match="lost power"):
+        crash()
+    folder = tmp_path / "n_0"
+    assert (folder / "metrics.csv").read_text().split() == ["step", "1"]
+    assert "ended by RuntimeError: lost power" in (folder / "log.txt").read_text()
+    assert events(folder).Scalars("loss")[0].value == 2.0
+
+
+def test_rows_are_on_disk_before_the_end(tmp_path: Path) -> None:
+    with Run.create(tmp_path, "n", arguments()) as run:
+        run.metrics({"step": 1})
+        assert (run.folder / "metrics.csv").read_text().split() == ["step", "1"]
+        with pytest.raises(ValueError, match="columns"):
+            run.metrics({"epoch": 1})
+
+
+def test_the_smallest_free_number(tmp_path: Path) -> None:
+    (tmp_path / "n_0").mkdir()
+    (tmp_path / "n_1").write_text("a file takes a name as well")
+    (tmp_path / "n_3").mkdir()
+    with Run.create(tmp_path, "n", arguments()) as run:
+        assert run.folder.name == "n_2"
+
+
+def test_runs_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: run_module._new_folder(tmp_path, "n"), range(40)))
+    assert sorted(folder.name for folder in folders) == sorted(f"n_{k}" for k in range(40))
+
+
+def test_a_file_in_place_of_the_runs_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    for place in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
+        with pytest.raises(UserError, match="--runs_dir"):
+            Run.create(place, "n", arguments())
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*command: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", *identity, "-C", str(tmp_path), *command],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.strip()
+
+    (tmp_path / "utils").mkdir()
+    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "utils" / "run.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run_module._git_state() is None
+    git("init", "-q")
+    assert run_module._git_state() is None  # no commit yet
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert run_module._git_state() == {"commit": head, "dirty": False}
+    (tmp_path / "new").write_text("")
+    assert run_module._git_state() == {"commit": head, "dirty": True}
+    monkeypatch.setenv("PATH", "")
+    assert run_module._git_state() is None
+
+
+def test_progress_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Run.create(tmp_path, "n", arguments()) as run, run.progress(5, every=2) as progress:
+        for loss in (1, 2, 3, 4, 5):
+            if progress.advance(loss=loss):
+                assert progress.report() > 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = [line.split(", ") for line in captured.out.splitlines()]
+    # Means since the line before, so that one odd step does not stand for fifty.
+    assert [line[0] for line in lines] == [
+        "step 2/5 loss 1.5",
+        "step 4/5 loss 3.5",
+        "step 5/5 loss 5",
+    ]
+    assert lines[-1][2] == "0:00:00 left"
+
+
+def test_progress_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Run.create(tmp_path, "n", arguments()) as run, run.progress(2) as progress:
+        progress.advance(loss=0.5)
+        progress.report()
+        log.info("above the bar")
+    captured = capsys.readouterr()
+    assert "loss=0.5" in captured.err
+    assert captured.out.strip() == "above the bar"  # the report is in the bar,
+    assert "step 1/2 loss 0.5" in (run.folder / "log.txt").read_text()  # and in the log
+
+
+def test_accuracy_figure(tmp_path: Path) -> None:
+    row = {"test": 0.8, "test_low": 0.7, "test_high": 0.9}
+    row |= {"train": 0.95, "train_low": 0.9, "train_high": 1.0}
+    rows = [{"classes": 50, **row, "lr": 0.001}, {"classes": 10, **row}]
+    axes = accuracy_figure(rows).axes[0]
+    curves = {line.get_label(): np.asarray(line.get_xydata()) for line in axes.get_lines()}
+    assert curves["meta-test test (unseen images)"].tolist() == [[10, 80], [50, 80]]
+    np.testing.assert_allclose(curves["chance"][[0, -1]], [[10, 10], [50, 2]])
+    assert {line.get_linestyle() for line in axes.get_lines()} == {"-", "--", ":"}
+    save_figure(accuracy_figure(rows[:1]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"a\.png"):
+        save_figure(accuracy_figure(rows), tmp_path / "file" / "a.png")
+
+
+def test_gate_figure_shows_the_gates() -> None:
+    dark, bright = (figure_pixels(gate_figure(np.full((2, 9), gate), [1, 2])) for gate in (0, 1))
+    assert dark.shape == bright.shape
+    assert dark.shape[2] == 3
+    middle = dark.shape[0] // 2, dark.shape[1] // 3
+    assert dark[middle].tolist() == [0, 0, 0]
+    assert bright[middle].tolist() == [255, 255, 255]

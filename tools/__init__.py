@@ -1,0 +1,1 @@
+"""Programs around the scripts: `python -m tools.NAME --help`."""

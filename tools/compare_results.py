@@ -1,0 +1,77 @@
+"""Test whether two evaluations differ: Mann-Whitney U at each class count, as in the paper.
+
+python -m tools.compare_results runs/anml_0 runs/oml_0
+python -m tools.compare_results results/anml.csv runs/Omni_test_traj_3/results.json --json
+"""
+
+from __future__ import annotations
+
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from evaluation.results import Results, compare, known, read_results
+from model.scores import accuracies
+from utils.arguments import comparison_parser
+from utils.errors import UserError, run_script, say
+
+
+def describe(path: Path, results: Results) -> str:
+    """One line on a result: where it is, what it is of."""
+    treatment = results.about.get("treatment", "treatment not recorded")
+    models = len({row["model"] for row in results.rows})
+    diverged = int(sum(known("diverged", results.rows)))
+    text = f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
+    return f"{text}, {diverged} of them diverged" if diverged else text
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The comparison for the terminal: mean accuracies in percent, U of A, two-sided p."""
+    header = f"{'classes':>7}  {'runs':>7}"
+    measured = [m.name for m in accuracies() if any(f"{m.name}_u" in line for line in lines)]
+    for key in measured:
+        header += f"  {f'A {key} %':>9}  {f'B {key} %':>9}  {'U':>7}  {'p':>8}"
+    rows = [header]
+    for line in lines:
+        row = f"{line['classes']:7d}  {line['runs_a']:3d}/{line['runs_b']:<3d}"
+        for key in measured:
+            if f"{key}_u" not in line:
+                row += f"  {'-':>9}  {'-':>9}  {'-':>7}  {'-':>8}"
+                continue
+            means = [100 * line[f"{key}_{side}"] for side in "ab"]
+            row += f"  {means[0]:9.1f}  {means[1]:9.1f}  {line[f'{key}_u']:7g}  {line[f'{key}_p']:8.2g}"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def main() -> None:
+    args = comparison_parser().read(sys.argv[1:])
+    results = {"A": read_results(args.a), "B": read_results(args.b)}
+    paths = {"A": args.a, "B": args.b}
+    counts = {name: {row["classes"] for row in result.rows} for name, result in results.items()}
+    only = {"A": sorted(counts["A"] - counts["B"]), "B": sorted(counts["B"] - counts["A"])}
+    lines = compare(results["A"].rows, results["B"].rows)
+    if not lines:
+        raise UserError(
+            f"no class count is in both: {args.a} has {', '.join(map(str, only['A']))}; "
+            f"{args.b} has {', '.join(map(str, only['B']))}"
+        )
+    if args.json:
+        content = {"a": str(args.a), "b": str(args.b), "only_a": only["A"], "only_b": only["B"]}
+        say(json.dumps({**content, "comparison": lines}, indent=2))
+        return
+    for name, result in results.items():
+        say(f"{name}  {describe(paths[name], result)}")
+        if only[name]:
+            say(f"   only in {name}, not compared: {' '.join(map(str, only[name]))} classes")
+    say("Mann-Whitney U, two-sided:")
+    say(table(lines))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,239 @@
+"""The ledger: what was published beside what we measured, as tables in the README.
+
+    python -m tools.ledger            # write them into README.md
+    python -m tools.ledger --check    # exit 1 if README.md does not say what results/ holds
+
+`results/` holds the targets (see `utils/targets.py`), our results as `<result>.csv`, the `results.csv`
+of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone,
+the `representation.json` of an analysis, and `manifest.csv`, which says how each was made. What has
+no result is listed as not run; a result of a name that no target has stands in a table of its own.
+"""
+
+from __future__ import annotations
+
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from evaluation.results import FEW, read_results, summarise
+from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
+from utils.arguments import ledger_parser, parse
+from utils.errors import UserError, run_script, say, try_to_write
+from utils.files import read_text, write_text
+
+MANIFEST = ("result", "training", "command")
+NOT_RESULTS = ("targets.csv", "manifest.csv")
+START = "<!-- ledger: `python -m tools.ledger` writes what is between these two lines -->"
+END = "<!-- end of the ledger -->"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One of our numbers in percent, and how far from it its 95% interval reaches where there is one.
+
+    Attributes:
+        mean: NaN where every run diverged.
+        diverged: runs of it that did.
+    """
+
+    mean: float
+    reach: float | None = None
+    diverged: int = 0
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "diverged"
+        text = f"{self.mean:.1f}"
+        if self.reach is not None:  # never 0.0 for what is not 0
+            text += f" ± {self.reach:.1f}" if self.reach >= 0.05 else f" ± {self.reach:.1g}"
+        return f"{text} ({self.diverged} diverged)" if self.diverged else text
+
+
+Result = dict[tuple[str, int | None], Measured]
+"""What one result says, by quantity and class count (None for a representation)."""
+
+
+def read_accuracies(path: Path) -> Result:
+    """The accuracies of an evaluation's `results.csv`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    return {
+        (key, line["classes"]): _measured(line, key)
+        for line in summarise(read_results(path).rows)
+        for key in ACCURACIES
+        if line[key] is not None or line["diverged"] == line["runs"]
+    }
+
+
+def _measured(line: Mapping[str, Any], key: str) -> Measured:
+    mean, low, high = (line[f"{key}{end}"] for end in ("", "_low", "_high"))
+    if mean is None:
+        return Measured(math.nan)
+    # An interval ends at 0 and at 100.
+    reach = None if low is None else 100 * max(mean - low, high - mean)
+    return Measured(100 * mean, reach, line["diverged"] or 0)
+
+
+def read_representation(path: Path) -> Result:
+    """The quantities in a `representation.json`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        measured = json.loads(read_text(path))["measured"]
+        result: Result = {(key, None): Measured(100 * float(value)) for key, value in measured.items()}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise UserError(f"{path} is not a representation.json of tools.analyze_representation") from None
+    for (quantity, _), value in result.items():
+        if quantity not in REPRESENTATION or not 0 <= value.mean <= 100:
+            raise UserError(f"{path}: {quantity} = {value.mean / 100:g} is no fraction that is known")
+    return result
+
+
+READERS: dict[str, Callable[[Path], Result]] = {".csv": read_accuracies, ".json": read_representation}
+
+
+def our_results(folder: Path) -> tuple[dict[str, Result], list[dict[str, str]]]:
+    """All results in `folder` by name, and the rows of its manifest.
+
+    Raises:
+        UserError: a file is malformed, or is not in the manifest, or the other way round.
+    """
+    manifest = read_table(folder / "manifest.csv", MANIFEST)
+    listed = [row["result"] for row in manifest]
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):  # a .csv before the .json beside it, which says more of it
+        if path.suffix in READERS and path.name not in NOT_RESULTS:
+            files.setdefault(path.stem, path)
+    for name in sorted(set(listed) ^ set(files)):
+        where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
+        raise UserError(f"{folder}: the result {name!r} {where}")
+    if len(listed) != len(set(listed)) or any("|" in cell for row in manifest for cell in row.values()):
+        raise UserError(f"{folder / 'manifest.csv'}: a result listed twice, or a | that breaks the table")
+    return {name: READERS[path.suffix](path) for name, path in files.items()}, manifest
+
+
+def ledger(folder: Path) -> str:
+    """The tables of the README, from the files in `folder`.
+
+    Raises:
+        UserError: a file is malformed.
+    """
+    targets = read_targets(folder / "targets.csv")
+    results, manifest = our_results(folder)
+    pairs = [
+        (target, results.get(target.result, {}).get((target.quantity, target.classes))) for target in targets
+    ]
+    outcomes = [None if ours is None else target.met_by(ours.mean) for target, ours in pairs]
+    lines = [
+        f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
+        f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is how far from it "
+        "a 95% interval over runs (of several models, over these) reaches: Student's t for fewer than "
+        f"{FEW} of them, else the bootstrap. Tolerances are in `results/targets.csv`: twice the published "
+        "spread and at least 2 points, 3 or more without one. Second-hand: cited by others, not checked "
+        "against the paper's text.",
+        "",
+        "| treatment | quantity | classes | published | source | ours | difference | command |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(list(group)) for _, group in groupby(pairs, key=_together)]
+    known = {target.result for target in targets}
+    beside = [row for name in results if name not in known for row in _without_target(name, results[name])]
+    if beside:
+        lines += ["", "Ours without a published number:", ""]
+        lines += ["| result | quantity | classes | ours |", "|---|---|---|---|", *beside]
+    if manifest:
+        lines += ["", "| result | training | made by |", "|---|---|---|"]
+        lines += [f"| {row['result']} | {row['training']} | `{row['command']}` |" for row in manifest]
+    return "\n".join(lines)
+
+
+def _together(pair: tuple[Target, Measured | None]) -> tuple[str, ...]:
+    """What the class counts of one row of the table share."""
+    target, _ = pair
+    return target.result, target.treatment, target.quantity, target.source
+
+
+def _row(pairs: Sequence[tuple[Target, Measured | None]]) -> str:
+    first, _ = pairs[0]
+    counts, published, ours, differences = (
+        " / ".join(cells)
+        for cells in zip(
+            *(
+                (str(target.classes or ""), str(target), str(measured or "-"), _difference(target, measured))
+                for target, measured in pairs
+            ),
+            strict=True,
+        )
+    )
+    if all(measured is None for _, measured in pairs):
+        ours, differences = "not run", ""
+    command = f"`configs/paper.sh {first.result}`"
+    quantity = QUANTITIES[first.quantity]
+    cells = (first.treatment, quantity, counts, published, first.source, ours, differences, command)
+    return f"| {' | '.join(cells)} |"
+
+
+def _without_target(name: str, result: Result) -> list[str]:
+    rows = []
+    for quantity in dict.fromkeys(key for key, _ in result):
+        found = {classes: value for (key, classes), value in result.items() if key == quantity}
+        counts = " / ".join(str(classes or "") for classes in found)
+        values = " / ".join(map(str, found.values()))
+        rows.append(f"| {name} | {QUANTITIES[quantity]} | {counts} | {values} |")
+    return rows
+
+
+def _difference(target: Target, ours: Measured | None) -> str:
+    if ours is None:
+        return "-"
+    if math.isnan(ours.mean):
+        return "**-**"
+    text = f"{ours.mean - target.published:+.1f}"
+    return text if target.met_by(ours.mean) else f"**{text}**"
+
+
+def inserted(text: str, tables: str, source: Path) -> str:
+    """`text` with `tables` between the two marker lines.
+
+    Raises:
+        UserError: the markers are not there once each, in order.
+    """
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    if (text.count(START), text.count(END), rest.count(END)) != (1, 1, 1):
+        raise UserError(f"{source} must hold these two lines once each: {START} and {END}")
+    return f"{before}{START}\n\n{tables}\n\n{END}{after}"
+
+
+def main() -> None:
+    args = parse(ledger_parser())
+    try:
+        text = args.readme.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {args.readme}: {error}") from None
+    current = inserted(text, ledger(args.results), args.readme)
+    if not args.check:
+        write_text(args.readme, current)
+        say(f"{args.readme} says what {args.results} holds")
+    elif text != current:
+        try_to_write(f"{args.readme} and {args.results} disagree: run python -m tools.ledger\n", sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)
