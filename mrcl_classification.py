@@ -31,7 +31,7 @@ from datasets import load_pool
 from evaluation.monitor import gate_statistics, validate
 from model.check import check_network
 from model.episodes import sample_trajectory
-from model.fast import meta_loss, use_backend
+from model.fast import capture, meta_loss, use_backend
 from model.meta_learner import MetaLearner, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.training_state import TrainingState, load_state, save_model, save_progress
@@ -174,6 +174,7 @@ def main() -> None:
         reset=args.reset,
         group=group,
         meta_loss=meta_loss(backend),
+        capture=capture(backend),
     )
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)

@@ -5,11 +5,11 @@ The method itself is `model.method`. No step here reads a value back from the de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import method
 from model.episodes import Trajectory
@@ -18,6 +18,19 @@ from model.method import MetaLoss, Params
 from model.modelfactory import Network, reset_head, trained_parameters
 from model.optimizer import Adam
 from utils.distributed import Group
+
+T = TypeVar("T")
+
+
+class Capture(Protocol):
+    """From a function of tensors that computes with a network to one with the same results."""
+
+    def __call__(self, function: Callable[..., T], net: nn.Module) -> Callable[..., T]: ...
+
+
+def no_capture(function: Callable[..., T], net: nn.Module) -> Callable[..., T]:
+    """The function as it is."""
+    return function
 
 
 class MetaStep(NamedTuple):
@@ -53,6 +66,8 @@ class MetaLearner:
         reset: draw the sampled classes' rows of the head anew before each trajectory.
         group: processes that share the trajectories of a step.
         meta_loss: `method.meta_loss`, or what is as good and faster.
+        capture: turns the meta-gradient into a function that may be faster, and whose results the next call
+            may overwrite.
     """
 
     def __init__(
@@ -70,6 +85,7 @@ class MetaLearner:
         reset: bool = True,
         group: Group | None = None,
         meta_loss: MetaLoss = method.meta_loss,
+        capture: Capture = no_capture,
     ) -> None:
         self.net = net
         self.group = group or Group()
@@ -86,6 +102,8 @@ class MetaLearner:
         if self.rule is not None:
             self.learned += self.rule.parameters()
         self.optimizer = Adam(self.learned, meta_lr)
+        self.grads: Sequence[Tensor] = ()
+        self.meta_grads = capture(self._meta_grads, net)
 
     def step(self, *trajectories: Trajectory) -> MetaStep:
         """Learn from trajectories: reset head rows, adapt, differentiate, one Adam step."""
@@ -94,7 +112,7 @@ class MetaLearner:
         return result
 
     def differentiate(self, *trajectories: Trajectory) -> MetaStep:
-        """The first half of a step: reset head rows, then leave the mean meta-gradient in `.grad`.
+        """The first half of a step: reset head rows, then leave the mean meta-gradient in `grads`.
 
         The rows are drawn anew in the meta-weights themselves and for good, so that a class the
         network has met before cannot be remembered in the head; bias and Adam moments stay
@@ -107,50 +125,55 @@ class MetaLearner:
         if self.reset:
             classes = [label for trajectory in trajectories for label in trajectory.classes]
             reset_head(self.net, self.generator, classes)
-        for weight in self.learned:
-            weight.grad = None
-        results = [self._differentiate(trajectory) for trajectory in self.group.share(trajectories)]
         if len(trajectories) == 1:
-            return results[0]
-        grads = self.group.sum(list(self._gradients()))
-        for weight, grad in zip(self.learned, grads, strict=True):
-            weight.grad = grad / len(trajectories)
-        sums = self.group.sum([torch.stack(values).sum(0) for values in zip(*results, strict=True)])
-        return MetaStep(*(value / len(trajectories) for value in sums))
+            self.grads, result = self._differentiate(trajectories[0])
+            return result
+        sums: list[Tensor] = []
+        for trajectory in self.group.share(trajectories):
+            grads, result = self._differentiate(trajectory)
+            if sums:
+                torch._foreach_add_(sums, [*grads, *result])
+            else:
+                sums = [value.clone() for value in (*grads, *result)]
+        means = [value / len(trajectories) for value in self.group.sum(sums)]
+        self.grads = means[: len(self.learned)]
+        return MetaStep(*means[len(self.learned) :])
 
-    def _differentiate(self, trajectory: Trajectory) -> MetaStep:
-        """Add the meta-gradient of one trajectory to `.grad`."""
-        steps = len(trajectory.support)
+    def _differentiate(self, trajectory: Trajectory) -> tuple[Sequence[Tensor], MetaStep]:
+        """The meta-gradient of one trajectory, a tensor for each of `learned`, and what it measured."""
         images, labels = gather(self.images, trajectory.query)
+        return self.meta_grads(images, labels, labels[-len(trajectory.support) :])
+
+    def _meta_grads(
+        self, images: Tensor, labels: Tensor, support: Tensor
+    ) -> tuple[Sequence[Tensor], MetaStep]:
+        """Of the query's images and labels, the last of which are those of the trajectory, `support`."""
+        steps = len(support)
         # The frozen part does not change in the inner loop: one pass over the query, whose end is the
         # trajectory, serves both loops.
         inputs = self.net.frozen(images, self.params)
         loss, logits, inner_losses = self.meta_loss(
             self.net,
             self.params,
-            (inputs[-steps:], labels[-steps:]),
+            (inputs[-steps:], support),
             (inputs, labels),
             inner_lr=self.update_lr,
             first_order=self.first_order,
             second_order_steps=self.second_order_steps,
             rule=self.rule,
         )
-        loss.backward()
+        # Zero for what has no effect (a bias before a norm).
+        grads = torch.autograd.grad(loss, self.learned, allow_unused=True, materialize_grads=True)
         correct = (logits.detach().argmax(1) == labels).to(loss.dtype)
-        return MetaStep(loss.detach(), correct[-steps:].mean(), correct[:-steps].mean(), inner_losses)
+        return grads, MetaStep(loss.detach(), correct[-steps:].mean(), correct[:-steps].mean(), inner_losses)
 
     def finite(self) -> bool:
-        """Whether the meta-gradient in `.grad` is; waits for the device."""
-        return bool(torch.nn.utils.get_total_norm(self._gradients()).isfinite())
+        """Whether the meta-gradient in `grads` is; waits for the device."""
+        return bool(torch.nn.utils.get_total_norm(self.grads).isfinite())
 
     def update(self) -> None:
-        """The second half of a step: one Adam step along `.grad`."""
-        self.optimizer.step(list(self._gradients()))
-
-    def _gradients(self) -> Iterator[Tensor]:
-        """Of all that learns; zero for what has no effect (a bias before a norm)."""
-        for weight in self.learned:
-            yield torch.zeros_like(weight) if weight.grad is None else weight.grad
+        """The second half of a step: one Adam step along `grads`."""
+        self.optimizer.step(self.grads)
 
 
 def gather(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -50,10 +50,13 @@ class Optimizer(Protocol):
 
     def step(self, gradients: Sequence[Tensor]) -> None: ...
 
+    def state_dict(self) -> Mapping[str, Sequence[Tensor]]:
+        """What a step changes beside the parameters; the tensors themselves, not copies."""
+
 
 def sgd(inner_lr: float) -> InnerRule:
     """The paper's inner rule, p - inner_lr * g."""
-    return lambda params, grads: {name: p.sub(grads[name], alpha=inner_lr) for name, p in params.items()}
+    return lambda params, grads: {name: p.add(grads[name], alpha=-inner_lr) for name, p in params.items()}
 
 
 def call(net: nn.Module, params: Params, images: Inputs) -> Tensor:
@@ -183,9 +186,13 @@ class OnlineLearner:
     def learn(self, images: Inputs, labels: Tensor) -> None:
         """Learn images in order, one after the other."""
         for t in range(len(labels)):
-            loss = F.cross_entropy(self.net(images[t : t + 1]), labels[t : t + 1])
-            grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
-            self.optimizer.step(grads)
+            self.step(images[t : t + 1], labels[t : t + 1])
+
+    def step(self, image: Inputs, label: Tensor) -> None:
+        """One optimizer step on one image."""
+        loss = F.cross_entropy(self.net(image), label)
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        self.optimizer.step(grads)
 
     @torch.no_grad()
     def predict(self, images: Inputs) -> Tensor:

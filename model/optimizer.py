@@ -89,6 +89,10 @@ class SGD:
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.sub_(gradient, alpha=self.lr)
 
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Nothing: a step depends on its gradient alone."""
+        return {}
+
 
 OPTIMIZERS: dict[str, type[Adam] | type[SGD]] = {"adam": Adam, "sgd": SGD}
 """What `--optimizer` may name at meta-test."""

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from datasets.characters import DRAWINGS, SIZE, CharacterSet
 from model.episodes import sample_task, sample_trajectory
-from model.fast import learner, meta_loss, use_backend
+from model.fast import capture, learner, meta_loss, use_backend
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import FrozenOutputs, Settings, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
@@ -181,6 +181,7 @@ def measure_meta_step(setup: Setup, part: str) -> dict[str, Any]:
 
     def meta_learner(backend: str) -> MetaLearner:
         net = build("ANML", setup.network("ANML"), torch.Generator().manual_seed(0)).to(setup.device)
+        used = use_backend(net, backend, setup.device)
         return MetaLearner(
             net,
             setup.images,
@@ -189,7 +190,8 @@ def measure_meta_step(setup: Setup, part: str) -> dict[str, Any]:
             update_lr=defaults.update_lr,
             rln=defaults.rln,
             first_order=ORDERS[part],
-            meta_loss=meta_loss(use_backend(net, backend, setup.device)),
+            meta_loss=meta_loss(used),
+            capture=capture(used),
         )
 
     fast_learner, plain_learner = meta_learner("fast"), meta_learner("plain")

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from utils.distributed import environment, launched
+from utils.distributed import environment
 from utils.errors import UserError
 
 log = logging.getLogger("anml")
@@ -34,7 +34,7 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     if name == "auto":
         name = next(kind for kind, here in present.items() if here)
     device = torch.device(name)
-    if name == "cuda" and launched():
+    if name == "cuda":
         device = torch.device("cuda", environment("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if present["cuda"] else 0
     if not present[device.type] or (device.type == "cuda" and (device.index or 0) >= gpus):

@@ -21,8 +21,8 @@ from torch import Tensor
 from model.fast import winograd
 from model.fast.matmul import matmul, thread_blocks
 
-# Output positions of a batch up to which a convolution on the CPU is a matmul with patches, faster than
-# torch's convolution.
+# Output positions of a batch up to which a convolution is a matmul with patches, faster than torch's
+# convolution.
 FEW_POSITIONS = 256
 MANY_CHANNELS = 128  # from which on `winograd`'s transforms cost less than its products save
 
@@ -40,8 +40,6 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        if x.device.type != "cpu":
-            return F.conv2d(x, weight, stride=stride)
         if not _few_positions(x, stride):
             # The CPU's channels-last kernel adds up 9 * I products one after the other, the other one in
             # blocks: a third of the rounding error, and with it of the decisions of ReLU and max-pool
@@ -136,7 +134,7 @@ def _output_size(x: Tensor, stride: int) -> tuple[int, int]:
 
 def _few_positions(x: Tensor, stride: int) -> bool:
     height, width = _output_size(x, stride)
-    return x.device.type == "cpu" and len(x) * height * width <= FEW_POSITIONS
+    return len(x) * height * width <= FEW_POSITIONS
 
 
 def _many(x: Tensor, weight: Tensor, stride: int) -> bool:

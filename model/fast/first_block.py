@@ -114,8 +114,10 @@ class _Select(torch.autograd.Function):
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """`CHUNK` images of each at a time."""
-    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+    """`CHUNK` images of each at a time, on other devices than the CPU all."""
+    first = tensors[0]
+    size = CHUNK if first.device.type == "cpu" else len(first)
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 def _responses(kernel: Tensor, patches: Tensor) -> Tensor:

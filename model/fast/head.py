@@ -18,38 +18,23 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from model import method
-from model.fast.layers import FastConv2d, FastConvBlock, FastLinear
+from model.fast.cuda_graph import GraphLearner, may_capture
+from model.fast.layers import FastLinear, is_known_chain
 from model.fast.matmul import linear
 from model.fast.memory import use_huge_pages
-from model.layers import ImageNorm, Inputs
+from model.layers import Inputs
 from model.meta_test import Learner, Settings
 from model.method import Examples, InnerRule, OnlineLearner, Params
-from model.modelfactory import ANML, OML, SANML, Network
+from model.modelfactory import Network
 from model.optimizer import OPTIMIZERS, SGD, Adam
-
-CHAINS = (ANML, SANML, OML)
-LAYERS = (
-    *(FastConvBlock, FastConv2d, FastLinear, ImageNorm),
-    *(nn.Sequential, nn.Flatten, nn.ReLU, nn.Sigmoid),
-)
 
 
 def applies(net: nn.Module, params: Collection[str]) -> bool:
-    """Whether logits are `head(features)`, of a linear head that nothing else is part of and that learns.
-
-    So it is in the networks here, unless somebody has put other modules, hooks or shared parameters into
-    one. A network of another class is taken for what `model.method` makes of it.
-    """
-    if type(net) not in CHAINS or list(params)[-2:] != ["head.weight", "head.bias"]:
-        return False
-    layers = [module for module in net.modules() if module is not net]
-    shared = len(list(net.named_parameters(remove_duplicate=False))) != len(list(net.parameters()))
+    """Whether the head of a known chain is fast and learns."""
     return (
-        not shared
-        and type(net.head) is FastLinear
-        and all(type(layer) in LAYERS for layer in layers)
-        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        and not (net._forward_hooks or net._forward_pre_hooks)
+        is_known_chain(net)
+        and isinstance(net.head, FastLinear)
+        and list(params)[-2:] == ["head.weight", "head.bias"]
     )
 
 
@@ -86,15 +71,19 @@ def meta_loss(
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
-    """`model.meta_test.adam_learner`, or, where the head alone learns and `applies`, the same by hand."""
+    """`model.meta_test.adam_learner`, on CUDA as a graph, on CPUs, where the head alone learns, by hand."""
 
     def optimizer(params: list[Tensor]) -> Adam | SGD:
         made = OPTIMIZERS[settings.optimizer](params, settings.lr)
         use_huge_pages(*made.weights, *(made.means + made.squares if isinstance(made, Adam) else ()))
         return made
 
-    by_hand = len(trained) == 2 and applies(net, trained)
-    return (_HeadLearner if by_hand else OnlineLearner)(net, trained, optimizer)
+    kind = OnlineLearner
+    if len(trained) == 2 and applies(net, trained):
+        kind = _HeadLearner
+    elif may_capture(net):
+        kind = GraphLearner
+    return kind(net, trained, optimizer)
 
 
 class _HeadLearner(OnlineLearner):
@@ -155,7 +144,7 @@ def _inner_loop(
                 allow_unused=True,
                 materialize_grads=True,
             )
-            body = {name: p.sub(g, alpha=lr) for (name, p), g in zip(body.items(), grads, strict=True)}
+            body = {name: p.add(g, alpha=-lr) for (name, p), g in zip(body.items(), grads, strict=True)}
         head.step(known, grad_logits)
         losses.append(loss.detach())
     fast = {name.removeprefix("net."): p for name, p in body.items()}

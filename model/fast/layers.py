@@ -10,6 +10,7 @@ from model.fast.first_block import grey_block
 from model.fast.matmul import linear
 from model.fast.norm import norm_relu_pool
 from model.layers import ConvBlock, ImageNorm
+from model.modelfactory import ANML, OML, SANML
 
 
 class FastConvBlock(ConvBlock):
@@ -74,6 +75,24 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FastConv2d,
     nn.Linear: FastLinear,
 }
+
+
+CHAINS = (ANML, SANML, OML)
+LAYERS = (*FAST, *FAST.values(), ImageNorm, nn.Sequential, nn.Flatten, nn.ReLU, nn.Sigmoid)
+
+
+def is_known_chain(net: nn.Module) -> bool:
+    """Whether logits are `head(features)` of one of the networks here, into which nobody has put other
+    modules, hooks or shared parameters. Nothing else is known of a network of another class.
+    """
+    layers = [module for module in net.modules() if module is not net]
+    shared = len(list(net.named_parameters(remove_duplicate=False))) != len(list(net.parameters()))
+    return (
+        type(net) in CHAINS
+        and not shared
+        and all(type(layer) in LAYERS for layer in layers)
+        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in (net, *layers))
+    )
 
 
 def use_fast_layers(net: nn.Module) -> None:

@@ -222,7 +222,6 @@ def test_the_factored_head_is_for_networks_whose_structure_is_known() -> None:
 
     assert known()
     assert not known(lambda net: setattr(net, "__class__", Other))
-    assert not known(put("pln.block2.conv", torch.nn.Conv2d(PLN, PLN, 3)))
     assert not known(put("pln.flatten", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout())))
     assert not known(put("head", torch.nn.Linear(9 * PLN, CLASSES)))
     assert not known(lambda net: setattr(net.nm.gate, "bias", net.pln.block1.norm.bias))

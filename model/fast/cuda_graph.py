@@ -1,0 +1,95 @@
+"""Thousands of small kernels as one launch: a function of tensors, captured as a CUDA graph.
+
+A meta-step at batch 1 is some ten thousand kernels of a few microseconds each, which Python launches more
+slowly than a GPU computes them. A graph replays the same kernels on the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from model.fast.layers import is_known_chain
+from model.layers import FrozenOutput, Inputs
+from model.method import OnlineLearner, Optimizer
+
+T = TypeVar("T")
+WARM_UP = 2  # calls before the capture, in which libraries choose kernels and take memory
+
+
+class CudaGraph(Generic[T]):
+    """A function of CUDA tensors, captured at its first call for each set of shapes, then replayed.
+
+    Its results are overwritten by the next call.
+
+    Args:
+        function: reads nothing back from the device and computes with tensors that stay where they are.
+        changed: what it changes in place, which the calls before the capture shall not.
+    """
+
+    def __init__(self, function: Callable[..., T], changed: Iterable[Tensor] = ()) -> None:
+        self.function = function
+        self.changed = list(changed)
+        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Sequence[Tensor], T]] = {}
+
+    def __call__(self, *inputs: Tensor) -> T:
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        if key not in self.captured:
+            self.captured[key] = self._capture(inputs)
+        graph, places, result = self.captured[key]
+        for place, x in zip(places, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return result
+
+    def _capture(self, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor], T]:
+        places = [x.clone() for x in inputs]
+        before = [x.detach().clone() for x in self.changed]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.function(*places)
+            for x, value in zip(self.changed, before, strict=True):
+                x.detach().copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.function(*places)
+        return graph, places, result
+
+
+def capture(function: Callable[..., T], net: nn.Module) -> Callable[..., T]:
+    """A function that computes with `net`, as a CUDA graph where that is known to give the same."""
+    return CudaGraph(function) if may_capture(net) else function
+
+
+def may_capture(net: nn.Module) -> bool:
+    """Whether a network is on a GPU and known to do the same for any images."""
+    return is_known_chain(net) and all(parameter.is_cuda for parameter in net.parameters())
+
+
+class GraphLearner(OnlineLearner):
+    """An online learner whose step is a CUDA graph."""
+
+    def __init__(
+        self, net: nn.Module, trained: Collection[str], optimizer: Callable[[list[Tensor]], Optimizer]
+    ) -> None:
+        super().__init__(net, trained, optimizer)
+        moments = [x for part in self.optimizer.state_dict().values() for x in part]
+        self.graph = CudaGraph(self._step, [*self.params, *moments])
+        self.done: tuple[int, ...] | None = None  # what the frozen part has done to images before they come
+
+    def learn(self, images: Inputs, labels: Tensor) -> None:
+        if isinstance(images, FrozenOutput):
+            self.done, parts = images.done, images.activations
+        else:
+            self.done, parts = None, (images,)
+        for label, *part in zip(labels.split(1), *(part.split(1) for part in parts), strict=True):
+            self.graph(label, *part)
+
+    def _step(self, label: Tensor, *parts: Tensor) -> None:
+        self.step(parts[0] if self.done is None else FrozenOutput(parts, self.done), label)
