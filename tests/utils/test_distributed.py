@@ -58,7 +58,7 @@ def meta_train(path: Path) -> None:
 
 def test_two_processes_of_two_trajectories_give_what_one_of_four_gives(tmp_path: Path) -> None:
     meta_train(tmp_path / "one.pt")
-    torchrun(2, tmp_path, str(ROOT / "tests/test_distributed.py"), str(tmp_path / "two.pt"))
+    torchrun(2, tmp_path, __file__, str(tmp_path / "two.pt"))
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
