@@ -162,7 +162,7 @@ paper() {
     "$(typed "${analysis[@]}")")
   step representation "1 min" "runs/paper_representation_*/embedding.png" "${analysis[@]}"
 
-  # Figures, comparisons and the table in README.md: quick, so never skipped.
+  # Figures, comparisons and the table in docs/results.md: quick, so never skipped.
   step figure_sequence "5 s" "" "$PYTHON" -m tools.plot_results --name sequence \
     ANML=runs/paper_anml_0 OML=runs/paper_oml_0 OML-OLFT=runs/paper_oml_olft_0 \
     Pretrain=runs/paper_pretrain_0

@@ -1,7 +1,7 @@
-"""The ledger: what was published beside what we measured, as tables in the README.
+"""The ledger: what was published beside what we measured, as tables in docs/results.md.
 
-    python -m tools.ledger            # write them into README.md
-    python -m tools.ledger --check    # exit 1 if README.md does not say what results/ holds
+    python -m tools.ledger            # write them into docs/results.md
+    python -m tools.ledger --check    # exit 1 if docs/results.md does not say what results/ holds
 
 `results/` holds the targets (see `utils/targets.py`), our results as `<result>.csv`, the `results.csv`
 of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone,
@@ -128,7 +128,7 @@ def our_results(folder: Path) -> tuple[dict[str, Result], list[dict[str, str]]]:
 
 
 def ledger(folder: Path) -> str:
-    """The tables of the README, from the files in `folder`.
+    """The tables of docs/results.md, from the files in `folder`.
 
     Raises:
         UserError: a file is malformed.
@@ -223,15 +223,15 @@ def inserted(text: str, tables: str, source: Path) -> str:
 def main() -> None:
     args = parse(ledger_parser())
     try:
-        text = args.readme.read_text(encoding="utf-8")
+        text = args.page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {args.readme}: {error}") from None
-    current = inserted(text, ledger(args.results), args.readme)
+        raise UserError(f"cannot read {args.page}: {error}") from None
+    current = inserted(text, ledger(args.results), args.page)
     if not args.check:
-        write_text(args.readme, current)
-        say(f"{args.readme} says what {args.results} holds")
+        write_text(args.page, current)
+        say(f"{args.page} says what {args.results} holds")
     elif text != current:
-        try_to_write(f"{args.readme} and {args.results} disagree: run python -m tools.ledger\n", sys.stderr)
+        try_to_write(f"{args.page} and {args.results} disagree: run python -m tools.ledger\n", sys.stderr)
         sys.exit(1)
 
 

@@ -625,15 +625,15 @@ def plot_parser() -> Parser:
 
 def ledger_parser() -> Parser:
     """The flags of `python -m tools.ledger`."""
-    parser = Parser("Write published numbers beside ours into the README.", _no_check)
+    parser = Parser("Write published numbers beside ours into docs/results.md.", _no_check)
     group = parser.add_argument_group("ledger")
-    parser.switch(group, "--check", "change nothing; exit code 1 if the README is not what would be written")
+    parser.switch(group, "--check", "change nothing; exit code 1 if the page is not what would be written")
     root = Path(__file__).resolve().parents[1]
     for name, kind, text in (
         ("results", "DIR", "folder of targets.csv, manifest.csv and the results"),
-        ("README.md", "FILE", "file with the two marker lines of the ledger"),
+        ("docs/results.md", "FILE", "file with the two marker lines of the ledger"),
     ):
-        flag = f"--{name.removesuffix('.md').lower()}"
+        flag = "--page" if kind == "FILE" else "--results"
         parser.flag(group, flag, _path, root / name, text, shown=f"this project's {name}", metavar=kind)
     return parser
 

@@ -164,8 +164,8 @@ def join(device: torch.device) -> Group:
     if launcher is not None:
         raise UserError(
             f"this is one of several processes that were not started by torchrun ({launcher}): each would "
-            "do all of the work and write the same files. Start them with torchrun, as the README says "
-            f"under Several devices; for a run of its own, unset {launcher.partition('=')[0]}"
+            "do all of the work and write the same files. Start them with torchrun "
+            f"(docs/distributed.md); for a run of its own, unset {launcher.partition('=')[0]}"
         )
     size = environment("WORLD_SIZE", 1)
     if size == 1:

@@ -78,12 +78,10 @@ def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> 
         use_huge_pages(*made.weights, *(made.means + made.squares if isinstance(made, Adam) else ()))
         return made
 
-    kind = OnlineLearner
-    if len(trained) == 2 and applies(net, trained):
-        kind = _HeadLearner
-    elif may_capture(net):
-        kind = GraphLearner
-    return kind(net, trained, optimizer)
+    if may_capture(net):
+        return GraphLearner(net, trained, optimizer)
+    by_hand = len(trained) == 2 and applies(net, trained)
+    return (_HeadLearner if by_hand else OnlineLearner)(net, trained, optimizer)
 
 
 class _HeadLearner(OnlineLearner):

@@ -145,9 +145,9 @@ def test_a_config_file_names_models_and_presets(tmp_path: Path, capsys: pytest.C
     )
 
 
-def test_the_readme_says_the_same() -> None:
-    """Wherever a row of a table of README.md names treatments and `--rln`, they belong together."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_docs_say_the_same() -> None:
+    """Wherever a row of a table of docs/reproduce.md names treatments and `--rln`, they belong together."""
+    text = (Path(__file__).parents[2] / "docs/reproduce.md").read_text()
     said: dict[str, int] = {}
     for line in text.splitlines():
         cells = [cell.strip(" `") for cell in line.strip("|").split("|")]

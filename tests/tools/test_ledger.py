@@ -1,4 +1,4 @@
-"""The ledger: what README.md says is what results/ holds, and nothing malformed passes."""
+"""The ledger: what docs/results.md says is what results/ holds, and nothing malformed passes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ representation,ANML,dead,,0,,1,paper
 
 
 def write_ledger(folder: Path, targets: str = TARGET_LINES, manifest: str = "") -> Path:
-    """A results folder and a README beside it, in `folder`; returns the results folder."""
+    """A results folder and a page beside it, in `folder`; returns the results folder."""
     results = folder / "results"
     results.mkdir()
     (results / "targets.csv").write_text(f"{','.join(COLUMNS)}\n{targets}")
     (results / "manifest.csv").write_text(f"result,training,command\n{manifest}")
-    (folder / "README.md").write_text(f"# Title\n\n{START}\nstale\n{END}\n\nthe end\n")
+    (folder / "results.md").write_text(f"# Title\n\n{START}\nstale\n{END}\n\nthe end\n")
     return results
 
 
@@ -50,7 +50,7 @@ def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float
 
 
 def script(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    paths = (f"--results={folder / 'results'}", f"--readme={folder / 'README.md'}")
+    paths = (f"--results={folder / 'results'}", f"--page={folder / 'results.md'}")
     return subprocess.run(
         [sys.executable, "-m", "tools.ledger", *paths, *flags],
         cwd=ROOT,
@@ -62,9 +62,9 @@ def script(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_readme_says_what_results_hold() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert inserted(text, ledger(ROOT / "results"), Path("README.md")) == text, "run python -m tools.ledger"
+def test_page_says_what_results_hold() -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert inserted(text, ledger(ROOT / "results"), Path("results.md")) == text, "run python -m tools.ledger"
 
 
 def test_published_numbers_are_those_of_the_sources() -> None:
@@ -166,14 +166,14 @@ def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
 
 def test_script_writes_and_checks(tmp_path: Path) -> None:
     results = write_ledger(tmp_path)
-    readme = tmp_path / "README.md"
-    before = readme.read_text()
+    page = tmp_path / "results.md"
+    before = page.read_text()
     done = script(tmp_path, "--check")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "disagree" in done.stderr
-    assert readme.read_text() == before
+    assert page.read_text() == before
     assert script(tmp_path).returncode == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"# Title\n\n{START}\n")
     assert text.endswith(f"{END}\n\nthe end\n")
     assert "stale" not in text
@@ -184,13 +184,13 @@ def test_script_writes_and_checks(tmp_path: Path) -> None:
     done = script(tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "targets.csv" in done.stderr
-    assert readme.read_text() == text
+    assert page.read_text() == text
 
 
 @pytest.mark.parametrize("text", ["no markers", START, f"{END}\n{START}", f"{START}{END}{START}{END}"])
 def test_markers_are_needed_once(text: str) -> None:
     with pytest.raises(UserError, match="once each"):
-        inserted(text, "tables", Path("README.md"))
+        inserted(text, "tables", Path("results.md"))
 
 
 @pytest.mark.parametrize(
