@@ -7,8 +7,9 @@ import torch
 
 from datasets.samplers import sample_trajectory
 from model.fast import meta_loss, use_backend
+from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
-from model.meta_test import FrozenOutputs, Settings, adam_learner, learn
+from model.meta_test import FrozenOutputs, adam_learner, learn
 from model.method import Params
 from model.modelfactory import shared_copy, trained_parameters
 from tests.test_method import CLASSES, images, network

@@ -15,7 +15,8 @@ from model import method
 from model.fast import head
 from model.fast.layers import use_fast_layers
 from model.fast.memory import keep_freed_memory
-from model.meta_test import LEARNERS, MakeLearner
+from model.learner import MakeLearner
+from model.meta_test import LEARNERS
 from model.method import MetaLoss
 from model.modelfactory import Network
 
@@ -37,7 +38,7 @@ def use_backend(net: Network, name: str, device: torch.device) -> Backend:
 
 def learner(name: str, backend: Backend) -> MakeLearner:
     """The learner of `model.meta_test.LEARNERS` of that name, or what is as good and faster."""
-    return head.adam_learner if (name, backend) == ("adam", "fast") else LEARNERS[name]
+    return head.adam_learner if (name, backend) == ("adam", "fast") else LEARNERS[name].make
 
 
 def meta_loss(backend: Backend) -> MetaLoss:
