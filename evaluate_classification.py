@@ -7,9 +7,10 @@
     python evaluate_classification.py --treatment-preset Scratch-Oracle --epoch 20
     python evaluate_classification.py --model A.net B.net C.net                 # one row for all of them
     python evaluate_classification.py --resume runs/Omni_test_traj_0            # after an interruption
+    python evaluate_classification.py --model A.net --learner slda              # no gradient: minutes
     torchrun --nproc_per_node 2 evaluate_classification.py --model A.net        # two processes, two GPUs
 
-Per class count: search the learning rate, then report `--runs` fresh draws at it.
+Per class count: search the learning rate, if the learner has one, then report `--runs` fresh draws at it.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from evaluation.journal import Journal
 from evaluation.models import Model, load_models, match_earlier
 from evaluation.plots import accuracy_figure, save_figure
 from evaluation.results import Row, summarise, table, write_results
-from evaluation.runner import Scorer, scorer
+from evaluation.runner import Scorer, frozen_layers, scorer
 from model.fast import use_backend
-from model.meta_test import Trial, best_rate, check_outputs
-from model.modelfactory import trained_parameters
+from model.learner import LearnerKind
+from model.meta_test import LEARNERS, Trial, best_rate, check_outputs
+from model.modelfactory import Network, trained_parameters
 from model.scores import MEASURES
 from model.treatments import describe
 from utils.arguments import evaluation_parser, parse, recorded
@@ -41,6 +43,8 @@ from utils.device import choose_device
 from utils.distributed import is_first, join
 from utils.errors import UserError, run_script
 from utils.run import Run, log_to_terminal
+
+FITTED = 200  # meta-training classes that a prior is fitted to; more change nothing
 
 log = logging.getLogger("anml")
 
@@ -61,13 +65,14 @@ def search(
     return trials
 
 
-def warn_of_diverged(classes: int, lr: float, of: str, scores: Sequence[Mapping[str, Any]]) -> None:
+def warn_of_diverged(classes: int, lr: float | None, of: str, scores: Sequence[Mapping[str, Any]]) -> None:
     """Say how many of the runs at a rate diverged, if any did: their accuracies say nothing else."""
     diverged = sum(1 for score in scores if score["diverged"])
     if diverged:
         log.warning(
-            "%d classes: %d of %d %s diverged at the learning rate %g: weights or logits are not finite",
-            *(classes, diverged, len(scores), of, lr),
+            "%d classes: %d of %d %s diverged%s: weights or logits are not finite",
+            *(classes, diverged, len(scores), of),
+            "" if lr is None else f" at the learning rate {lr:g}",
         )
 
 
@@ -79,7 +84,7 @@ def evaluate(
     about["search"] = []
     for classes in args.schedule:
         lr = args.lr
-        if lr is None:
+        if lr is None and LEARNERS[args.learner].takes_steps:
             trials = search(args, run, scores, models, classes)
             lr = best_rate(trials, "test" if args.test else "train")
             about["search"] += [
@@ -99,7 +104,8 @@ def evaluate(
         about["lr_chosen"] = how_chosen(args, models, rows)
         (line,) = summarise(found_rows)
         values = {measure.tag: line[name] for name, measure in MEASURES.items() if line[name] is not None}
-        run.scalars(classes, {f"meta_test/{tag}": value for tag, value in {"lr": lr, **values}.items()})
+        values |= {} if lr is None else {"lr": lr}
+        run.scalars(classes, {f"meta_test/{tag}": value for tag, value in values.items()})
         if is_first():
             write_results(run.folder, rows, about)
     return rows
@@ -112,33 +118,38 @@ def main() -> None:
     group = join(device)
     models = load_models(args, device)
     net = models[0].net
-    if args.rln is None:
-        args.rln = net.default_meta_test_rln
-    trained_parameters(net, args.rln)  # what does not fit is an error now, not after the data is read
     longest = max(args.schedule)
-    check_outputs(net, longest)
+    learner = LEARNERS[args.learner]
+    if learner.takes_steps:  # what does not fit is an error now, not after the data is read
+        if args.rln is None:
+            args.rln = net.default_meta_test_rln
+        trained_parameters(net, args.rln)
+        check_outputs(net, longest)
+        named = ""
+    else:
+        named = choose_features(args, learner, net)
     for model in models:
         backend = use_backend(model.net, args.backend, device)
     images, data = group.one_before_others(
         lambda: load_pool(args, "evaluation", args.test_classes, None, device)
     )
     pools = {"evaluation": images}
-    if args.lr is None and args.lr_search_split == "background":
-        pools["background"], searched = group.one_before_others(
-            lambda: load_pool(args, "background", None, net.num_outputs, device)
+    if learner.fit or (args.lr is None and args.lr_search_split == "background"):
+        outputs = net.num_outputs if learner.takes_steps else None
+        background, searched = group.one_before_others(
+            lambda: load_pool(args, "background", None, outputs, device)
         )
+        pools["background"] = background[:FITTED] if learner.fit else background
         data |= {f"search_{key}": value for key, value in searched.items()}
-    for pool in pools.values():
-        if longest > len(pool):
+    for name, pool in pools.items():
+        if longest > len(pool) and not (learner.fit and name == "background"):
             raise UserError(f"--schedule asks for {longest} classes; there are {len(pool)}")
     if args.resume is not None:
         models = match_earlier(models, data, args.resume)
-    kind = (net.network, models[0].weights, args.rln)
-    reset = args.reset and not args.scratch
     about = {
-        "treatment": describe(*kind, iid=args.iid, epochs=args.epoch, reset=reset, optimizer=args.optimizer),
+        "treatment": treatment(args, models[0], named),
         "network": net.network,
-        "rln": args.rln,
+        "rln": frozen_layers(args, net),
         "models": [model.about() for model in models],
         "device": str(device),
         "backend": backend,
@@ -148,7 +159,7 @@ def main() -> None:
     with run, Journal(run.folder / "scores.csv") if group.first else nullcontext() as journal:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
-        log.info("treatment %s: --rln %d", about["treatment"], args.rln)
+        log.info("treatment %s: --rln %d", about["treatment"], about["rln"])
         scores = scorer(args, run, journal, models, pools, group, backend)
         rows = evaluate(args, run, scores, models, {**about, "arguments": recorded(args)})
         group.leave()
@@ -162,9 +173,38 @@ def main() -> None:
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
 
 
+def choose_features(args: argparse.Namespace, learner: LearnerKind, net: Network) -> str:
+    """Fill in what the learner sees where `--features` does not say; returns what treatments call it.
+
+    Raises:
+        UserError: a gate is asked for in a network that has none.
+    """
+    defaults = dict(learner.options or {})
+    if "features" in defaults and not net.has_gate:
+        defaults["features"] = "gated"
+        if args.features not in (None, "gated"):
+            raise UserError(f"--features {args.features}: {net.network} has no gate; drop the flag")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return learner.describe({name: getattr(args, name) for name in defaults}, defaults)
+
+
+def treatment(args: argparse.Namespace, model: Model, learner: str) -> str:
+    """The name of what this evaluation does, with a learner that takes no steps under its own name."""
+    kind = (model.net.network, model.weights)
+    if learner:
+        return describe(*kind, 0 if args.scratch else model.net.default_meta_test_rln, learner=learner)
+    reset = args.reset and not args.scratch
+    given = {"iid": args.iid, "epochs": args.epoch, "optimizer": args.optimizer}
+    return describe(*kind, args.rln, reset=reset, **given)
+
+
 def how_chosen(args: argparse.Namespace, models: list[Model], rows: Sequence[Row]) -> str:
     """One line on where the learning rates of `rows` come from, so that nobody reads a leak as a result,
     or a search that ended at its edge as one that found the best."""
+    if not LEARNERS[args.learner].takes_steps:
+        return f"no learning rate: {LEARNERS[args.learner].title} takes no steps"
     if args.lr is not None:
         return f"learning rate {args.lr:g} as given"
     pool = "the meta-test classes themselves, as released"

@@ -88,7 +88,8 @@ train() {
 evaluate() {
   local name=$1 time=$2 training=$3 folder=runs/paper_$1_0
   shift 3
-  local command=("$PYTHON" evaluate_classification.py --name "paper_$name" --dataset-path "$ROOT" --test "$@")
+  local command=("$PYTHON" evaluate_classification.py --name "paper_$name" --dataset-path "$ROOT" "$@")
+  among --learner "$@" || command+=(--test) # heads that need no gradient have no rate to choose
   RESULTS+=("$name" "$folder/results.csv" "$training" "$(typed "${command[@]}")")
   if [[ -d $folder ]]; then
     command+=(--resume "$folder")
@@ -96,12 +97,13 @@ evaluate() {
   step "$name" "$time" "$folder/accuracy.png" "${command[@]}"
 }
 
-# keep NAME FILE TRAINING COMMAND...: copy results that have a target into results/, and note their origin.
+# keep NAME FILE TRAINING COMMAND...: copy results that results/ lists already or that have a target there, and
+# note their origin.
 keep() {
   local file
   while [[ $# -gt 0 ]]; do
     file=$(newest "$2")
-    if [[ -n $file ]] && grep -q "^$1," results/targets.csv; then
+    if [[ -n $file ]] && grep -q "^$1," results/targets.csv results/manifest.csv; then
       echo "cp $file results/$1.${file##*.}"
       cp "$file" "results/$1.${file##*.}"
       sed -i.before "/^$1,/d" results/manifest.csv
@@ -138,6 +140,12 @@ paper() {
   evaluate pretrain "6 h" "$PRETRAIN" --model Pretrain_Model.net --treatment-preset Pretrain
   evaluate scratch "10 h, at 600 classes alone" "none" --treatment-preset Scratch --schedule 600
 
+  # Heads that need no gradient.
+  evaluate anml_ncm "5 min" "$ANML" --model Neuromodulation_Model.net --learner ncm
+  evaluate anml_map "5 min" "$ANML" --model Neuromodulation_Model.net --learner map
+  evaluate anml_slda_gated "10 min" "$ANML" --model Neuromodulation_Model.net --learner slda --features gated
+  evaluate anml_slda "20 min" "$ANML" --model Neuromodulation_Model.net --learner slda
+
   # Oracles: the same on a shuffled stream.
   evaluate anml_oracle_1 "4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Oracle
   evaluate anml_oracle "21 h, at 600 classes alone" "$ANML" --model Neuromodulation_Model.net \
@@ -173,6 +181,9 @@ paper() {
     ANML=runs/paper_anml_0 "ANML, first order=runs/paper_anml_first_order_0"
   step figure_training "5 s" "" "$PYTHON" -m tools.plot_results --name training --against steps \
     "second order=runs/paper_anml_on_the_way_0" "first order=runs/paper_anml_first_order_on_the_way_0"
+  step figure_heads "5 s" "" "$PYTHON" -m tools.plot_results --name heads --no-published \
+    "streaming LDA=runs/paper_anml_slda_0" "streaming LDA, gated=runs/paper_anml_slda_gated_0" \
+    GeMCL-MAP=runs/paper_anml_map_0 "nearest class mean=runs/paper_anml_ncm_0" Adam=runs/paper_anml_0
   step figure_final "5 s" "" "$PYTHON" -m tools.plot_results --name final \
     "ANML-Oracle, 20 epochs=runs/paper_anml_oracle_0" ANML-Oracle=runs/paper_anml_oracle_1_0 \
     ANML=runs/paper_anml_0 OML=runs/paper_oml_0 OML-OLFT=runs/paper_oml_olft_0 \

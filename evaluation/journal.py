@@ -18,13 +18,14 @@ from utils.files import remove_drafts, sync, write_text
 
 
 class Key(NamedTuple):
-    """What a score is a function of, within one run folder; `purpose` is one of `PURPOSES`."""
+    """What a score is a function of, within one run folder; `purpose` is one of `PURPOSES`, and `lr` None
+    where the learner takes no steps."""
 
     purpose: str
     model: str
     classes: int
     draw: int
-    lr: float
+    lr: float | None
 
 
 def columns() -> list[str]:
@@ -83,7 +84,7 @@ class Journal:
                 cells = dict(zip(header, row, strict=True))
                 purpose, model, classes, draw, lr = (cells[name] for name in Key._fields)
                 PURPOSES.index(purpose)
-                key = Key(purpose, model, int(classes), int(draw), float(lr))
+                key = Key(purpose, model, int(classes), int(draw), float(lr) if lr else None)
                 known[key] = Score.read(cells, key.classes)
             except ValueError as error:
                 raise UserError(f"{self.path}, line {number}: no score: {','.join(row)}") from error

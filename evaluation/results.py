@@ -26,7 +26,8 @@ METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 Row = Mapping[str, Any]
 """One run: `model` (its file), `classes`, `run`, `lr` and the measures of `model.scores`.
 
-A measure is None, or not there, where the file is older than it.
+`lr` is None of a learner that takes no steps. A measure is None, or not there, where the file is older
+than it.
 """
 
 
@@ -145,11 +146,15 @@ def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[
     return read
 
 
+def _rate(text: str) -> float | None:
+    return _number(float, math.ulp(0.0), 1e300)(text) if text else None
+
+
 _COLUMNS: dict[str, tuple[Callable[[str], Any], str]] = {
     "model": (str, "text"),
     "classes": (_number(int, 1, math.inf), "a whole number of 1 or more"),
     "run": (_number(int, 0, math.inf), "a whole number of 0 or more"),
-    "lr": (_number(float, math.ulp(0.0), 1e300), "a finite number above 0"),
+    "lr": (_rate, "a finite number above 0, or nothing"),
 }
 """How each column but the measures is read, and what it must hold."""
 
@@ -164,7 +169,7 @@ def _checked(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
     values = {}
     for name, (read, kind) in _COLUMNS.items():
         try:
-            values[name] = read(str(row[name]))
+            values[name] = read("" if row[name] is None else str(row[name]))
         except ValueError:
             raise UserError(f"{where}: {name} is {row[name]!r}, not {kind}") from None
     try:
@@ -311,7 +316,8 @@ def table(rows: Sequence[Row]) -> str:
     summary = summarise(rows)
     for line in summary:
         cells = [_cell(line, measure) for measure in MEASURES.values()]
-        lines.append([str(line["classes"]), f"{line['lr']:.6g}", str(line["runs"]), *cells])
+        lr = "-" if line["lr"] is None else f"{line['lr']:.6g}"
+        lines.append([str(line["classes"]), lr, str(line["runs"]), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     methods = {line[f"{measure.name}_interval"] for line in summary for measure in accuracies()} - {None}

@@ -13,13 +13,15 @@ from evaluation.models import Model
 from evaluation.plots import forgetting_figure, save_figure
 from evaluation.results import write_table
 from model.fast import Backend, learner
-from model.meta_test import MetaTest, Purpose, Track
+from model.learner import Settings
+from model.meta_test import LEARNERS, MetaTest, Purpose, Track
+from model.modelfactory import Network
 from model.scores import Score
 from utils.distributed import Group
 from utils.run import Run
 
-Job = tuple[int, int, float]
-"""One run: position of the model, draw, learning rate."""
+Job = tuple[int, int, float | None]
+"""One run: position of the model, draw, learning rate (None where there is none)."""
 
 Scorer = Callable[[Purpose, int, Sequence[Job]], Iterator[Score]]
 """Scores of runs in order, from their purpose, number of classes and jobs."""
@@ -45,6 +47,9 @@ def scorer(
         pools: images `[C, 20, 1, 28, 28]` of each split in use, `evaluation` and `background`.
         backend: of the models' layers.
     """
+    kind = LEARNERS[args.learner]
+    named = ("optimizer",) if kind.options is None else kind.options
+    settings = Settings(**{name: getattr(args, name) for name in named})
     known = dict(group.gather(journal.known if journal else {})[0])
 
     # Two, since outputs of frozen layers take memory: with one model both pools keep theirs.
@@ -53,15 +58,18 @@ def scorer(
         return MetaTest(
             models[position].net,
             pools[split],
-            args.rln,
+            frozen_layers(args, models[position].net),
             args.seed,
-            epochs=args.epoch,
-            iid=args.iid,
-            reset_all=args.reset or args.scratch,
+            epochs=args.epoch or 1,
+            iid=bool(args.iid),
+            reset_all=bool(args.reset or args.scratch),
             class_order=args.class_order,
             split=args.split,
             learner=learner(args.learner, backend),
-            optimizer=args.optimizer,
+            settings=settings,
+            own_head=kind.takes_steps,
+            fit=kind.fit,
+            background=pools.get("background"),
         )
 
     def test(purpose: Purpose, classes: int, job: Job) -> Score:
@@ -87,6 +95,14 @@ def scorer(
             yield from (known[keys[k]] for k in together)
 
     return scores
+
+
+def frozen_layers(args: argparse.Namespace, net: Network) -> int:
+    """Layers that an evaluation leaves as they are: `--rln`, or all but the head for a learner that changes
+    no weights. (With `--scratch` these start anew in each run, and so does what it sees.)"""
+    if args.rln is not None:
+        return int(args.rln)
+    return 0 if args.scratch else net.layers_below_head
 
 
 def write_forgetting(run: Run, classes: int, track: Track) -> None:

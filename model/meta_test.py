@@ -6,18 +6,21 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from statistics import fmean
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.episodes import Task, sample_task
+from model.heads import NearestClassMean, NormalMAP, StreamingLDA, fit_prior
 from model.layers import FrozenOutput, Inputs
+from model.learner import Fit, Learner, LearnerKind, MakeLearner, Prior, Settings
 from model.meta_learner import gather, send
 from model.method import OnlineLearner
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
@@ -78,44 +81,20 @@ class FrozenOutputs:
         return replace(self.sample, activations=tuple(part[index[:, 0], index[:, 1]] for part in self.kept))
 
 
-class Learner(Protocol):
-    """Learns a stream of images once, in order, and says what it has learned."""
-
-    def learn(self, images: Inputs, labels: Tensor) -> None:
-        """Learn images, or a network's frozen output of them, with labels [B], one after the other.
-
-        Labels are class ids in the pool; in a network with fewer outputs than that has classes, positions
-        in the draw.
-        """
-
-    def predict(self, images: Inputs) -> Tensor:
-        """[B] labels; -1 for images whose logits are not finite."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a learner is made with.
-
-    Attributes:
-        lr: step size.
-        optimizer: key of `model.optimizer.OPTIMIZERS`.
-    """
-
-    lr: float
-    optimizer: str = "adam"
-
-
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
     """The paper's learner, and the released code's: one optimizer step per image."""
-    kind = OPTIMIZERS[settings.optimizer]
-    return OnlineLearner(net, trained, lambda params: kind(params, settings.lr))
+    kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
+    assert lr is not None
+    return OnlineLearner(net, trained, lambda params: kind(params, lr))
 
 
-MakeLearner = Callable[[Network, Collection[str], Settings], Learner]
-"""From a network that is the learner's to change, names of the parameters that may learn, and settings."""
-
-LEARNERS: dict[str, MakeLearner] = {"adam": adam_learner}
-"""What `--learner` may name."""
+LEARNERS: dict[str, LearnerKind] = {
+    "adam": LearnerKind(adam_learner),
+    "ncm": LearnerKind(NearestClassMean, "nearest class mean", {"features": "gated", "power": 0.5}),
+    "map": LearnerKind(NormalMAP, "GeMCL-MAP", {"features": "gated", "power": 0.5}, fit_prior),
+    "slda": LearnerKind(StreamingLDA, "streaming LDA", {"features": "both", "power": 0.5, "shrinkage": 0.5}),
+}
+"""What `--learner` may name. Defaults are what is best for ANML (see `docs/heads.md`)."""
 
 
 class _InOrder:
@@ -216,8 +195,11 @@ class MetaTest:
         iid: shuffle the images of all classes, anew for each pass (the Oracle).
         reset_all: start all trained layers anew, not the head alone (Scratch).
         class_order, split: see `sample_task`.
-        learner: makes what learns, an entry of `LEARNERS`.
-        optimizer: what it steps with, key of `OPTIMIZERS`.
+        learner: makes what learns, of an entry of `LEARNERS`.
+        settings: what it is made with, but for the learning rate.
+        own_head: the learner trains the network's head; one that does not is given class ids as labels,
+            and may learn more classes than the network has outputs.
+        fit: of the same entry, given `background`: the images [C, D, 1, 28, 28] of meta-training classes.
     """
 
     def __init__(
@@ -233,7 +215,10 @@ class MetaTest:
         class_order: str = "random",
         split: str = "random",
         learner: MakeLearner = adam_learner,
-        optimizer: str = "adam",
+        settings: Settings | None = None,
+        own_head: bool = True,
+        fit: Fit | None = None,
+        background: Tensor | None = None,
     ) -> None:
         self.net = shared_copy(net)
         self.images = images
@@ -245,11 +230,14 @@ class MetaTest:
         self.class_order = class_order
         self.split = split
         self.learner = learner
-        self.optimizer = optimizer
+        self.settings = settings or Settings()
+        self.own_head = own_head
+        self.fit = fit
+        self.background = background
         self.outputs = FrozenOutputs(self.net, images, self.trained)
 
     def score(
-        self, classes: int, lr: float, purpose: Purpose, draw: int, track: Track | None = None
+        self, classes: int, lr: float | None, purpose: Purpose, draw: int, track: Track | None = None
     ) -> Score:
         """Learn one sequence of `classes` classes from a fresh head, then test on all of it.
 
@@ -263,10 +251,11 @@ class MetaTest:
                 frozen layers in other batches, which may change the last bits.)
 
         Raises:
-            UserError: more classes than the pool or the network's outputs.
+            UserError: more classes than the pool or the outputs of a network whose head learns.
             ValueError: `track` in a stream that is shuffled or passed more than once.
         """
-        check_outputs(self.net, classes)
+        if self.own_head:
+            check_outputs(self.net, classes)
         sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), classes, draw))
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         task = sample_task(
@@ -278,8 +267,9 @@ class MetaTest:
             split=self.split,
         )
         net = new_run(self.net, self.trained, generator, self.reset_all)
-        learner = self.learner(net, self.trained, Settings(lr, self.optimizer))
-        if net.num_outputs < len(self.images):
+        prior = self._prior(net) if self.reset_all else self._prior_of_all_runs
+        learner = self.learner(net, self.trained, replace(self.settings, lr=lr, prior=prior))
+        if self.own_head and net.num_outputs < len(self.images):
             place = len(self.images), net.num_outputs, self.images.device
             learner = _InOrder(learner, task.train[:, 0, 0], *place)
         if track is not None:
@@ -295,6 +285,15 @@ class MetaTest:
         diverged = not finite or bool((test < 0).any() or (train < 0).any())
         right = ((test == task.test[..., 0]) & (not diverged), (train == task.train[..., 0]) & (not diverged))
         return Score.of(Answers(*right, diverged))
+
+    def _prior(self, net: Network) -> Prior | None:
+        if self.fit is None or self.background is None:
+            return None
+        return self.fit(net, self.settings, (net.frozen(images, self.trained) for images in self.background))
+
+    @cached_property
+    def _prior_of_all_runs(self) -> Prior | None:
+        return self._prior(self.net)
 
     def _learn_and_track(self, learner: Learner, task: Task, track: Track) -> None:
         if self.iid or self.epochs > 1:

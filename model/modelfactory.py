@@ -138,9 +138,19 @@ class Network(nn.Module):
         """`--rln` of the main treatment: `rln_meta_test`, or all layers but those of the head."""
         if self.rln_meta_test is not None:
             return self.rln_meta_test
-        layers = layer_parameters(self)
+        return self.layers_below_head
+
+    @property
+    def layers_below_head(self) -> int:
+        """`--rln` of a treatment in which nothing but the head is new or learns."""
         head = _names(self, self.head)
-        return sum(1 for names in layers if not head.intersection(names))
+        return sum(1 for names in layer_parameters(self) if not head.intersection(names))
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether :meth:`gate` gives one."""
+        with torch.no_grad():
+            return self.gate(torch.zeros(1, 1, 28, 28, device=next(self.parameters()).device)) is not None
 
 
 class ANML(Network):

@@ -69,6 +69,7 @@ def describe(
     epochs: int = 1,
     reset: bool = False,
     optimizer: str = "adam",
+    learner: str = "",
 ) -> str:
     """The name of what an evaluation does: equal names, equal treatments.
 
@@ -79,6 +80,7 @@ def describe(
         network, weights, rln, iid, epochs: see :class:`Treatment`.
         reset: every trained layer starts anew, although there are weights to start from.
         optimizer: what takes the steps at meta-test; Adam is not mentioned.
+        learner: what learns in place of such steps, see `model.learner.LearnerKind.describe`.
     """
     if reset and rln == 0:  # nothing is left of the weights
         weights, reset = "random", False
@@ -93,4 +95,6 @@ def describe(
         name += "-Oracle"
     if epochs > 1:
         name += f", {epochs} epochs"
-    return name if optimizer == "adam" else f"{name}, {optimizer.upper()}"
+    if optimizer != "adam":
+        name += f", {optimizer.upper()}"
+    return f"{name}, {learner}" if learner else name

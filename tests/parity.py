@@ -27,7 +27,8 @@ from datasets.characters import CharacterSet
 from model import method
 from model.fast import learner as fast_learner
 from model.fast import meta_loss, use_backend
-from model.meta_test import FrozenOutputs, Settings, correct, learn
+from model.learner import Settings
+from model.meta_test import FrozenOutputs, correct, learn
 from model.method import Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
 from model.optimizer import Adam

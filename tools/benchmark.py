@@ -47,8 +47,9 @@ from torch import Tensor
 from datasets.characters import DRAWINGS, SIZE, CharacterSet
 from model.episodes import sample_task, sample_trajectory
 from model.fast import capture, learner, meta_loss, use_backend
+from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
-from model.meta_test import FrozenOutputs, Settings, learn, new_run
+from model.meta_test import FrozenOutputs, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from tools import flops

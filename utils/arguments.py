@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model.fast import BACKENDS
+from model.learner import VIEWS
 from model.meta_test import LEARNERS
 from model.modelfactory import NETWORKS, constructor_arguments
 from model.optimizer import OPTIMIZERS
@@ -40,6 +41,18 @@ LEARNING_RATES = (
 )
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 ALIASES = {"neuromodulation": "ANML"}  # the released code's name
+OF_STEPS: dict[str, Any] = {
+    **dict.fromkeys(("lr", "treatment_preset", "rln", "iid", "epoch")),
+    "freeze": True,
+    "reset": False,
+    "optimizer": "adam",
+    "test": False,
+    "lrs": list(LEARNING_RATES),
+    "lr_search_runs": 10,
+    "lr_search_split": "evaluation",
+}
+"""Flags that only a learner which takes steps has, and their defaults (None: what others say)."""
+OF_HEADS = ("features", "power", "shrinkage")  # flags that only the others have; defaults are those of each
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
 
@@ -452,24 +465,53 @@ def evaluation_parser() -> Parser:
         "--learner",
         str.lower,
         "adam",
-        "what learns the stream: adam takes one step of --optimizer on each image",
+        "what learns the stream: adam takes one step of --optimizer on each image; heads that need no "
+        "gradient sum features up: "
+        + ", ".join(f"{name} ({kind.title})" for name, kind in LEARNERS.items() if not kind.takes_steps),
         choices=tuple(LEARNERS),
     )
     parser.flag(
         method,
         "--optimizer",
         str.lower,
-        "adam",
+        None,
         "what takes the steps, with the learning rate of --lr or the search: the released code's Adam, or "
         "SGD, which the paper speaks of",
+        shown="adam",
         choices=tuple(OPTIMIZERS),
+    )
+    heads = parser.add_argument_group("heads that need no gradient")
+    parser.flag(
+        heads,
+        "--features",
+        str.lower,
+        None,
+        "what is seen of the network: the input of its head, its gate, or both side by side",
+        shown=_of_each_learner("features") + "; gated in a network without a gate",
+        choices=VIEWS,
+    )
+    parser.flag(
+        heads,
+        "--power",
+        _positive,
+        None,
+        "exponent that features are raised to before they get unit length; 1 leaves them as they are",
+        shown=_of_each_learner("power"),
+    )
+    parser.flag(
+        heads,
+        "--shrinkage",
+        _share,
+        None,
+        "part of the covariance that is replaced by a multiple of the identity",
+        shown=_of_each_learner("shrinkage"),
     )
 
     network = parser.add_argument_group("network, for --scratch without --model")
     _treatment(parser, network, None)
     _widths(parser, network)
     # None tells a flag that was not given from one that was.
-    parser.set_defaults(**dict.fromkeys(("scratch", "iid")))
+    parser.set_defaults(**dict.fromkeys(("scratch", "iid", "reset", "freeze")))
 
     evaluation = parser.add_argument_group("evaluation")
     parser.flag(
@@ -517,7 +559,7 @@ def evaluation_parser() -> Parser:
         search,
         "--lrs",
         _several(_positive),
-        list(LEARNING_RATES),
+        None,
         "learning rates to search",
         shown=" ".join(f"{rate:g}" for rate in LEARNING_RATES),
         nargs="+",
@@ -528,18 +570,20 @@ def evaluation_parser() -> Parser:
         search,
         "--lr_search_runs",
         _whole(1),
-        10,
+        None,
         "class draws of each model, each trying every rate; the rate that wins most draws, of all "
         "models together, is used: rates that are equal on a draw share its win, and of those with as "
         "many wins it is the one with the best mean over all draws, then the smallest",
+        shown=str(OF_STEPS["lr_search_runs"]),
     )
     parser.flag(
         search,
         "--lr_search_split",
         str.lower,
-        "evaluation",
+        None,
         "classes to search on: those reported on, as released, or the meta-training classes, "
         "which keeps the choice blind to what is reported",
+        shown="evaluation",
         choices=("evaluation", "background"),
     )
     parser.switch(
@@ -548,6 +592,7 @@ def evaluation_parser() -> Parser:
         "choose the rate by meta-test test accuracy instead of meta-test train accuracy; both "
         "are reported either way",
     )
+    parser.set_defaults(test=None)
 
     _data(parser)
     _run(parser, name="Omni_test_traj", seed=222)
@@ -647,6 +692,16 @@ def comparison_parser() -> Parser:
     output = parser.add_argument_group("output")
     parser.switch(output, "--json", "print JSON instead of a table")
     return parser
+
+
+def _of_each_learner(option: str) -> str:
+    """The defaults of an option of heads: `0.5`, or `gated for ncm, map, both for slda`."""
+    names: dict[object, list[str]] = {}
+    for name, kind in LEARNERS.items():
+        if option in (kind.options or {}):
+            names.setdefault((kind.options or {})[option], []).append(name)
+    texts = [f"{value} for {', '.join(of)}" for value, of in names.items()]
+    return "; ".join(texts) if len(texts) > 1 else str(next(iter(names), "none"))
 
 
 def _treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) -> None:
@@ -873,7 +928,8 @@ def _check_pretraining(parser: Parser, arguments: argparse.Namespace) -> None:
 
 def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
-    if not arguments.freeze:
+    _apply_learner(parser, arguments)
+    if arguments.freeze is False:
         if arguments.rln:
             parser.error(f"--no-freeze means --rln 0: drop it, or drop --rln {arguments.rln}")
         arguments.rln = 0
@@ -886,12 +942,14 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
             parser.error(f"--model names {twice[0]} twice")
         if arguments.scratch and len(arguments.model) > 1:
             parser.error("--scratch takes the network of one --model, not of several")
-    if arguments.scratch and arguments.rln is None:
+    steps = LEARNERS[arguments.learner].takes_steps
+    if arguments.scratch and arguments.rln is None and steps:
         arguments.rln = 0
-    if arguments.track_every and (arguments.iid or arguments.epoch > 1):
+    if arguments.track_every and steps and (arguments.iid or arguments.epoch > 1):
         parser.error("--track_every follows classes learned one after another, once: drop --iid and --epoch")
     for name in ("schedule", "lrs"):  # what is there twice would be done twice
-        setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
     longest = max(arguments.schedule)
     if longest > arguments.test_classes:
         parser.error(
@@ -931,9 +989,27 @@ def _apply_preset(parser: Parser, arguments: argparse.Namespace) -> None:
                     "drop one of them"
                 )
             setattr(arguments, name, value)
-    for name, default in (("scratch", False), ("iid", False), ("epoch", 1)):
+    defaults: dict[str, object] = {"scratch": False}
+    if LEARNERS[arguments.learner].takes_steps:
+        defaults |= {"iid": False, "epoch": 1}
+    for name, default in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
+
+
+def _apply_learner(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing to `--learner`, and fill in the defaults of others.
+
+    Those of a head stay open where the network decides on one.
+    """
+    options = LEARNERS[arguments.learner].options
+    for name in (*OF_STEPS, *OF_HEADS):
+        if name in (OF_STEPS if options is None else options):
+            if options is None and getattr(arguments, name) is None:
+                setattr(arguments, name, OF_STEPS[name])
+        elif getattr(arguments, name) is not None:
+            flag = parser.flags[name].option_strings[0]
+            parser.error(f"{flag} means nothing to --learner {arguments.learner}: drop one of them")
 
 
 def _flag(name: str, value: object) -> str:
@@ -1054,6 +1130,13 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 _SEED = _whole(0, 2**32 - 1)  # what every generator in use can be seeded with
+
+
+def _share(text: str) -> float:
+    number = _positive(text)
+    if not 1e-6 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0.000001 to 1")
+    return number
 
 
 def _number(text: str) -> float:

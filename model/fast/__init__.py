@@ -16,8 +16,9 @@ from model import method
 from model.fast import cuda_graph, head
 from model.fast.layers import use_fast_layers
 from model.fast.memory import keep_freed_memory
+from model.learner import MakeLearner
 from model.meta_learner import Capture, no_capture
-from model.meta_test import LEARNERS, MakeLearner
+from model.meta_test import LEARNERS
 from model.method import MetaLoss
 from model.modelfactory import Network
 
@@ -39,7 +40,7 @@ def use_backend(net: Network, name: str, device: torch.device) -> Backend:
 
 def learner(name: str, backend: Backend) -> MakeLearner:
     """The learner of `model.meta_test.LEARNERS` of that name, or what is as good and faster."""
-    return head.adam_learner if (name, backend) == ("adam", "fast") else LEARNERS[name]
+    return head.adam_learner if (name, backend) == ("adam", "fast") else LEARNERS[name].make
 
 
 def capture(backend: Backend) -> Capture:

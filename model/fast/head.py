@@ -23,7 +23,7 @@ from model.fast.layers import FastLinear, is_known_chain
 from model.fast.matmul import linear
 from model.fast.memory import use_huge_pages
 from model.layers import Inputs
-from model.meta_test import Learner, Settings
+from model.learner import Learner, Settings
 from model.method import Examples, InnerRule, OnlineLearner, Params
 from model.modelfactory import Network
 from model.optimizer import OPTIMIZERS, SGD, Adam
@@ -74,6 +74,7 @@ def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> 
     """`model.meta_test.adam_learner`, on CUDA as a graph, on CPUs, where the head alone learns, by hand."""
 
     def optimizer(params: list[Tensor]) -> Adam | SGD:
+        assert settings.lr is not None
         made = OPTIMIZERS[settings.optimizer](params, settings.lr)
         use_huge_pages(*made.weights, *(made.means + made.squares if isinstance(made, Adam) else ()))
         return made

@@ -10,8 +10,9 @@ import torch
 from model.episodes import sample_trajectory
 from model.fast import capture, learner, meta_loss, use_backend
 from model.fast.cuda_graph import CudaGraph
+from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
-from model.meta_test import FrozenOutputs, Settings, learn
+from model.meta_test import FrozenOutputs, learn
 from model.modelfactory import shared_copy, trained_parameters
 from tests.model.test_method import CLASSES, images, network
 from utils.device import choose_device

@@ -16,11 +16,11 @@ from model.episodes import Trajectory, sample_task, sample_trajectory
 from model.fast import learner as fast_learner
 from model.fast import meta_loss, use_backend
 from model.fast.head import _FactoredHead, _WeightGrad, applies
+from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import (
     FrozenOutputs,
     MetaTest,
-    Settings,
     Trial,
     best_rate,
     learn,

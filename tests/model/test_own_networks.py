@@ -22,8 +22,9 @@ from model.check import check_network
 from model.episodes import sample_trajectory
 from model.fast import meta_loss, use_backend
 from model.layers import ConvBlock
+from model.learner import Settings
 from model.meta_learner import MetaLearner
-from model.meta_test import FrozenOutputs, Settings, adam_learner, learn, new_run
+from model.meta_test import FrozenOutputs, adam_learner, learn, new_run
 from model.method import Params
 from model.modelfactory import (
     ANML,

@@ -15,8 +15,9 @@ from torch.func import grad, vmap
 
 from model.episodes import sample_trajectory
 from model.inner_rules import MetaSGD
+from model.learner import Settings
 from model.meta_learner import MetaLearner
-from model.meta_test import MetaTest, Settings, adam_learner, new_run
+from model.meta_test import MetaTest, adam_learner, new_run
 from model.method import Params, call, inner_loop, meta_loss
 from model.modelfactory import NETWORKS, Network, load_network, trained_parameters
 from tests.conftest import Trainer, assert_same_run

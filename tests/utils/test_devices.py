@@ -139,6 +139,8 @@ def test_what_follows_training_without_float64(script: Script) -> None:
     search = ("--lrs", "0.001", "0.01", "--lr_search_runs=1", "--lr_search_split=background")
     script(evaluate_classification, *glyphs, "--schedule=2", *search, "--runs=2", "--track_every=1")
     script(evaluate_classification, *glyphs, "--schedule=2", "--lr=0.01", "--runs=1", "--rln=0", "--iid")
+    for head in ("map", "slda"):
+        script(evaluate_classification, *glyphs, "--schedule=2", f"--learner={head}", "--runs=1")
     script(analyze_representation, *glyphs)
 
 

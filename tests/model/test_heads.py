@@ -1,0 +1,243 @@
+"""Heads that need no gradient: their numbers against plain formulas, the scripts with them, a user's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import evaluate_classification
+from evaluation.results import compare, read_results, table
+from model.fast import use_backend
+from model.heads import NearestClassMean, fit_prior, view
+from model.learner import Settings
+from model.meta_test import LEARNERS, MetaTest
+from model.modelfactory import build
+from utils.arguments import evaluation_parser, parse
+from utils.checkpoint import save_checkpoint
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CLASSES = 6
+WIDTHS = {
+    "ANML": {"nm_channels": 2, "pln_channels": 2, "num_classes": 20},
+    "OML": {"pln_channels": 2, "num_classes": 20},
+    "sANML": {"pln_channels": 2, "num_classes": 4},
+}
+TINY = "--dataset glyphs --test_classes 10 --threads 1 --name e"
+
+Evaluate = Callable[[str], Path]
+
+
+def direct(name: str, train: Tensor, settings: Settings) -> Callable[[Tensor], Tensor]:
+    """Scores as in the books, from all features [C, K, F] at once, up to a number for each image."""
+    means, deviations = train.mean(1), train - train.mean(1, keepdim=True)
+    if name == "slda":
+        flat, s = deviations.flatten(0, 1), settings.shrinkage
+        within = flat.t() @ flat / len(flat)
+        identity = torch.eye(len(within), dtype=within.dtype)
+        inverse = torch.linalg.inv((1 - s) * within + s * within.diag().mean() * identity)
+        return lambda x: -torch.einsum("bcf,fg,bcg->bc", x[:, None] - means, inverse, x[:, None] - means) / 2
+    if name == "map":
+        assert settings.prior is not None
+        shape, scale = settings.prior
+        variances = (scale + deviations.square().sum(1) / 2) / (shape + train.shape[1] / 2 + 1)
+        normal = torch.distributions.Normal(means, variances.sqrt())
+        return lambda x: normal.log_prob(x[:, None]).sum(2)
+    return lambda x: -(x[:, None] - means).square().sum(2)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize(("name", "features"), [("ncm", "gated"), ("map", "gate"), ("slda", "both")])
+def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, power: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = build("ANML", WIDTHS["ANML"], generator).double().eval()
+    pool = torch.randn(CLASSES, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
+    settings = Settings(features=features, power=power, shrinkage=0.3)
+    with torch.no_grad():
+        gate, gated = net.gate(pool.flatten(0, 1)), net.features(pool.flatten(0, 1))
+    assert gate is not None
+    parts = {"gated": [gated], "gate": [gate], "both": [gated, gate]}[features]
+    if power != 1:
+        parts = [part.sqrt() / part.sqrt().norm(dim=1, keepdim=True) for part in parts]
+    seen = torch.cat(parts, 1).unflatten(0, (CLASSES, 20))
+    torch.testing.assert_close(view(net, pool.flatten(0, 1), settings), seen.flatten(0, 1))
+
+    prior = fit_prior(net, settings, iter(pool))
+    variances = seen.var(1)
+    assert prior[1] / (prior[0] - 1) == pytest.approx(variances.mean().item())
+    spread = prior[1] ** 2 / ((prior[0] - 1) ** 2 * (prior[0] - 2))
+    assert spread == pytest.approx(variances.var(correction=0).item())
+    settings = Settings(features=features, power=power, shrinkage=0.3, prior=prior)
+
+    index = torch.cartesian_prod(torch.arange(CLASSES), torch.arange(15))
+    test = seen[:, 15:].flatten(0, 1)
+    expected = direct(name, seen[:, :15], settings)(test)
+    expected = expected - expected[:, :1]
+    for order in (torch.arange(len(index)), torch.randperm(len(index), generator=generator)):
+        for size in (1, 7, len(index)):
+            learner = LEARNERS[name].make(net, [], settings)
+            assert isinstance(learner, NearestClassMean)
+            held = []
+            for rows in order.split(size):
+                labels, drawings = index[rows].unbind(1)
+                learner.learn(pool[labels, drawings], labels)
+                tensors = [v for v in vars(learner).values() if isinstance(v, Tensor)]
+                held.append(sum(v.numel() for v in (*tensors, *learner.sums.values())))
+            assert size > 1 or max(held[CLASSES * 14 :]) == held[-1] <= 2 * CLASSES * 36 + 36**2
+            scores = learner.solve()(test)
+            torch.testing.assert_close(scores - scores[:, :1], expected, rtol=1e-8, atol=1e-8)
+            given = learner.predict(pool[:, 15:].flatten(0, 1))
+            assert given.tolist() == expected.argmax(1).tolist()
+
+
+def test_what_is_not_finite_is_no_class() -> None:
+    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    pool = torch.zeros(CLASSES, 20, 1, 28, 28)
+    for name in ("ncm", "map", "slda"):
+        kind = LEARNERS[name]
+        for fill, diverged in ((0.0, 0), (torch.nan, 1)):
+            tester = MetaTest(
+                net,
+                pool + fill,
+                13,
+                seed=0,
+                learner=kind.make,
+                own_head=False,
+                fit=kind.fit,
+                background=pool,
+            )
+            assert tester.score(3, None, "report", 0).diverged == diverged
+
+
+@pytest.fixture
+def evaluate(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    """Runs the script in this process, beside small untrained models; returns the latest run folder."""
+    for seed, name in enumerate(("ANML", "ANML1", "OML", "Pretrain", "sANML")):
+        kind = {"Pretrain": "OML", "ANML1": "ANML"}.get(name, name)
+        net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(seed))
+        arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
+        save_checkpoint(tmp_path / f"{name}.net", kind, net.widths, net.state_dict(), arguments, 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("anml"), "handlers", [])
+
+    def run(flags: str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *flags.split(), f"--cache_dir={cache}"])
+        evaluate_classification.main()
+        return max(Path("runs").iterdir(), key=lambda folder: int(folder.name.rpartition("_")[2]))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "treatment"),
+    [
+        ("--model ANML.net --learner slda", "ANML, streaming LDA"),
+        ("--model ANML.net --learner slda --features gated", "ANML, streaming LDA --features gated"),
+        ("--model ANML.net --learner ncm --power 1 --backend plain", "ANML, nearest class mean --power 1"),
+        ("--model ANML.net --learner map", "ANML, GeMCL-MAP"),
+        ("--model OML.net --learner slda", "OML, streaming LDA"),
+        ("--model Pretrain.net --learner map", "Pretrain, GeMCL-MAP"),
+        ("--model sANML.net --learner ncm", "sANML, nearest class mean"),  # of 4 outputs: none is used
+        ("--model ANML.net --scratch --learner ncm --features gate", "Scratch, nearest class mean"),
+    ],
+)
+def test_each_network_with_heads(flags: str, treatment: str, evaluate: Evaluate) -> None:
+    results = read_results(evaluate(f"{TINY} --schedule 2 10 --runs 1 {flags}"))
+    assert results.about["treatment"].startswith(treatment)
+    assert [row["lr"] for row in results.rows] == [None, None]
+    assert all(row["diverged"] == 0 and row["test"] > 1 / row["classes"] for row in results.rows)
+
+
+def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
+    flags = f"{TINY} --schedule 2 5 --model ANML.net ANML1.net --learner slda --track_every 2"
+    whole = evaluate(f"{flags} --runs 3")
+    begun = evaluate(f"{flags} --runs 2")
+    for more in ("", "--features both"):
+        evaluate(f"--resume {begun} --runs 3 {more}")
+        assert (begun / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    results = read_results(whole)
+    assert (begun / "forgetting_5.csv").read_bytes() == (whole / "forgetting_5.csv").read_bytes()
+    assert json.loads((whole / "results.json").read_text())["runs"][0]["lr"] is None
+    assert read_results(whole / "results.json").rows == results.rows
+    assert table(results.rows).splitlines()[1].split()[:3] == ["2", "-", "6"]
+    (line, _) = compare(results.rows, read_results(evaluate(f"{flags} --runs 1 --power 1")).rows)
+    assert 0 <= line["test_p"] <= 1
+    with pytest.raises(SystemExit):
+        evaluate(f"--resume {begun} --power 1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        *(
+            (f"--learner slda {flag}", flag.split()[0])
+            for flag in (
+                *("--lr 0.1", "--lrs 0.1", "--lr_search_runs 10", "--lr_search_split evaluation", "--test"),
+                *("--rln 13", "--no-freeze", "--reset", "--iid", "--epoch 1", "--optimizer adam"),
+                "--treatment-preset ANML",
+            )
+        ),
+        ("--learner ncm --shrinkage 0.5", "--shrinkage"),
+        ("--features gate", "--features"),
+        ("--power 1", "--power"),
+        ("--learner slda --shrinkage 0", "--shrinkage"),
+        ("--learner slda --shrinkage 1.5", "--shrinkage"),
+        ("--learner slda --power 0", "--power"),
+        ("--learner svm", "--learner"),
+    ],
+)
+def test_flags_that_mean_nothing(flags: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(evaluation_parser(), ["--model", "m", *flags.split()])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1
+    assert named.removeprefix("--no-") in error
+
+
+@pytest.mark.parametrize("features", ["gate", "both"])
+def test_a_network_without_gate_shows_none(features: str, evaluate: Evaluate) -> None:
+    with pytest.raises(UserError, match=f"--features {features}: sANML has no gate"):
+        evaluate(f"{TINY} --schedule 2 --runs 1 --model sANML.net --learner ncm --features {features}")
+    assert not Path("runs").exists()
+
+
+def test_both_backends_agree() -> None:
+    pool = torch.randn(CLASSES, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    seen = []
+    for backend in ("plain", "fast"):
+        net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0)).eval()
+        use_backend(net, backend, torch.device("cpu"))
+        seen.append(view(net, pool[0].expand(-1, 3, -1, -1), Settings(features="both", power=0.5)))
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_ones_own(evaluate: Evaluate, cache: Path) -> None:
+    """The file that the documentation shows, started as it says."""
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    code = text.split("<!-- learner -->")[1].split("```")[1].removeprefix("python\n")
+    assert code.count("\n") <= 30
+    Path("mine.py").write_text(code, encoding="utf-8")
+    flags = f"{TINY} --schedule 5 --runs 1 --model ANML.net --learner cosine --cache_dir={cache}"
+    done = subprocess.run(
+        [sys.executable, "mine.py", *flags.split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = read_results(Path("runs/e_0"))
+    assert results.about["treatment"] == "ANML, cosine"
+    assert results.rows[0]["test"] > 0.2
