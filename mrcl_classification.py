@@ -5,6 +5,7 @@
     python mrcl_classification.py --config configs/anml_first_order.toml     # as released
     python mrcl_classification.py --dataset glyphs --steps 100               # without any data
     python mrcl_classification.py --resume runs/mrcl_omniglot_0              # go on after an interruption
+    python mrcl_classification.py --config configs/prototypes.toml           # for a head of class means
     torchrun --nproc_per_node 2 mrcl_classification.py --meta_batch 2        # two processes, two GPUs
 
 Each step draws a class, learns its 20 images one by one, and improves the weights it started from so
@@ -30,21 +31,24 @@ import torch
 from datasets import load_pool
 from evaluation.monitor import gate_statistics, validate
 from model.check import check_network
-from model.episodes import sample_trajectory
-from model.fast import capture, meta_loss, use_backend
-from model.meta_learner import MetaLearner, gather
+from model.episodes import sample_episode, sample_trajectory
+from model.fast import Backend, capture, meta_loss, use_backend
+from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
+from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import TrainingState, load_state, save_model, save_progress
 from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint
 from utils.device import choose_device
-from utils.distributed import join, launched
+from utils.distributed import Group, join, launched, refuse_several
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
 from utils.run import Run, log_to_terminal
 
 log = logging.getLogger("anml")
+
+OuterLearner = MetaLearner | PrototypeLearner
 
 
 def initial_network(args: argparse.Namespace, state: TrainingState | None) -> Network:
@@ -68,7 +72,61 @@ def first_seed(args: argparse.Namespace, net: Network) -> int:
     return int(sequence.generate_state(1)[0])
 
 
-def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: Interrupt, done: int) -> int:
+def make_learner(
+    args: argparse.Namespace, net: Network, images: torch.Tensor, group: Group, backend: Backend
+) -> OuterLearner:
+    """What takes the outer steps of `--learner`."""
+    generator = torch.Generator().manual_seed(first_seed(args, net))
+    if args.learner == "prototypes":
+        return PrototypeLearner(
+            net,
+            images,
+            generator,
+            meta_lr=args.meta_lr,
+            steps=args.steps,
+            shots=args.shots,
+            leave_one_out=args.leave_one_out,
+            augment=args.augment,
+            average=args.average,
+        )
+    return MetaLearner(
+        net,
+        images,
+        generator,
+        meta_lr=args.meta_lr,
+        update_lr=args.update_lr,
+        rln=args.rln,
+        first_order=args.first_order,
+        second_order_steps=args.second_order_steps,
+        learn_update_lr=args.learn_update_lr,
+        reset=args.reset,
+        group=group,
+        meta_loss=meta_loss(backend),
+        capture=capture(backend),
+    )
+
+
+def differentiate(
+    args: argparse.Namespace, learner: OuterLearner
+) -> tuple[torch.Tensor, MetaStep | EpisodeStep]:
+    """Draw what a step sees, and leave its gradient in `.grad`.
+
+    Returns:
+        [B, 2] (class, drawing) of some of its images, and what it measured.
+    """
+    size = len(learner.images), learner.images.shape[1], learner.generator
+    if isinstance(learner, PrototypeLearner):
+        drawn = args.shots + args.queries
+        episode = sample_episode(*size, ways=args.ways, images=drawn, symmetries=args.symmetries)
+        return episode.index[:, 0], learner.differentiate(episode)
+    trajectories = [
+        sample_trajectory(*size, update_step=args.update_step, tasks=args.tasks, remember=args.remember)
+        for _ in range(args.meta_batch)
+    ]
+    return trajectories[0].query[: args.remember], learner.differentiate(*trajectories)
+
+
+def train(args: argparse.Namespace, run: Run, learner: OuterLearner, interrupt: Interrupt, done: int) -> int:
     """Meta-train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     net, images, generator = learner.net, learner.images, learner.generator
     with run.progress(args.steps, every=args.log_every, done=done) as progress:
@@ -77,23 +135,8 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
             before = generator.get_state()
             # What layers draw (dropout) is resumed as well: the generator's state holds its first seed.
             torch.manual_seed(generator.initial_seed() * 2**32 + step)
-            trajectories = [
-                sample_trajectory(
-                    len(images),
-                    images.shape[1],
-                    generator,
-                    update_step=args.update_step,
-                    tasks=args.tasks,
-                    remember=args.remember,
-                )
-                for _ in range(args.meta_batch)
-            ]
-            result = learner.differentiate(*trajectories)
-            values = {
-                "loss": result.loss.item(),
-                "accuracy_trajectory": result.accuracy_trajectory.item(),
-                "accuracy_remember": result.accuracy_remember.item(),
-            }
+            shown, result = differentiate(args, learner)
+            values = {key: value.item() for key, value in result._asdict().items() if value.ndim == 0}
             if not (math.isfinite(values["loss"]) and learner.finite()):
                 generator.set_state(before)
                 stop_diverged(args, run, learner, step, values["loss"])
@@ -101,14 +144,16 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
             run.metrics({"step": step, **values, "seconds": time.perf_counter() - start})
             run.scalars(step, {f"meta_train/{key}": value for key, value in values.items()})
             if progress.advance(**values):
-                remembered, _ = gather(images, trajectories[0].query[: args.remember])
-                statistics = gate_statistics(net, remembered)
+                statistics = gate_statistics(net, gather(images, shown)[0])
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
             if args.eval_every and step % args.eval_every == 0 and learner.group.first:
-                validate(run, net, images, step, args.eval_classes)
+                with learner.averaged():
+                    head = "ncm" if args.learner == "prototypes" else "adam"
+                    validate(run, net, images, step, args.eval_classes, head)
             if args.keep_every and step % args.keep_every == 0 and learner.group.first:
                 state = TrainingState.of(net, learner.optimizer, generator, step, learner.rule)
-                save_model(run.folder / f"model_{step}.net", state, recorded(args))
+                with learner.averaged():
+                    save_model(run.folder / f"model_{step}.net", state, recorded(args))
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
             if interrupt.agree(learner.group):
@@ -117,7 +162,7 @@ def train(args: argparse.Namespace, run: Run, learner: MetaLearner, interrupt: I
 
 
 def stop_diverged(
-    args: argparse.Namespace, run: Run, learner: MetaLearner, step: int, loss: float
+    args: argparse.Namespace, run: Run, learner: OuterLearner, step: int, loss: float
 ) -> NoReturn:
     """Keep the weights before `step`, whose loss or gradient is not finite, and end the run."""
     if not learner.group.first:
@@ -127,26 +172,30 @@ def stop_diverged(
         kept = f"the state before it is in {run.folder}"
     except UserError as error:
         kept = f"the state before it is not kept: {error}"
+    rates = f"--meta_lr {args.meta_lr:g}"
+    if args.update_lr:
+        rates += f" --update_lr {args.update_lr:g}"
     raise UserError(
-        f"step {step}: the meta-loss is {loss:g} and its gradient not finite with --meta_lr "
-        f"{args.meta_lr:g} --update_lr {args.update_lr:g} --seed {args.seed}; lower one of the "
-        f"learning rates; {kept}"
+        f"step {step}: the meta-loss is {loss:g} and its gradient not finite with {rates} --seed "
+        f"{args.seed}; lower {'one of the learning rates' if args.update_lr else 'it'}; {kept}"
     )
 
 
-def save(args: argparse.Namespace, run: Run, learner: MetaLearner, step: int) -> None:
+def save(args: argparse.Namespace, run: Run, learner: OuterLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
     if learner.group.first:
         state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
-        save_progress(run, args.model_name, state, recorded(args))
+        save_progress(run, args.model_name, state, recorded(args), learner.averaged())
 
 
 def main() -> None:
     args = parse(training_parser())
     log_to_terminal()
     device = choose_device(args.device, args.threads)
+    if args.learner == "prototypes":
+        refuse_several("--learner prototypes")
     group = join(device)
-    if args.meta_batch < group.size:
+    if args.learner == "sgd" and args.meta_batch < group.size:
         raise UserError(f"--meta_batch {args.meta_batch} is too few for {group.size} processes to share")
     state = load_state(args.resume) if args.resume else None
     done = state.step if state else 0
@@ -161,21 +210,7 @@ def main() -> None:
     )
     backend = use_backend(net, args.backend, device)
     check_network(net.network, net.widths, args.rln, backend)
-    learner = MetaLearner(
-        net.to(device).train(),
-        images,
-        torch.Generator().manual_seed(first_seed(args, net)),
-        meta_lr=args.meta_lr,
-        update_lr=args.update_lr,
-        rln=args.rln,
-        first_order=args.first_order,
-        second_order_steps=args.second_order_steps,
-        learn_update_lr=args.learn_update_lr,
-        reset=args.reset,
-        group=group,
-        meta_loss=meta_loss(backend),
-        capture=capture(backend),
-    )
+    learner = make_learner(args, net.to(device).train(), images, group, backend)
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
     group.check_same("weights", fingerprint(net))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluation.plots import gate_figure
+from model.learner import Settings
 from model.meta_learner import active_fraction
-from model.meta_test import MetaTest
+from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import Network
 from model.representation import represent
 from model.scores import MEASURES
@@ -21,9 +23,24 @@ LR = 0.001  # of the small meta-tests: the best rate at most lengths
 SHOWN = 10  # classes whose gates are drawn, two images each
 
 
-def validate(run: Run, net: Network, images: Tensor, step: int, classes: int) -> None:
-    """A small meta-test on the first of the meta-training classes [C, 20, 1, 28, 28], and some gates."""
-    score = MetaTest(net, images, net.default_meta_test_rln, seed=0).score(classes, LR, "validation", draw=0)
+def validate(run: Run, net: Network, images: Tensor, step: int, classes: int, learner: str) -> None:
+    """A small meta-test on the first of the meta-training classes [C, 20, 1, 28, 28], and some gates.
+
+    Args:
+        learner: key of `model.meta_test.LEARNERS`.
+    """
+    kind = LEARNERS[learner]
+    options: dict[str, Any] = dict(kind.options or {})
+    test = MetaTest(
+        net,
+        images,
+        net.default_meta_test_rln,
+        seed=0,
+        learner=kind.make,
+        settings=Settings(**options),
+        own_head=kind.takes_steps,
+    )
+    score = test.score(classes, LR, "validation", draw=0)
     found = score.accuracies()
     run.scalars(step, {f"meta_val/{MEASURES[name].tag}": value for name, value in found.items()})
     text = " ".join(f"{name} {value:.3f}" for name, value in found.items())

@@ -74,6 +74,50 @@ def sample_trajectory(
 
 
 @dataclass(frozen=True)
+class Episode:
+    """Some images of each of many classes, as indices into the meta-training classes.
+
+    Attributes:
+        index: [W, K, 2] (class, drawing).
+        symmetries: [W] which symmetry of the square its images are shown in, see `augmentation.show`.
+    """
+
+    index: Tensor
+    symmetries: Tensor
+
+
+def sample_episode(
+    num_classes: int,
+    drawings: int,
+    generator: torch.Generator,
+    *,
+    ways: int,
+    images: int,
+    symmetries: int = 1,
+) -> Episode:
+    """An episode of `ways` classes with `images` images each, all drawn without replacement.
+
+    Args:
+        num_classes: meta-training classes to draw from (963 in the paper).
+        drawings: images per class (20).
+        generator: source of all randomness.
+        symmetries: classes that each class stands for, of which an episode may hold several.
+
+    Raises:
+        UserError: more classes or images asked for than there are.
+    """
+    if ways > num_classes * symmetries or images > drawings:
+        raise UserError(
+            f"--ways {ways} classes of --shots and --queries, {images} images each, are more than the "
+            f"{num_classes * symmetries} meta-training classes of {drawings} images hold"
+        )
+    drawn = torch.randperm(num_classes * symmetries, generator=generator)[:ways]
+    orders = torch.rand(ways, drawings, generator=generator).argsort(1)[:, :images]
+    classes = (drawn // symmetries)[:, None].expand(ways, images)
+    return Episode(torch.stack([classes, orders], 2), drawn % symmetries)
+
+
+@dataclass(frozen=True)
 class Task:
     """One meta-test draw, as indices into the pool of unseen classes.
 

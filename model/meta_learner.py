@@ -5,7 +5,8 @@ The method itself is `model.method`. No step here reads a value back from the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from model.episodes import Trajectory
 from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, reset_head, trained_parameters
-from model.optimizer import Adam
+from model.optimizer import Adam, AveragedAdam
 from utils.distributed import Group
 
 T = TypeVar("T")
@@ -49,7 +50,64 @@ class MetaStep(NamedTuple):
     inner_losses: Tensor
 
 
-class MetaLearner:
+class OuterLoop:
+    """What meta-training's outer steps have in common: the weights that learn, and Adam on their gradient.
+
+    Args:
+        net: the network, on the device where training happens.
+        images: [C, 20, 1, 28, 28] meta-training classes on the same device.
+        generator: draws what a step needs beside the images (CPU).
+        learned: what learns.
+        optimizer: of `learned`.
+        rule: holds what learns beside the network; training states and model files keep it.
+        group: processes that share a step.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        images: Tensor,
+        generator: torch.Generator,
+        learned: list[nn.Parameter],
+        optimizer: Adam,
+        rule: nn.Module | None = None,
+        group: Group | None = None,
+    ) -> None:
+        self.net = net
+        self.images = images
+        self.generator = generator
+        self.learned = learned
+        self.optimizer = optimizer
+        self.rule = rule
+        self.group = group or Group()
+        self.grads: Sequence[Tensor] = ()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights are their averages within, where the optimizer keeps some."""
+        if not isinstance(self.optimizer, AveragedAdam):
+            yield
+            return
+        self.optimizer.swap()
+        try:
+            yield
+        finally:
+            self.optimizer.swap()
+
+    def finite(self) -> bool:
+        """Whether the gradient in `grads` is; waits for the device."""
+        return bool(torch.nn.utils.get_total_norm(self.grads).isfinite())
+
+    def update(self) -> None:
+        """The second half of a step: one Adam step along `grads`."""
+        self.optimizer.step(self.grads)
+
+    def grads_of(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """A tensor for each of `learned`; zero for what has no effect (a bias before a norm)."""
+        return torch.autograd.grad(loss, self.learned, allow_unused=True, materialize_grads=True)
+
+
+class MetaLearner(OuterLoop):
     """Meta-trains a network with Adam, one trajectory per step or the mean over several.
 
     Args:
@@ -87,22 +145,17 @@ class MetaLearner:
         meta_loss: MetaLoss = method.meta_loss,
         capture: Capture = no_capture,
     ) -> None:
-        self.net = net
-        self.group = group or Group()
-        self.images = images
-        self.generator = generator
         self.update_lr = update_lr
         self.first_order = first_order
         self.second_order_steps = second_order_steps
         self.reset = reset
         self.meta_loss = meta_loss
         self.params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
-        self.rule = MetaSGD(self.params, update_lr) if learn_update_lr else None
-        self.learned = [weight for weight in net.parameters() if weight.requires_grad]
-        if self.rule is not None:
-            self.learned += self.rule.parameters()
-        self.optimizer = Adam(self.learned, meta_lr)
-        self.grads: Sequence[Tensor] = ()
+        self.inner_rule = MetaSGD(self.params, update_lr) if learn_update_lr else None
+        learned = [weight for weight in net.parameters() if weight.requires_grad]
+        if self.inner_rule is not None:
+            learned += self.inner_rule.parameters()
+        super().__init__(net, images, generator, learned, Adam(learned, meta_lr), self.inner_rule, group)
         self.meta_grads = capture(self._meta_grads, net)
 
     def step(self, *trajectories: Trajectory) -> MetaStep:
@@ -160,20 +213,11 @@ class MetaLearner:
             inner_lr=self.update_lr,
             first_order=self.first_order,
             second_order_steps=self.second_order_steps,
-            rule=self.rule,
+            rule=self.inner_rule,
         )
-        # Zero for what has no effect (a bias before a norm).
-        grads = torch.autograd.grad(loss, self.learned, allow_unused=True, materialize_grads=True)
+        grads = self.grads_of(loss)
         correct = (logits.detach().argmax(1) == labels).to(loss.dtype)
         return grads, MetaStep(loss.detach(), correct[-steps:].mean(), correct[:-steps].mean(), inner_losses)
-
-    def finite(self) -> bool:
-        """Whether the meta-gradient in `grads` is; waits for the device."""
-        return bool(torch.nn.utils.get_total_norm(self.grads).isfinite())
-
-    def update(self) -> None:
-        """The second half of a step: one Adam step along `grads`."""
-        self.optimizer.step(self.grads)
 
 
 def gather(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,30 @@ OF_STEPS: dict[str, Any] = {
 }
 """Flags that only a learner which takes steps has, and their defaults (None: what others say)."""
 OF_HEADS = ("features", "power", "shrinkage")  # flags that only the others have; defaults are those of each
+LEARNER_FLAGS: dict[str, dict[str, Any]] = {
+    "sgd": {
+        "rln": None,
+        "update_lr": 0.1,
+        "update_step": 20,
+        "tasks": 1,
+        "meta_batch": 1,
+        "remember": 64,
+        "first_order": False,
+        "second_order_steps": None,
+        "learn_update_lr": False,
+        "reset": True,
+    },
+    "prototypes": {
+        "ways": 60,
+        "shots": 3,
+        "queries": 2,
+        "leave_one_out": False,
+        "symmetries": 1,
+        "augment": 0.0,
+        "average": 0.0,
+    },
+}
+"""The learners of meta-training, with the flags that they alone have and the defaults of these."""
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
 
@@ -197,10 +221,12 @@ def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], toke
     given = parser.parse_args(
         tokens, argparse.Namespace(notices=(), **dict.fromkeys(parser.flags, _NOT_GIVEN))
     )
+    # Of episodes it is also the length of the schedule, which makes their numbers.
+    fixed = ("steps",) if getattr(of_run, "learner", None) == "prototypes" else ()
     contradictions = [
         f"{parser.flags[key].option_strings[0]} is {value} and was {getattr(of_run, key)}"
         for key, value in vars(given).items()
-        if key in parser.flags and key not in parser.may_change
+        if key in parser.flags and (key not in parser.may_change or key in fixed)
         if value is not _NOT_GIVEN and value != getattr(of_run, key)
     ]
     if contradictions:
@@ -266,6 +292,15 @@ def training_parser() -> Parser:
     _treatment(parser, method, "ANML")
     parser.flag(
         method,
+        "--learner",
+        str.lower,
+        "sgd",
+        "what the network is to be good for: sgd, a step on each image of a trajectory (the paper), or "
+        "prototypes, a head of class means (the flags of the group below in place of those of trajectories)",
+        choices=tuple(LEARNER_FLAGS),
+    )
+    parser.flag(
+        method,
         "--rln",
         _whole(0),
         None,
@@ -273,8 +308,20 @@ def training_parser() -> Parser:
         "network of ANML; 6: the convolutions of OML); the outer step trains all",
         shown=", ".join(f"{kind.rln_training} for {name}" for name, kind in NETWORKS.items()),
     )
-    parser.flag(method, "--steps", _whole(1), 20000, "outer (meta) steps")
-    parser.flag(method, "--meta_lr", _positive, 0.001, "learning rate of the outer Adam")
+    parser.flag(
+        method,
+        "--steps",
+        _whole(1),
+        20000,
+        "outer (meta) steps; with prototypes, also the length of the cosine schedule",
+    )
+    parser.flag(
+        method,
+        "--meta_lr",
+        _positive,
+        0.001,
+        "learning rate of the outer Adam; with prototypes, of its first step",
+    )
     parser.flag(method, "--update_lr", _positive, 0.1, "learning rate of the inner SGD")
     parser.flag(method, "--update_step", _whole(1), 20, "inner steps, that is images, per trajectory")
     parser.flag(method, "--tasks", _whole(1), 1, "classes per trajectory, sharing the --update_step images")
@@ -314,6 +361,47 @@ def training_parser() -> Parser:
         "re-draw the head's rows of the classes of a trajectory before its inner loop",
         default=True,
     )
+
+    prototypes = parser.add_argument_group("episodes of --learner prototypes")
+    parser.flag(prototypes, "--ways", _whole(2), 60, "classes of an episode")
+    parser.flag(prototypes, "--shots", _whole(1), 3, "images of each that its mean is of")
+    parser.flag(prototypes, "--queries", _whole(1), 2, "images of each that are to be classified")
+    parser.switch(
+        prototypes,
+        "--leave_one_out",
+        "classify all the images of an episode, each by its class's mean of the others",
+    )
+    parser.flag(
+        prototypes,
+        "--symmetries",
+        int,
+        1,
+        "classes that each class stands for: 1, as it was drawn; 4, turned by quarters as well; 8, mirrored "
+        "as well",
+        choices=(1, 4, 8),
+    )
+    parser.flag(
+        prototypes,
+        "--augment",
+        _number_from_0,
+        0.0,
+        "strength of a random turn, stretch, shear and shift of every other image; 1 for up to 12 degrees, "
+        "15 %%, 0.15 and 2 pixels",
+    )
+    parser.flag(
+        prototypes,
+        "--average",
+        _fraction,
+        0.0,
+        "decay of the moving average of the weights that is checked and written as the model; 0 for the "
+        "weights themselves",
+    )
+    # None tells a flag that was not given from one that was.
+    for flags in LEARNER_FLAGS.values():
+        for name in flags:
+            action = parser.flags[name]
+            action.help = (action.help or "").replace("%(default)s", str(flags[name]))
+        parser.set_defaults(**dict.fromkeys(flags))
 
     network = parser.add_argument_group("network")
     _widths(parser, network)
@@ -894,6 +982,15 @@ def _no_check(parser: Parser, arguments: argparse.Namespace) -> None:
 
 def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
+    for learner, flags in LEARNER_FLAGS.items():
+        for name, default in flags.items():
+            typed = getattr(arguments, name)
+            if learner == arguments.learner:
+                setattr(arguments, name, default if typed is None else typed)
+            elif typed is not None:
+                parser.error(
+                    f"{_flag(name, typed)} means nothing with --learner {arguments.learner}: drop it"
+                )
     if arguments.checkpoint and arguments.saved_model is None:
         parser.error("--checkpoint needs --saved_model FILE, the weights to start from")
     if arguments.saved_model is not None and not arguments.checkpoint:
@@ -906,11 +1003,11 @@ def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
         *((("eval_classes", "train_classes"),) if arguments.eval_every else ()),
     ):
         low, high = getattr(arguments, smaller), getattr(arguments, larger)
-        if high is not None and low > high:
+        if low is not None and high is not None and low > high:
             parser.error(f"--{smaller} {low} must not be larger than --{larger} {high}")
     if arguments.first_order and arguments.second_order_steps:
         parser.error("--first_order differentiates through no inner step: drop it or --second_order_steps")
-    if arguments.rln is None:
+    if arguments.learner == "sgd" and arguments.rln is None:
         arguments.rln = NETWORKS[arguments.treatment].rln_training
     if arguments.model_name is None:
         arguments.model_name = Path(_model_name(arguments.treatment))
@@ -1149,6 +1246,13 @@ def _number(text: str) -> float:
     return number
 
 
+def _number_from_0(text: str) -> float:
+    number = _number(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+    return number
+
+
 def _positive(text: str) -> float:
     try:
         number = float(text)
@@ -1156,6 +1260,16 @@ def _positive(text: str) -> float:
         number = math.nan
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return number
+
+
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
     return number
 
 

@@ -1,0 +1,141 @@
+"""Meta-training for a head of class means: the loss by hand, both backends, the script with its refusals."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+
+import mrcl_classification
+from datasets.augmentation import distort, show
+from model.episodes import sample_episode
+from model.fast import use_backend
+from model.prototypes import PrototypeLearner, prototype_logits
+from tests.conftest import assert_same_run
+from tests.model.test_method import CLASSES, CPU, images, network
+from utils.errors import run_script
+
+FLAGS = [
+    *("--learner", "prototypes", "--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
+    *("--nm_channels", "2", "--pln_channels", "2", "--ways", "5", "--symmetries", "4", "--augment", "1"),
+    *("--average", "0.9", "--steps", "4", "--name", "p", "--model_name", "p.net"),
+]
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_logits_are_distances_to_means(leave_one_out: bool) -> None:
+    features = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = []
+    for k, of_class in enumerate(features):
+        for i in range(5 if leave_one_out else 2):
+            query = of_class[i if leave_one_out else 3 + i]
+            means = [other.mean(0) if leave_one_out else other[:3].mean(0) for other in features]
+            if leave_one_out:
+                means[k] = torch.cat([of_class[:i], of_class[i + 1 :]]).mean(0)
+            expected.append(torch.stack([-((query - mean) ** 2).sum() / 7**0.5 for mean in means]))
+    torch.testing.assert_close(prototype_logits(features, 3, leave_one_out), torch.stack(expected))
+
+
+def test_symmetries_are_quarter_turns_and_mirrored_quarter_turns() -> None:
+    drawings = torch.arange(8 * 2 * 9.0).view(8, 2, 1, 3, 3)
+    for k, (image, shown) in enumerate(zip(drawings, show(drawings, torch.arange(8)), strict=True)):
+        assert torch.equal(shown, (image.flip(-1) if k & 4 else image).rot90(k & 3, (-2, -1)))
+
+
+def test_distortions_leave_half_alone_and_keep_what_is_on_the_image() -> None:
+    paper = torch.zeros(200, 1, 28, 28)
+    paper[:, :, 12:16, 12:16] = 1
+    drawn = distort(paper, torch.Generator().manual_seed(0), 1)
+    alone = (drawn == paper).flatten(1).all(1)
+    assert 70 < int(alone.sum()) < 130
+    assert drawn.sum((1, 2, 3)).sub(16).abs().max() < 6  # stretched by 15 % each way at most
+    assert torch.equal(distort(paper, torch.Generator().manual_seed(0), 0), paper)
+
+
+def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
+    net, _ = network("ANML")
+    use_backend(net, backend, CPU)
+    learner = PrototypeLearner(
+        *(net, images(CLASSES, 20), torch.Generator().manual_seed(1)),
+        meta_lr=0.001,
+        steps=10,
+        shots=2,
+        augment=1,
+    )
+    episode = sample_episode(CLASSES, 20, learner.generator, ways=6, images=4, symmetries=4)
+    step = learner.differentiate(episode)
+    return step.loss, list(learner.grads)
+
+
+def test_both_backends_give_the_gradient_of_the_loss() -> None:
+    (plain_loss, plain), (fast_loss, fast) = grads("plain"), grads("fast")
+    torch.testing.assert_close(fast_loss, plain_loss)
+    for ours, theirs in zip(fast, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
+    # An untrained network tells classes apart a little; its loss is near that of guessing.
+    assert abs(float(plain_loss) - float(F.cross_entropy(torch.zeros(1, 6), torch.tensor([0])))) < 1
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", *flags])
+    mrcl_classification.main()
+
+
+def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*FLAGS, f"--cache_dir={cache}", "--eval_every=2", "--eval_classes=5", "--save_every=2"]
+    train(monkeypatch, *flags)
+    log = (tmp_path / "runs/p_0/log.txt").read_text()
+    assert "step 2 meta-test on 5 meta-training classes: test" in log
+
+    def stop(learner: PrototypeLearner) -> None:
+        if learner.optimizer.steps[0] == 3:
+            raise KeyboardInterrupt
+        plain_update(learner)
+
+    plain_update = PrototypeLearner.update
+    with monkeypatch.context() as patch:
+        patch.setattr(PrototypeLearner, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(patch, *flags)
+    train(monkeypatch, "--resume", "runs/p_1")
+    assert_same_run(tmp_path / "runs/p_0", tmp_path / "runs/p_1")
+    with pytest.raises(SystemExit):  # the schedule's length is not a matter of how long
+        train(monkeypatch, "--resume", "runs/p_1", "--steps", "6")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--update_lr", "0.1"], "--update_lr 0.1 means nothing with --learner prototypes"),
+        (["--first_order"], "--first_order means nothing with --learner prototypes"),
+        (["--learner", "sgd"], "means nothing with --learner sgd"),
+        (["--ways", "90"], "--ways 90 classes"),
+        (["--shots", "19"], "21 images each"),
+        (["--symmetries", "3"], "invalid choice: 3"),
+        (["--average", "1"], "'1' is not a number from 0 to below 1"),
+        (["--augment", "-1"], "'-1' is below 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    flags: list[str],
+    words: str,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", *FLAGS, f"--cache_dir={cache}", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_script(mrcl_classification.main)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert end.value.code == 2
+    assert len(errors) == 1
+    assert words in errors[0]
