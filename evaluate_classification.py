@@ -3,7 +3,8 @@
     python evaluate_classification.py --rln 0 --model Neuromodulation_Model.net --name Omni_test_traj \
         --runs 10                                                            # as released: all layers learn
     python evaluate_classification.py --model Neuromodulation_Model.net         # the paper's: head only
-    python evaluate_classification.py --model M.net --schedule 10 100 --lr 0.001 --runs 3   # a quick look
+    python evaluate_classification.py --model M.net --nested                    # a quarter of the work
+    python evaluate_classification.py --model M.net --nested --lr 0.001 --runs 3   # a quick look
     python evaluate_classification.py --treatment-preset Scratch-Oracle --epoch 20
     python evaluate_classification.py --model A.net B.net C.net                 # one row for all of them
     python evaluate_classification.py --resume runs/Omni_test_traj_0            # after an interruption
@@ -11,6 +12,7 @@
     torchrun --nproc_per_node 2 evaluate_classification.py --model A.net        # two processes, two GPUs
 
 Per class count: search the learning rate, if the learner has one, then report `--runs` fresh draws at it.
+With `--nested` one pass over a draw serves all class counts.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from itertools import product
+from itertools import product, starmap
 from typing import Any
 
 from datasets import load_pool
@@ -31,11 +33,12 @@ from evaluation.journal import Journal
 from evaluation.models import Model, load_models, match_earlier
 from evaluation.plots import accuracy_figure, save_figure
 from evaluation.results import Row, summarise, table, write_results
-from evaluation.runner import Scorer, frozen_layers, scorer
+from evaluation.runner import Job, Scorer, frozen_layers, scorer
 from model.fast import use_backend
 from model.learner import LearnerKind
-from model.meta_test import LEARNERS, Trial, best_rate, check_outputs
+from model.meta_test import LEARNERS, check_outputs
 from model.modelfactory import Network, trained_parameters
+from model.rate_search import Draw, RateSearch, next_tries
 from model.scores import MEASURES
 from model.treatments import describe
 from utils.arguments import evaluation_parser, parse, recorded
@@ -48,21 +51,44 @@ FITTED = 200  # meta-training classes that a prior is fitted to; more change not
 
 log = logging.getLogger("anml")
 
+POINTS = {
+    False: "each class count has draws of its own",
+    True: "all class counts share their draws: each point of a curve has the distribution that it has with "
+    "draws of its own, but the points are not independent of each other",
+}
+"""What the points of a curve have to do with each other, by `--nested`, for whoever reads the results."""
+
 
 def search(
-    args: argparse.Namespace, run: Run, scores: Scorer, models: list[Model], classes: int
-) -> list[Trial]:
-    """Every rate of `--lrs` on each of `--lr_search_runs` draws of `classes` classes for each model."""
-    jobs = list(product(range(len(models)), range(args.lr_search_runs), args.lrs))
-    trials = []
-    with run.progress(len(jobs), every=len(args.lrs), unit="try") as bar:
-        for (position, draw, lr), found in zip(jobs, scores("search", classes, jobs), strict=True):
-            trials.append(Trial(draw, lr, found, models[position].name))
-            if bar.advance(**found.accuracies()):
-                bar.report()
-    for lr in args.lrs:
-        warn_of_diverged(classes, lr, "tries", [trial.score for trial in trials if trial.lr == lr])
-    return trials
+    args: argparse.Namespace,
+    run: Run,
+    scores: Scorer,
+    models: list[Model],
+    counts: Sequence[int],
+    processes: int,
+) -> dict[int, RateSearch]:
+    """The search of each of `counts`, all of which one pass serves: the rates of `--lrs` on
+    `--lr_search_runs` draws for each model, as long as a try may change which rate is the best."""
+    draws = list(starmap(Draw, product(range(len(models)), range(args.lr_search_runs))))
+    objective = "test" if args.test else "train"
+    searches = {n: RateSearch(args.lrs, draws, objective, full=args.full_search) for n in counts}
+    with run.progress(len(draws) * len(args.lrs), every=len(args.lrs), unit="try") as bar:
+        while tries := next_tries(searches, processes):
+            jobs = [Job(draw, lr, tuple(n for n in counts if n <= classes)) for draw, lr, classes in tries]
+            for (draw, lr, longest), found in zip(tries, scores("search", jobs), strict=True):
+                for classes, score in found.items():
+                    searches[classes].add(draw, lr, score)
+                if bar.advance(**found[longest].accuracies()):
+                    bar.report()
+    for classes, made in searches.items():
+        log.info(
+            "%d classes: learning rate %g, decided by %d tries of %d",
+            *(classes, made.best(), len(made.scores), made.most),
+        )
+        for lr in args.lrs:
+            tried = [score for (_, rate), score in made.scores.items() if rate == lr]
+            warn_of_diverged(classes, lr, "tries", tried)
+    return searches
 
 
 def warn_of_diverged(classes: int, lr: float | None, of: str, scores: Sequence[Mapping[str, Any]]) -> None:
@@ -77,38 +103,68 @@ def warn_of_diverged(classes: int, lr: float | None, of: str, scores: Sequence[M
 
 
 def evaluate(
-    args: argparse.Namespace, run: Run, scores: Scorer, models: list[Model], about: dict[str, Any]
+    args: argparse.Namespace,
+    run: Run,
+    scores: Scorer,
+    models: list[Model],
+    about: dict[str, Any],
+    processes: int,
 ) -> list[dict[str, Any]]:
-    """Search and report each class count of `--schedule`; results are written after each."""
+    """Search and report each class count of `--schedule`, with `--nested` all at once; results are written
+    after each."""
     rows: list[dict[str, Any]] = []
-    about["search"] = []
-    for classes in args.schedule:
-        lr = args.lr
-        if lr is None and LEARNERS[args.learner].takes_steps:
-            trials = search(args, run, scores, models, classes)
-            lr = best_rate(trials, "test" if args.test else "train")
-            about["search"] += [
-                {"model": t.model, "classes": classes, "draw": t.draw, "lr": t.lr, **t.score} for t in trials
-            ]
-        jobs = list(product(range(len(models)), range(args.runs), [lr]))
-        found_rows = []
-        with run.progress(len(jobs), every=args.runs, unit="run") as bar:
-            for (position, draw, _), found in zip(jobs, scores("report", classes, jobs), strict=True):
-                row = {"model": models[position].name, "classes": classes, "run": draw, "lr": lr}
-                found_rows.append({**row, **found})
-                run.metrics(found_rows[-1])
-                if bar.advance(**found.accuracies()):
-                    bar.report()
-        warn_of_diverged(classes, lr, "runs", found_rows)
+    about["search"], about["search_tries"] = [], []
+    for counts in [sorted(args.schedule)] if args.nested else [[classes] for classes in args.schedule]:
+        rates = dict.fromkeys(counts, args.lr)
+        searched = args.lr is None and LEARNERS[args.learner].takes_steps
+        searches = search(args, run, scores, models, counts, processes) if searched else {}
+        for classes, made in searches.items():
+            rates[classes] = made.best()
+            tries = {"classes": classes, "made": len(made.scores), "of": made.most}
+            about["search_tries"].append(tries)
+            for (draw, lr), score in made.scores.items():
+                of = {"model": models[draw.model].name, "classes": classes, "draw": draw.number, "lr": lr}
+                about["search"].append({**of, **score})
+        found_rows = report(args, run, scores, models, rates)
         rows += found_rows
         about["lr_chosen"] = how_chosen(args, models, rows)
-        (line,) = summarise(found_rows)
-        values = {measure.tag: line[name] for name, measure in MEASURES.items() if line[name] is not None}
-        values |= {} if lr is None else {"lr": lr}
-        run.scalars(classes, {f"meta_test/{tag}": value for tag, value in values.items()})
+        for line in summarise(found_rows):
+            values = {"lr": line["lr"], **{m.tag: line[name] for name, m in MEASURES.items()}}
+            scalars = {f"meta_test/{tag}": value for tag, value in values.items() if value is not None}
+            run.scalars(line["classes"], scalars)
         if is_first():
             write_results(run.folder, rows, about)
     return rows
+
+
+def report(
+    args: argparse.Namespace,
+    run: Run,
+    scores: Scorer,
+    models: list[Model],
+    rates: Mapping[int, float | None],
+) -> list[dict[str, Any]]:
+    """One row for each class count of `rates`, at its rate, and each of `--runs` draws of each model.
+
+    A run serves all counts of one rate, and goes as far as the largest of them.
+    """
+    draws = starmap(Draw, product(range(len(models)), range(args.runs)))
+    stops = {lr: tuple(n for n, rate in rates.items() if rate == lr) for lr in rates.values()}
+    jobs = [Job(draw, lr, stops[lr]) for draw, lr in product(draws, stops)]
+    rows: list[dict[str, Any]] = []
+    with run.progress(len(jobs), every=args.runs, unit="run") as bar:
+        for job, found in zip(jobs, scores("report", jobs), strict=True):
+            name = models[job.draw.model].name
+            for classes, score in found.items():
+                rows.append(
+                    {"model": name, "classes": classes, "run": job.draw.number, "lr": job.lr, **score}
+                )
+                run.metrics(rows[-1])
+            if bar.advance(**found[job.stops[-1]].accuracies()):
+                bar.report()
+    for classes, lr in rates.items():
+        warn_of_diverged(classes, lr, "runs", [row for row in rows if row["classes"] == classes])
+    return sorted(rows, key=lambda row: row["classes"])
 
 
 def main() -> None:
@@ -153,6 +209,7 @@ def main() -> None:
         "models": [model.about() for model in models],
         "device": str(device),
         "backend": backend,
+        "points": POINTS[args.nested],
         **data,
     }
     run = Run.open(args, about)
@@ -161,7 +218,7 @@ def main() -> None:
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", about["treatment"], about["rln"])
         scores = scorer(args, run, journal, models, pools, group, backend)
-        rows = evaluate(args, run, scores, models, {**about, "arguments": recorded(args)})
+        rows = evaluate(args, run, scores, models, {**about, "arguments": recorded(args)}, group.size)
         group.leave()
         if not group.first:
             return
@@ -170,6 +227,8 @@ def main() -> None:
         run.figure("meta_test/accuracy", figure, max(args.schedule))
         log.info("%s", how_chosen(args, models, rows))
         log.info("%s", table(rows))
+        if args.nested:
+            log.info("%s", POINTS[True])
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
 
 

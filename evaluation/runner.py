@@ -5,26 +5,34 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 from torch import Tensor
 
 from evaluation.journal import Journal, Key
 from evaluation.models import Model
 from evaluation.plots import forgetting_figure, save_figure
-from evaluation.results import write_table
+from evaluation.results import Row, write_table
 from model.fast import Backend, learner
 from model.learner import Settings
-from model.meta_test import LEARNERS, MetaTest, Purpose, Track
+from model.meta_test import LEARNERS, MetaTest, Purpose
 from model.modelfactory import Network
+from model.rate_search import Draw
 from model.scores import Score
 from utils.distributed import Group
 from utils.run import Run
 
-Job = tuple[int, int, float | None]
-"""One run: position of the model, draw, learning rate (None where there is none)."""
 
-Scorer = Callable[[Purpose, int, Sequence[Job]], Iterator[Score]]
-"""Scores of runs in order, from their purpose, number of classes and jobs."""
+class Job(NamedTuple):
+    """One run: a draw, learned at a rate and tested at each of `stops`, class counts in ascending order."""
+
+    draw: Draw
+    lr: float | None  # None where there is none
+    stops: tuple[int, ...]
+
+
+Scorer = Callable[[Purpose, Sequence[Job]], Iterator[dict[int, Score]]]
+"""Scores of runs in order, by class count, from their purpose and jobs."""
 
 
 def scorer(
@@ -72,27 +80,48 @@ def scorer(
             background=pools.get("background"),
         )
 
-    def test(purpose: Purpose, classes: int, job: Job) -> Score:
-        position, draw, lr = job
-        tracked = args.track_every and (purpose, position, draw) == ("report", 0, 0)
-        track = Track(args.track_every) if tracked else None
-        tester = meta_test(position, args.lr_search_split if purpose == "search" else "evaluation")
-        # No draw is that of two models, which makes their runs independent.
-        found = tester.score(classes, lr, purpose, draw * len(models) + position, track)
-        if track is not None:  # the first job, hence in the first process
-            write_forgetting(run, classes, track)
-        return found
+    def key(purpose: Purpose, job: Job, classes: int) -> Key:
+        return Key(purpose, models[job.draw.model].name, classes, job.draw.number, job.lr)
 
-    def scores(purpose: Purpose, classes: int, jobs: Sequence[Job]) -> Iterator[Score]:
-        keys = [Key(purpose, models[position].name, classes, draw, lr) for position, draw, lr in jobs]
+    def test(purpose: Purpose, job: Job) -> tuple[dict[Key, Score], dict[int, list[Row]]]:
+        """What a run is not known to reach, and of one that is tracked what it remembered until each stop."""
+        stops = {n for n in job.stops if key(purpose, job, n) not in known}
+        if not stops:
+            return {}, {}
+        every = args.track_every if (purpose, job.draw) == ("report", Draw(0, 0)) else 0
+        on_the_way = set(range(every, max(stops), every)) if every else set()
+        tester = meta_test(job.draw.model, args.lr_search_split if purpose == "search" else "evaluation")
+        found: dict[Key, Score] = {}
+        rows: list[Row] = []
+        tracked: dict[int, list[Row]] = {}
+        for answers in tester.walk(
+            sorted(stops | on_the_way),
+            job.lr,
+            purpose,
+            # No draw is that of two models, which makes their runs independent.
+            job.draw.number * len(models) + job.draw.model,
+            drawn=len(tester.images) if args.nested else job.stops[-1],
+        ):
+            seen = len(answers.classes)
+            if seen in stops:
+                found[key(purpose, job, seen)] = Score.of(answers)
+                if every:
+                    tracked[seen] = [*rows, *answers.by_class()]
+            if seen in on_the_way:
+                rows += answers.by_class()
+        return found, tracked
+
+    def scores(purpose: Purpose, jobs: Sequence[Job]) -> Iterator[dict[int, Score]]:
         for start in range(0, len(jobs), group.size):
-            together = range(start, min(start + group.size, len(jobs)))
-            mine = [k for k in group.share(together) if keys[k] not in known]
-            found = {keys[k]: test(purpose, classes, jobs[k]) for k in mine}
-            for part in group.gather(found):
-                for key, score in part.items():
-                    known[key] = journal.score(key, partial(Score, score)) if journal else score
-            yield from (known[keys[k]] for k in together)
+            together = jobs[start : start + group.size]
+            for part in group.gather([test(purpose, job) for job in group.share(together)]):
+                for found, tracked in part:
+                    for classes, rows in tracked.items():
+                        if group.first:
+                            write_forgetting(run, classes, rows)
+                    for k, score in found.items():
+                        known[k] = journal.score(k, partial(Score, score)) if journal else score
+            yield from ({n: known[key(purpose, job, n)] for n in job.stops} for job in together)
 
     return scores
 
@@ -105,9 +134,13 @@ def frozen_layers(args: argparse.Namespace, net: Network) -> int:
     return 0 if args.scratch else net.layers_below_head
 
 
-def write_forgetting(run: Run, classes: int, track: Track) -> None:
-    """What a run of `classes` classes remembered on its way: a table, a picture, and to TensorBoard."""
-    write_table(run.folder / f"forgetting_{classes}.csv", track.rows)
-    figure = forgetting_figure(track.rows)
+def write_forgetting(run: Run, classes: int, rows: Sequence[Row]) -> None:
+    """What a run of `classes` classes remembered on its way: a table, a picture, and to TensorBoard.
+
+    Args:
+        rows: of `Answers.by_class`, one moment after the other.
+    """
+    write_table(run.folder / f"forgetting_{classes}.csv", rows)
+    figure = forgetting_figure(rows)
     save_figure(figure, run.folder / f"forgetting_{classes}.png")
     run.figure(f"meta_test/forgetting_{classes}", figure, classes)

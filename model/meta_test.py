@@ -5,19 +5,17 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from statistics import fmean
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.episodes import Task, sample_task
+from model.episodes import sample_task
 from model.heads import NearestClassMean, NormalMAP, StreamingLDA, fit_prior
 from model.layers import FrozenOutput, Inputs
 from model.learner import Fit, Learner, LearnerKind, MakeLearner, Prior, Settings
@@ -135,12 +133,6 @@ def answers(learner: Learner, outputs: FrozenOutputs, index: Tensor) -> Tensor:
     return torch.cat(given).reshape(index.shape[:-1])
 
 
-def correct(learner: Learner, outputs: FrozenOutputs, index: Tensor) -> Tensor:
-    """Which images of `index` [..., 2] a learner classifies right: bool [...]."""
-    given = answers(learner, outputs, index)
-    return given == index[..., 0].to(given.device)
-
-
 def new_run(
     net: Network, trained: Collection[str], generator: torch.Generator, reset_all: bool = False
 ) -> Network:
@@ -160,21 +152,6 @@ def new_run(
     return net
 
 
-@dataclass
-class Track:
-    """What is remembered while a run is under way.
-
-    Attributes:
-        every: classes between measurements; there is one after the last class in any case.
-        rows: one per measurement and class learned by then: `seen` (classes learned), `position`
-            (of the class in the order of learning, from 0), `class` (its id), and its accuracy
-            on `train` (15 images) and `test` (5), 0 to 1.
-    """
-
-    every: int
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-
 def check_outputs(net: Network, classes: int) -> None:
     """Raise UserError where a sequence of so many classes needs more outputs than a network has."""
     if classes > net.num_outputs:
@@ -184,7 +161,7 @@ def check_outputs(net: Network, classes: int) -> None:
 
 
 class MetaTest:
-    """The meta-test of one network: draws, scores and the search of a learning rate.
+    """The meta-test of one network: draws and scores.
 
     Args:
         net: the network, on the device of the images.
@@ -236,32 +213,41 @@ class MetaTest:
         self.background = background
         self.outputs = FrozenOutputs(self.net, images, self.trained)
 
-    def score(
-        self, classes: int, lr: float | None, purpose: Purpose, draw: int, track: Track | None = None
-    ) -> Score:
-        """Learn one sequence of `classes` classes from a fresh head, then test on all of it.
+    def score(self, classes: int, lr: float | None, purpose: Purpose, draw: int) -> Score:
+        """The score of one sequence of `classes` classes, all of its draw; see :meth:`walk`."""
+        (answers,) = self.walk([classes], lr, purpose, draw, drawn=classes)
+        return Score.of(answers)
 
-        The draw of classes, split, order and head is a function of the seed, `purpose`, `classes`
-        and `draw` alone: all learning rates meet the same draws, and draws that a rate was chosen
-        on are never the ones it is reported on.
+    def walk(
+        self, stops: Sequence[int], lr: float | None, purpose: Purpose, draw: int, *, drawn: int
+    ) -> Iterator[Answers]:
+        """Learn one sequence of classes from a fresh head, and test at each of `stops` on all learned so far.
+
+        The draw of classes, split, order and head is a function of the seed, `purpose`, `drawn` and `draw`
+        alone: all learning rates meet the same draws, and draws that a rate was chosen on are never the
+        ones it is reported on. Answers at a stop are the same bits whatever other stops there are: testing
+        draws nothing and trains nothing, and a class passes the frozen layers as one batch.
 
         Args:
-            track: filled on the way, which leaves the run's numbers alone: measuring draws nothing
-                and trains nothing. (Where frozen outputs do not fit their budget, images pass the
-                frozen layers in other batches, which may change the last bits.)
+            stops: numbers of classes, ascending; the sequence ends at the last.
+            drawn: classes of the draw that the sequence is the beginning of.
 
         Raises:
             UserError: more classes than the pool or the outputs of a network whose head learns.
-            ValueError: `track` in a stream that is shuffled or passed more than once.
+            ValueError: several stops in a stream that is shuffled or passed more than once.
         """
         if self.own_head:
-            check_outputs(self.net, classes)
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), classes, draw))
+            check_outputs(self.net, stops[-1])
+        if len(stops) > 1 and (self.iid or self.epochs > 1):
+            raise ValueError(
+                "only a stream of one class after another, passed once, can be tested on its way"
+            )
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), drawn, draw))
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         task = sample_task(
             len(self.images),
             self.images.shape[1],
-            classes,
+            drawn,
             generator,
             class_order=self.class_order,
             split=self.split,
@@ -271,20 +257,22 @@ class MetaTest:
         learner = self.learner(net, self.trained, replace(self.settings, lr=lr, prior=prior))
         if self.own_head and net.num_outputs < len(self.images):
             place = len(self.images), net.num_outputs, self.images.device
-            learner = _InOrder(learner, task.train[:, 0, 0], *place)
-        if track is not None:
-            self._learn_and_track(learner, task, track)
-        else:
-            stream = task.train.reshape(-1, 2)
+            learner = _InOrder(learner, task.train[: stops[-1], 0, 0], *place)
+        for learned, stop in pairwise((0, *stops)):
+            new = task.train[learned:stop]
+            stream = new.reshape(-1, 2)
             for _ in range(self.epochs):
                 if self.iid:
                     stream = stream[torch.randperm(len(stream), generator=generator)]
-                learn(learner, self.outputs, stream)
-        test, train = (answers(learner, self.outputs, index).cpu() for index in (task.test, task.train))
-        finite = all(bool(net.get_parameter(name).isfinite().all()) for name in self.trained)
-        diverged = not finite or bool((test < 0).any() or (train < 0).any())
-        right = ((test == task.test[..., 0]) & (not diverged), (train == task.train[..., 0]) & (not diverged))
-        return Score.of(Answers(*right, diverged))
+                for images in [stream] if self.iid else new:
+                    learn(learner, self.outputs, images)
+            test, train = task.test[:stop], task.train[:stop]
+            given_test, given_train = (answers(learner, self.outputs, index).cpu() for index in (test, train))
+            finite = all(bool(net.get_parameter(name).isfinite().all()) for name in self.trained)
+            diverged = not finite or bool((given_test < 0).any() or (given_train < 0).any())
+            right_test = (given_test == test[..., 0]) & (not diverged)
+            right_train = (given_train == train[..., 0]) & (not diverged)
+            yield Answers(right_test, right_train, diverged, train[:, 0, 0])
 
     def _prior(self, net: Network) -> Prior | None:
         if self.fit is None or self.background is None:
@@ -294,57 +282,3 @@ class MetaTest:
     @cached_property
     def _prior_of_all_runs(self) -> Prior | None:
         return self._prior(self.net)
-
-    def _learn_and_track(self, learner: Learner, task: Task, track: Track) -> None:
-        if self.iid or self.epochs > 1:
-            raise ValueError("only a stream of one class after another, passed once, can be tracked")
-        classes = len(task.train)
-        for start in range(0, classes, track.every):
-            seen = min(start + track.every, classes)
-            learn(learner, self.outputs, task.train[start:seen].reshape(-1, 2))
-            columns = {
-                "class": task.train[:seen, 0, 0],
-                "train": correct(learner, self.outputs, task.train[:seen]).cpu().double().mean(1),
-                "test": correct(learner, self.outputs, task.test[:seen]).cpu().double().mean(1),
-            }
-            for position, values in enumerate(zip(*(c.tolist() for c in columns.values()), strict=True)):
-                row = dict(zip(columns, values, strict=True))
-                track.rows.append({"seen": seen, "position": position, **row})
-
-
-class Trial(NamedTuple):
-    """One learning rate on one draw of the search, of one of the models that are tested together."""
-
-    draw: int
-    lr: float
-    score: Score
-    model: str = ""
-
-
-def best_rate(trials: Sequence[Trial], objective: str) -> float:
-    """The learning rate that wins most draws (paper and released code: the mode of the winners).
-
-    Rates that are equal on a draw share its win. Of rates that win equally often it is the one with the
-    best mean over all draws, and then the smallest. So neither the order of the rates matters, nor does a
-    rate win that is nowhere better than another one and somewhere worse. Several models share one rate:
-    their draws count alike. A run that diverged is worse than any that did not.
-
-    Args:
-        trials: every rate on every draw of every model.
-        objective: measure to maximise, `train` (as released) or `test`.
-    """
-    by_draw: defaultdict[tuple[str, int], dict[float, float]] = defaultdict(dict)
-    for trial in trials:
-        value = trial.score[objective]
-        lost = trial.score.get("diverged")
-        by_draw[trial.model, trial.draw][trial.lr] = -1 if value is None or lost else value
-    wins: defaultdict[float, Fraction] = defaultdict(Fraction)
-    for values in by_draw.values():
-        winners = [lr for lr, value in values.items() if value == max(values.values())]
-        for lr in winners:
-            wins[lr] += Fraction(1, len(winners))
-
-    def rank(lr: float) -> tuple[Fraction, float, float]:
-        return wins[lr], fmean(values[lr] for values in by_draw.values()), -lr
-
-    return max(wins, key=rank)

@@ -16,17 +16,30 @@ if TYPE_CHECKING:  # a second to import, which scripts that only read results do
 
 
 class Answers(NamedTuple):
-    """What a run answered after the whole sequence of N classes.
+    """What a run answered after a sequence of N classes.
 
     Attributes:
         test: `[N, 5]` bool, which test images of each class are classified right.
         train: `[N, 15]` bool, the same for the images that were trained on.
         diverged: whether weights or logits are not finite. Nothing is right then.
+        classes: `[N]` their ids, in the order of learning.
     """
 
     test: Tensor
     train: Tensor
     diverged: bool
+    classes: Tensor
+
+    def by_class(self) -> list[dict[str, float]]:
+        """One row per class: `seen` (N), `position` (in the order of learning, from 0), `class` (its id), and
+        its accuracy on `train` (15 images) and `test` (5), 0 to 1.
+        """
+        train, test = (right.double().mean(1).tolist() for right in (self.train, self.test))
+        rows = zip(self.classes.tolist(), train, test, strict=True)
+        return [
+            {"seen": len(self.classes), "position": k, "class": c, "train": a, "test": b}
+            for k, (c, a, b) in enumerate(rows)
+        ]
 
 
 def classify(logits: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from model import method
 from model.fast import learner as fast_learner
 from model.fast import meta_loss, use_backend
 from model.learner import Settings
-from model.meta_test import FrozenOutputs, correct, learn
+from model.meta_test import FrozenOutputs, answers, learn
 from model.method import Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
 from model.optimizer import Adam
@@ -129,8 +129,10 @@ class Fixture:
         with torch.no_grad():
             logits = net(outputs.get(test.reshape(-1, 2)))
         return {
-            "train_acc": correct(learner, outputs, train).double().mean().numpy(),
-            "test_acc": correct(learner, outputs, test).double().mean().numpy(),
+            **{
+                f"{name}_acc": (answers(learner, outputs, part) == part[..., 0]).double().mean().numpy()
+                for name, part in (("train", train), ("test", test))
+            },
             "test_logits": logits[:, classes].numpy(),
         }
 

@@ -505,7 +505,9 @@ def evaluation_parser() -> Parser:
     )
     # None of these changes a number: more runs or class counts add to what there is, and models are
     # compared by content.
-    parser.may_change = frozenset(("model", "runs", "schedule", "device", "threads", "backend", *PLACES))
+    parser.may_change = frozenset(
+        ("model", "runs", "schedule", "full_search", "device", "threads", "backend", *PLACES)
+    )
 
     method = parser.add_argument_group("method")
     parser.flag(
@@ -615,6 +617,13 @@ def evaluation_parser() -> Parser:
         metavar="N",
     )
     parser.flag(evaluation, "--runs", _whole(1), 10, "class draws per class count")
+    parser.switch(
+        evaluation,
+        "--nested",
+        "serve all class counts of --schedule with one pass over each draw, in search and report: after n "
+        "classes test on these n, and go on. A quarter of the work with the default schedule. Each point of "
+        "a curve has the same distribution as without, but the points are not independent of each other",
+    )
     _test_classes(parser, evaluation, "meta-test classes that draws are made from")
     parser.flag(
         evaluation,
@@ -673,6 +682,11 @@ def evaluation_parser() -> Parser:
         "which keeps the choice blind to what is reported",
         shown="evaluation",
         choices=("evaluation", "background"),
+    )
+    parser.switch(
+        search,
+        "--full_search",
+        "try every rate on every draw, instead of leaving out tries that cannot change which rate is chosen",
     )
     parser.switch(
         search,
@@ -1044,6 +1058,11 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
         arguments.rln = 0
     if arguments.track_every and steps and (arguments.iid or arguments.epoch > 1):
         parser.error("--track_every follows classes learned one after another, once: drop --iid and --epoch")
+    if arguments.nested and (arguments.iid or arguments.epoch > 1 or arguments.class_order != "random"):
+        parser.error(
+            "--nested tests on its way through classes learned one after another, once, in random order: "
+            "drop --iid, --epoch and --class_order"
+        )
     for name in ("schedule", "lrs"):  # what is there twice would be done twice
         if getattr(arguments, name) is not None:
             setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))

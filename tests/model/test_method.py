@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from model import method
@@ -21,13 +22,12 @@ from model.meta_learner import MetaLearner, gather
 from model.meta_test import (
     FrozenOutputs,
     MetaTest,
-    Trial,
-    best_rate,
     learn,
     new_run,
 )
 from model.method import Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
+from model.rate_search import LOST, Draw, RateSearch, best_rate, next_tries
 from model.scores import Score
 from tests import reference
 from utils.errors import UserError
@@ -383,43 +383,80 @@ def test_draws_repeat_and_differ() -> None:
     assert scores[0] != scores[2]
 
 
+def searched(table: Mapping[float, Sequence[float]]) -> dict[Draw, dict[float, float]]:
+    """Values of rates on draws, from those of each rate."""
+    draws = zip(*table.values(), strict=True)
+    return {Draw(0, k): dict(zip(table, values, strict=True)) for k, values in enumerate(draws)}
+
+
 def test_best_rate_is_the_mode_of_the_winners() -> None:
-    table = {0: (0.5, 0.4, 0.1), 1: (0.5, 0.4, 0.1), 2: (0.1, 0.9, 0.1)}
-    trials = [
-        Trial(draw, lr, Score(test=score, train=1 - score, above_chance=0))
-        for draw, scores in table.items()
-        for lr, score in zip((0.1, 0.2, 0.3), scores, strict=True)
-    ]
-    assert best_rate(trials, "test") == 0.1  # although 0.2 has the better mean
-    assert best_rate(trials, "train") == 0.3
-    assert best_rate([t for t in trials if t.draw], "test") == 0.2  # a tie: the better mean
-
-
-def test_best_rate_is_that_of_any_order() -> None:
-    """Coarse accuracies, so that many are equal: no order decides, and no dominated rate wins."""
-
-    def trials(table: Mapping[float, tuple[float, ...]]) -> list[Trial]:
-        return [Trial(k, lr, Score(train=v)) for lr, values in table.items() for k, v in enumerate(values)]
-
-    for table in ({0.003: (0.9, 0.9, 0.5), 0.001: (0.9, 0.9, 0.8)}, {0.003: (0.5,) * 3, 0.001: (0.5,) * 3}):
-        assert best_rate(trials(table), "train") == best_rate(trials(table)[::-1], "train") == 0.001
-    diverged = [Trial(0, 0.1, Score(train=0.4, diverged=1)), Trial(0, 0.2, Score(train=0.0, diverged=0))]
-    assert best_rate(diverged, "train") == 0.2
+    # 0.2 has the better mean, which decides where both win as often.
+    assert best_rate(searched({0.1: (0.5, 0.5, 0.1), 0.2: (0.4, 0.4, 0.9), 0.3: (0.1, 0.1, 0.1)})) == 0.1
+    assert best_rate(searched({0.1: (0.5, 0.1), 0.2: (0.4, 0.9), 0.3: (0.1, 0.1)})) == 0.2
+    assert best_rate(searched({0.003: (0.9, 0.9, 0.5), 0.001: (0.9, 0.9, 0.8)})) == 0.001
+    assert best_rate(searched({0.003: (0.5,) * 3, 0.001: (0.5,) * 3})) == 0.001
     # 0.1 has 1/3 + 1/2 + 1 wins, 0.2 has 1/3 + 1/2, and 0.3 has 1/3 + 1/2 + 1/2.
     shared = {0.1: (0.5, 0.1, 0.5, 0.9), 0.2: (0.5, 0.5, 0.1, 0.1), 0.3: (0.5, 0.5, 0.5, 0.1)}
-    assert best_rate(trials(shared), "train") == 0.1
-    assert best_rate([t for t in trials(shared) if t.draw < 3], "train") == 0.3
+    assert best_rate(searched(shared)) == 0.1
+    assert best_rate(searched({lr: values[:3] for lr, values in shared.items()})) == 0.3
 
-    draw = random.Random(0)
-    for _ in range(300):
-        coarse = {lr: tuple(draw.choices((0.0, 0.5, 1.0), k=3)) for lr in (0.1, 0.2, 0.3, 0.4)}
-        shuffled = trials(coarse)
-        draw.shuffle(shuffled)
-        found = best_rate(shuffled, "train")
-        assert found == best_rate(trials(coarse), "train")
-        for other in coarse.values():
-            never_worse = all(a >= b for a, b in zip(other, coarse[found], strict=True))
-            assert not never_worse or other == coarse[found]
+
+RATES = (0.1, 0.2, 0.3, 0.4)
+VALUES = st.one_of(
+    st.sampled_from((LOST, 0.0, 0.5, 1.0)),
+    st.sampled_from((LOST, 0.5)),
+    st.floats(0, 1).map(lambda x: round(x, 1)),
+)
+
+
+@given(
+    st.lists(
+        st.lists(st.lists(VALUES, min_size=4, max_size=4), min_size=2, max_size=2), min_size=1, max_size=7
+    ),
+    st.permutations(RATES),
+    st.integers(1, 9),
+    st.booleans(),
+)
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+def test_a_search_that_stops_early_chooses_what_a_full_one_does(
+    values: list[list[list[float]]], rates: list[float], number: int, full: bool
+) -> None:
+    """Two class counts searched together, draws of two models, coarse values with ties and divergences."""
+    draws = [Draw(k % 2, k // 2) for k in range(len(values))]
+    tables = {
+        n: {d: dict(zip(RATES, v[i], strict=True)) for d, v in zip(draws, values, strict=True)}
+        for i, n in enumerate((5, 2))
+    }
+    searches = {n: RateSearch(rates, sorted(draws), "test", full=full) for n in tables}
+    made: set[tuple[Draw, float, int]] = set()
+    while tries := next_tries(searches, number):
+        assert not made & set(tries)
+        made |= set(tries)
+        for draw, lr, longest in tries:
+            for n in tables:
+                value = tables[n][draw][lr]
+                if n <= longest:
+                    score = Score(test=abs(value), diverged=int(value == LOST))
+                    searches[n].add(draw, lr, score)
+    for n, table in tables.items():
+        found = searches[n].best()
+        assert found == best_rate(table)
+        for other in RATES:  # which is nowhere worse and somewhere better
+            assert all(v[other] == v[found] for v in table.values()) or any(
+                v[other] < v[found] for v in table.values()
+            )
+        assert not full or len(searches[n].scores) == searches[n].most == 4 * len(draws)
+
+
+def test_a_search_leaves_out_what_cannot_change_the_choice() -> None:
+    """By hand: 0.1 wins four of five draws, which is certain after three."""
+    table = searched({0.1: (0.9,) * 4 + (0.1,), 0.2: (0.5,) * 5, 0.3: (0.4,) * 5})
+    search = RateSearch(list(RATES[:3]), list(table), "train")
+    while tries := next_tries({10: search}):
+        for draw, lr, _ in tries:
+            search.add(draw, lr, Score(train=table[draw][lr]))
+    assert [draw.number for draw, _ in search.scores] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert search.best() == 0.1
 
 
 def test_trajectory_layout() -> None:

@@ -161,7 +161,7 @@ def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -
 
 def test_evaluation_gives_the_same_table(cache: Path, tmp_path: Path) -> None:
     script = str(ROOT / "evaluate_classification.py")
-    flags = [*TINY_EVALUATE, f"--cache_dir={cache}", "--scratch", "--model=m.net", "--runs=3"]
+    flags = [*TINY_EVALUATE, f"--cache_dir={cache}", "--scratch", "--model=m.net", "--runs=3", "--nested"]
     training = [str(ROOT / "mrcl_classification.py"), *TINY, f"--cache_dir={cache}", "--model_name=m.net"]
     torchrun(1, tmp_path, *training, "--steps=1")
     tables = []
