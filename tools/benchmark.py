@@ -1,23 +1,19 @@
-"""Measure how fast this machine meta-trains and meta-tests, against the arithmetic and against a textbook.
+"""Compare how fast this machine meta-trains and meta-tests with a textbook and with what the machine can do.
 
-    python -m tools.benchmark                                  # everything, at paper size, under 3 minutes
+    python -m tools.benchmark                                  # everything, at paper size, under 2 minutes
     python -m tools.benchmark --json benchmark.json            # and keep the numbers
     python -m tools.benchmark --only second-order anml-13      # some of it
 
-No data is needed. What is measured, and how:
+No data is needed. A line is a meta-step; at meta-test the frozen layers, an update or an answer, all for one
+image; or a whole command, estimated by those. Columns:
 
-- meta-step: whole steps of `MetaLearner`, each between two measurements of the machine's convolution
-  rate, so that a machine that slows down or is shared does not change the ratio: analytic FLOPs
-  (`utils/flops.py`) / (time x convolution rate), the median over the steps.
-- meta-test update: an `OnlineLearner` and the textbook loop in turn, on the same images; the ratio is
-  textbook time / ours, the median over the turns. What the frozen layers put out is computed once per
-  image, whatever the number of updates, and stands beside it.
-- plain: the same with `--backend plain`, and how many times as long it takes as fast, in turn.
+- fast, plain: `--backend fast` and `--backend plain`.
 - textbook: `tests/reference.py` in float32, image by image, frozen layers recomputed, unfused.
-- start: `mrcl_classification.py` as a process of its own on generated characters, second order, after
-  a first run that fills the image cache. A step is done when its row is in the run folder's
-  `metrics.csv`, which is looked at every few milliseconds; it began as long before as the row says.
-  Peak memory is the process's largest resident set, as the system reports it at its end.
+- machine: what the arithmetic takes at the machine's rate of convolutions (FLOPs of plain PyTorch, as torch
+  counts them) and, of an update, Adam's pass at its rate of copies.
+
+They are measured in turns, and ratios are medians over the turns, so that a machine that slows down or is
+shared changes them little.
 """
 
 from __future__ import annotations
@@ -27,99 +23,79 @@ import utils.start  # noqa: F401 (before torch)
 # isort: split
 
 import argparse
-import csv
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.characters import DRAWINGS, SIZE, CharacterSet
 from model.episodes import sample_task, sample_trajectory
-from model.fast import capture, learner, meta_loss, use_backend
+from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
-from model.meta_test import FrozenOutputs, learn, new_run
+from model.meta_test import FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
-from tools import flops
-from tools.timing import (
-    Spread,
-    convolution_rate,
-    copy_bandwidth,
-    matrix_rate,
-    seconds,
-    spread,
-)
-from utils.arguments import (
-    LEARNING_RATES,
-    SCHEDULE,
-    Parser,
-    evaluation_parser,
-    parse,
-    training_parser,
-)
+from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
+from utils.arguments import Parser, evaluation_parser, parse, training_parser
 from utils.device import choose_device
-from utils.errors import UserError, run_script, say, try_to_write
+from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, expand, write_text
 from utils.run import cpu_name
 
 ORDERS = {"first-order": True, "second-order": False}
 TREATMENTS = {"anml-13": ("ANML", 13), "anml-7": ("ANML", 7), "anml-0": ("ANML", 0), "oml-6": ("OML", 6)}
-PARTS = ("start", *ORDERS, *TREATMENTS)
+PARTS = (*ORDERS, *TREATMENTS)
+BACKENDS: tuple[Backend, ...] = ("fast", "plain")
 
-WARM_UP = 2  # meta-steps before the first that counts: Adam's moments, the allocator, kernel choices
-TEXTBOOK_STEPS = 2  # of the repeated meta-steps, those that the textbook's step is run beside
 WIDTHS = {name: constructor_arguments(ANML)[name][1] for name in ("nm_channels", "pln_channels")}
 TRAIN_IMAGES = 15  # of a class at meta-test
-TURN_CLASSES = 1  # learned in one turn of ours, 15 images each
-TURN_TEXTBOOK = 4  # updates in one turn of the textbook
-PART_SECONDS = 20  # after which a part repeats no more: on a busy machine, fewer repeats in the same time
-START_RUNS = 3  # processes, of which the median is taken
-START_STEPS = 3  # of each process: its memory does not grow after the second
+TEXTBOOK_IMAGES = 3  # in a turn of the textbook's meta-test
+ADAM_BYTES = 4 * 7  # a weight, its gradient and two moments read; all but the gradient written
 GIGA = 1e9
+PART_SECONDS = 14  # after which a part begins no other turn
+QUIET_SHARE, QUIET_RATE = 0.9, 0.8  # of the cores' time, and of the best rate, that a quiet machine gives
+COLUMNS = (*BACKENDS, "textbook", "machine")
 
 
-class Target(NamedTuple):
-    """A line of the issue's table of targets: smaller is better where the aim is below the must."""
+class Line(NamedTuple):
+    """A line of the table: of each column its times in s, and how many times those of `fast` they are."""
 
-    key: str
-    what: str
-    must: float
-    aim: float
-    unit: str = ""
-
-    def verdict(self, value: float) -> str:
-        """Which of the two `value` reaches."""
-        sign = 1 if self.aim > self.must else -1
-        if sign * value >= sign * self.aim:
-            return "aim reached"
-        return "must reached" if sign * value >= sign * self.must else "missed"
+    name: str
+    seconds: dict[str, Spread]
+    ratios: dict[str, float]
 
 
-TARGETS = (
-    Target("first-order", "meta-step, first order: FLOPs / (time x convolution rate)", 0.55, 0.8),
-    Target("second-order", "meta-step, second order: likewise", 0.40, 0.7),
-    Target("anml-13", "meta-test update, ANML --rln 13: textbook / ours", 6, 10, "x"),
-    Target("anml-0", "meta-test update, ANML --rln 0: textbook / ours", 1.5, 3, "x"),
-    Target("start", "from command to first meta-step done, warm image cache", 5, 3, "s"),
-    Target("memory", "peak memory, second order", 2, 1.2, "GiB"),
-)
+class Work(NamedTuple):
+    """What is measured in each turn: for a line and a column, something done to `number` images or steps."""
+
+    line: str
+    column: str
+    do: Callable[[], object]
+    number: int = 1
 
 
-def arithmetic_ratio(operations: float, duration: float, rate: float) -> float:
-    """How much of `duration` (s) the arithmetic needs at `rate` (FLOP/s): 1 is as fast as it allows."""
-    return operations / (duration * rate)
+class Setup(NamedTuple):
+    """What all measurements share."""
+
+    device: torch.device
+    images: Tensor
+    widths: dict[str, int]
+    repeats: int
+    copies: float  # bytes/s
+
+    def network(self, kind: str) -> dict[str, int]:
+        """The widths that a network of this kind has."""
+        return self.widths if kind == "ANML" else {k: v for k, v in self.widths.items() if k != "nm_channels"}
 
 
 def synthetic_images(classes: int, device: torch.device, seed: int = 0) -> Tensor:
@@ -136,54 +112,56 @@ def synthetic_images(classes: int, device: torch.device, seed: int = 0) -> Tenso
     return CharacterSet("synthetic", pixels, (), "").normalised(device)
 
 
-def repeats(most: int) -> Iterator[int]:
-    """Count the repeats of a part: `most`, or as many as begin within `PART_SECONDS`, at least one."""
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of the convolutions and matrix products of plain PyTorch code."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def in_turns(
+    setup: Setup, works: Callable[[int], Iterable[Work]], floors: Mapping[str, Callable[[float], float]]
+) -> tuple[list[Line], list[Rate]]:
+    """A line for each line of the works, and the machine's rates of convolutions, one before each turn.
+
+    Args:
+        works: what is done in a turn, by its number from 1.
+        floors: of a line, the s that the machine needs at a rate of convolutions (FLOP/s).
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    rates: list[Rate] = []
     begin = time.perf_counter()
-    for k in range(most):
-        if k and time.perf_counter() - begin > PART_SECONDS:
-            return
-        yield k
+    for turn in range(1, setup.repeats + 1):
+        if turn > 1 and time.perf_counter() - begin > PART_SECONDS:
+            break
+        rates.append(convolution_rate(setup.device))
+        for work in works(turn):
+            taken = seconds(work.do, setup.device) / work.number
+            found.setdefault(work.line, {}).setdefault(work.column, []).append(taken)
+    for name, floor in floors.items():
+        found[name]["machine"] = [floor(rate.per_second) for rate in rates]
+    return [
+        Line(
+            name,
+            {column: spread(times) for column, times in of.items()},
+            {
+                column: median(b / a for a, b in zip(of["fast"], times, strict=True))
+                for column, times in of.items()
+            },
+        )
+        for name, of in found.items()
+    ], rates
 
 
-class Setup(NamedTuple):
-    """What all measurements share."""
-
-    device: torch.device
-    images: Tensor
-    widths: dict[str, int]
-    repeats: int
-
-    def network(self, kind: str) -> dict[str, int]:
-        """The widths that a network of this kind has."""
-        return self.widths if kind == "ANML" else {k: v for k, v in self.widths.items() if k != "nm_channels"}
-
-
-def measure_machine(device: torch.device, repeats: int) -> dict[str, Any]:
-    """Names, and rates in FLOP/s and bytes/s, each the median of `repeats` with its range."""
-    about = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-    }
-    rates = {
-        "matrix_flops_per_second": matrix_rate,
-        "convolution_flops_per_second": convolution_rate,
-        "copy_bytes_per_second": copy_bandwidth,
-    }
-    return {**about, **{name: spread([rate(device) for _ in range(repeats)]) for name, rate in rates.items()}}
-
-
-def measure_meta_step(setup: Setup, part: str) -> dict[str, Any]:
-    """Meta-steps of ANML with the defaults of training, times in s; `part` is a key of `ORDERS`."""
+def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
+    """Meta-steps of ANML with the defaults of training; `part` is a key of `ORDERS`."""
     defaults = parse(training_parser(), [])
     generator = torch.Generator().manual_seed(0)
-
-    def meta_learner(backend: str) -> MetaLearner:
+    learners: dict[str, MetaLearner] = {}
+    for backend in BACKENDS:
         net = build("ANML", setup.network("ANML"), torch.Generator().manual_seed(0)).to(setup.device)
         used = use_backend(net, backend, setup.device)
-        return MetaLearner(
+        learners[backend] = MetaLearner(
             net,
             setup.images,
             generator,
@@ -194,349 +172,162 @@ def measure_meta_step(setup: Setup, part: str) -> dict[str, Any]:
             meta_loss=meta_loss(used),
             capture=capture(used),
         )
+    weights = [parameter.detach().clone() for parameter in learners["plain"].net.parameters()]
 
-    fast_learner, plain_learner = meta_learner("fast"), meta_learner("plain")
-    weights = [parameter.detach().clone() for parameter in plain_learner.net.parameters()]
-
-    def step(learner: MetaLearner = fast_learner) -> None:
-        learner.step(sample_trajectory(len(setup.images), DRAWINGS, generator))
+    def step(backend: str) -> None:
+        learners[backend].step(sample_trajectory(len(setup.images), DRAWINGS, generator))
 
     def textbook() -> None:
         trajectory = sample_trajectory(len(setup.images), DRAWINGS, generator)
         query, labels = gather(setup.images, trajectory.query)
-        steps = len(trajectory.support)
-        reference.meta_gradient(
-            weights,
-            query.expand(-1, 3, -1, -1).contiguous(),
-            labels.tolist(),
-            steps,
-            defaults.update_lr,
-            defaults.rln,
-            second_order=not ORDERS[part],
-        )
+        grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
+        settings = len(trajectory.support), defaults.update_lr, defaults.rln, not ORDERS[part]
+        reference.meta_gradient(weights, grey, classes, *settings)
 
-    if setup.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setup.device)
-    for _ in range(WARM_UP):
-        step()
-    step(plain_learner)
-    times, plain_times, rates = [], [], [convolution_rate(setup.device)]
-    for _ in repeats(setup.repeats):
-        times.append(seconds(step, setup.device))
-        rates.append(convolution_rate(setup.device))
-        plain_times.append(seconds(partial(step, plain_learner), setup.device))
-    operations = flops.meta_step(
-        second_order=not ORDERS[part],
-        steps=defaults.update_step,
-        remember=defaults.remember,
-        **setup.widths,
-    )
-    around = [(before + after) / 2 for before, after in pairwise(rates)]
-    ratios = [arithmetic_ratio(operations, t, rate) for t, rate in zip(times, around, strict=True)]
-    device_peak = torch.cuda.max_memory_allocated(setup.device) if setup.device.type == "cuda" else None
-    beside = [seconds(textbook, setup.device) for _ in repeats(min(TEXTBOOK_STEPS, setup.repeats))]
-    return {
-        "flops": operations,
-        "seconds": spread(times),
-        "convolution_flops_per_second": spread(rates),
-        "ratio": spread(ratios),
-        "plain_seconds": spread(plain_times),
-        "plain_ratio": spread([b / a for a, b in zip(times, plain_times, strict=True)]),
-        "textbook_seconds": spread(beside),
-        "device_peak_bytes": device_peak,
-    }
+    for _ in range(2):  # Adam's moments, the allocator, kernel choices
+        step("fast")
+    flops = count_flops(partial(step, "plain"))
+    if not ORDERS[part]:
+        # torch differentiates the inner steps with respect to the image as well, which nobody asks for.
+        flops -= defaults.update_step * 2 * 3 * 9 * setup.widths["pln_channels"] * 26 * 26
+    name = f"meta-step, {part.replace('-', ' ')}"
+    works = [
+        *(Work(name, backend, partial(step, backend)) for backend in BACKENDS),
+        Work(name, "textbook", textbook),
+    ]
+    return in_turns(setup, lambda _: works, {name: lambda rate: flops / rate})
 
 
-def measure_meta_test(setup: Setup, part: str) -> dict[str, Any]:
-    """Meta-test updates, ours and the textbook's in turn, in s per update; `part` is of `TREATMENTS`."""
+def measure_meta_test(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
+    """Frozen layers, updates and answers, each for an image; `part` is a key of `TREATMENTS`."""
     kind, rln = TREATMENTS[part]
     generator = torch.Generator().manual_seed(0)
-    classes = TURN_CLASSES * (setup.repeats + 1)
-    pool = setup.images[:classes]
-    task = sample_task(classes, DRAWINGS, classes, generator, train_images=TRAIN_IMAGES)
-    weights, outputs, learners = [], {}, {}
-    for backend in ("plain", "fast"):
+    pool = setup.images[: setup.repeats + 1]
+    task = sample_task(len(pool), DRAWINGS, len(pool), generator, train_images=TRAIN_IMAGES)
+    outputs, learners = {}, {}
+    for backend in BACKENDS:
         net = build(kind, setup.network(kind), torch.Generator().manual_seed(0)).to(setup.device)
-        weights = [parameter.detach().clone() for parameter in net.parameters()]
         used = use_backend(net, backend, setup.device)
         trained = trained_parameters(net, rln)
         outputs[backend] = FrozenOutputs(net, pool, trained)
-        run = new_run(net, trained, generator)
-        learners[backend] = learner("adam", used)(run, trained, Settings(0.001))
+        learners[backend] = learner("adam", used)(new_run(net, trained, generator), trained, Settings(0.001))
+    weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
 
-    def textbook(stream: Tensor) -> None:
-        for index in stream:
-            image, label = gather(pool, index)
+    def update(backend: Backend, turn: int) -> None:
+        learn(learners[backend], outputs[backend], task.train[turn])
+
+    def textbook(turn: int, *, tested: bool) -> None:
+        for image, label in zip(*gather(pool, task.train[turn][:TEXTBOOK_IMAGES]), strict=True):
             grey = image.expand(3, -1, -1).contiguous()
-            weights[:] = reference.meta_test_update(weights, grey, int(label), rln, optimizer)
+            if tested:
+                reference.logits_of(weights, grey).argmax()
+            else:
+                weights[:] = reference.meta_test_update(weights, grey, int(label), rln, optimizer)
 
-    def turn(index: Tensor) -> tuple[float, float, float, float]:
-        """Seconds of the frozen layers per image, of a fast and a plain update and of the textbook's."""
-        stream = index.reshape(-1, 2)
-        few = stream[:TURN_TEXTBOOK]
-        below = seconds(partial(outputs["fast"].get, stream), setup.device) / (len(index) * DRAWINGS)
-        outputs["plain"].get(stream)
-        fast, plain = (
-            seconds(partial(learn, learners[backend], outputs[backend], stream), setup.device) / len(stream)
-            for backend in ("fast", "plain")
-        )
-        return below, fast, plain, seconds(partial(textbook, few), setup.device) / len(few)
+    frozen, updated, tested = (f"{kind} --rln {rln}, {what}" for what in ("frozen layers", "update", "test"))
 
-    warm_up, *turns = task.train.split(TURN_CLASSES)
-    turn(warm_up)
-    frozen, ours, plains, theirs = zip(*(turn(turns[k]) for k in repeats(setup.repeats)), strict=True)
-    return {
-        "seconds": spread(ours),
-        "plain_seconds": spread(plains),
-        "plain_ratio": spread([b / a for a, b in zip(ours, plains, strict=True)]),
-        "textbook_seconds": spread(theirs),
-        "ratio": spread([b / a for a, b in zip(ours, theirs, strict=True)]),
-        "frozen_seconds_per_image": spread(frozen) if rln else None,
-    }
+    def works(turn: int) -> Iterator[Work]:
+        for backend in BACKENDS:
+            index, output = task.train[turn], outputs[backend]
+            if rln:  # all drawings of the class
+                yield Work(frozen, backend, partial(output.get, index), DRAWINGS)
+            yield Work(updated, backend, partial(update, backend, turn), TRAIN_IMAGES)
+            yield Work(tested, backend, partial(answers, learners[backend], output, index), TRAIN_IMAGES)
+        yield Work(updated, "textbook", partial(textbook, turn, tested=False), TEXTBOOK_IMAGES)
+        yield Work(tested, "textbook", partial(textbook, turn, tested=True), TEXTBOOK_IMAGES)
+
+    for work in works(0):
+        work.do()
+    flops = count_flops(partial(update, "plain", 0)) / TRAIN_IMAGES
+    adam = ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :]) / setup.copies
+    return in_turns(setup, works, {updated: lambda rate: flops / rate + adam})
 
 
-class Start(NamedTuple):
-    """One training process: s from its command to its first step, begun and done; peak memory in bytes."""
+def evaluation_images(*, nested: bool, decided: bool) -> tuple[int, int]:
+    """Images that an evaluation with default flags learns, and that it tests.
 
-    begun: float
-    done: float
-    peak: int
-
-
-def first_row(metrics: Path) -> dict[str, str] | None:
-    """The first row of a `metrics.csv`, or None as long as it is not there, whole."""
-    try:
-        lines = metrics.read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return None
-    if len(lines) < 2 or not lines[1].endswith("\n"):
-        return None
-    return next(csv.DictReader(lines))
-
-
-def start_training(flags: Sequence[str], folder: Path, steps: int) -> Start:
-    """Run `mrcl_classification.py` on generated characters to its end, all its files in `folder`.
-
-    Raises:
-        UserError: the process fails; its own message is passed on.
+    Args:
+        nested: with `--nested`.
+        decided: at best, where one rate wins all draws at all class counts. Else at most: every try is
+            made, and each class count has a best rate of its own.
     """
-    runs = Path(tempfile.mkdtemp(dir=folder))
-    script = Path(__file__).parents[1] / "mrcl_classification.py"
-    command = [sys.executable, str(script), "--dataset=glyphs", f"--steps={steps}", "--name=start", *flags]
-    command += [f"--runs_dir={runs}", f"--model_name={runs / 'start.net'}", f"--cache_dir={folder / 'cache'}"]
-    metrics = runs / "start_0" / "metrics.csv"
-    with tempfile.TemporaryFile("w+") as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)  # noqa: S603 (ours)
-        row, done, ended = None, 0.0, 0
-        while not ended:
-            time.sleep(0.005)
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if row is None:
-                row, done = first_row(metrics), time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode or row is None:
-            errors.seek(0)
-            said = errors.read().strip().splitlines() or ["no message"]
-            raise UserError(f"{script.name} ended with exit code {process.returncode}: {said[-1]}")
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB on Linux
-    return Start(done - float(row["seconds"]), done, usage.ru_maxrss * unit)
+    defaults = parse(evaluation_parser(), ["--scratch"])
+    draws, apart, together = defaults.lr_search_runs, sum(defaults.schedule), max(defaults.schedule)
+    tries = len(defaults.lrs) * (draws // 2 + 1 if decided else draws)
+    searched, reported = together if nested else apart, together if nested and decided else apart
+    learned = tries * searched + defaults.runs * reported
+    return TRAIN_IMAGES * learned, DRAWINGS * (tries + defaults.runs) * apart
 
 
-def measure_start(flags: Sequence[str]) -> dict[str, Any]:
-    """Start-up of training in s and its peak memory in bytes.
+def estimate(lines: Sequence[Line]) -> Iterator[Line]:
+    """Whole commands with default flags by what was measured, without start and reading data.
 
-    To come before measurements that take memory: Linux counts what a process's parent holds when it
-    starts it as the least that the process itself had.
+    For an evaluation, `low` is at best, and all else at most (see `evaluation_images`).
     """
-    with tempfile.TemporaryDirectory() as name:
-        start_training(flags, Path(name), 1)  # draws the characters into the cache
-        runs = [start_training(flags, Path(name), START_STEPS) for _ in repeats(START_RUNS)]
-    return {
-        "begun_seconds": spread([run.begun for run in runs]),
-        "done_seconds": spread([run.done for run in runs]),
-        "peak_bytes": spread([run.peak for run in runs]),
-    }
+    by_name = {line.name: line.seconds for line in lines}
 
+    def sum_up(name: str, most: dict[str, float], least: dict[str, float]) -> Line:
+        times = {column: Spread(most[column], least[column], most[column], 0) for column in most}
+        return Line(name, times, {column: most[column] / most["fast"] for column in most})
 
-def evaluation_updates() -> int:
-    """Updates of a whole evaluation with default flags: the search of the rates and the runs reported."""
-    defaults = evaluation_parser()
-    sequences = len(LEARNING_RATES) * int(defaults.get_default("lr_search_runs"))
-    sequences += int(defaults.get_default("runs"))
-    return sequences * sum(SCHEDULE) * TRAIN_IMAGES
-
-
-def extrapolate(results: dict[str, Any]) -> dict[str, float]:
-    """Seconds of whole runs, from what was measured: learning alone, without reading data and tests."""
     steps = int(training_parser().get_default("steps"))
-    totals = {}
-    for part in ORDERS:
-        if part in results:
-            name = f"{steps:,} meta-steps, {part.replace('-', ' ')}"
-            totals[name] = steps * results[part]["seconds"].median
-    updates = evaluation_updates()
-    for part in ("anml-13", "anml-0"):
-        if part in results:
-            name = f"evaluation, {updates:,} updates, {called(part)}"
-            totals[name] = updates * results[part]["seconds"].median
-    return totals
-
-
-def compare(results: dict[str, Any]) -> dict[str, Any]:
-    """The targets whose parts were measured, each with the value found here and what it reaches."""
-    here = {part: results[part]["ratio"].median for part in (*ORDERS, *TREATMENTS) if part in results}
-    if "start" in results:
-        here["start"] = results["start"]["done_seconds"].median
-        here["memory"] = results["start"]["peak_bytes"].median / 2**30
-    return {
-        target.key: {
-            **target._asdict(),
-            "here": here[target.key],
-            "verdict": target.verdict(here[target.key]),
-        }
-        for target in TARGETS
-        if target.key in here
-    }
-
-
-def called(part: str) -> str:
-    """How the tables call a part."""
-    if part in TREATMENTS:
-        return "{} --rln {}".format(*TREATMENTS[part])
-    return part.replace("-", " ")
-
-
-def shown(values: Spread, scale: float = 1, digits: int = 2) -> list[str]:
-    """Two cells, median and range (how many), in units of 1 / `scale`."""
-    middle, low, high = (f"{scale * value:.{digits}f}" for value in values[:3])
-    return [middle, f"{low} - {high} ({values.number})"]
-
-
-def render(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: first column to the left, the others to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([title, line(lines[0]), line(["-" * width for width in widths]), *map(line, lines[1:])])
-
-
-def machine_table(machine: dict[str, Any]) -> str:
-    """What `measure_machine` found."""
-    rows = [
-        ["matrix product, GFLOP/s", *shown(machine["matrix_flops_per_second"], 1 / GIGA, 0)],
-        ["convolution, GFLOP/s", *shown(machine["convolution_flops_per_second"], 1 / GIGA, 0)],
-        ["copy, GB/s read and written", *shown(machine["copy_bytes_per_second"], 1 / GIGA, 1)],
-    ]
-    return render("Machine, float32", ["", "median", "range (n)"], rows)
-
-
-def meta_step_table(results: dict[str, Any]) -> str:
-    """What `measure_meta_step` found, a line for each order measured."""
-    header = ["ANML", "s", "range (n)", "GFLOP", "conv GFLOP/s", "ratio", "range (n)"]
-    header += ["plain s", "plain / fast", "textbook s"]
-    rows = []
-    for part in ORDERS:
-        if part not in results:
+    for order in ("first order", "second order"):
+        if (step := by_name.get(f"meta-step, {order}")) is not None:
+            whole = {column: steps * times.median for column, times in step.items()}
+            yield sum_up(f"train command, {order}", whole, whole)
+    for rln in (13, 0):
+        if (update := by_name.get(f"ANML --rln {rln}, update")) is None:
             continue
-        found = results[part]
-        rate, *_ = shown(found["convolution_flops_per_second"], 1 / GIGA, 0)
-        textbook, *_ = shown(found["textbook_seconds"])
-        times, ratios = shown(found["seconds"], 1, 3), shown(found["ratio"])
-        plain, *_ = shown(found["plain_seconds"], 1, 3)
-        times_slower, *_ = shown(found["plain_ratio"])
-        row = [called(part), *times, f"{found['flops'] / GIGA:.1f}", rate, *ratios]
-        rows.append([*row, plain, times_slower, textbook])
-    return render("Meta-step; ratio = GFLOP / (s x conv GFLOP/s)", header, rows)
+        test = by_name[f"ANML --rln {rln}, test"]
+        for nested in (False, True):
+            most, least = (
+                {column: learned * update[column].median + tested * test[column].median for column in test}
+                for learned, tested in (evaluation_images(nested=nested, decided=d) for d in (False, True))
+            )
+            yield sum_up(f"evaluate command, --rln {rln}{' --nested' * nested}", most, least)
 
 
-def meta_test_table(results: dict[str, Any]) -> str:
-    """What `measure_meta_test` found, a line for each treatment measured."""
-    header = [
-        "",
-        "ms",
-        "range (n)",
-        "1/s",
-        "textbook ms",
-        "ratio",
-        "range (n)",
-        "plain ms",
-        "plain / fast",
-        "frozen layers, ms once per image",
+def digits(value: float) -> str:
+    """Three of a number, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cells(line: Line) -> list[str]:
+    """A line of the table: whole commands in hours, all else in milliseconds."""
+    fast = line.seconds["fast"]
+    unit, scale = ("ms", 1e3) if fast.number else ("h", 1 / 3600)
+    return [
+        f"{line.name}, {unit}",
+        *(digits(scale * line.seconds[c].median) if c in line.seconds else "-" for c in COLUMNS),
+        f"{digits(scale * fast.low)} - {digits(scale * fast.high)}" + f" ({fast.number})" * (fast.number > 0),
+        *(f"{line.ratios[c]:.2f}" if c in line.ratios else "-" for c in COLUMNS[1:]),
     ]
-    rows = []
-    for part in TREATMENTS:
-        if part not in results:
-            continue
-        found = results[part]
-        once = found["frozen_seconds_per_image"]
-        below = "-" if once is None else shown(once, 1e3)[0]
-        times, rate = shown(found["seconds"], 1e3), f"{1 / found['seconds'].median:.0f}"
-        textbook, *_ = shown(found["textbook_seconds"], 1e3)
-        plain, *_ = shown(found["plain_seconds"], 1e3)
-        times_slower, *_ = shown(found["plain_ratio"])
-        row = [called(part), *times, rate, textbook, *shown(found["ratio"], 1, 1)]
-        rows.append([*row, plain, times_slower, below])
-    return render("Meta-test update, batch 1; ratio = textbook / ours", header, rows)
 
 
-def start_table(start: dict[str, Any]) -> str:
-    """What `measure_start` found."""
-    rows = [
-        ["command to first meta-step begun, s", *shown(start["begun_seconds"])],
-        ["command to first meta-step done, s", *shown(start["done_seconds"])],
-        ["peak memory, MiB", *shown(start["peak_bytes"], 2**-20, 0)],
-    ]
-    return render("Training process, second order, warm image cache", ["", "median", "range (n)"], rows)
-
-
-def extrapolated_table(totals: dict[str, float]) -> str:
-    """Whole runs, of `extrapolate`."""
-    rows = [[name, f"{total / 3600:.1f}"] for name, total in totals.items()]
-    return render("Extrapolated: learning alone, without reading data and tests", ["", "hours"], rows)
-
-
-def targets_table(targets: dict[str, Any], paper_size: bool) -> str:
-    """What `compare` made of the targets."""
-    rows = []
-    for line in targets.values():
-        what = f"{line['what']}, {line['unit']}" if line["unit"] else line["what"]
-        rows.append([what, f"{line['here']:.2f}", f"{line['must']:g}", f"{line['aim']:g}", line["verdict"]])
-    note = "" if paper_size else "; they are for paper size, which this is not"
-    return render(f"Targets{note}", ["", "here", "must", "aim", ""], rows)
-
-
-def tables(results: dict[str, Any]) -> Iterator[str]:
-    """What was measured, table by table."""
-    machine = results["machine"]
-    yield (
-        "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}; "
-        "load before the start {load:.1f}".format(**machine)
+def render(lines: Sequence[Line]) -> str:
+    """The table for the terminal: first column to the left, the others to the right."""
+    header = ["", *COLUMNS, "fast: range (n)", *(f"{column} / fast" for column in COLUMNS[1:])]
+    rows = [header, *map(cells, lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
     )
-    yield machine_table(machine)
-    if results.keys() & ORDERS.keys():
-        yield meta_step_table(results)
-    if results.keys() & TREATMENTS.keys():
-        yield meta_test_table(results)
-    if "start" in results:
-        yield start_table(results["start"])
-    if results["extrapolated_seconds"]:
-        yield extrapolated_table(results["extrapolated_seconds"])
-    if results["targets"]:
-        yield targets_table(results["targets"], results["paper_size"])
 
 
-def plain(value: Any) -> Any:
-    """`value` with names in place of the positions of its named tuples, for JSON."""
-    if isinstance(value, Spread):
-        return value._asdict()
-    return {key: plain(part) for key, part in value.items()} if isinstance(value, dict) else value
+def busy(rates: Sequence[Rate], device: torch.device) -> str | None:
+    """A warning where others took part of the machine while its rates were measured; None if not."""
+    share = median(rate.share for rate in rates)
+    low, high = (choose(rate.per_second for rate in rates) for choose in (min, max))
+    if low >= QUIET_RATE * high and (share >= QUIET_SHARE or device.type != "cpu"):
+        return None
+    given = (
+        f"cores gave this process {min(share, 1):.0%} of their time, and the " if device.type == "cpu" else ""
+    )
+    return (
+        f"warning: this machine was busy, and times say little: the {given}rate of convolutions was between "
+        f"{low / GIGA:.0f} and {high / GIGA:.0f} GFLOP/s"
+    )
 
 
 def positive(text: str) -> int:
@@ -553,7 +344,7 @@ def benchmark_parser() -> Parser:
     )
     group = parser.add_argument_group("what to measure")
     group.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
-    parser.flag(group, "--repeats", positive, 7, "repeated measurements, of which the median is shown")
+    parser.flag(group, "--repeats", positive, 7, "turns, of which the median is shown")
     parser.flag(group, "--nm_channels", positive, WIDTHS["nm_channels"], "channels of NM")
     parser.flag(group, "--pln_channels", positive, WIDTHS["pln_channels"], "channels of the PLN, and of OML")
     group = parser.add_argument_group("run")
@@ -563,44 +354,49 @@ def benchmark_parser() -> Parser:
     return parser
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, by part, with what follows from it."""
-    device = choose_device(args.device, args.threads)
-    widths = {"nm_channels": args.nm_channels, "pln_channels": args.pln_channels}
-    results: dict[str, Any] = {"paper_size": widths == WIDTHS}
-    load = os.getloadavg()[0]  # by others, as long as this has not begun
-    begin = time.perf_counter()
-
-    def note(what: str) -> None:
-        try_to_write(f"{time.perf_counter() - begin:5.0f} s  {what}\n", sys.stderr)
-
-    if "start" in args.only:
-        note("start of training")
-        flags = [f"--device={args.device}", *(f"--{name}={width}" for name, width in widths.items())]
-        results["start"] = measure_start([*flags, *([f"--threads={args.threads}"] if args.threads else [])])
-    note("machine")
-    results["machine"] = {**measure_machine(device, args.repeats), "load": load}
-    setup = Setup(device, synthetic_images(963, device), widths, args.repeats)
-    for parts, measurement in ((ORDERS, measure_meta_step), (TREATMENTS, measure_meta_test)):
-        for part in parts:
-            if part in args.only:
-                note(called(part))
-                results[part] = measurement(setup, part)
-    results["extrapolated_seconds"] = extrapolate(results)
-    results["targets"] = compare(results)
-    results["seconds"] = time.perf_counter() - begin
-    note("done")
-    return results
-
-
 def main() -> None:
     args = benchmark_parser().read(sys.argv[1:])
     if args.json is not None:
         check_writable(args.json, "--json")
-    results = measure(args)
-    say("\n\n".join(tables(results)))
+    begin = time.perf_counter()
+    device = choose_device(args.device, args.threads)
+    widths = {"nm_channels": args.nm_channels, "pln_channels": args.pln_channels}
+    copies = copy_bandwidth(device)
+    setup = Setup(device, synthetic_images(963, device), widths, args.repeats, copies.per_second)
+    lines: list[Line] = []
+    rates: list[Rate] = []
+    for part in (part for part in PARTS if part in args.only):
+        try_to_write(f"{time.perf_counter() - begin:5.0f} s  {part}\n", sys.stderr)
+        measure = measure_meta_step if part in ORDERS else measure_meta_test
+        found, of_part = measure(setup, part)
+        lines += found
+        rates += of_part
+    lines += estimate(lines)
+    flops_per_second = median(rate.per_second for rate in rates)
+    machine = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "convolution_flops_per_second": flops_per_second,
+        "copy_bytes_per_second": copies.per_second,
+        "paper_size": widths == WIDTHS,
+        "busy": busy(rates, device),
+    }
+    said = "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}".format(**machine)
+    say(f"{said}; {flops_per_second / GIGA:.0f} GFLOP/s, {copies.per_second / GIGA:.1f} GB/s\n")
+    say(render(lines))
+    say("\nEvaluations: at most (every try made, a rate for each class count); the range begins at best.")
+    if machine["busy"] is not None:
+        say(f"\n{machine['busy']}")
     if args.json is not None:
-        write_text(args.json, json.dumps(plain(results), indent=2) + "\n")
+        numbers = {
+            line.name: {column: times._asdict() for column, times in line.seconds.items()}
+            | {"ratios": line.ratios}
+            for line in lines
+        }
+        write_text(args.json, json.dumps({"machine": machine, "lines": numbers}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

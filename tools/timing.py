@@ -10,10 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 
-CALLS = 3  # of which the median is taken: one that meets a busy machine does not count
-
+CALLS = 3  # of which the median is taken
 CONVOLUTION = (84, 256, 13, 13)  # PLN's second convolution over a query, nearly all of a meta-step
-MATRIX = 2048  # rows and columns
 COPIED = 64 * 2**20  # float32 values, far more than a cache holds
 
 
@@ -48,31 +46,38 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, calls: int = CALLS) -> float:
-    """Median time in s of `calls` calls, after one that is not counted."""
+class Rate(NamedTuple):
+    """What the machine does in a second, and the part of its threads' time that it gave to this process.
+
+    On a quiet CPU `share` is nearly 1. It is less where other processes, other virtual machines or a quota
+    of the container take the cores. Of a GPU it says nothing.
+    """
+
+    per_second: float
+    share: float
+
+
+def rate(amount: float, work: Callable[[], object], device: torch.device) -> Rate:
+    """The rate of `work`, which does `amount` of something: the median of calls, after one not counted."""
     work()
-    return median(seconds(work, device) for _ in range(calls))
+    cpu, start = time.process_time(), time.perf_counter()
+    times = [seconds(work, device) for _ in range(CALLS)]
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - start
+    return Rate(amount / median(times), cpu / wall / torch.get_num_threads())
 
 
 @torch.no_grad()
-def convolution_rate(device: torch.device) -> float:
+def convolution_rate(device: torch.device) -> Rate:
     """FLOP/s of a 3x3 convolution 256 -> 256 on [84, 256, 13, 13], forward, float32."""
     batch, channels, size, _ = CONVOLUTION
-    x = torch.randn(CONVOLUTION, device=device)
-    kernel = torch.randn(channels, channels, 3, 3, device=device)
+    x = torch.ones(CONVOLUTION, device=device)
+    kernel = torch.ones(channels, channels, 3, 3, device=device)
     flops = 2 * batch * channels * channels * 9 * (size - 2) ** 2
-    return flops / median_seconds(lambda: F.conv2d(x, kernel), device)
+    return rate(flops, lambda: F.conv2d(x, kernel), device)
 
 
 @torch.no_grad()
-def matrix_rate(device: torch.device, size: int = MATRIX) -> float:
-    """FLOP/s of the product of two square matrices, float32."""
-    a, b, out = (torch.randn(size, size, device=device) for _ in range(3))
-    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b, out=out), device)
-
-
-@torch.no_grad()
-def copy_bandwidth(device: torch.device, values: int = COPIED) -> float:
+def copy_bandwidth(device: torch.device, values: int = COPIED) -> Rate:
     """Bytes/s of copying a large float32 tensor, bytes read and bytes written both counted."""
     source, target = torch.ones(values, device=device), torch.empty(values, device=device)
-    return 2 * 4 * values / median_seconds(lambda: target.copy_(source), device)
+    return rate(2 * 4 * values, lambda: target.copy_(source), device)
