@@ -31,7 +31,7 @@ from typing import Any
 from datasets import load_pool
 from evaluation.journal import Journal
 from evaluation.models import Model, load_models, match_earlier
-from evaluation.plots import accuracy_figure, save_figure
+from evaluation.plots import accuracy_figure, figure_pixels, save_figure
 from evaluation.results import Row, summarise, table, write_results
 from evaluation.runner import Job, Scorer, frozen_layers, scorer
 from model.fast import use_backend
@@ -224,7 +224,7 @@ def main() -> None:
             return
         figure = accuracy_figure(summarise(rows))
         save_figure(figure, run.folder / "accuracy.png")
-        run.figure("meta_test/accuracy", figure, max(args.schedule))
+        run.image("meta_test/accuracy", figure_pixels(figure), max(args.schedule))
         log.info("%s", how_chosen(args, models, rows))
         log.info("%s", table(rows))
         if args.nested:

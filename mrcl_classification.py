@@ -23,6 +23,7 @@ import logging
 import math
 import sys
 import time
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -209,7 +210,13 @@ def main() -> None:
         lambda: load_pool(args, "background", args.train_classes, outputs, device)
     )
     backend = use_backend(net, args.backend, device)
-    check_network(net.network, net.widths, args.rln, backend)
+    check_network(
+        net.network,
+        net.widths,
+        args.rln,
+        prepare=partial(use_backend, name=backend, device=torch.device("cpu")),
+        meta_loss=meta_loss(backend),
+    )
     learner = make_learner(args, net.to(device).train(), images, group, backend)
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)

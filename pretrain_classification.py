@@ -20,13 +20,14 @@ import logging
 import math
 import sys
 import time
+from functools import partial
 
 import torch
 
 from datasets import load_pool
 from model.check import check_network
 from model.episodes import shuffled_batches
-from model.fast import use_backend
+from model.fast import meta_loss, use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, build, restore
 from model.optimizer import Adam
@@ -106,7 +107,12 @@ def main() -> None:
     check_writable(args.model_name, "--model_name")
     images, about = load_pool(args, "background", args.train_classes, net.num_outputs, device)
     backend = use_backend(net, args.backend, device)
-    check_network(net.network, net.widths, backend=backend)
+    check_network(
+        net.network,
+        net.widths,
+        prepare=partial(use_backend, name=backend, device=torch.device("cpu")),
+        meta_loss=meta_loss(backend),
+    )
     extra = {"device": str(device), "backend": backend, **about}
     with Interrupt() as interrupt, Run.open(args, extra, state.step if state else 0) as run:
         log.info("run folder %s, device %s", run.folder, device)

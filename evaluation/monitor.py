@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.plots import gate_figure
+from evaluation.plots import figure_pixels, gate_figure
 from model.learner import Settings
 from model.meta_learner import active_fraction
 from model.meta_test import LEARNERS, MetaTest
@@ -50,7 +50,7 @@ def validate(run: Run, net: Network, images: Tensor, step: int, classes: int, le
     gate = represent(net, shown).gate
     if gate is not None:
         labels = torch.arange(len(shown)).repeat_interleave(2).tolist()
-        run.figure("meta_val/gate", gate_figure(gate.flatten(0, 1).cpu().numpy(), labels), step)
+        run.image("meta_val/gate", figure_pixels(gate_figure(gate.flatten(0, 1).cpu().numpy(), labels)), step)
 
 
 def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:

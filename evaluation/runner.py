@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evaluation.journal import Journal, Key
 from evaluation.models import Model
-from evaluation.plots import forgetting_figure, save_figure
+from evaluation.plots import figure_pixels, forgetting_figure, save_figure
 from evaluation.results import Row, write_table
 from model.fast import Backend, learner
 from model.learner import Settings
@@ -143,4 +143,4 @@ def write_forgetting(run: Run, classes: int, rows: Sequence[Row]) -> None:
     write_table(run.folder / f"forgetting_{classes}.csv", rows)
     figure = forgetting_figure(rows)
     save_figure(figure, run.folder / f"forgetting_{classes}.png")
-    run.figure(f"meta_test/forgetting_{classes}", figure, classes)
+    run.image(f"meta_test/forgetting_{classes}", figure_pixels(figure), classes)

@@ -1,51 +1,46 @@
 """Checks that a network is what training and meta-test take it for, before hours are spent on it.
 
-    python -m model.check NAME          # a network of the registry, with its default arguments
-
 Each fault is one line that names the cause. What is tried is a new network of the class.
 """
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
-
-# isort: split
-
-import argparse
 import copy
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
-from model.fast import head, use_backend
-from model.method import Params, call
+from model import method
+from model.method import MetaLoss, Params, call
 from model.modelfactory import (
-    NETWORKS,
     Network,
     build,
-    layer_parameters,
     reset_head,
     restore,
     trained_parameters,
 )
 from utils.checkpoint import model_content, model_fault, read_saved, write_saved
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 
 TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
 IMAGES = 2
 INNER_LR = 0.01
 EFFECT_TRIES = 10
 
+Prepare = Callable[[Network], object]
+
 
 def check_network(
     name: str,
     widths: Mapping[str, Any] | None = None,
     rln: int | None = None,
-    backend: str = "plain",
+    *,
+    prepare: Prepare = lambda net: None,
+    meta_loss: MetaLoss = method.meta_loss,
     every_cut: bool = False,
 ) -> None:
     """Say what is wrong with a network.
@@ -59,7 +54,8 @@ def check_network(
         name: its entry in `NETWORKS`; a new one is tried, on the CPU.
         widths: arguments of its class.
         rln: layers that the inner loop leaves alone; None for the network's default.
-        backend: of its layers.
+        prepare: gives a network the layers that it is to be tried with, in place.
+        meta_loss: `method.meta_loss`, or what is to give the same numbers.
         every_cut: try all values of `--rln`, not only `rln` and that of meta-test.
 
     Raises:
@@ -67,13 +63,13 @@ def check_network(
     """
     try:
         net = build(name, widths or {}, torch.Generator().manual_seed(0))
-        use_backend(net, backend, torch.device("cpu"))
+        prepare(net)
         rln = net.rln_training if rln is None else rln
         trained_parameters(net, rln)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             cuts = range(net.num_layers) if every_cut else (rln, net.default_meta_test_rln)
-            _check(net, rln, cuts)
+            _check(net, rln, cuts, prepare, meta_loss)
     except _FaultError as fault:
         raise UserError(f"network {name}: {fault}") from None
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
@@ -85,9 +81,9 @@ class _FaultError(Exception):
     """What is wrong, in one line without the network's name."""
 
 
-def _check(net: Network, rln: int, cuts: Iterable[int]) -> None:
+def _check(net: Network, rln: int, cuts: Iterable[int], prepare: Prepare, meta_loss: MetaLoss) -> None:
     images, labels = _examples(net)
-    _check_restored(net, images)
+    _check_restored(net, images, prepare)
     # Away from initial values, of which some hide an effect, say a scale of zero.
     precise = _moved(copy.deepcopy(net).double(), 0.05)
     images = images.double()
@@ -110,7 +106,7 @@ def _check(net: Network, rln: int, cuts: Iterable[int]) -> None:
     _check_cuts(evaluated, cuts, images, logits)
     _check_head(evaluated)
     _check_functional(evaluated, images)
-    _check_gradients(precise, rln, images, labels)
+    _check_gradients(precise, rln, images, labels, meta_loss)
     _check_effects(evaluated)
 
 
@@ -139,7 +135,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * scale)
 
 
-def _check_restored(net: Network, images: Tensor) -> None:
+def _check_restored(net: Network, images: Tensor, prepare: Prepare) -> None:
     """Through the bytes of a model file."""
     content = model_content(net.network, net.widths, net.state_dict(), {}, 0)
     fault = model_fault(content)
@@ -149,8 +145,7 @@ def _check_restored(net: Network, images: Tensor) -> None:
     write_saved(content, file)
     saved = read_saved(file.getvalue())
     again = restore(saved["network"], saved["widths"], saved["state_dict"], "its own model file").eval()
-    if any(type(module).__name__.startswith("Fast") for module in net.modules()):
-        use_backend(again, "fast", torch.device("cpu"))
+    prepare(again)
     if not torch.equal(_logits(again, images), _logits(copy.deepcopy(net).eval(), images)):
         raise _FaultError(
             "saved and restored, it gives other logits: something that it computes with is neither a "
@@ -197,7 +192,7 @@ def _check_functional(net: Network, images: Tensor) -> None:
         )
 
 
-def _check_gradients(net: Network, rln: int, images: Tensor, labels: Tensor) -> None:
+def _check_gradients(net: Network, rln: int, images: Tensor, labels: Tensor, meta_loss: MetaLoss) -> None:
     """Two inner steps and the meta-gradient, by the loop in use and by one that knows nothing of it."""
     plain, ours = copy.deepcopy(net), copy.deepcopy(net)
     names = trained_parameters(net, rln)
@@ -206,7 +201,7 @@ def _check_gradients(net: Network, rln: int, images: Tensor, labels: Tensor) -> 
     with torch.random.fork_rng(devices=[]):  # both draw the same, say for dropout
         inputs = ours.frozen(images, params)
         support, query = (inputs[:2], labels[:2]), (inputs, labels)
-        loss, _, _ = head.meta_loss(ours, params, support, query, inner_lr=INNER_LR)
+        loss, _, _ = meta_loss(ours, params, support, query, inner_lr=INNER_LR)
         grads = _grads(loss, list(learned.values()))
     expected_loss, expected = _unrolled(plain, names, images, labels)
     if not _same(loss.detach(), expected_loss):
@@ -267,25 +262,3 @@ def _check_effects(net: Network) -> None:
     raise _FaultError(
         f"{min(missing)} has no effect on the logits: leave it out, or name it in `no_effect` of the class"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m model.check", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
-    parser.add_argument("--backend", choices=("plain", "fast"), default="plain")
-    args = parser.parse_args()
-    if args.name not in NETWORKS:
-        raise UserError(f"no network {args.name!r}; known are {', '.join(NETWORKS)}")
-    check_network(args.name, backend=args.backend, every_cut=True)
-    net = build(args.name, {}, torch.Generator())
-    layers = layer_parameters(net)
-    number = sum(p.numel() for p in net.parameters())
-    print(f"{args.name}: {number:,} parameters in {len(layers)} layers, all checks passed")
-    for position, names in enumerate(layers):
-        print(f"{position:3d}  {', '.join(names)}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -262,9 +262,9 @@ def _heads(tensors: list[Tensor]) -> Array:
     return np.stack([np.resize(t.double().flatten()[:16].numpy(), 16) for t in tensors])
 
 
-def find_root(fixture: Path) -> Path:
-    """Where the images are: beside the folder of the fixture, else the default data folder."""
-    beside = fixture.resolve().parent.parent
+def find_root() -> Path:
+    """Where the images are: in `shared` beside the project, as in continuous integration, else in `data`."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
     return beside if (beside / "omniglot-py").exists() else Path("data")
 
 
@@ -277,7 +277,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("anml").addHandler(logging.NullHandler())
     failed = 0
-    results = compare(args.fixture, args.dataset_path or find_root(args.fixture), args.dtype, args.backend)
+    results = compare(args.fixture, args.dataset_path or find_root(), args.dtype, args.backend)
     for name, relative, zero in results:
         wrong = past_tolerance(relative, zero, args.dtype)
         failed += wrong

@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 
 from datasets import load_characters
-from evaluation.plots import activations_figure, class_gates_figure, embedding_figure, save_figure
+from evaluation.plots import (
+    activations_figure,
+    class_gates_figure,
+    embedding_figure,
+    figure_pixels,
+    save_figure,
+)
 from evaluation.targets import REPRESENTATION, read_targets
 from model.episodes import Task, sample_task
 from model.fast import use_backend
@@ -138,7 +144,7 @@ def main() -> None:
         names = characters.characters[: len(images)]
         for name, figure in pictures(args, representation, task, images, names).items():
             save_figure(figure, run.folder / f"{name}.png")
-            run.figure(f"representation/{name}", figure, step)
+            run.image(f"representation/{name}", figure_pixels(figure), step)
         log.info("%s", table(measured, representation.gate is not None))
         log.info("representation.json and the pictures are in %s", run.folder)
 

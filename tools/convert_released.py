@@ -3,7 +3,7 @@
     python -m tools.convert_released IN OUT
 
 The released code saves whole modules, which cannot be loaded without running what the file says. They
-are read here without running anything; see `utils/records.py`. The names and order of both are:
+are read here without running anything; see `tools/records.py`. The names and order of both are:
 
 | file | names |
 |---|---|
@@ -72,14 +72,6 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
             )
         fitted[name] = value.float().contiguous()
     return net, fitted, [name for name in found if name not in weights]
-
-
-def is_foreign_model(source: Path) -> bool:
-    """Whether :func:`convert` knows what `source` is, so that it is worth a try."""
-    try:
-        return bool(_weights(source)[1])
-    except (OSError, ValueError):
-        return False
 
 
 def _weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

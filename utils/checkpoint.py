@@ -180,14 +180,10 @@ def _unreadable(path: Path, data: bytes, error: Exception) -> str:
     """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
     archive, pickled = data.startswith(b"PK"), data.startswith(b"\x80")
     if (archive or pickled) and isinstance(error, pickle.UnpicklingError):
-        from tools.convert_released import is_foreign_model  # which imports this module
-
-        if is_foreign_model(path):
-            return (
-                "it is a pickled module, as the released ANML code saves them, and loading one could run "
-                f"code; this reads it without: python -m tools.convert_released {path} NEW.net"
-            )
-        return "it holds pickled Python objects that are no known model, and loading those could run code"
+        return (
+            "it holds pickled Python objects, as the models of the released code do, and loading those could "
+            f"run code; python -m tools.convert_released {path} NEW.net reads such models without running any"
+        )
     if archive or not data:
         return "the file is damaged or cut short; copy or train it again"
     return "it is not a model file; mrcl_classification.py writes one under --model_name"

@@ -26,7 +26,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
-from evaluation.plots import figure_pixels
 from utils.arguments import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
@@ -43,9 +42,6 @@ from utils.files import atomic_write, place_of, remove_drafts, sync, write_text
 
 if sys.platform != "win32":
     import fcntl
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger("anml")
 
@@ -330,10 +326,6 @@ class Run:
         """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard."""
         self._events.add_image(tag, pixels, step, dataformats="HWC")
 
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Add a figure to TensorBoard as an image."""
-        self.image(tag, figure_pixels(figure), step)
-
     @contextmanager
     def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
         """Follow a loop of `total` steps that reports every `every` of them, and at its last.
@@ -398,9 +390,6 @@ class _Bystander(Run):
         pass
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
-        pass
-
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
         pass
 
     @contextmanager

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,13 @@ def new(name: str, backend: str = "plain", **widths: Any) -> Network:
 @pytest.mark.parametrize("backend", ["plain", "fast"])
 @pytest.mark.parametrize("name", [*PUBLISHED, *OWN])
 def test_check(name: str, backend: str) -> None:
-    check_network(name, PUBLISHED.get(name), backend=backend, every_cut=True)
+    check_network(
+        name,
+        PUBLISHED.get(name),
+        prepare=partial(use_backend, name=backend, device=CPU),
+        meta_loss=meta_loss(backend),  # type: ignore[arg-type]
+        every_cut=True,
+    )
 
 
 def unrolled(
@@ -323,7 +330,9 @@ def test_parts_of_anml_changed(change: Callable[[ANML], None], monkeypatch: pyte
     kind = changed_anml(change)
     kind.no_effect = ANML.no_effect
     monkeypatch.setitem(NETWORKS, "Changed", kind)
-    check_network("Changed", backend="fast")
+    check_network(
+        "Changed", prepare=partial(use_backend, name="fast", device=CPU), meta_loss=meta_loss("fast")
+    )
     plain, fast, x = new("Changed"), new("Changed", "fast"), images(3).float()
     torch.testing.assert_close(fast.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
     test_meta_gradient_at_every_cut("Changed", "fast", False)
@@ -479,7 +488,7 @@ def test_a_network_that_is_wrong_is_not_trained(scripts: Scripts, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["sANML", "Nothing"])
 def test_check_as_a_command(name: str) -> None:
-    command = [sys.executable, "-m", "model.check", name]
+    command = [sys.executable, "-m", "tools.check_network", name]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,18 @@ import torch
 
 from tests import parity, reference
 
-FOLDER = Path(os.environ.get("ANML_PARITY_DIR", Path(__file__).parents[2] / "../shared/parity"))
-FIXTURES = sorted(FOLDER.resolve().glob("*.npz"))
+FIXTURES = sorted((Path(__file__).parents[1] / "data/parity").glob("*.npz"))
 
 
-@pytest.mark.skipif(not FIXTURES, reason=f"no parity fixtures in {FOLDER} (ANML_PARITY_DIR)")
+@pytest.mark.skipif(
+    not (parity.find_root() / "omniglot-py").exists(), reason=f"no Omniglot in {parity.find_root()}"
+)
 @pytest.mark.parametrize(
     ("dtype", "backend"), [("float64", "plain"), ("float64", "fast"), ("float32", "fast")]
 )
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.stem)
 def test_fixture(fixture: Path, dtype: str, backend: str) -> None:
-    results = parity.compare(fixture, parity.find_root(fixture), dtype, backend)
+    results = parity.compare(fixture, parity.find_root(), dtype, backend)
     assert len(results) >= 11
     wrong = [result for result in results if parity.past_tolerance(*result[1:], dtype)]
     if dtype == "float32" and wrong:
@@ -35,7 +35,7 @@ def test_fixture(fixture: Path, dtype: str, backend: str) -> None:
 
 def plain_float32_errors(path: Path) -> dict[str, float]:
     """Relative errors of the meta-gradients of the plain reference, computed in float32."""
-    fixture = parity.Fixture(path, parity.find_root(path), torch.float32)
+    fixture = parity.Fixture(path, parity.find_root(), torch.float32)
     images, labels = fixture.query()
     weights = [parameter.detach() for parameter in fixture.net.parameters()]
     errors = {}

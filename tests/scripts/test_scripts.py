@@ -348,7 +348,7 @@ def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) 
 SCRIPTS = [
     *sorted(path.name for path in ROOT.glob("*.py")),
     *("-m tools." + path.stem for path in ROOT.glob("tools/*.py") if "def main" in path.read_text()),
-    "-m model.check",
+    "-m tools.check_network",
 ]
 OLD = {
     "torch": "import torch; torch.__version__ = '2.8.0+cpu'; del torch.func.functional_call",

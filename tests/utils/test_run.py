@@ -45,7 +45,7 @@ def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
         run.metrics({"step": 2, "loss": 0.25})
         run.scalars(1, {"meta_train/loss": 0.5, "meta_train/rate": 3.0})
         run.scalars(2, {"meta_train/loss": 0.25})
-        run.figure("gates", gate_figure(np.eye(3), [5, 6, 7]), 2)
+        run.image("gates", figure_pixels(gate_figure(np.eye(3), [5, 6, 7])), 2)
     log.info("after")
 
     assert run.folder == tmp_path / "a" / "n_0"

@@ -1,0 +1,51 @@
+"""Say what is wrong with a network of the registry, before hours are spent on it.
+
+    python -m tools.check_network ANML
+
+It is made with its default arguments; each fault is one line that names the cause.
+"""
+
+from __future__ import annotations
+
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
+import argparse
+from functools import partial
+
+import torch
+
+from model.check import check_network
+from model.fast import meta_loss, use_backend
+from model.modelfactory import NETWORKS, build, layer_parameters
+from utils.errors import UserError, run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.check_network",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
+    parser.add_argument("--backend", choices=("plain", "fast"), default="plain")
+    args = parser.parse_args()
+    if args.name not in NETWORKS:
+        raise UserError(f"no network {args.name!r}; known are {', '.join(NETWORKS)}")
+    check_network(
+        args.name,
+        prepare=partial(use_backend, name=args.backend, device=torch.device("cpu")),
+        meta_loss=meta_loss(args.backend),
+        every_cut=True,
+    )
+    net = build(args.name, {}, torch.Generator())
+    layers = layer_parameters(net)
+    number = sum(p.numel() for p in net.parameters())
+    print(f"{args.name}: {number:,} parameters in {len(layers)} layers, all checks passed")
+    for position, names in enumerate(layers):
+        print(f"{position:3d}  {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
