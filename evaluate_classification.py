@@ -9,7 +9,7 @@
     python evaluate_classification.py --model A.net B.net C.net                 # one row for all of them
     python evaluate_classification.py --resume runs/Omni_test_traj_0            # after an interruption
     python evaluate_classification.py --model A.net --learner slda              # no gradient: minutes
-    torchrun --nproc_per_node 2 evaluate_classification.py --model A.net        # two processes, two GPUs
+    python evaluate_classification.py --model A.net --processes 2               # two cores, or two GPUs
 
 Per class count: search the learning rate, if the learner has one, then report `--runs` fresh draws at it.
 With `--nested` one pass over a draw serves all class counts.
@@ -43,7 +43,7 @@ from model.scores import MEASURES
 from model.treatments import describe
 from utils.arguments import evaluation_parser, parse, recorded
 from utils.device import choose_device
-from utils.distributed import is_first, join
+from utils.distributed import is_first, join, run_as
 from utils.errors import UserError, run_script
 from utils.run import Run, log_to_terminal
 
@@ -169,6 +169,7 @@ def report(
 
 def main() -> None:
     args = parse(evaluation_parser())
+    run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
     group = join(device)

@@ -6,7 +6,7 @@
     python mrcl_classification.py --dataset glyphs --steps 100               # without any data
     python mrcl_classification.py --resume runs/mrcl_omniglot_0              # go on after an interruption
     python mrcl_classification.py --config configs/prototypes.toml           # for a head of class means
-    torchrun --nproc_per_node 2 mrcl_classification.py --meta_batch 2        # two processes, two GPUs
+    python mrcl_classification.py --meta_batch 2 --processes 2               # two cores, or two GPUs
 
 Each step draws a class, learns its 20 images one by one, and improves the weights it started from so
 that afterwards these images and 64 others of all classes are classified right.
@@ -41,7 +41,7 @@ from model.training_state import TrainingState, load_state, save_model, save_pro
 from utils.arguments import network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint
 from utils.device import choose_device
-from utils.distributed import Group, join, launched, refuse_several
+from utils.distributed import Group, join, launched, refuse_several, run_as
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
@@ -191,6 +191,7 @@ def save(args: argparse.Namespace, run: Run, learner: OuterLearner, step: int) -
 
 def main() -> None:
     args = parse(training_parser())
+    run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
     if args.learner == "prototypes":

@@ -284,7 +284,7 @@ def training_parser() -> Parser:
     parser.may_change = frozenset(
         (
             *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
-            *("device", "threads", "backend", "model_name", *PLACES),
+            *("device", "threads", "processes", "backend", "model_name", *PLACES),
         )
     )
 
@@ -420,6 +420,7 @@ def training_parser() -> Parser:
     _reports(parser, checks)
 
     run = _run(parser, name="mrcl_omniglot", seed=9)
+    _processes(parser, run, "the trajectories of --meta_batch")
     parser.flag(
         run,
         "--keep_every",
@@ -506,7 +507,7 @@ def evaluation_parser() -> Parser:
     # None of these changes a number: more runs or class counts add to what there is, and models are
     # compared by content.
     parser.may_change = frozenset(
-        ("model", "runs", "schedule", "full_search", "device", "threads", "backend", *PLACES)
+        ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend", *PLACES)
     )
 
     method = parser.add_argument_group("method")
@@ -697,7 +698,8 @@ def evaluation_parser() -> Parser:
     parser.set_defaults(test=None)
 
     _data(parser)
-    _run(parser, name="Omni_test_traj", seed=222)
+    run = _run(parser, name="Omni_test_traj", seed=222)
+    _processes(parser, run, "class draws and learning rates")
 
     released = parser.add_argument_group("flags of the released code, accepted without effect")
     parser.without_effect(released, "--memory", "no image is kept or replayed at meta-test")
@@ -957,6 +959,18 @@ def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
         help="TOML file of flags, which flags typed here override (default: none)",
     )
     return group
+
+
+def _processes(parser: Parser, group: argparse._ArgumentGroup, work: str) -> None:
+    parser.flag(
+        group,
+        "--processes",
+        _whole(1),
+        1,
+        f"processes on this machine, each with its part of the threads or a GPU of its own, for {work}; "
+        "under torchrun there are as many as it starts",
+        metavar="N",
+    )
 
 
 def _reports(parser: Parser, group: argparse._ArgumentGroup) -> None:

@@ -7,7 +7,9 @@ Without torchrun there is one process, and nothing here costs anything.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +64,49 @@ def refuse_several(what: str) -> None:
     """Raise UserError where a launcher started this process, since `what` runs in one."""
     launcher = "torchrun" if launched() else other_launcher()
     if launcher is not None:
-        raise UserError(f"{what} runs in one process: start it without torchrun or mpirun ({launcher})")
+        raise UserError(
+            f"{what} runs in one process: start it without --processes, torchrun or mpirun ({launcher})"
+        )
+
+
+def run_as(processes: int) -> None:
+    """Run this script as so many processes of this machine, and leave with what they leave with.
+
+    torch's launcher starts them, as torchrun does with the same command. It passes signals on, and ends all
+    where one fails, whose exit code counts. They share the cores. Returns where there is nothing to start:
+    for one process, and in those that a launcher has started.
+
+    Raises:
+        UserError: the processes cannot be started.
+    """
+    if processes == 1 or launched():
+        return
+    # Here, since these take a while to import.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say why
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any port that is free
+        run_id=str(os.getpid()),
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code >= 0 else 128 - code)  # a signal's number is negative
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--processes {processes}: {error}") from error
+    sys.exit(0)
 
 
 def is_first() -> bool:

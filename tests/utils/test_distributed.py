@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher import api as launcher
 
 from model.episodes import sample_trajectory
 from model.meta_learner import MetaLearner
@@ -17,7 +21,7 @@ from model.modelfactory import build
 from model.training_state import load_state
 from tests.conftest import TINY, Trainer
 from tools import analyze_representation
-from utils.distributed import SIZES, Group, join, other_launcher
+from utils.distributed import SIZES, Group, join, other_launcher, run_as
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -25,10 +29,10 @@ TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml"), "--threa
 
 
 def torchrun(processes: int, folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command as that many processes; torchrun itself ends with 1 if one of them fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    """Run a command as that many processes (0: without torchrun, which itself ends with 1 if one fails)."""
+    started_by = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [*launcher, "--nproc_per_node", str(processes), *command],
+        [sys.executable, *(started_by if processes else []), *command],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -86,8 +90,10 @@ def test_training_goes_on_under_another_number_of_processes(cache: Path, tmp_pat
 
 def test_a_process_that_dies_ends_the_job(cache: Path, tmp_path: Path) -> None:
     script = str(ROOT / "mrcl_classification.py")
-    done = torchrun(2, tmp_path, script, *TINY, f"--cache_dir={cache}", code=1)
-    assert "--meta_batch 1 is too few for 2 processes to share" in done.stderr
+    done = torchrun(0, tmp_path, script, *TINY, f"--cache_dir={cache}", "--processes=2", code=2)
+    assert {line.partition("error: ")[2] for line in done.stderr.splitlines()} == {
+        "--meta_batch 1 is too few for 2 processes to share"
+    }
     (tmp_path / "file").touch()
     flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--runs_dir=file/x"]
     done = torchrun(2, tmp_path, script, *flags, code=1)  # which the first process alone finds out
@@ -166,11 +172,38 @@ def test_evaluation_gives_the_same_table(cache: Path, tmp_path: Path) -> None:
     torchrun(1, tmp_path, *training, "--steps=1")
     tables = []
     for processes in (1, 2):
-        done = torchrun(processes, tmp_path, script, *flags)
+        done = torchrun(0, tmp_path, script, *flags, f"--processes={processes}")
         assert done.stdout.count("meta-test test %") == 1
         tables.append((tmp_path / f"runs/smoke_evaluate_{processes - 1}/results.csv").read_text())
     assert tables[0] == tables[1]
     assert len(list((tmp_path / "runs").glob("smoke_evaluate_*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ChildFailedError("script", {0: ProcessFailure(0, 0, -9, "")}), 137, None),
+        (ChildFailedError("script", {0: ProcessFailure(0, 0, 143, "")}), 143, None),
+        (SignalException("", signal.SIGTERM), 143, None),
+        (RuntimeError("no port is free"), None, "--processes 2: no port is free"),
+        (None, 0, None),
+    ],
+)
+def test_a_job_ends_with_the_exit_code_of_what_ended_it(
+    error: Exception | None, code: int | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*command: str) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(launcher, "elastic_launch", lambda *_: launch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises((SystemExit, UserError)) as ended:
+        run_as(2)
+    assert ended.value.args == (said or code,)
+    run_as(1)  # which starts nothing
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    run_as(2)
 
 
 if __name__ == "__main__":
