@@ -47,6 +47,7 @@ def check_network(
     rln: int | None = None,
     backend: str = "plain",
     every_cut: bool = False,
+    channels: int = 1,
 ) -> None:
     """Say what is wrong with a network.
 
@@ -61,6 +62,7 @@ def check_network(
         rln: layers that the inner loop leaves alone; None for the network's default.
         backend: of its layers.
         every_cut: try all values of `--rln`, not only `rln` and that of meta-test.
+        channels: of the images to be, 1 or 3.
 
     Raises:
         UserError: one line on the first fault.
@@ -73,7 +75,7 @@ def check_network(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             cuts = range(net.num_layers) if every_cut else (rln, net.default_meta_test_rln)
-            _check(net, rln, cuts)
+            _check(net, rln, cuts, channels)
     except _FaultError as fault:
         raise UserError(f"network {name}: {fault}") from None
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
@@ -85,8 +87,8 @@ class _FaultError(Exception):
     """What is wrong, in one line without the network's name."""
 
 
-def _check(net: Network, rln: int, cuts: Iterable[int]) -> None:
-    images, labels = _examples(net)
+def _check(net: Network, rln: int, cuts: Iterable[int], channels: int) -> None:
+    images, labels = _examples(net, channels)
     _check_restored(net, images)
     # Away from initial values, of which some hide an effect, say a scale of zero.
     precise = _moved(copy.deepcopy(net).double(), 0.05)
@@ -111,12 +113,12 @@ def _check(net: Network, rln: int, cuts: Iterable[int]) -> None:
     _check_head(evaluated)
     _check_functional(evaluated, images)
     _check_gradients(precise, rln, images, labels)
-    _check_effects(evaluated)
+    _check_effects(evaluated, channels)
 
 
-def _examples(net: Network) -> tuple[Tensor, Tensor]:
+def _examples(net: Network, channels: int) -> tuple[Tensor, Tensor]:
     """Random images and labels."""
-    return torch.randn(IMAGES, 1, 28, 28), torch.arange(IMAGES) % net.num_outputs
+    return torch.randn(IMAGES, channels, 28, 28), torch.arange(IMAGES) % net.num_outputs
 
 
 @torch.no_grad()
@@ -250,12 +252,12 @@ def _unrolled(
     return loss.detach(), list(_grads(loss, list(learned.values())))
 
 
-def _check_effects(net: Network) -> None:
+def _check_effects(net: Network, channels: int) -> None:
     """Several times, since a small network may be dead for the images and parameters of one."""
     missing = {name for name, p in net.named_parameters() if p.requires_grad} - set(net.no_effect)
     for _ in range(EFFECT_TRIES):
         moved = _moved(net, 0.05)
-        images, labels = _examples(net)
+        images, labels = _examples(net, channels)
         loss = F.cross_entropy(moved(images.double()), labels)
         params = [moved.get_parameter(name) for name in sorted(missing)]
         grads = torch.autograd.grad(loss, params, allow_unused=True)
