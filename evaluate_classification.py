@@ -28,9 +28,9 @@ from contextlib import nullcontext
 from itertools import product, starmap
 from typing import Any
 
-from datasets import load_pool
+from datasets import ImageSet, load_images
 from evaluation.journal import Journal
-from evaluation.models import Model, load_models, match_earlier
+from evaluation.models import Model, load_models, match_earlier, warn_of_other_data
 from evaluation.plots import accuracy_figure, figure_pixels, save_figure
 from evaluation.results import Row, summarise, table, write_results
 from evaluation.runner import Job, Scorer, frozen_layers, scorer
@@ -41,7 +41,7 @@ from model.modelfactory import Network, trained_parameters
 from model.rate_search import Draw, RateSearch, next_tries
 from model.scores import MEASURES
 from model.treatments import describe
-from utils.arguments import evaluation_parser, parse, recorded
+from utils.arguments import SCHEDULE, data_source, evaluation_parser, parse, recorded
 from utils.device import choose_device
 from utils.distributed import is_first, join, run_as
 from utils.errors import UserError, run_script
@@ -175,32 +175,32 @@ def main() -> None:
     group = join(device)
     models = load_models(args, device)
     net = models[0].net
-    longest = max(args.schedule)
     learner = LEARNERS[args.learner]
     if learner.takes_steps:  # what does not fit is an error now, not after the data is read
         if args.rln is None:
             args.rln = net.default_meta_test_rln
         trained_parameters(net, args.rln)
-        check_outputs(net, longest)
+        if args.schedule is not None:
+            check_outputs(net, max(args.schedule))
         named = ""
     else:
         named = choose_features(args, learner, net)
     for model in models:
         backend = use_backend(model.net, args.backend, device)
-    images, data = group.one_before_others(
-        lambda: load_pool(args, "evaluation", args.test_classes, None, device)
-    )
-    pools = {"evaluation": images}
+    source = data_source(args)
+    warn_of_other_data(models, source)
+    normalisation = None if args.scratch else net.normalisation
+    images = group.one_before_others(lambda: load_images(source, "evaluation", normalisation))
+    sets = {"evaluation": images.limited(args.test_classes, "--test_classes")}
+    data = images.about()
     if learner.fit or (args.lr is None and args.lr_search_split == "background"):
-        outputs = net.num_outputs if learner.takes_steps else None
-        background, searched = group.one_before_others(
-            lambda: load_pool(args, "background", None, outputs, device)
-        )
-        pools["background"] = background[:FITTED] if learner.fit else background
-        data |= {f"search_{key}": value for key, value in searched.items()}
-    for name, pool in pools.items():
-        if longest > len(pool) and not (learner.fit and name == "background"):
-            raise UserError(f"--schedule asks for {longest} classes; there are {len(pool)}")
+        background = group.one_before_others(lambda: load_images(source, "background", normalisation))
+        most = FITTED if learner.fit else net.num_outputs if learner.takes_steps else len(background)
+        sets["background"] = background.first(most)
+        data |= {"search_data": background.name, "search_manifest": background.manifest}
+    drawn_from = {split: sets[split] for split in sets if split == "evaluation" or not learner.fit}
+    check_sets(args, learner, drawn_from, net)
+    pools = {split: chosen.pool(device) for split, chosen in sets.items()}
     if args.resume is not None:
         models = match_earlier(models, data, args.resume)
     about = {
@@ -231,6 +231,36 @@ def main() -> None:
         if args.nested:
             log.info("%s", POINTS[True])
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
+
+
+def check_sets(
+    args: argparse.Namespace, learner: LearnerKind, sets: Mapping[str, ImageSet], net: Network
+) -> None:
+    """Raise UserError where images or classes are too few, and fill in what depends on their number.
+
+    Without `--schedule`, class counts are those of the paper that there are enough classes and outputs
+    for; of fewer than its largest all classes are one count more.
+
+    Args:
+        sets: those that runs are drawn from.
+    """
+    args.test_classes = len(sets["evaluation"])
+    most = min(map(len, sets.values()))
+    if learner.takes_steps:
+        most = min(most, net.num_outputs)
+    if args.schedule is None:
+        fitting = [classes for classes in SCHEDULE if classes <= most]
+        args.schedule = fitting if fitting == list(SCHEDULE) else list(dict.fromkeys([*fitting, most]))
+    for split, chosen in sets.items():
+        chosen.require(
+            args.train_images + args.test_images,
+            f"--train_images {args.train_images} and --test_images {args.test_images}",
+        )
+        if max(args.schedule) > len(chosen):
+            raise UserError(
+                f"--schedule asks for {max(args.schedule)} classes; there are {len(chosen)} "
+                f"of {chosen.name}" + (" (see --test_classes)" if split == "evaluation" else "")
+            )
 
 
 def choose_features(args: argparse.Namespace, learner: LearnerKind, net: Network) -> str:

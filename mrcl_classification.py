@@ -29,16 +29,16 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from datasets import load_pool
+from datasets import ImageSet, Pool, load_images
 from evaluation.monitor import gate_statistics, validate
 from model.check import check_network
-from model.episodes import sample_episode, sample_trajectory
+from model.episodes import check_episode, check_trajectory, longest_share, sample_episode, sample_trajectory
 from model.fast import Backend, capture, meta_loss, use_backend
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import TrainingState, load_state, save_model, save_progress
-from utils.arguments import network_widths, parse, recorded, training_parser
+from utils.arguments import data_source, network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint
 from utils.device import choose_device
 from utils.distributed import Group, join, launched, refuse_several, run_as
@@ -74,7 +74,7 @@ def first_seed(args: argparse.Namespace, net: Network) -> int:
 
 
 def make_learner(
-    args: argparse.Namespace, net: Network, images: torch.Tensor, group: Group, backend: Backend
+    args: argparse.Namespace, net: Network, images: Pool, group: Group, backend: Backend
 ) -> OuterLearner:
     """What takes the outer steps of `--learner`."""
     generator = torch.Generator().manual_seed(first_seed(args, net))
@@ -113,9 +113,9 @@ def differentiate(
     """Draw what a step sees, and leave its gradient in `.grad`.
 
     Returns:
-        [B, 2] (class, drawing) of some of its images, and what it measured.
+        [B, 2] (class, image) of some of its images, and what it measured.
     """
-    size = len(learner.images), learner.images.shape[1], learner.generator
+    size = learner.images.sizes, learner.generator
     if isinstance(learner, PrototypeLearner):
         drawn = args.shots + args.queries
         episode = sample_episode(*size, ways=args.ways, images=drawn, symmetries=args.symmetries)
@@ -162,6 +162,24 @@ def train(args: argparse.Namespace, run: Run, learner: OuterLearner, interrupt: 
     return progress.step
 
 
+def check_images(args: argparse.Namespace, images: ImageSet) -> None:
+    """Raise UserError where the images are too few for the trajectories and checks that are asked for."""
+    args.train_classes = len(images)
+    if args.learner == "prototypes":
+        drawn = args.shots + args.queries
+        images.require(drawn, f"--shots {args.shots} and --queries {args.queries}")
+        check_episode(images.sizes, args.ways, drawn, args.symmetries)
+    else:
+        images.require(longest_share(args.update_step, args.tasks), f"--update_step {args.update_step}")
+        check_trajectory(images.sizes, args.update_step, args.tasks, args.remember)
+    if args.eval_every:
+        images.require(2, f"--eval_every {args.eval_every}")
+        if args.eval_classes > len(images):
+            raise UserError(
+                f"--eval_classes {args.eval_classes}: there are {len(images)} meta-training classes"
+            )
+
+
 def stop_diverged(
     args: argparse.Namespace, run: Run, learner: OuterLearner, step: int, loss: float
 ) -> NoReturn:
@@ -206,10 +224,10 @@ def main() -> None:
     net = initial_network(args, state)
     if group.first:
         check_writable(args.model_name, "--model_name")
-    outputs = net.num_outputs
-    images, about = group.one_before_others(
-        lambda: load_pool(args, "background", args.train_classes, outputs, device)
-    )
+    images = group.one_before_others(lambda: load_images(data_source(args), "background"))
+    images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
+    check_images(args, images)
+    net.normalisation = images.normalisation or net.normalisation
     backend = use_backend(net, args.backend, device)
     check_network(
         net.network,
@@ -217,12 +235,13 @@ def main() -> None:
         args.rln,
         prepare=partial(use_backend, name=backend, device=torch.device("cpu")),
         meta_loss=meta_loss(backend),
+        channels=images.channels,
     )
-    learner = make_learner(args, net.to(device).train(), images, group, backend)
+    learner = make_learner(args, net.to(device).train(), images.pool(device), group, backend)
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
     group.check_same("weights", fingerprint(net))
-    extra = {"device": str(device), "backend": backend, **about}
+    extra = {"device": str(device), "backend": backend, **images.about()}
     with Interrupt(patient=launched()) as interrupt, Run.open(args, extra, done) as run:
         log.info("run folder %s, device %s", run.folder, device)
         step = train(args, run, learner, interrupt, done)

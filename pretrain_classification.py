@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 
-from datasets import load_pool
+from datasets import Pool, load_images
 from model.check import check_network
 from model.episodes import shuffled_batches
 from model.fast import meta_loss, use_backend
@@ -33,7 +33,7 @@ from model.modelfactory import Network, build, restore
 from model.optimizer import Adam
 from model.supervised import supervised_step
 from model.training_state import TrainingState, load_state, save_progress
-from utils.arguments import network_widths, parse, pretraining_parser, recorded
+from utils.arguments import data_source, network_widths, parse, pretraining_parser, recorded
 from utils.device import choose_device
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
@@ -48,7 +48,7 @@ def train(
     args: argparse.Namespace,
     run: Run,
     net: Network,
-    images: torch.Tensor,
+    images: Pool,
     state: TrainingState | None,
     interrupt: Interrupt,
 ) -> int:
@@ -58,9 +58,7 @@ def train(
     """
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = Adam([weight for weight in net.parameters() if weight.requires_grad], args.lr)
-    batches = shuffled_batches(
-        len(images), images.shape[1], generator, total=args.images, batch_size=args.batch_size
-    )
+    batches = shuffled_batches(images.sizes, generator, total=args.images, batch_size=args.batch_size)
     done = state.step if state else 0
     for _ in range(done):  # all 20,000 batches are drawn again in 0.2 s, from the seed alone
         next(batches)
@@ -105,18 +103,22 @@ def main() -> None:
     else:
         net = build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
     check_writable(args.model_name, "--model_name")
-    images, about = load_pool(args, "background", args.train_classes, net.num_outputs, device)
+    images = load_images(data_source(args), "background")
+    images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
+    args.train_classes = len(images)
+    net.normalisation = images.normalisation or net.normalisation
     backend = use_backend(net, args.backend, device)
     check_network(
         net.network,
         net.widths,
         prepare=partial(use_backend, name=backend, device=torch.device("cpu")),
         meta_loss=meta_loss(backend),
+        channels=images.channels,
     )
-    extra = {"device": str(device), "backend": backend, **about}
+    extra = {"device": str(device), "backend": backend, **images.about()}
     with Interrupt() as interrupt, Run.open(args, extra, state.step if state else 0) as run:
         log.info("run folder %s, device %s", run.folder, device)
-        seen = train(args, run, net.to(device).train(), images, state, interrupt)
+        seen = train(args, run, net.to(device).train(), images.pool(device), state, interrupt)
         log.info("%d of %d images seen: model written to %s", seen, args.images, args.model_name)
     if seen < args.images:
         sys.exit(interrupt.exit_code)

@@ -1,102 +1,107 @@
-"""Omniglot, and generated characters in its place where it is not needed."""
+"""Images to learn from: Omniglot, characters generated in its place, folders of images, and yours."""
 
 from __future__ import annotations
 
-import argparse
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from datasets import glyphs, omniglot
-from datasets.cache import cached
-from datasets.characters import CLASSES, DRAWINGS, SIZE, CharacterSet, normalise
+from datasets import folder, glyphs, omniglot
+from datasets.images import OMNIGLOT, ImageSet, Normalisation, Pool, normalise
+from datasets.options import loader_options
 from utils.errors import UserError
 
-__all__ = ["DATASETS", "SPLITS", "CharacterSet", "load_characters", "load_pool", "normalise"]
+__all__ = [
+    "DATASETS",
+    "OMNIGLOT",
+    "SPLITS",
+    "ImageSet",
+    "Normalisation",
+    "Pool",
+    "Source",
+    "load_images",
+    "normalise",
+]
 
-DATASETS = ("omniglot", "glyphs")
+DATASETS: dict[str, Callable[..., ImageSet]] = {
+    "omniglot": omniglot.load,
+    "glyphs": glyphs.load,
+    "folder": folder.load,
+}
+"""The registry: `load(split, root, cache_dir, *, option=default, ...)` by the name that `--dataset` takes.
+Its docstring's first line and its options, see `datasets.options`, are its part of `--help`."""
+
 SPLITS = ("background", "evaluation")
 
 log = logging.getLogger("anml")
 
 
-def load_characters(
-    dataset: str, split: str, root: Path, cache_dir: Path, glyph_seed: int = 0
-) -> CharacterSet:
-    """Load all drawings of one split, and log their name, counts and manifest hash.
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Attributes:
+        dataset: its entry in `DATASETS`.
+        root: folder of its files; not looked at by those that have none.
+        cache_dir: gets one file for each set, which makes the next start quick.
+        options: of its loader.
+    """
+
+    dataset: str
+    root: Path
+    cache_dir: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, split: str) -> ImageSet:
+        """All images of `background` (meta-training) or `evaluation` (meta-test).
+
+        Raises:
+            UserError: they are missing, damaged or incomplete, or there is no such data set, split or
+                option. No other data ever takes their place.
+        """
+        for kind, name, known in (("data set", self.dataset, DATASETS), ("split", split, SPLITS)):
+            if name not in known:
+                raise UserError(f"no {kind} {name!r}; choose one of {', '.join(known)}")
+        loader = DATASETS[self.dataset]
+        for name, value in self.options.items():
+            _, low, high = loader_options(loader)[name].option
+            if isinstance(value, int) and (value < low or (high is not None and value > high)):
+                raise UserError(
+                    f"--{name} {value}: choose {low} or greater" + (f", at most {high}" if high else "")
+                )
+        try:
+            return loader(split, Path(self.root), Path(self.cache_dir), **self.options)
+        except ValueError as error:
+            raise UserError(f"--dataset {self.dataset}: {error}") from error
+        except OSError as error:
+            reason = f"cannot read {error.filename}: {error.strerror}" if error.filename else error
+            raise UserError(f"--dataset {self.dataset}: {reason}") from error
+
+
+def load_images(source: Source, split: str, normalisation: Normalisation | None = None) -> ImageSet:
+    """All images of a split, with what their pixels are normalised by; logs what they are.
 
     Args:
-        dataset: `omniglot`, the real thing, or `glyphs`, generated and without files.
-        split: `background` (964 classes, meta-training) or `evaluation` (659, meta-test).
-        root: holds `omniglot-py/` with the split's folder or zip, or is a folder near them (see
-            :func:`datasets.omniglot.load`); where both are missing, torchvision downloads the zip. Not
-            looked at for `glyphs`.
-        cache_dir: gets one file of about 15 MB per split, which makes the next start quick.
-        glyph_seed: 0 or greater; other seeds are other glyphs.
-
-    Returns:
-        Images uint8 `[C, 20, 28, 28]` and their names, sorted by alphabet, character and file name.
+        split: `background` (meta-training) or `evaluation` (meta-test).
+        normalisation: that of a model; None for the set's own or, where it has none, mean and standard
+            deviation of the background split.
 
     Raises:
-        UserError: data is missing, damaged or incomplete, or an argument is none of the above. No
-            other data ever takes its place.
+        UserError: as `Source.load`.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"no data set {dataset!r}; choose one of {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise UserError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
-    if dataset == "omniglot":
-        characters = omniglot.load(split, Path(root), Path(cache_dir))
-    else:
-        characters = _load_glyphs(split, glyph_seed, Path(cache_dir))
+    images = source.load(split)
+    normalisation = normalisation or images.normalisation
+    if normalisation is None:
+        normalisation = (images if split == "background" else source.load("background")).statistics()
+    smallest, largest = min(images.sizes), max(images.sizes)
     log.info(
-        "%s: %d characters x %d drawings, manifest %s",
-        characters.name,
-        *characters.images.shape[:2],
-        characters.manifest,
+        "%s: %d classes of %s %s images, manifest %s",
+        images.name,
+        len(images),
+        largest if smallest == largest else f"{smallest} to {largest}",
+        "grey" if images.images.shape[1] == 1 else "colour",
+        images.manifest,
     )
-    return characters
-
-
-def load_pool(
-    arguments: argparse.Namespace, split: str, classes: int | None, outputs: int | None, device: torch.device
-) -> tuple[torch.Tensor, dict[str, str]]:
-    """The first classes of a split as network inputs, and what a run folder says of them.
-
-    Args:
-        arguments: those of a script, with its data flags.
-        split: see :func:`load_characters`.
-        classes: how many; None for as many as the split and the network have.
-        outputs: of the network, which class ids must be below; None where they need not.
-
-    Returns:
-        Images `[classes, 20, 1, 28, 28]` on `device`, and `data` and `manifest`.
-
-    Raises:
-        UserError: as :func:`load_characters`, or the data or the network has too few classes.
-    """
-    characters = load_characters(
-        arguments.dataset, split, arguments.dataset_path, arguments.cache_dir, arguments.glyph_seed
-    )
-    present = len(characters.characters)
-    if classes is None:
-        classes = present if outputs is None else min(present, outputs)
-    flag = "--train_classes" if split == "background" else "--test_classes"
-    if classes > present:
-        raise UserError(f"{flag} {classes}: {characters.name} has {present} classes")
-    if outputs is not None and classes > outputs:
-        raise UserError(f"the network has {outputs} outputs, too few for {flag} {classes}; lower it")
-    about = {"data": characters.name, "manifest": characters.manifest}
-    return characters.normalised(device)[:classes], about
-
-
-def _load_glyphs(split: str, seed: int, cache_dir: Path) -> CharacterSet:
-    if seed < 0:
-        raise UserError(f"the glyph seed {seed} is negative; choose 0 or greater")
-    manifest = glyphs.manifest(split, seed)
-    shape = (CLASSES[split], DRAWINGS, SIZE, SIZE)
-    images = cached(cache_dir, f"glyphs-{split}", manifest, shape, lambda: glyphs.draw(split, seed))
-    return CharacterSet(
-        f"glyphs {split} (seed {seed})", torch.from_numpy(images), glyphs.names(split), manifest
-    )
+    return replace(images, normalisation=normalisation)

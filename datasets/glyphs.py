@@ -11,12 +11,18 @@ nearest of 15 examples per class.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.characters import CANVAS, CLASSES, DRAWINGS, SIZE, shrink
+from datasets.cache import cached
+from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
+from datasets.images import OMNIGLOT, SIZE, ImageSet, shrink
+from datasets.options import Option
 
 VERSION = 1
 """Part of the cache's key and of the manifest: raise it with every change of what is drawn."""
@@ -41,6 +47,35 @@ ROTATION = 0.10  # std, radians
 SHEAR = 0.12
 SCALE = 0.13  # std of the logarithm, each axis
 PEN_RADIUS = (2.1, 2.9)  # pixels of the canvas
+
+
+def load(
+    split: str,
+    root: Path,
+    cache_dir: Path,
+    *,
+    glyph_seed: Annotated[int, Option("seed of the generated characters", high=2**32 - 1)] = 0,
+) -> ImageSet:
+    """Characters generated from random strokes, which need no file.
+
+    Args:
+        split: `background` (964 classes, meta-training) or `evaluation` (659, meta-test).
+        root: not looked at.
+        cache_dir: see :func:`datasets.cache.cached`.
+        glyph_seed: other seeds are other characters.
+    """
+    identity = manifest(split, glyph_seed)
+    shape = (CLASSES[split], DRAWINGS, SIZE, SIZE)
+    images = cached(cache_dir, f"glyphs-{split}", identity, shape, lambda: draw(split, glyph_seed))
+    return ImageSet(
+        f"glyphs {split} (seed {glyph_seed})",
+        torch.from_numpy(images).reshape(-1, 1, SIZE, SIZE),
+        (DRAWINGS,) * CLASSES[split],
+        names(split),
+        identity,
+        OMNIGLOT,
+        DEFAULT_CLASSES[split],
+    )
 
 
 def names(split: str) -> tuple[str, ...]:

@@ -10,14 +10,11 @@ import hashlib
 import http.client
 import io
 import logging
-import lzma
 import os
 import re
 import socket
-import struct
 import tempfile
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,10 +24,12 @@ from urllib.error import HTTPError
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from datasets.cache import cached
-from datasets.characters import CANVAS, CLASSES, DRAWINGS, SIZE, CharacterSet, shrink
+from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
+from datasets.decoding import DAMAGE, progress, reason
+from datasets.images import OMNIGLOT, SIZE, ImageSet, shrink
 from utils.errors import UserError
 
 log = logging.getLogger("anml")
@@ -40,20 +39,6 @@ FORMAT = "1: grey, 28x28 LANCZOS"
 
 DRAWING_NAME = re.compile(r"[^/]+/character\d\d/\d{4}_\d\d\.png")
 NETWORK_TIMEOUT = 30.0  # seconds without a byte
-
-# What zipfile and Pillow raise on damaged input, beside UserError's own causes.
-DAMAGE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    lzma.LZMAError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class Drawing(NamedTuple):
@@ -80,8 +65,10 @@ class Source(Protocol):
         """Read the drawings' files. Raises UserError."""
 
 
-def load(split: str, root: Path, cache_dir: Path) -> CharacterSet:
-    """Load one split from `images_<split>/`, else its zip, in :func:`_places`, else a download.
+def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
+    """Omniglot, which is downloaded where it is missing.
+
+    It comes from `images_<split>/`, else its zip, in :func:`_places`, else a download.
 
     Args:
         split: `background` or `evaluation`; nothing of the other split is touched.
@@ -89,7 +76,7 @@ def load(split: str, root: Path, cache_dir: Path) -> CharacterSet:
         cache_dir: see :func:`datasets.cache.cached`.
 
     Returns:
-        Images uint8 `[C, 20, 28, 28]`, sorted by alphabet, character and file name. The manifest is
+        20 grey images of each class, sorted by alphabet, character and file name. The manifest is
         a hash of sorted file names and sizes, the same for folders and for zips however packed.
 
     Raises:
@@ -99,7 +86,7 @@ def load(split: str, root: Path, cache_dir: Path) -> CharacterSet:
     try:
         drawings = sorted(source.scan(), key=lambda drawing: drawing.name.split("/"))
     except DAMAGE as error:
-        raise _fault(source, _reason(error)) from error
+        raise _fault(source, reason(error, "PNG")) from error
     characters = _check(source, drawings, CLASSES[split])
     manifest = hashlib.sha256()
     key = hashlib.sha256(f"{FORMAT}\n".encode())
@@ -114,7 +101,15 @@ def load(split: str, root: Path, cache_dir: Path) -> CharacterSet:
         shape,
         lambda: _decode_all(source, drawings).reshape(shape),
     )
-    return CharacterSet(f"omniglot {split}", torch.from_numpy(images), characters, manifest.hexdigest())
+    return ImageSet(
+        f"omniglot {split}",
+        torch.from_numpy(images).reshape(-1, 1, SIZE, SIZE),
+        (DRAWINGS,) * len(characters),
+        characters,
+        manifest.hexdigest(),
+        OMNIGLOT,
+        DEFAULT_CLASSES[split],
+    )
 
 
 def _find(split: str, root: Path) -> Source:
@@ -171,7 +166,7 @@ def _download(split: str, archive: Path) -> None:
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
         raise UserError(
-            f"{archive} is missing and cannot be downloaded ({_reason(error)}); connect to the "
+            f"{archive} is missing and cannot be downloaded ({reason(error)}); connect to the "
             "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
         ) from error
     finally:
@@ -209,7 +204,7 @@ class _Folder:
             try:
                 content = (self.path / drawing.member).read_bytes()
             except OSError as error:
-                raise _fault(self, _reason(error), drawing.member) from error
+                raise _fault(self, reason(error, "PNG"), drawing.member) from error
             yield drawing, content
 
 
@@ -237,7 +232,7 @@ class _Archive:
                 try:
                     content = archive.read(drawing.member)
                 except DAMAGE as error:
-                    raise _fault(self, _reason(error), drawing.member) from error
+                    raise _fault(self, reason(error, "PNG"), drawing.member) from error
                 yield drawing, content
 
 
@@ -285,11 +280,12 @@ def _decode_all(source: Source, drawings: list[Drawing]) -> NDArray[np.uint8]:
     """Decode the drawings to uint8 `[N, 28, 28]`."""
     log.info("decoding %d images of %s, once", len(drawings), source.path)
     images = np.empty((len(drawings), SIZE, SIZE), np.uint8)
-    for image, (drawing, content) in zip(images, source.contents(drawings), strict=True):
+    read = progress(source.contents(drawings), len(drawings))
+    for image, (drawing, content) in zip(images, read, strict=True):
         try:
             image[:] = _decode(content)
         except DAMAGE as error:
-            raise _fault(source, _reason(error), drawing.member) from error
+            raise _fault(source, reason(error, "PNG"), drawing.member) from error
     return images
 
 
@@ -303,15 +299,6 @@ def _decode(content: bytes) -> NDArray[np.uint8]:
         picture.verify()
     with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
         return shrink(picture)
-
-
-def _reason(error: BaseException) -> str:
-    """Say what went wrong, without the addresses and paths in some libraries' messages."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a PNG picture"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
 
 
 def _fault(source: Source, what: str, member: str = "") -> UserError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from model.modelfactory import Network, build, fingerprint, restore
+from datasets import Source
+from model.modelfactory import Network, build, fingerprint, restore_model
 from model.treatments import TABLE, Weights
 from utils.arguments import network_widths, read_config
 from utils.checkpoint import load_checkpoint
@@ -29,6 +30,7 @@ class Model(NamedTuple):
         weights: how they were made.
         sha256: of the file, hexadecimal; empty without one.
         step: meta-steps that it was trained for.
+        arguments: of its training; empty without one.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Model(NamedTuple):
     weights: Weights
     sha256: str
     step: int
+    arguments: Mapping[str, Any]
 
     def about(self) -> dict[str, str | int]:
         """What a run folder says of it."""
@@ -57,7 +60,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
         else:
             name, widths = args.treatment, network_widths(args)
         net = build(name, widths, torch.Generator().manual_seed(args.seed))
-        models = [Model("scratch", net, "random", "", 0)]
+        models = [Model("scratch", net, "random", "", 0, {})]
     else:
         models = [_load(path) for path in args.model]
     first = models[0]
@@ -66,6 +69,11 @@ def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
             raise UserError(
                 f"--model takes models of one treatment: {first.name} holds {_kind(first)} of "
                 f"{first.net.widths}, {model.name} holds {_kind(model)} of {model.net.widths}"
+            )
+        if model.net.normalisation != first.net.normalisation:
+            raise UserError(
+                f"--model takes models trained on the same images: {first.name} and {model.name} normalise "
+                "pixels otherwise"
             )
     if args.treatment_preset is not None:
         row = TABLE[args.treatment_preset]
@@ -97,7 +105,7 @@ def match_earlier(models: list[Model], data: Mapping[str, str], folder: Path) ->
     """The models under the names that the evaluation in a run folder gave them.
 
     Args:
-        data: what `load_pool` says of the data in use, as `config.json` has it.
+        data: what identifies the data in use, as `config.json` has it.
         folder: of the evaluation that is resumed.
 
     Raises:
@@ -124,6 +132,22 @@ def match_earlier(models: list[Model], data: Mapping[str, str], folder: Path) ->
     return matched
 
 
+def warn_of_other_data(models: Sequence[Model], source: Source) -> None:
+    """Say where a model was trained on the same kind of data with other options: of a folder that is split
+    by a draw, it may have seen the classes that it is tested on."""
+    for model in models:
+        if model.arguments.get("dataset") != source.dataset:
+            continue
+        for name, value in source.options.items():
+            before = model.arguments.get(name, value)
+            if before != value:
+                log.warning(
+                    "%s was trained with --%s %s, and this is %s: make sure that no class tested here was "
+                    "trained on",
+                    *(model.name, name, before, value),
+                )
+
+
 def weights_of(arguments: Mapping[str, Any]) -> Weights:
     """How the weights of a model file were made, from the arguments in it."""
     return "pretrained" if arguments.get("weights") == "pretrained" else "meta-trained"
@@ -132,9 +156,9 @@ def weights_of(arguments: Mapping[str, Any]) -> Weights:
 def _load(path: Path) -> Model:
     saved = load_checkpoint(path)
     log.info("%s: %s after %d steps", path, saved.network, saved.step)
-    net = restore(saved.network, saved.widths, saved.state_dict, str(path))
+    net = restore_model(saved, path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Model(str(path), net, weights_of(saved.arguments), sha256, saved.step)
+    return Model(str(path), net, weights_of(saved.arguments), sha256, saved.step, saved.arguments)
 
 
 def _kind(model: Model) -> str:

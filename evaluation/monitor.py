@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets.images import Pool
 from evaluation.plots import figure_pixels, gate_figure
 from model.learner import Settings
 from model.meta_learner import active_fraction
@@ -23,19 +24,25 @@ LR = 0.001  # of the small meta-tests: the best rate at most lengths
 SHOWN = 10  # classes whose gates are drawn, two images each
 
 
-def validate(run: Run, net: Network, images: Tensor, step: int, classes: int, learner: str) -> None:
-    """A small meta-test on the first of the meta-training classes [C, 20, 1, 28, 28], and some gates.
+def validate(run: Run, net: Network, images: Pool, step: int, classes: int, learner: str) -> None:
+    """A small meta-test on meta-training classes of two or more images, and the gates of the first ones.
+
+    Of 20 images 15 are learned and 5 tested, of fewer as large a part.
 
     Args:
         learner: key of `model.meta_test.LEARNERS`.
     """
     kind = LEARNERS[learner]
     options: dict[str, Any] = dict(kind.options or {})
+    smallest = min(20, *images.sizes)
+    test_images = max(1, smallest // 4)
     test = MetaTest(
         net,
         images,
         net.default_meta_test_rln,
         seed=0,
+        train_images=smallest - test_images,
+        test_images=test_images,
         learner=kind.make,
         settings=Settings(**options),
         own_head=kind.takes_steps,
@@ -46,20 +53,20 @@ def validate(run: Run, net: Network, images: Tensor, step: int, classes: int, le
     text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
     text = "diverged" if score.diverged else text
     log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
-    shown = images[: min(classes, SHOWN), :2]
+    shown = torch.stack([images[label][:2] for label in range(min(classes, SHOWN))])
     gate = represent(net, shown).gate
     if gate is not None:
         labels = torch.arange(len(shown)).repeat_interleave(2).tolist()
-        run.image("meta_val/gate", figure_pixels(gate_figure(gate.flatten(0, 1).cpu().numpy(), labels)), step)
+        run.image("meta_val/gate", figure_pixels(gate_figure(gate.rows.cpu().numpy(), labels)), step)
 
 
 def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
-    """Mean of the gate and fraction of features that are active before and after it, on [B, 1, 28, 28]."""
+    """Mean of the gate and fraction of features that are active before and after it, on [B, C, 28, 28]."""
     seen = represent(net, images[None])
     if seen.gate is None:
-        return {"meta_train/active": active_fraction(seen.before)}
+        return {"meta_train/active": active_fraction(seen.before.rows)}
     return {
-        "meta_train/gate_mean": seen.gate.mean().item(),
-        "meta_train/active_before_gate": active_fraction(seen.before),
-        "meta_train/active_after_gate": active_fraction(seen.after),
+        "meta_train/gate_mean": seen.gate.rows.mean().item(),
+        "meta_train/active_before_gate": active_fraction(seen.before.rows),
+        "meta_train/active_after_gate": active_fraction(seen.after.rows),
     }

@@ -32,6 +32,7 @@ STYLES = (
     ("-.", "X", "tab:brown"),
     (":", "*", "tab:pink"),
 )
+LABELS = 60  # names along an axis, beyond which none is readable
 SMOOTHED = 50  # meta-steps, since that of one trajectory says little
 PUBLISHED = ("o", "s", "^", "D", "v", "P", "X", "*")  # hollow, without a line
 FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
@@ -298,17 +299,17 @@ def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figu
 
 
 def activations_figure(
-    images: NDArray[np.floating[Any]],
+    images: NDArray[np.uint8],
     rows: Mapping[str, NDArray[np.floating[Any]]],
     names: Sequence[str],
 ) -> Figure:
     """Sample images above their activations, each as a square map (the paper's figure of sparsity).
 
     Args:
-        images: `[B, 28, 28]`, dark ink at low values.
+        images: `[B, 28, 28, C]`, 0 to 255, of one channel or three.
         rows: by title, `[B, F]` activations, 0 or more. The row `gate` goes from 0 to 1, any other to its
             largest value.
-        names: of the B images, `Alphabet/character01`.
+        names: of the classes of the B images, `Alphabet/character01`.
     """
     from matplotlib.figure import Figure
 
@@ -318,7 +319,7 @@ def activations_figure(
         axes.set_xticks([])
         axes.set_yticks([])
     for axes, image, name in zip(panels[0], images, names, strict=True):
-        axes.imshow(image, cmap="gray", interpolation="nearest")
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(name.replace("/", "\n"), fontsize=7)
     for line, (title, activations) in zip(panels[1:], rows.items(), strict=True):
         top = 1.0 if title == "gate" else float(activations.max()) or 1.0
@@ -358,12 +359,13 @@ def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str
     names = list(dict.fromkeys(alphabets))
     starts = [list(alphabets).index(name) for name in names]
     middles = np.add(starts, [*starts[1:], len(alphabets)]) / 2 - 0.5
-    for start in starts[1:]:
-        axes.axhline(start - 0.5, color="white", linewidth=0.6)
-    axes.set_yticks(middles, names, fontsize=7)
+    if len(names) <= LABELS:
+        for start in starts[1:]:
+            axes.axhline(start - 0.5, color="white", linewidth=0.6)
+        axes.set_yticks(middles, names, fontsize=7)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("unit of the gate, from the most open to the most shut")
-    axes.set_ylabel("classes by alphabet")
+    axes.set_ylabel("classes")
     figure.colorbar(image, label="mean gate of the class", extend="max")
     return figure
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from torch import Tensor
-
+from datasets.images import Pool
 from evaluation.journal import Journal, Key
 from evaluation.models import Model
 from evaluation.plots import figure_pixels, forgetting_figure, save_figure
@@ -40,7 +39,7 @@ def scorer(
     run: Run,
     journal: Journal | None,
     models: list[Model],
-    pools: dict[str, Tensor],
+    pools: dict[str, Pool],
     group: Group,
     backend: Backend,
 ) -> Scorer:
@@ -52,7 +51,7 @@ def scorer(
         args: those of an evaluation.
         journal: of the first process; None in the others.
         models: on the device of the pools.
-        pools: images `[C, 20, 1, 28, 28]` of each split in use, `evaluation` and `background`.
+        pools: images of each split in use, `evaluation` and `background`.
         backend: of the models' layers.
     """
     kind = LEARNERS[args.learner]
@@ -73,6 +72,8 @@ def scorer(
             reset_all=bool(args.reset or args.scratch),
             class_order=args.class_order,
             split=args.split,
+            train_images=args.train_images,
+            test_images=args.test_images,
             learner=learner(args.learner, backend),
             settings=settings,
             own_head=kind.takes_steps,

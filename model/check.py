@@ -42,6 +42,7 @@ def check_network(
     prepare: Prepare = lambda net: None,
     meta_loss: MetaLoss = method.meta_loss,
     every_cut: bool = False,
+    channels: int = 1,
 ) -> None:
     """Say what is wrong with a network.
 
@@ -57,6 +58,7 @@ def check_network(
         prepare: gives a network the layers that it is to be tried with, in place.
         meta_loss: `method.meta_loss`, or what is to give the same numbers.
         every_cut: try all values of `--rln`, not only `rln` and that of meta-test.
+        channels: of the images to be, 1 or 3.
 
     Raises:
         UserError: one line on the first fault.
@@ -69,7 +71,7 @@ def check_network(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             cuts = range(net.num_layers) if every_cut else (rln, net.default_meta_test_rln)
-            _check(net, rln, cuts, prepare, meta_loss)
+            _check(net, rln, cuts, channels, prepare, meta_loss)
     except _FaultError as fault:
         raise UserError(f"network {name}: {fault}") from None
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
@@ -81,8 +83,10 @@ class _FaultError(Exception):
     """What is wrong, in one line without the network's name."""
 
 
-def _check(net: Network, rln: int, cuts: Iterable[int], prepare: Prepare, meta_loss: MetaLoss) -> None:
-    images, labels = _examples(net)
+def _check(
+    net: Network, rln: int, cuts: Iterable[int], channels: int, prepare: Prepare, meta_loss: MetaLoss
+) -> None:
+    images, labels = _examples(net, channels)
     _check_restored(net, images, prepare)
     # Away from initial values, of which some hide an effect, say a scale of zero.
     precise = _moved(copy.deepcopy(net).double(), 0.05)
@@ -107,12 +111,12 @@ def _check(net: Network, rln: int, cuts: Iterable[int], prepare: Prepare, meta_l
     _check_head(evaluated)
     _check_functional(evaluated, images)
     _check_gradients(precise, rln, images, labels, meta_loss)
-    _check_effects(evaluated)
+    _check_effects(evaluated, channels)
 
 
-def _examples(net: Network) -> tuple[Tensor, Tensor]:
+def _examples(net: Network, channels: int) -> tuple[Tensor, Tensor]:
     """Random images and labels."""
-    return torch.randn(IMAGES, 1, 28, 28), torch.arange(IMAGES) % net.num_outputs
+    return torch.randn(IMAGES, channels, 28, 28), torch.arange(IMAGES) % net.num_outputs
 
 
 @torch.no_grad()
@@ -245,12 +249,12 @@ def _unrolled(
     return loss.detach(), list(_grads(loss, list(learned.values())))
 
 
-def _check_effects(net: Network) -> None:
+def _check_effects(net: Network, channels: int) -> None:
     """Several times, since a small network may be dead for the images and parameters of one."""
     missing = {name for name, p in net.named_parameters() if p.requires_grad} - set(net.no_effect)
     for _ in range(EFFECT_TRIES):
         moved = _moved(net, 0.05)
-        images, labels = _examples(net)
+        images, labels = _examples(net, channels)
         loss = F.cross_entropy(moved(images.double()), labels)
         params = [moved.get_parameter(name) for name in sorted(missing)]
         grads = torch.autograd.grad(loss, params, allow_unused=True)

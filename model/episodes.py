@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ class Trajectory:
 
     Attributes:
         classes: the sampled classes, whose head rows are drawn anew.
-        support: [T, 2] (class, drawing) of the inner loop, in order.
-        query: [R + T, 2] (class, drawing) of the outer loss: R remember images, then the support.
+        support: [T, 2] (class, image) of the inner loop, in order.
+        query: [R + T, 2] (class, image) of the outer loss: R remember images, then the support.
     """
 
     classes: list[int]
@@ -26,9 +26,35 @@ class Trajectory:
     query: Tensor
 
 
+def _pairs(positions: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[..., 2] (class, image) of positions [...] among all images, class after class."""
+    ends = torch.tensor(sizes).cumsum(0)
+    labels = torch.searchsorted(ends, positions, right=True)
+    return torch.stack([labels, positions - ends[labels] + torch.tensor(sizes)[labels]], -1)
+
+
+def longest_share(update_step: int, tasks: int) -> int:
+    """Images that a trajectory takes of the last of its classes, of which it takes most."""
+    return update_step - update_step // tasks * (tasks - 1)
+
+
+def check_trajectory(sizes: Sequence[int], update_step: int, tasks: int, remember: int) -> None:
+    """Raise UserError where :func:`sample_trajectory` would need more classes or images than there are."""
+    longest = longest_share(update_step, tasks)
+    if update_step < tasks or longest > min(sizes):
+        raise UserError(
+            f"--update_step {update_step} over --tasks {tasks} needs up to {longest} images of a "
+            f"class and at least 1; a class has {min(sizes)}"
+        )
+    if tasks > len(sizes) or remember > sum(sizes):
+        raise UserError(
+            f"--tasks {tasks} and --remember {remember} ask for more than the {len(sizes)} "
+            f"meta-training classes of {sum(sizes)} images hold"
+        )
+
+
 def sample_trajectory(
-    num_classes: int,
-    drawings: int,
+    sizes: Sequence[int],
     generator: torch.Generator,
     *,
     update_step: int = 20,
@@ -42,34 +68,22 @@ def sample_trajectory(
     none twice; remember images are drawn without replacement.
 
     Args:
-        num_classes: meta-training classes to draw from (963 in the paper).
-        drawings: images per class (20).
+        sizes: images of each of the meta-training classes (in the paper 963 times 20).
         generator: source of all randomness.
 
     Raises:
         UserError: more classes or images asked for than there are.
     """
-    share = update_step // tasks
-    longest = update_step - share * (tasks - 1)
-    if share < 1 or longest > drawings:
-        raise UserError(
-            f"--update_step {update_step} over --tasks {tasks} needs up to {longest} images of a "
-            f"class and at least 1; a class has {drawings}"
-        )
-    if tasks > num_classes or remember > num_classes * drawings:
-        raise UserError(
-            f"--tasks {tasks} and --remember {remember} ask for more than the {num_classes} "
-            f"meta-training classes of {drawings} images hold"
-        )
-    classes = torch.randperm(num_classes, generator=generator)[:tasks].tolist()
+    check_trajectory(sizes, update_step, tasks, remember)
+    share, longest = update_step // tasks, longest_share(update_step, tasks)
+    classes = torch.randperm(len(sizes), generator=generator)[:tasks].tolist()
     parts = []
     for position, label in enumerate(classes):
         size = longest if position == tasks - 1 else share
-        order = torch.randperm(drawings, generator=generator)[:size]
+        order = torch.randperm(sizes[label], generator=generator)[:size]
         parts.append(torch.stack([torch.full_like(order, label), order], 1))
     support = torch.cat(parts)
-    drawn = torch.randperm(num_classes * drawings, generator=generator)[:remember]
-    remembered = torch.stack([drawn // drawings, drawn % drawings], 1)
+    remembered = _pairs(torch.randperm(sum(sizes), generator=generator)[:remember], sizes)
     return Trajectory(classes, support, torch.cat([remembered, support]))
 
 
@@ -78,7 +92,7 @@ class Episode:
     """Some images of each of many classes, as indices into the meta-training classes.
 
     Attributes:
-        index: [W, K, 2] (class, drawing).
+        index: [W, K, 2] (class, image).
         symmetries: [W] which symmetry of the square its images are shown in, see `augmentation.show`.
     """
 
@@ -86,9 +100,17 @@ class Episode:
     symmetries: Tensor
 
 
+def check_episode(sizes: Sequence[int], ways: int, images: int, symmetries: int) -> None:
+    """Raise UserError where :func:`sample_episode` would need more classes or images than there are."""
+    if ways > len(sizes) * symmetries or images > min(sizes):
+        raise UserError(
+            f"--ways {ways} classes of --shots and --queries, {images} images each, are more than the "
+            f"{len(sizes) * symmetries} meta-training classes of {min(sizes)} images hold"
+        )
+
+
 def sample_episode(
-    num_classes: int,
-    drawings: int,
+    sizes: Sequence[int],
     generator: torch.Generator,
     *,
     ways: int,
@@ -98,23 +120,20 @@ def sample_episode(
     """An episode of `ways` classes with `images` images each, all drawn without replacement.
 
     Args:
-        num_classes: meta-training classes to draw from (963 in the paper).
-        drawings: images per class (20).
+        sizes: images of each of the meta-training classes (in the paper 963 times 20).
         generator: source of all randomness.
         symmetries: classes that each class stands for, of which an episode may hold several.
 
     Raises:
         UserError: more classes or images asked for than there are.
     """
-    if ways > num_classes * symmetries or images > drawings:
-        raise UserError(
-            f"--ways {ways} classes of --shots and --queries, {images} images each, are more than the "
-            f"{num_classes * symmetries} meta-training classes of {drawings} images hold"
-        )
-    drawn = torch.randperm(num_classes * symmetries, generator=generator)[:ways]
-    orders = torch.rand(ways, drawings, generator=generator).argsort(1)[:, :images]
-    classes = (drawn // symmetries)[:, None].expand(ways, images)
-    return Episode(torch.stack([classes, orders], 2), drawn % symmetries)
+    check_episode(sizes, ways, images, symmetries)
+    drawn = torch.randperm(len(sizes) * symmetries, generator=generator)[:ways]
+    classes = drawn // symmetries
+    numbers = torch.rand(ways, max(sizes), generator=generator)
+    absent = torch.arange(max(sizes)) >= torch.tensor(sizes)[classes, None]
+    orders = numbers.masked_fill(absent, 1).argsort(1)[:, :images]
+    return Episode(torch.stack([classes[:, None].expand(ways, images), orders], 2), drawn % symmetries)
 
 
 @dataclass(frozen=True)
@@ -122,8 +141,8 @@ class Task:
     """One meta-test draw, as indices into the pool of unseen classes.
 
     Attributes:
-        train: [N, 15, 2] (class, drawing), class after class in the order they are learned.
-        test: [N, 5, 2] (class, drawing), the other images of the same classes.
+        train: [N, 15, 2] (class, image), class after class in the order they are learned.
+        test: [N, 5, 2] (class, image), other images of the same classes.
     """
 
     train: Tensor
@@ -131,60 +150,67 @@ class Task:
 
 
 def sample_task(
-    pool: int,
-    drawings: int,
+    sizes: Sequence[int],
     classes: int,
     generator: torch.Generator,
     *,
     train_images: int = 15,
+    test_images: int = 5,
     class_order: str = "random",
     split: str = "random",
 ) -> Task:
-    """Draw `classes` of the first `pool` classes and split their images into train and test.
+    """Draw `classes` classes, and of the images of each some to learn and others to test.
 
     Args:
-        pool: classes to draw from (the released code uses ids 0..649 of 659).
-        drawings: images per class (20).
+        sizes: images of each class to draw from (the released code uses ids 0..649 of 659, 20 each).
         classes: length of the sequence.
         generator: source of all randomness.
-        train_images: images of a class to train on; the others test.
+        train_images: images of a class to learn.
+        test_images: images of a class to test.
         class_order: `random`, or `dataset` for the drawn classes in dataset order, as released.
         split: `random` per class, or `dataset` for the first 15 and the last 5, as released.
 
     Raises:
-        UserError: the pool is smaller than `classes`.
+        UserError: fewer classes than `classes`, or one with too few images.
     """
-    if classes > pool:
-        raise UserError(f"--schedule asks for {classes} classes; the pool holds {pool}")
-    drawn = torch.randperm(pool, generator=generator)[:classes]
+    if classes > len(sizes):
+        raise UserError(f"--schedule asks for {classes} classes; the pool holds {len(sizes)}")
+    if train_images + test_images > min(sizes):
+        raise UserError(
+            f"--train_images {train_images} and --test_images {test_images} ask for more images than the "
+            f"{min(sizes)} of a class"
+        )
+    drawn = torch.randperm(len(sizes), generator=generator)[:classes]
     if class_order == "dataset":
         drawn = drawn.sort().values
-    orders = torch.stack([torch.randperm(drawings, generator=generator) for _ in range(classes)])
+    orders = [torch.randperm(sizes[label], generator=generator) for label in drawn.tolist()]
     if split == "dataset":
-        orders = torch.arange(drawings).expand(classes, drawings)
-    index = torch.stack([drawn[:, None].expand(classes, drawings), orders], 2)
+        orders = [torch.arange(len(order)) for order in orders]
+        chosen = torch.stack([torch.cat([order[:train_images], order[-test_images:]]) for order in orders])
+    else:
+        chosen = torch.stack([order[: train_images + test_images] for order in orders])
+    index = torch.stack([drawn[:, None].expand_as(chosen), chosen], 2)
     return Task(index[:, :train_images], index[:, train_images:])
 
 
 def shuffled_batches(
-    num_classes: int, drawings: int, generator: torch.Generator, *, total: int, batch_size: int
+    sizes: Sequence[int], generator: torch.Generator, *, total: int, batch_size: int
 ) -> Iterator[Tensor]:
     """Batches of an i.i.d. stream of `total` images: every image once, in random order, then again.
 
     Args:
-        num_classes: classes to draw from.
-        drawings: images per class (20).
+        sizes: images of each class.
         generator: source of all randomness.
         total: images in all batches together; an image counts each time it comes.
         batch_size: images in each batch; the last has what is left.
 
     Yields:
-        [batch_size, 2] (class, drawing).
+        [batch_size, 2] (class, image).
     """
     order = torch.empty(0, dtype=torch.long)
     for start in range(0, total, batch_size):
         size = min(batch_size, total - start)
         while len(order) < size:
-            order = torch.cat([order, torch.randperm(num_classes * drawings, generator=generator)])
+            order = torch.cat([order, torch.randperm(sum(sizes), generator=generator)])
         drawn, order = order[:size], order[size:]
-        yield torch.stack([drawn // drawings, drawn % drawings], 1)
+        yield _pairs(drawn, sizes)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from datasets.images import Pool
 from model import method
 from model.episodes import Trajectory
 from model.inner_rules import MetaSGD
@@ -66,7 +67,7 @@ class OuterLoop:
     def __init__(
         self,
         net: Network,
-        images: Tensor,
+        images: Pool | Tensor,
         generator: torch.Generator,
         learned: list[nn.Parameter],
         optimizer: Adam,
@@ -74,7 +75,7 @@ class OuterLoop:
         group: Group | None = None,
     ) -> None:
         self.net = net
-        self.images = images
+        self.images = Pool.of(images)
         self.generator = generator
         self.learned = learned
         self.optimizer = optimizer
@@ -112,7 +113,8 @@ class MetaLearner(OuterLoop):
 
     Args:
         net: the network, on the device where training happens.
-        images: [C, 20, 1, 28, 28] meta-training classes on the same device.
+        images: meta-training classes on the same device, normalised; [C, D, 1, 28, 28] where all have
+            as many images.
         generator: draws the head rows (CPU).
         meta_lr: Adam's step size in the outer loop.
         update_lr: SGD's step size in the inner loop.
@@ -131,7 +133,7 @@ class MetaLearner(OuterLoop):
     def __init__(
         self,
         net: Network,
-        images: Tensor,
+        images: Pool | Tensor,
         generator: torch.Generator,
         *,
         meta_lr: float,
@@ -220,13 +222,11 @@ class MetaLearner(OuterLoop):
         return grads, MetaStep(loss.detach(), correct[-steps:].mean(), correct[:-steps].mean(), inner_losses)
 
 
-def gather(images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [..., 1, 28, 28] and class ids [...] of an index [..., 2] of (class, drawing).
-
-    `images` is [C, 20, 1, 28, 28]; the index may lie on the CPU.
-    """
-    index = send(index, images.device)
-    return images[index[..., 0], index[..., 1]], index[..., 0]
+def gather(images: Pool | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [..., C, 28, 28], or other rows of a pool, and class ids [...] of an index [..., 2] of (class,
+    image), which may lie on the CPU."""
+    pool = Pool.of(images)
+    return pool.rows[send(pool.positions(index), pool.device)], send(index, pool.device)[..., 0]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.images import Pool
 from model.episodes import sample_task
 from model.heads import NearestClassMean, NormalMAP, StreamingLDA, fit_prior
 from model.layers import FrozenOutput, Inputs
@@ -37,46 +38,51 @@ class FrozenOutputs:
     """What a network's frozen part makes of the images of a pool, computed once per image, when needed.
 
     It does not change at meta-test, whatever the learning rate and the run: the search and all runs share
-    it. A class is always computed as one batch, so that its numbers do not depend on which run met it
-    first.
+    it. A class is always computed as one batch, and the images of a larger one each alone, so that the
+    numbers do not depend on which run met them first.
 
     Args:
         net: the network to be tested.
-        images: [C, 20, 1, 28, 28] the pool, on the device of the network.
+        images: the pool, on the device of the network; [C, D, 1, 28, 28] where all classes have as many.
         trained: names of the parameters that learn.
         budget: bytes to spend. A pool that needs more is not kept, and `get` computes every time.
     """
 
-    def __init__(self, net: Network, images: Tensor, trained: Collection[str], budget: int = BUDGET) -> None:
+    def __init__(
+        self, net: Network, images: Pool | Tensor, trained: Collection[str], budget: int = BUDGET
+    ) -> None:
         self.net = net
-        self.images = images
+        self.images = pool = Pool.of(images)
         self.trained = trained
         with torch.no_grad():
-            self.sample = net.frozen(images[0, :1], trained)
+            self.sample = net.frozen(pool.rows[:1], trained)
         self.kept: tuple[Tensor, ...] = ()
         # Where nothing is frozen there is nothing to keep but the images themselves.
         if isinstance(self.sample, FrozenOutput) and any(self.sample.done):
             parts = self.sample.activations
-            size = sum(part.numel() * part.element_size() for part in parts) * images[:, :, 0, 0, 0].numel()
+            size = sum(part.numel() * part.element_size() for part in parts) * len(pool.rows)
             if size <= budget:
-                self.kept = tuple(part.new_empty(*images.shape[:2], *part.shape[1:]) for part in parts)
-        self.known = [False] * len(images)
+                self.kept = tuple(part.new_empty(len(pool.rows), *part.shape[1:]) for part in parts)
+        self.known = [False] * len(pool.rows)
 
     @torch.no_grad()
     def get(self, index: Tensor) -> Inputs:
-        """For the images at `index`, [K, 2] (class, drawing) on the CPU; K rows."""
+        """For the images at `index`, [K, 2] (class, image) on the CPU; K rows."""
         if not self.kept:
             return self.net.frozen(gather(self.images, index)[0], self.trained)
         assert isinstance(self.sample, FrozenOutput)
-        for label in index[:, 0].unique().tolist():
-            if not self.known[label]:
-                output = self.net.frozen(self.images[label], self.trained)
+        positions = self.images.positions(index)
+        for label, row in zip(index[:, 0].tolist(), positions.tolist(), strict=True):
+            if not self.known[row]:
+                first, size = int(self.images.starts[label]), self.images.sizes[label]
+                rows = slice(first, first + size) if size <= CHUNK else slice(row, row + 1)
+                output = self.net.frozen(self.images.rows[rows], self.trained)
                 assert isinstance(output, FrozenOutput)
                 for store, part in zip(self.kept, output.activations, strict=True):
-                    store[label] = part
-                self.known[label] = True
-        index = send(index, self.images.device)
-        return replace(self.sample, activations=tuple(part[index[:, 0], index[:, 1]] for part in self.kept))
+                    store[rows] = part
+                self.known[rows] = [True] * (rows.stop - rows.start)
+        positions = send(positions, self.images.device)
+        return replace(self.sample, activations=tuple(part[positions] for part in self.kept))
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
@@ -122,7 +128,7 @@ class _InOrder:
 
 
 def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor) -> None:
-    """Have a learner learn the images of `stream` [K, 2] (class, drawing), in order."""
+    """Have a learner learn the images of `stream` [K, 2] (class, image), in order."""
     for index in stream.split(CHUNK):
         learner.learn(outputs.get(index), index[:, 0].to(outputs.images.device))
 
@@ -165,24 +171,24 @@ class MetaTest:
 
     Args:
         net: the network, on the device of the images.
-        images: [C, 20, 1, 28, 28] the pool that class draws are made from.
+        images: the pool that class draws are made from; [C, D, 1, 28, 28] where all have as many images.
         rln: layers that stay frozen.
         seed: everything random follows from it.
         epochs: passes over the sequence.
         iid: shuffle the images of all classes, anew for each pass (the Oracle).
         reset_all: start all trained layers anew, not the head alone (Scratch).
-        class_order, split: see `sample_task`.
+        class_order, split, train_images, test_images: see `sample_task`.
         learner: makes what learns, of an entry of `LEARNERS`.
         settings: what it is made with, but for the learning rate.
         own_head: the learner trains the network's head; one that does not is given class ids as labels,
             and may learn more classes than the network has outputs.
-        fit: of the same entry, given `background`: the images [C, D, 1, 28, 28] of meta-training classes.
+        fit: of the same entry, given `background`: the images of meta-training classes.
     """
 
     def __init__(
         self,
         net: Network,
-        images: Tensor,
+        images: Pool | Tensor,
         rln: int,
         seed: int,
         *,
@@ -191,14 +197,16 @@ class MetaTest:
         reset_all: bool = False,
         class_order: str = "random",
         split: str = "random",
+        train_images: int = 15,
+        test_images: int = 5,
         learner: MakeLearner = adam_learner,
         settings: Settings | None = None,
         own_head: bool = True,
         fit: Fit | None = None,
-        background: Tensor | None = None,
+        background: Pool | Tensor | None = None,
     ) -> None:
         self.net = shared_copy(net)
-        self.images = images
+        self.images = Pool.of(images)
         self.trained = trained_parameters(net, rln)
         self.seed = seed
         self.epochs = epochs
@@ -206,11 +214,12 @@ class MetaTest:
         self.reset_all = reset_all
         self.class_order = class_order
         self.split = split
+        self.train_images, self.test_images = train_images, test_images
         self.learner = learner
         self.settings = settings or Settings()
         self.own_head = own_head
         self.fit = fit
-        self.background = background
+        self.background = None if background is None else Pool.of(background)
         self.outputs = FrozenOutputs(self.net, images, self.trained)
 
     def score(self, classes: int, lr: float | None, purpose: Purpose, draw: int) -> Score:
@@ -245,10 +254,11 @@ class MetaTest:
         sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), drawn, draw))
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         task = sample_task(
-            len(self.images),
-            self.images.shape[1],
+            self.images.sizes,
             drawn,
             generator,
+            train_images=self.train_images,
+            test_images=self.test_images,
             class_order=self.class_order,
             split=self.split,
         )
@@ -277,7 +287,8 @@ class MetaTest:
     def _prior(self, net: Network) -> Prior | None:
         if self.fit is None or self.background is None:
             return None
-        return self.fit(net, self.settings, (net.frozen(images, self.trained) for images in self.background))
+        classes = (self.background[label][:CHUNK] for label in range(len(self.background)))
+        return self.fit(net, self.settings, (net.frozen(images, self.trained) for images in classes))
 
     @cached_property
     def _prior_of_all_runs(self) -> Prior | None:

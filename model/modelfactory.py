@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Union, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
+from datasets.images import OMNIGLOT, SIZE, Normalisation
 from model.layers import FrozenOutput, Inputs, colour, conv_blocks, run_frozen, run_rest
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
@@ -36,6 +37,11 @@ def _on_colour(method: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(inputs, Tensor):
             first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
             inputs = inputs if first is None else colour(inputs, first.in_channels)
+            if first is not None and inputs.shape[-3:] != (first.in_channels, SIZE, SIZE):
+                raise ValueError(
+                    f"images are {list(inputs.shape)}; {net.network} reads [B, {first.in_channels}, {SIZE}, "
+                    f"{SIZE}], or grey ones [B, 1, {SIZE}, {SIZE}]"
+                )
         return method(net, inputs, *args)
 
     return wrapped
@@ -59,10 +65,12 @@ class Network(nn.Module):
         no_effect: names of trained parameters that are known to have no effect.
         renamed: pairs of pattern and replacement that turn names in older model files into today's.
         widths: the constructor's arguments, as a model file stores them.
+        normalisation: of the images that it was trained on.
     """
 
     head: nn.Module
     widths: dict[str, Any]
+    normalisation: Normalisation = OMNIGLOT
     rln_training: ClassVar[int] = 0
     rln_meta_test: ClassVar[int | None] = None
     model_name: ClassVar[str | None] = None
@@ -406,14 +414,23 @@ def load_network(path: str | Path) -> Network:
     """The network in a model file, on the CPU, ready to look at images (`eval`).
 
         net = load_network("pretrained/anml_omniglot.net")
-        images = normalise(pixels)                       # datasets.normalise; uint8 [B, 28, 28]
+        images = normalise(pixels, net.normalisation)    # datasets.normalise; uint8 [B, 28, 28]
         logits, features, gate = net(images), net.features(images), net.gate(images)
 
     Raises:
         UserError: no such file, or it is damaged or foreign. Nothing in it is run.
     """
-    saved = load_checkpoint(Path(path))
-    return restore(saved.network, saved.widths, saved.state_dict, str(path)).eval()
+    return restore_model(load_checkpoint(Path(path)), path).eval()
+
+
+def restore_model(saved: Checkpoint, path: str | Path) -> Network:
+    """The network of what the model file `path` holds; raises UserError as :func:`restore`."""
+    net = restore(saved.network, saved.widths, saved.state_dict, str(path))
+    try:
+        net.normalisation = Normalisation.of(saved.arguments)
+    except ValueError as error:
+        raise UserError(f"{path} is not a model of this project: {error}") from error
+    return net
 
 
 def shared_copy(net: Network, copied: Collection[str] = ()) -> Network:

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from datasets.augmentation import distort, show
+from datasets.images import Pool
 from model.episodes import Episode
 from model.meta_learner import OuterLoop, gather
 from model.modelfactory import Network
@@ -85,7 +86,7 @@ class PrototypeLearner(OuterLoop):
     def __init__(
         self,
         net: Network,
-        images: Tensor,
+        images: Pool | Tensor,
         generator: torch.Generator,
         *,
         meta_lr: float,

@@ -5,11 +5,12 @@ Nothing is learned here: the network is taken as meta-training left it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from datasets.images import Pool
 from model.episodes import Task
 from model.meta_learner import active_fraction, fraction, gather
 from model.modelfactory import Network, shared_copy
@@ -22,40 +23,35 @@ NEIGHBOURS = 5  # of the KNN classifier (paper)
 
 @dataclass(frozen=True)
 class Representation:
-    """Input of the head for some images, and what it is made of.
+    """Input of the head for the images of a pool, and what it is made of.
 
     Attributes:
-        before: [..., F] features before the gate; in a network without one, what the head sees.
-        gate: [..., G], as many numbers as the network's gate has; None in a network without one.
-        after: [..., F] what the head sees.
+        before: rows [F], features before the gate; in a network without one, what the head sees.
+        gate: rows [G], as many numbers as the network's gate has; None in a network without one.
+        after: rows [F], what the head sees.
     """
 
-    before: Tensor
-    gate: Tensor | None
-    after: Tensor
-
-    def at(self, index: Tensor) -> Representation:
-        """The representation of the images at `index` [..., 2] of (class, drawing)."""
-        gate = None if self.gate is None else gather(self.gate, index)[0]
-        return Representation(gather(self.before, index)[0], gate, gather(self.after, index)[0])
+    before: Pool
+    gate: Pool | None
+    after: Pool
 
 
 @torch.no_grad()
-def represent(net: Network, images: Tensor) -> Representation:
-    """Representation [C, D, F] of the images [C, D, 1, 28, 28], on their device, in `eval` mode."""
+def represent(net: Network, images: Pool | Tensor) -> Representation:
+    """Representation of a pool, or of images [C, D, 1, 28, 28], on their device, in `eval` mode."""
     net = shared_copy(net)
+    pool = Pool.of(images)
     before, gates, after = [], [], []
-    for part in images.flatten(0, 1).split(CHUNK):
+    for part in pool.rows.split(CHUNK):
         after.append(net.features(part))
         gate = net.gate(part)
         if gate is not None:
             gates.append(gate.flatten(1))
             before.append(net.features_before_gate(part))
-    shape = (*images.shape[:2], -1)
-    seen = torch.cat(after).reshape(shape)
+    seen = replace(pool, rows=torch.cat(after))
     if not gates:
         return Representation(seen, None, seen)
-    return Representation(torch.cat(before).reshape(shape), torch.cat(gates).reshape(shape), seen)
+    return Representation(replace(pool, rows=torch.cat(before)), replace(pool, rows=torch.cat(gates)), seen)
 
 
 def dead_fraction(activations: Tensor) -> float:
@@ -90,11 +86,11 @@ def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int
     return torch.cat(classes)
 
 
-def knn_accuracy(activations: Tensor, task: Task, k: int = NEIGHBOURS) -> float:
+def knn_accuracy(activations: Pool, task: Task, k: int = NEIGHBOURS) -> float:
     """Fraction of the test images of `task` that KNN on its training images classifies right.
 
     Args:
-        activations: [C, D, F] of every image of the pool that `task` indexes.
+        activations: rows [F] of the pool that `task` indexes.
     """
     examples, labels = gather(activations, task.train.flatten(0, 1))
     queries, truth = gather(activations, task.test.flatten(0, 1))
@@ -108,14 +104,14 @@ def measure(representation: Representation, task: Task) -> dict[str, float]:
     its test images. Keys are the quantities of `results/targets.csv`.
 
     Args:
-        representation: [C, D, F] of every image of the pool that `task` indexes.
+        representation: of the pool that `task` indexes.
     """
-    test = representation.at(task.test)
-    values = {"active_before": active_fraction(test.before, ACTIVE)}
-    if test.gate is not None:
-        values["active_after"] = active_fraction(test.after, ACTIVE)
-        values["gate_mean"] = test.gate.cpu().double().mean().item()
-    values["dead"] = dead_fraction(test.after)
+    after = gather(representation.after, task.test)[0]
+    values = {"active_before": active_fraction(gather(representation.before, task.test)[0], ACTIVE)}
+    if representation.gate is not None:
+        values["active_after"] = active_fraction(after, ACTIVE)
+        values["gate_mean"] = gather(representation.gate, task.test)[0].cpu().double().mean().item()
+    values["dead"] = dead_fraction(after)
     values["knn_before"] = knn_accuracy(representation.before, task)
     if representation.gate is not None:
         values["knn_gate"] = knn_accuracy(representation.gate, task)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets.images import OMNIGLOT, Normalisation
 from model.modelfactory import Network
 from model.optimizer import Adam
-from utils.checkpoint import model_content, model_fault, read_saved, save_checkpoint, write_saved
+from utils.checkpoint import model_content, model_fault, read_saved, save_content, write_saved
 from utils.errors import UserError
 from utils.files import atomic_write, keep_earlier
 from utils.run import Run
@@ -38,7 +39,7 @@ class TrainingState:
     `network`, `widths` and `state_dict` are those of a model file; `step` counts the steps done.
     `optimizer` is what `Adam.state_dict` gives. `generator` is the state of the one generator that
     every draw of training comes from. `inner_rule` is the state dict of the inner loop's rule, where that
-    has parameters.
+    has parameters. `normalisation` is that of the images.
     """
 
     network: str
@@ -48,6 +49,14 @@ class TrainingState:
     generator: Tensor
     step: int
     inner_rule: dict[str, Tensor] = field(default_factory=dict)
+    normalisation: Normalisation = OMNIGLOT
+
+    def content(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The dict of a model file of a training with these arguments."""
+        arguments = {**arguments, **self.normalisation.arguments()}
+        return model_content(
+            self.network, self.widths, self.state_dict, arguments, self.step, self.inner_rule
+        )
 
     @classmethod
     def of(
@@ -61,7 +70,7 @@ class TrainingState:
         """Where training stands after `step` steps: the tensors themselves, not copies."""
         model = net.network, net.widths, net.state_dict()
         rule = inner_rule.state_dict() if inner_rule else {}
-        return cls(*model, optimizer.state_dict(), generator.get_state(), step, rule)
+        return cls(*model, optimizer.state_dict(), generator.get_state(), step, rule, net.normalisation)
 
     def restore(
         self,
@@ -113,10 +122,8 @@ def save_progress(
 
 
 def save_model(path: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
-    """Write the model of a training state; see `save_checkpoint`."""
-    save_checkpoint(
-        path, state.network, state.widths, state.state_dict, arguments, state.step, state.inner_rule
-    )
+    """Write the model of a training state; see `save_content`."""
+    save_content(path, state.content(arguments))
 
 
 def save_state(folder: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:
@@ -126,9 +133,7 @@ def save_state(folder: Path, state: TrainingState, arguments: Mapping[str, Any])
         UserError: it cannot be written, or the weights are not finite; what was there stays.
     """
     content = {
-        **model_content(
-            state.network, state.widths, state.state_dict, arguments, state.step, state.inner_rule
-        ),
+        **state.content(arguments),
         "format": FORMAT,
         "optimizer": {key: [x.cpu() for x in values] for key, values in state.optimizer.items()},
         "generator": state.generator,

@@ -14,17 +14,17 @@ from model.modelfactory import Network
 class GroupNorm(Network):
     """(a) Convolutions with group norm, and a sigmoid gate on the features."""
 
-    def __init__(self, channels: int = 8, groups: int = 2, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 8, groups: int = 2, num_classes: int = 20) -> None:
         super().__init__()
 
         def trunk() -> nn.Sequential:
             return nn.Sequential(
-                *(nn.Conv2d(3, channels, 3), nn.GroupNorm(groups, channels), nn.ReLU(), nn.MaxPool2d(4)),
-                *(nn.Conv2d(channels, channels, 3), nn.GroupNorm(groups, channels), nn.ReLU(), nn.Flatten()),
+                *(nn.Conv2d(3, width, 3), nn.GroupNorm(groups, width), nn.ReLU(), nn.MaxPool2d(4)),
+                *(nn.Conv2d(width, width, 3), nn.GroupNorm(groups, width), nn.ReLU(), nn.Flatten()),
             )
 
         self.trunk, self.gating = trunk(), trunk()
-        self.head = nn.Linear(16 * channels, num_classes)
+        self.head = nn.Linear(16 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.trunk(images) * self.gate(images))
@@ -37,13 +37,13 @@ class GroupNorm(Network):
 class TwoViews(Network):
     """(b) An image and its mirror image through one trunk: each kernel is used twice."""
 
-    def __init__(self, channels: int = 6, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            *(nn.Conv2d(3, channels, 3), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(channels, channels, 3), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
+            *(nn.Conv2d(3, width, 3), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(width, width, 3), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
         )
-        self.head = nn.Linear(2 * 4 * channels, num_classes)
+        self.head = nn.Linear(2 * 4 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         views = [self.trunk(images), self.trunk(images.flip(3))]
@@ -56,12 +56,12 @@ class Skipped(Network):
 
     no_effect = ("skipped.weight", "skipped.bias")
 
-    def __init__(self, channels: int = 6, skip: bool = True, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 6, skip: bool = True, num_classes: int = 20) -> None:
         super().__init__()
         self.skip = skip
-        self.first = nn.Conv2d(3, channels, 5, stride=3)
-        self.skipped = nn.Conv2d(channels, channels, 3, padding=1)
-        self.head = nn.Linear(64 * channels, num_classes)
+        self.first = nn.Conv2d(3, width, 5, stride=3)
+        self.skipped = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(64 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.first(images))
@@ -73,14 +73,14 @@ class Skipped(Network):
 class Tied(Network):
     """(d) One module in two places, and one parameter in two modules."""
 
-    def __init__(self, channels: int = 6, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, channels, 3, stride=2)
-        again = nn.Conv2d(channels, channels, 3, stride=2)
+        self.first = nn.Conv2d(3, width, 3, stride=2)
+        again = nn.Conv2d(width, width, 3, stride=2)
         self.body = nn.Sequential(again, nn.ReLU(), nn.ZeroPad2d(2), again, nn.ReLU())
-        self.last = nn.Conv2d(channels, channels, 3, stride=2)
+        self.last = nn.Conv2d(width, width, 3, stride=2)
         self.last.weight = again.weight
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.last(self.body(self.first(images))))
@@ -103,10 +103,10 @@ class CosineHead(nn.Module):
 class Cosine(Network):
     """(e) A cosine head with a temperature."""
 
-    def __init__(self, channels: int = 6, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(nn.Conv2d(3, channels, 3, stride=3), nn.Tanh(), nn.Flatten())
-        self.head = CosineHead(81 * channels, num_classes)
+        self.trunk = nn.Sequential(nn.Conv2d(3, width, 3, stride=3), nn.Tanh(), nn.Flatten())
+        self.head = CosineHead(81 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.trunk(images))
@@ -116,13 +116,13 @@ class Cosine(Network):
 class BatchNorm(Network):
     """(f) Batch norm and dropout: buffers, and another thing in training than afterwards."""
 
-    def __init__(self, channels: int = 6, dropout: float = 0.3, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 6, dropout: float = 0.3, num_classes: int = 20) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            *(nn.Conv2d(3, channels, 3, stride=2), nn.BatchNorm2d(channels), nn.ReLU()),
-            *(nn.Dropout(dropout), nn.Conv2d(channels, channels, 3, stride=2), nn.Flatten()),
+            *(nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Dropout(dropout), nn.Conv2d(width, width, 3, stride=2), nn.Flatten()),
         )
-        self.head = nn.Linear(36 * channels, num_classes)
+        self.head = nn.Linear(36 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.trunk(images))
@@ -135,13 +135,13 @@ class OddLayers(Network):
     rln_training = 1
     rln_meta_test = 3
 
-    def __init__(self, channels: int = 6, slope: float = 0.25, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 6, slope: float = 0.25, num_classes: int = 20) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, channels, 3, stride=3, bias=False)
+        self.conv = nn.Conv2d(3, width, 3, stride=3, bias=False)
         self.prelu = nn.PReLU(init=slope)
-        self.norm = nn.LayerNorm([channels, 9, 9])
+        self.norm = nn.LayerNorm([width, 9, 9])
         nn.init.constant_(self.norm.weight, 0.5)
-        self.head = nn.Linear(81 * channels, num_classes)
+        self.head = nn.Linear(81 * width, num_classes)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -152,16 +152,16 @@ class OddLayers(Network):
 class FiLM(Network):
     """(h) Feature-wise linear modulation: an inner gate with a shift, from a network of its own."""
 
-    def __init__(self, channels: int = 6, num_classes: int = 20) -> None:
+    def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
         self.film = nn.Sequential(
             OrderedDict(conv=nn.Conv2d(3, 4, 3, stride=3), relu=nn.ReLU(), flatten=nn.Flatten())
         )
-        self.film.add_module("out", nn.Linear(324, 2 * channels))
+        self.film.add_module("out", nn.Linear(324, 2 * width))
         nn.init.zeros_(self.film.out.weight)  # type: ignore[union-attr, arg-type]
-        self.first = nn.Conv2d(3, channels, 3, stride=2)
-        self.second = nn.Conv2d(channels, channels, 3, stride=2)
-        self.head = nn.Linear(36 * channels, num_classes)
+        self.first = nn.Conv2d(3, width, 3, stride=2)
+        self.second = nn.Conv2d(width, width, 3, stride=2)
+        self.head = nn.Linear(36 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         scale, shift = self.film(images)[:, :, None, None].chunk(2, 1)

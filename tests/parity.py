@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import load_characters
-from datasets.characters import CharacterSet
+from datasets import ImageSet, Source
 from model import method
 from model.fast import learner as fast_learner
 from model.fast import meta_loss, use_backend
 from model.learner import Settings
+from model.meta_learner import gather
 from model.meta_test import FrozenOutputs, answers, learn
 from model.method import Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
@@ -58,8 +58,8 @@ class Fixture:
         self.net = self._network()
         self.backend = use_backend(self.net, backend, torch.device("cpu"))
         cache = Path("data/cache")
-        self.background = load_characters("omniglot", "background", root, cache)
-        self._root, self._cache = root, cache
+        self.data = Source("omniglot", root, cache)
+        self.background = self.data.load("background")
 
     def scalar(self, name: str, default: Any = None) -> Any:
         """A stored scalar, or `default` where the file (of ANML, the main model) leaves it out."""
@@ -93,7 +93,7 @@ class Fixture:
     def query(self) -> tuple[Tensor, Tensor]:
         """The 64 remember images, then the 20 support images, and their labels."""
         label = self.scalar("class_index")
-        images, labels = [], []
+        images = []
         for name, known in (
             *zip(self.arrays["remember_files"], self.arrays["remember_labels"], strict=True),
             *((name, label) for name in self.arrays["support_files"]),
@@ -102,17 +102,13 @@ class Fixture:
             if position != known:
                 raise UserError(f"{name} is class {position} here and {known} in the fixture")
             images.append((position, drawing))
-            labels.append(position)
-        index = torch.tensor(images)
-        pixels = self.background.normalised(torch.device("cpu"), self.dtype)
-        return pixels[index[:, 0], index[:, 1]], torch.tensor(labels)
+        return gather(self.background.pool("cpu", self.dtype), torch.tensor(images))
 
     def meta_test(self, rln: int, lr: float) -> dict[str, Array]:
         """One Adam pass over the fixture's evaluation classes, then accuracies and test logits."""
-        evaluation = load_characters("omniglot", "evaluation", self._root, self._cache)
-        pool = evaluation.normalised(torch.device("cpu"), self.dtype)
+        pool = self.data.load("evaluation").pool("cpu", self.dtype)
         classes = torch.from_numpy(self.arrays["metatest_classes"]).long()
-        drawings = torch.arange(pool.shape[1])
+        drawings = torch.arange(pool.sizes[0])
         index = torch.cartesian_prod(classes, drawings).reshape(len(classes), -1, 2)
         train, test = index[:, :15], index[:, 15:]
 
@@ -241,10 +237,10 @@ def _numbers(text: Any) -> list[str]:
     return [part for part in str(text).replace("x", ",").strip("()[]").split(",") if part.strip()]
 
 
-def _locate(characters: CharacterSet, name: str) -> tuple[int, int]:
+def _locate(images: ImageSet, name: str) -> tuple[int, int]:
     """Class and drawing of a file `split/alphabet/character/NNNN_DD.png`."""
     parts = Path(name).parts
-    return characters.characters.index("/".join(parts[-3:-1])), int(Path(name).stem[-2:]) - 1
+    return images.classes.index("/".join(parts[-3:-1])), int(Path(name).stem[-2:]) - 1
 
 
 def gradient_summary(gradients: list[Tensor]) -> dict[str, Array]:

@@ -5,7 +5,7 @@
     python -m tools.analyze_representation --model M.net --dataset glyphs --test_classes 100   # no data
 
 Nothing is learned but a KNN classifier (k = 5, Euclidean) on 15 images of each class; activity and
-KNN accuracy are those of the other 5. Of classes with equal votes the one with the nearest image wins.
+KNN accuracy are those of 5 others. Of classes with equal votes the one with the nearest image wins.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import utils.start  # noqa: F401 (before torch)
 import argparse
 import json
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from datasets import load_characters
+from datasets import ImageSet, Pool, load_images
 from evaluation.plots import (
     activations_figure,
     class_gates_figure,
@@ -35,9 +33,9 @@ from evaluation.targets import REPRESENTATION, read_targets
 from model.episodes import Task, sample_task
 from model.fast import use_backend
 from model.meta_learner import gather
-from model.modelfactory import Network, restore
-from model.representation import Representation, measure, principal_components, represent
-from utils.arguments import analysis_parser, parse, recorded
+from model.modelfactory import Network, restore_model
+from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
+from utils.arguments import analysis_parser, data_source, parse, recorded
 from utils.checkpoint import load_checkpoint
 from utils.device import choose_device
 from utils.distributed import refuse_several
@@ -57,23 +55,24 @@ def network(args: argparse.Namespace) -> tuple[Network, int]:
     """The network of `--model`, and the meta-steps it has seen."""
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
-    return restore(saved.network, saved.widths, saved.state_dict, str(args.model)), saved.step
+    return restore_model(saved, args.model), saved.step
 
 
-def table(measured: dict[str, float], gated: bool) -> str:
-    """The quantities as lines for the terminal, in percent, beside the paper's of ANML."""
-    paper = {target.quantity: str(target) for target in read_targets()} if gated else {}
-    lines = [f"{'%':<32}  {'here':>6}  {'paper':>6}"]
+def table(measured: dict[str, float], gated: bool, published: bool) -> str:
+    """The quantities as lines for the terminal, in percent; `published`: beside the paper's of ANML."""
+    paper = {target.quantity: str(target) for target in read_targets()} if published and gated else {}
+    lines = [f"{'%':<32}  {'here':>6}" + f"  {'paper':>6}" * published]
     for key, value in measured.items():
         name = REPRESENTATION[key] if gated else REPRESENTATION[key].removesuffix(" before the gate")
-        lines.append(f"{name:<32}  {100 * value:6.1f}  {paper.get(key, '-'):>6}")
+        lines.append(f"{name:<32}  {100 * value:6.1f}" + f"  {paper.get(key, '-'):>6}" * published)
     return "\n".join(lines)
 
 
 def pictures(
-    args: argparse.Namespace, representation: Representation, task: Task, images: Tensor, names: Sequence[str]
+    args: argparse.Namespace, representation: Representation, task: Task, images: ImageSet
 ) -> dict[str, Figure]:
     """All figures by name."""
+    names = images.classes
     alphabets = [name.partition("/")[0] for name in names]
     before, gate, after = representation.before, representation.gate, representation.after
     if gate is None:
@@ -87,23 +86,24 @@ def pictures(
     spread = torch.linspace(0, len(names) - 1, min(args.samples, len(names))).long()
     shown = task.test[spread, 0]
     figures["activations"] = activations_figure(
-        gather(images, shown)[0].squeeze(1).cpu().numpy(),
+        gather(Pool(images.images, images.sizes), shown)[0].movedim(1, -1).numpy(),
         {title: gather(part, shown)[0].cpu().numpy() for title, part in rows.items()},
         [names[label] for label in shown[:, 0].tolist()],
     )
 
     if gate is not None:
-        figures["class_gates"] = class_gates_figure(gate.mean(1).cpu().numpy(), alphabets)
+        means = torch.stack([gate[label].mean(0) for label in range(len(names))])
+        figures["class_gates"] = class_gates_figure(means.cpu().numpy(), alphabets)
 
     chosen = [
         label
         for alphabet in list(dict.fromkeys(alphabets))[: args.alphabets]
         for label in [k for k, other in enumerate(alphabets) if other == alphabet][:CLASSES_SHOWN]
     ]
-    points = torch.tensor(chosen)
+    points = {title: torch.cat([part[label] for label in chosen]) for title, part in features.items()}
     figures["embedding"] = embedding_figure(
-        {title: principal_components(part[points].flatten(0, 1)).numpy() for title, part in features.items()},
-        [alphabets[label] for label in chosen for _ in range(images.shape[1])],
+        {title: principal_components(part).numpy() for title, part in points.items()},
+        [alphabets[label] for label in chosen for _ in range(images.sizes[label])],
     )
     return figures
 
@@ -115,37 +115,40 @@ def main() -> None:
     device = choose_device(args.device, args.threads)
     net, step = network(args)
     backend = use_backend(net, args.backend, device)
-    characters = load_characters(
-        args.dataset, "evaluation", args.dataset_path, args.cache_dir, args.glyph_seed
+    images = load_images(data_source(args), "evaluation", net.normalisation)
+    images = images.limited(args.test_classes, "--test_classes")
+    args.test_classes = len(images)
+    images.require(
+        args.train_images + args.test_images,
+        f"--train_images {args.train_images} and --test_images {args.test_images}",
     )
-    if args.test_classes > len(characters.characters):
+    if len(images) * args.train_images < NEIGHBOURS:
         raise UserError(
-            f"--test_classes {args.test_classes}: {characters.name} has {len(characters.characters)} classes"
+            f"{len(images)} classes of --train_images {args.train_images} have no {NEIGHBOURS} neighbours"
         )
-    images = characters.normalised(device)[: args.test_classes]
     task = sample_task(
-        len(images),
-        images.shape[1],
+        images.sizes,
         len(images),
         torch.Generator().manual_seed(args.seed),
+        train_images=args.train_images,
+        test_images=args.test_images,
         class_order="dataset",
         split=args.split,
     )
     about: dict[str, Any] = {"device": str(device), "backend": backend, "network": net.network, "step": step}
-    about |= {"data": characters.name, "manifest": characters.manifest}
+    about |= images.about()
     with Run.create(args.runs_dir, args.name, args, about) as run:
         log.info("run folder %s, device %s", run.folder, device)
-        representation = represent(net.to(device), images)
+        representation = represent(net.to(device), images.pool(device))
         measured = measure(representation, task)
         run.metrics(measured)
         run.scalars(step, {f"representation/{key}": value for key, value in measured.items()})
         content = {**about, "arguments": recorded(args), "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")
-        names = characters.characters[: len(images)]
-        for name, figure in pictures(args, representation, task, images, names).items():
+        for name, figure in pictures(args, representation, task, images).items():
             save_figure(figure, run.folder / f"{name}.png")
             run.image(f"representation/{name}", figure_pixels(figure), step)
-        log.info("%s", table(measured, representation.gate is not None))
+        log.info("%s", table(measured, representation.gate is not None, args.dataset == "omniglot"))
         log.info("representation.json and the pictures are in %s", run.folder)
 
 

@@ -37,7 +37,8 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.characters import DRAWINGS, SIZE, CharacterSet
+from datasets.characters import DRAWINGS
+from datasets.images import SIZE, normalise
 from model.episodes import sample_task, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.learner import Settings
@@ -46,7 +47,7 @@ from model.meta_test import FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
-from utils.arguments import Parser, evaluation_parser, parse, training_parser
+from utils.arguments import SCHEDULE, Parser, evaluation_parser, parse, training_parser
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, expand, write_text
@@ -109,7 +110,7 @@ def synthetic_images(classes: int, device: torch.device, seed: int = 0) -> Tenso
     coarse = coarse + 0.3 * torch.randn(classes, DRAWINGS, 5, 5, generator=generator)
     height = F.interpolate(coarse, size=SIZE, mode="bilinear", align_corners=True)
     pixels = (height.abs() * (255 / 0.15)).clamp_(max=255).to(torch.uint8)
-    return CharacterSet("synthetic", pixels, (), "").normalised(device)
+    return normalise(pixels.flatten(0, 1).to(device)).reshape(classes, DRAWINGS, 1, SIZE, SIZE)
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -175,10 +176,10 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
     weights = [parameter.detach().clone() for parameter in learners["plain"].net.parameters()]
 
     def step(backend: str) -> None:
-        learners[backend].step(sample_trajectory(len(setup.images), DRAWINGS, generator))
+        learners[backend].step(sample_trajectory([DRAWINGS] * len(setup.images), generator))
 
     def textbook() -> None:
-        trajectory = sample_trajectory(len(setup.images), DRAWINGS, generator)
+        trajectory = sample_trajectory([DRAWINGS] * len(setup.images), generator)
         query, labels = gather(setup.images, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
         settings = len(trajectory.support), defaults.update_lr, defaults.rln, not ORDERS[part]
@@ -203,7 +204,7 @@ def measure_meta_test(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
     kind, rln = TREATMENTS[part]
     generator = torch.Generator().manual_seed(0)
     pool = setup.images[: setup.repeats + 1]
-    task = sample_task(len(pool), DRAWINGS, len(pool), generator, train_images=TRAIN_IMAGES)
+    task = sample_task([DRAWINGS] * len(pool), len(pool), generator, train_images=TRAIN_IMAGES)
     outputs, learners = {}, {}
     for backend in BACKENDS:
         net = build(kind, setup.network(kind), torch.Generator().manual_seed(0)).to(setup.device)
@@ -253,7 +254,7 @@ def evaluation_images(*, nested: bool, decided: bool) -> tuple[int, int]:
             made, and each class count has a best rate of its own.
     """
     defaults = parse(evaluation_parser(), ["--scratch"])
-    draws, apart, together = defaults.lr_search_runs, sum(defaults.schedule), max(defaults.schedule)
+    draws, apart, together = defaults.lr_search_runs, sum(SCHEDULE), max(SCHEDULE)
     tries = len(defaults.lrs) * (draws // 2 + 1 if decided else draws)
     searched, reported = together if nested else apart, together if nested and decided else apart
     learned = tries * searched + defaults.runs * reported

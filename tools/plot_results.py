@@ -116,7 +116,8 @@ def figures(args: argparse.Namespace) -> dict[str, Figure]:
         label: next(line for line in lines if line["classes"] == longest)
         for label, lines in summaries.items()
     }
-    treatments, targets = published(results) if args.published else ({}, [])
+    of_omniglot = all(str(r.about.get("data", "omniglot")).startswith("omniglot") for r in results.values())
+    treatments, targets = published(results) if args.published and of_omniglot else ({}, [])
     # Published numbers at more classes than ours would only squeeze the curves.
     end = max(line["classes"] for lines in summaries.values() for line in lines)
     targets = [target for target in targets if target.classes is not None and target.classes <= end]

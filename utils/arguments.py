@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from datasets import DATASETS, Source
+from datasets.options import loader_options
 from model.fast import BACKENDS
 from model.learner import VIEWS
 from model.meta_test import LEARNERS
@@ -108,9 +110,11 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Add a flag with a value; `shown` is the default as the help gives it."""
         text = f"{text} (default: {shown})"
-        self._register(
-            group.add_argument(name, type=kind, default=default, help=text, **options), config=True
-        )
+        try:
+            action = group.add_argument(name, type=kind, default=default, help=text, **options)
+        except argparse.ArgumentError as error:  # of a network or data set of the user's
+            self.error(f"two arguments of networks and data sets are called {name}: {error.message}")
+        self._register(action, config=True)
 
     def switch(self, group: argparse._ArgumentGroup, name: str, text: str, *, default: bool = False) -> None:
         """Add the pair `--name` and `--no-name`."""
@@ -334,7 +338,7 @@ def training_parser() -> Parser:
         "processes share them",
     )
     parser.flag(method, "--remember", _whole(1), 64, "random images added to the trajectory's in the loss")
-    parser.flag(method, "--train_classes", _whole(1), 963, "classes to meta-train on, the first of the data")
+    _train_classes(parser, method, "classes to meta-train on")
     parser.switch(
         method,
         "--first_order",
@@ -481,7 +485,7 @@ def pretraining_parser() -> Parser:
     )
     parser.flag(method, "--batch_size", _whole(1), 84, "images per step")
     parser.flag(method, "--lr", _positive, 0.0001, "learning rate of Adam")
-    parser.flag(method, "--train_classes", _whole(1), 963, "classes to train on, the first of the data")
+    _train_classes(parser, method, "classes to train on")
 
     network = parser.add_argument_group("network")
     _widths(parser, network)
@@ -609,10 +613,10 @@ def evaluation_parser() -> Parser:
         evaluation,
         "--schedule",
         _several(_whole(1)),
-        list(SCHEDULE),
+        None,
         "class counts to learn, each a curve's point, at most the outputs of the network; with fewer outputs "
         "than --test_classes, they stand for the classes of a draw in order, not for those of the data",
-        shown=" ".join(map(str, SCHEDULE)),
+        shown=f"{' '.join(map(str, SCHEDULE))}; of fewer classes those that fit, and all",
         nargs="+",
         action=_Flat,
         metavar="N",
@@ -764,7 +768,8 @@ def plot_parser() -> Parser:
     parser.switch(
         group,
         "--published",
-        "add published numbers, of the treatments that labels or results name, else of ANML",
+        "add published numbers to results on Omniglot, of the treatments that labels or results name, else "
+        "of ANML",
         default=True,
     )
     parser.flag(group, "--out", _path, Path("runs/figures"), "folder for the figures", metavar="DIR")
@@ -886,17 +891,25 @@ def _all_widths() -> set[str]:
     return {name for kind in NETWORKS.values() for name in constructor_arguments(kind)}
 
 
+def _train_classes(parser: Parser, group: argparse._ArgumentGroup, text: str) -> None:
+    shown = "all; 963 of Omniglot's 964"
+    parser.flag(group, "--train_classes", _whole(1), None, f"{text}, the first of the data", shown=shown)
+
+
 def _test_classes(parser: Parser, group: argparse._ArgumentGroup, text: str) -> None:
-    parser.flag(group, "--test_classes", _whole(1), 650, f"{text}, the first of the data; Omniglot has 659")
+    shown = "all; 650 of Omniglot's 659"
+    parser.flag(group, "--test_classes", _whole(1), None, f"{text}, the first of the data", shown=shown)
 
 
 def _split(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    parser.flag(group, "--train_images", _whole(1), 15, "images of each class to learn")
+    parser.flag(group, "--test_images", _whole(1), 5, "images of each class to test, none of those learned")
     parser.flag(
         group,
         "--split",
         str.lower,
         "random",
-        "15 images to learn and 5 to test: drawn for each run, or the first 15 of the data",
+        "which images of a class these are: drawn for each run, or the first and the last of the data",
         choices=("random", "dataset"),
     )
 
@@ -908,15 +921,15 @@ def _data(parser: Parser) -> None:
         "--dataset",
         str.lower,
         "omniglot",
-        "Omniglot, or characters generated from random strokes that need no file",
-        choices=("omniglot", "glyphs"),
+        "; ".join(f"{name}: {_first_line(loader)}" for name, loader in DATASETS.items()),
+        choices=tuple(DATASETS),
     )
     parser.flag(
         group,
         "--dataset-path",
         _path,
         Path("data"),
-        "folder that holds Omniglot's zips or folders, or that they are downloaded to",
+        "folder of the images; of Omniglot, that holds its zips or folders or that they are downloaded to",
         metavar="DIR",
     )
     parser.flag(
@@ -927,7 +940,38 @@ def _data(parser: Parser) -> None:
         "folder for the decoded images",
         metavar="DIR",
     )
-    parser.flag(group, "--glyph_seed", _SEED, 0, "seed of the generated characters")
+    for dataset, loader in DATASETS.items():
+        for name, (kind, default, (text, low, high)) in loader_options(loader).items():
+            text = f"{text} (with --dataset {dataset})".replace("%", "%%")
+            if kind is bool:
+                parser.switch(group, f"--{name}", text, default=default)
+            else:
+                read: Callable[[str], object] = (
+                    _whole(low, high) if kind is int else _number if kind is float else str
+                )
+                shown = "none" if default is None else str(default)
+                parser.flag(group, f"--{name}", read, default, text, shown=shown)
+
+
+def _first_line(loader: Callable[..., object]) -> str:
+    line = (loader.__doc__ or loader.__module__).strip().splitlines()[0].rstrip(".")
+    return line.replace("%", "%%")  # argparse fills in what follows one
+
+
+def data_source(arguments: argparse.Namespace) -> Source:
+    """Where the images are, from the data flags."""
+    options = {name: getattr(arguments, name) for name in loader_options(DATASETS[arguments.dataset])}
+    return Source(arguments.dataset, arguments.dataset_path, arguments.cache_dir, options)
+
+
+def _notice_other_data(arguments: argparse.Namespace) -> None:
+    """Tell the user of data flags that belong to another data set."""
+    own = loader_options(DATASETS[arguments.dataset])
+    for dataset, loader in DATASETS.items():
+        for name, flag in loader_options(loader).items():
+            if name not in own and getattr(arguments, name) != flag.default:
+                notice = f"--{name} has no effect: it is of --dataset {dataset}, not {arguments.dataset}"
+                arguments.notices = (*arguments.notices, notice)
 
 
 def _run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
@@ -1010,6 +1054,7 @@ def _no_check(parser: Parser, arguments: argparse.Namespace) -> None:
 
 def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
+    _notice_other_data(arguments)
     for learner, flags in LEARNER_FLAGS.items():
         for name, default in flags.items():
             typed = getattr(arguments, name)
@@ -1043,16 +1088,16 @@ def _check_training(parser: Parser, arguments: argparse.Namespace) -> None:
 
 def _check_pretraining(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
+    _notice_other_data(arguments)
     _fill_in_widths(parser, arguments)
-    if arguments.num_classes is not None and arguments.train_classes > arguments.num_classes:
-        parser.error(
-            f"--train_classes {arguments.train_classes} must not be larger than --num_classes "
-            f"{arguments.num_classes}"
-        )
+    outputs, classes = arguments.num_classes, arguments.train_classes
+    if None not in (outputs, classes) and classes > outputs:
+        parser.error(f"--train_classes {classes} must not be larger than --num_classes {outputs}")
 
 
 def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other and fill in defaults that depend on others."""
+    _notice_other_data(arguments)
     _apply_learner(parser, arguments)
     if arguments.freeze is False:
         if arguments.rln:
@@ -1080,12 +1125,13 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
     for name in ("schedule", "lrs"):  # what is there twice would be done twice
         if getattr(arguments, name) is not None:
             setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
-    longest = max(arguments.schedule)
-    if longest > arguments.test_classes:
-        parser.error(
-            f"--schedule asks for {longest} classes of the {arguments.test_classes} that "
-            "--test_classes allows: lower the one or raise the other"
-        )
+    if arguments.schedule is not None and arguments.test_classes is not None:
+        longest = max(arguments.schedule)
+        if longest > arguments.test_classes:
+            parser.error(
+                f"--schedule asks for {longest} classes of the {arguments.test_classes} that "
+                "--test_classes allows: lower the one or raise the other"
+            )
     if arguments.model is None:
         arguments.treatment = arguments.treatment or "ANML"
         _fill_in_widths(parser, arguments)
@@ -1098,6 +1144,7 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def _check_analysis(parser: Parser, arguments: argparse.Namespace) -> None:
+    _notice_other_data(arguments)
     if arguments.model is None:
         parser.error("give --model FILE, which mrcl_classification.py writes")
 

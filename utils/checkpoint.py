@@ -56,10 +56,14 @@ def save_checkpoint(
         UserError: the file cannot be written, or the weights are not finite; an earlier file under
             `path` stays.
     """
-    content = model_content(network_name, widths, state_dict, arguments, step, inner_rule)
+    save_content(path, model_content(network_name, widths, state_dict, arguments, step, inner_rule))
+
+
+def save_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what :func:`model_content` gives; see :func:`save_checkpoint`."""
     fault = model_fault(content)
     if fault is not None:
-        raise UserError(f"{path} is not written at step {step}: {fault}")
+        raise UserError(f"{path} is not written at step {content['step']}: {fault}")
     with atomic_write(Path(path)) as file:
         write_saved(content, file)
 

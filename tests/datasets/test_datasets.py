@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import Omniglot
 
-from datasets import CharacterSet, glyphs, load_characters, omniglot
+from datasets import OMNIGLOT, ImageSet, Source, glyphs, load_images, omniglot
 from datasets.cache import cached
-from datasets.characters import CLASSES, shrink
+from datasets.characters import CLASSES
+from datasets.images import shrink
 from utils.errors import UserError
 
 CHARACTERS = tuple(f"{a}/character{c:02d}" for a in ("Alpha", "Beta") for c in (1, 2, 3))
@@ -88,8 +89,8 @@ def to_zip(root: Path) -> Path:
     return archive_of(root)
 
 
-def load(root: Path, cache_dir: Path | None = None) -> CharacterSet:
-    return load_characters("omniglot", "background", root, cache_dir or root.parent / "cache")
+def load(root: Path, cache_dir: Path | None = None) -> ImageSet:
+    return load_images(Source("omniglot", root, cache_dir or root.parent / "cache"), "background")
 
 
 def refused(root: Path) -> str:
@@ -109,15 +110,15 @@ def test_folders(root: Path, template: Path, caplog: pytest.LogCaptureFixture) -
     (folder_of(root) / "Alpha" / "character01" / "._0001_01.png").write_bytes(b"x")
     (folder_of(root) / "README").write_text("notes do not matter")
     characters = load(root)
-    assert characters.characters == CHARACTERS
-    assert characters.images.shape == (6, 20, 28, 28)
+    assert characters.classes == CHARACTERS
+    assert characters.images.shape == (6 * 20, 1, 28, 28)
     assert characters.images.dtype == torch.uint8
     for index, drawer in ((0, 0), (2, 7), (5, 19)):
         file = template / CHARACTERS[index] / f"{index + 1:04d}_{drawer + 1:02d}.png"
         released = np.asarray(Image.open(file).convert("RGB").resize((28, 28), Image.Resampling.LANCZOS))
         for channel in range(3):
-            assert np.array_equal(characters.images[index, drawer].numpy(), released[..., channel])
-    assert f"6 characters x 20 drawings, manifest {characters.manifest}" in caplog.text
+            assert np.array_equal(characters.images[20 * index + drawer, 0].numpy(), released[..., channel])
+    assert f"6 classes of 20 grey images, manifest {characters.manifest}" in caplog.text
 
 
 @pytest.mark.parametrize("directories", [False, True])
@@ -129,7 +130,7 @@ def test_a_zip_however_packed_equals_the_folders(root: Path, prefix: str, direct
     from_zip = load(root)
     assert torch.equal(from_zip.images, from_folders.images)
     assert from_zip.manifest == from_folders.manifest
-    assert from_zip.characters == from_folders.characters
+    assert from_zip.classes == from_folders.classes
     assert not folder_of(root).exists(), "a zip is read in memory"
 
 
@@ -422,7 +423,7 @@ def test_folders_that_unpacking_adds(root: Path, deeper: str) -> None:
     beside.touch()
     after = load(root, root.parent / "other")
     assert torch.equal(after.images, before.images)
-    assert (after.manifest, after.characters) == (before.manifest, before.characters)
+    assert (after.manifest, after.classes) == (before.manifest, before.classes)
     for point_at in (folder_of(root), folder_of(root) / "images_background"):
         assert load(point_at).manifest == before.manifest
     (folder_of(root) / deeper / "Beta/character02/0005_07.png").unlink()
@@ -453,42 +454,47 @@ def test_a_download_goes_to_the_folder_pointed_at(tmp_path: Path, mirror: Path) 
 )
 def test_wrong_arguments(tmp_path: Path, dataset: str, split: str, seed: int) -> None:
     with pytest.raises(UserError, match="choose"):
-        load_characters(dataset, split, tmp_path, tmp_path, seed)
+        Source(dataset, tmp_path, tmp_path, {"glyph_seed": seed}).load(split)
 
 
 def test_normalised() -> None:
     images = torch.arange(256, dtype=torch.uint8).repeat(2 * 20 * 28 * 28 // 256 + 1)
-    images = images[: 2 * 20 * 28 * 28].reshape(2, 20, 28, 28)
-    characters = CharacterSet("test", images, ("a", "b"), "")
+    images = images[: 2 * 20 * 28 * 28].reshape(40, 1, 28, 28)
+    characters = ImageSet("test", images, (20, 20), ("a", "b"), "", OMNIGLOT)
     exact = (images.numpy().astype(np.float64) - 0.92206 * 256) / (0.08426 * 256 * 256)
     mean, scale = np.float32(0.92206 * 256), np.float32(0.08426 * 256 * 256)
     expected = (images.numpy().astype(np.float32) - mean) / scale
-    double = characters.normalised("cpu", torch.float64)
-    assert double.shape == (2, 20, 1, 28, 28)
-    assert np.array_equal(double.numpy()[:, :, 0], expected)
-    single = characters.normalised("cpu")
+    double = characters.pool("cpu", torch.float64).rows
+    assert double.shape == (40, 1, 28, 28)
+    assert np.array_equal(double.numpy(), expected)
+    single = characters.pool("cpu").rows
     assert single.dtype == torch.float32
-    assert np.array_equal(single.numpy()[:, :, 0], expected)
+    assert np.array_equal(single.numpy(), expected)
     assert np.allclose(expected, exact, rtol=1e-6, atol=1e-8)
-    assert characters.normalised("meta").shape == double.shape
+    assert characters.pool("meta").rows.shape == double.shape
     assert images.dtype == torch.uint8, "the set keeps its own images"
 
 
 def test_glyphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(cache: str = "cache", seed: int = 0) -> ImageSet:
+        return Source("glyphs", tmp_path / "absent", tmp_path / cache, {"glyph_seed": seed}).load(
+            "background"
+        )
+
     monkeypatch.setitem(CLASSES, "background", 30)
-    first = load_characters("glyphs", "background", tmp_path / "absent", tmp_path / "cache")
-    assert first.images.shape == (30, 20, 28, 28)
+    first = load()
+    assert first.images.shape == (30 * 20, 1, 28, 28)
     assert first.images.dtype == torch.uint8
-    assert len(first.characters) == 30
-    again = load_characters("glyphs", "background", tmp_path / "absent", tmp_path / "new")
+    assert len(first) == 30
+    again = load("new")
     assert torch.equal(first.images, again.images)
     assert first.manifest == again.manifest
-    other = load_characters("glyphs", "background", tmp_path, tmp_path / "cache", glyph_seed=1)
+    other = load(seed=1)
     assert not torch.equal(first.images, other.images)
     assert first.manifest != other.manifest
     with monkeypatch.context() as patch:
         patch.setattr(glyphs, "draw", lambda *_: pytest.fail("drawn again"))
-        load_characters("glyphs", "background", tmp_path, tmp_path / "cache")
+        load()
 
 
 def test_glyphs_look_like_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,9 +537,9 @@ def test_real_omniglot(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     # All names and counts are checked; decoding all of it is left to the scripts.
     monkeypatch.setattr(omniglot, "_decode_all", sample)
-    characters = load_characters("omniglot", split, REAL_ROOT, tmp_path)
-    assert len(characters.characters) == {"background": 964, "evaluation": 659}[split]
-    alphabets = {name.partition("/")[0] for name in characters.characters}
+    characters = Source("omniglot", REAL_ROOT, tmp_path).load(split)
+    assert len(characters) == {"background": 964, "evaluation": 659}[split]
+    alphabets = {name.partition("/")[0] for name in characters.classes}
     assert len(alphabets) == {"background": 30, "evaluation": 20}[split]
     for number, content in enumerate(samples):
         file = tmp_path / f"{number}.png"

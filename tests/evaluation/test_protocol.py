@@ -203,9 +203,9 @@ def test_as_many_classes_as_outputs_of_a_larger_pool(
     pool = pool[:, :1] + 0.1 * pool
     drawn: list[Tensor] = []
 
-    def spy(count: int, *args: Any, **options: Any) -> Task:
-        task = sample_task(outputs + 9, *args, **options)
-        if count > outputs:
+    def spy(sizes: tuple[int, ...], *args: Any, **options: Any) -> Task:
+        task = sample_task([20] * (outputs + 9), *args, **options)
+        if len(sizes) > outputs:
             drawn.append(task.train[:, 0, 0])
             return task
         positions = torch.arange(outputs)[:, None]

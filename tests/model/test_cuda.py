@@ -48,7 +48,7 @@ def test_meta_steps_as_on_the_cpu(kind: str, rln: int, backend: str, first_order
         generator = torch.Generator().manual_seed(11)
         for count in (1, 1, 2):
             drawn = [
-                sample_trajectory(CLASSES, 20, generator, update_step=4, remember=3) for _ in range(count)
+                sample_trajectory([20] * CLASSES, generator, update_step=4, remember=3) for _ in range(count)
             ]
             learner.step(*drawn)
         weights.append([parameter.detach().cpu() for parameter in learner.net.parameters()])
@@ -82,7 +82,9 @@ def test_meta_test_as_on_the_cpu(kind: str, rln: int, backend: str, optimizer: s
 @pytest.mark.parametrize("backend", ["plain", "fast"])
 def test_no_step_of_the_inner_loop_waits_for_the_device(backend: str, first_order: bool) -> None:
     learner = meta_learner("ANML", 7, backend, first_order, choose_device("cuda"))
-    trajectory = sample_trajectory(CLASSES, 20, torch.Generator().manual_seed(0), update_step=4, remember=3)
+    trajectory = sample_trajectory(
+        [20] * CLASSES, torch.Generator().manual_seed(0), update_step=4, remember=3
+    )
     query, labels = gather(learner.images, trajectory.query)
     learner.meta_grads(query, labels, labels[-4:])  # what is chosen and captured once may wait
     with warnings.catch_warnings():

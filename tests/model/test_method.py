@@ -256,7 +256,7 @@ def test_meta_steps_with_adam(backend: str, first_order: bool) -> None:
     generator = torch.Generator().manual_seed(11)
     adam = reference.Adam(weights, 0.001)
     for _ in range(2):
-        trajectory = sample_trajectory(CLASSES, 20, generator, update_step=4, remember=3)
+        trajectory = sample_trajectory([20] * CLASSES, generator, update_step=4, remember=3)
         query, labels = gather(grey(pixels), trajectory.query)
         _, slopes = reference.meta_gradient(weights, query, labels.tolist(), 4, 0.1, 7, not first_order)
         weights = adam.step(weights, slopes)
@@ -274,7 +274,7 @@ def test_reset_draws_the_rows_of_the_sampled_classes_only() -> None:
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     meta.optimizer.lr = 0.0
     trajectory = sample_trajectory(
-        CLASSES, 20, torch.Generator().manual_seed(0), update_step=4, tasks=2, remember=3
+        [20] * CLASSES, torch.Generator().manual_seed(0), update_step=4, tasks=2, remember=3
     )
     meta.step(trajectory)
     for name, parameter in net.named_parameters():
@@ -290,7 +290,7 @@ def test_no_reset_leaves_the_head_alone() -> None:
     meta = learner(net, images(CLASSES, 20), reset=False)
     meta.optimizer.lr = 0.0
     before = net.get_parameter("head.weight").detach().clone()
-    meta.step(sample_trajectory(CLASSES, 20, torch.Generator(), update_step=2, remember=2))
+    meta.step(sample_trajectory([20] * CLASSES, torch.Generator(), update_step=2, remember=2))
     assert torch.equal(net.get_parameter("head.weight"), before)
 
 
@@ -461,7 +461,7 @@ def test_a_search_leaves_out_what_cannot_change_the_choice() -> None:
 
 def test_trajectory_layout() -> None:
     generator = torch.Generator().manual_seed(0)
-    trajectory = sample_trajectory(30, 20, generator, update_step=20, tasks=3, remember=64)
+    trajectory = sample_trajectory([20] * 30, generator, update_step=20, tasks=3, remember=64)
     assert isinstance(trajectory, Trajectory)
     labels, drawings = trajectory.support.unbind(1)
     sizes = [int((labels == label).sum()) for label in trajectory.classes]
@@ -476,25 +476,25 @@ def test_trajectory_layout() -> None:
 @pytest.mark.parametrize(("steps", "tasks"), [(21, 1), (2, 3), (50, 2)])
 def test_trajectory_that_cannot_be_drawn(steps: int, tasks: int) -> None:
     with pytest.raises(UserError, match="update_step"):
-        sample_trajectory(30, 20, torch.Generator(), update_step=steps, tasks=tasks)
+        sample_trajectory([20] * 30, torch.Generator(), update_step=steps, tasks=tasks)
 
 
 def test_task_splits() -> None:
     generator = torch.Generator().manual_seed(0)
-    task = sample_task(50, 20, 10, generator)
+    task = sample_task([20] * 50, 10, generator)
     assert task.train.shape == (10, 15, 2)
     assert task.test.shape == (10, 5, 2)
     for train, test in zip(task.train, task.test, strict=True):
         drawn = sorted(torch.cat([train, test])[:, 1].tolist())
         assert drawn == list(range(20))
         assert train[:, 0].unique() == test[:, 0].unique()
-    other = sample_task(50, 20, 10, generator)
+    other = sample_task([20] * 50, 10, generator)
     assert not torch.equal(task.train, other.train)
-    released = sample_task(50, 20, 10, generator, class_order="dataset", split="dataset")
+    released = sample_task([20] * 50, 10, generator, class_order="dataset", split="dataset")
     assert released.train[0, :, 1].tolist() == list(range(15))
     assert released.train[:, 0, 0].diff().gt(0).all()
     with pytest.raises(UserError, match="50"):
-        sample_task(50, 20, 51, generator)
+        sample_task([20] * 50, 51, generator)
 
 
 @pytest.mark.parametrize(("kind", "rln"), [("ANML", 14), ("ANML", -1), ("OML", 8)])

@@ -201,8 +201,8 @@ def test_gates_have_a_place_in_the_representation() -> None:
     for name, size in (("GroupNorm", 128), ("FiLM", 6)):
         seen = represent(new(name), images(2, 3).float())
         assert seen.gate is not None
-        assert seen.gate.shape == (2, 3, size)
-        assert seen.after.shape[:2] == seen.before.shape[:2] == (2, 3)
+        assert seen.gate.rows.shape == (6, size)
+        assert seen.after.sizes == seen.before.sizes == (3, 3)
     assert represent(new("Tied"), images(2, 3).float()).gate is None
 
 
@@ -268,9 +268,9 @@ def test_pretraining(scripts: Scripts) -> None:
 
 def test_arguments_of_the_constructor_are_flags(scripts: Scripts) -> None:
     flags = ["--treatment=BatchNorm", *scripts.data(), "--train_classes=10", "--steps=1", "--update_step=2"]
-    scripts(mrcl_classification, *flags, "--dropout=0.5", "--channels=4", "--model_name=b.net")
+    scripts(mrcl_classification, *flags, "--dropout=0.5", "--width=4", "--model_name=b.net")
     net = load_network("b.net")
-    assert net.widths == {"channels": 4, "dropout": 0.5, "num_classes": 20}
+    assert net.widths == {"width": 4, "dropout": 0.5, "num_classes": 20}
     scripts(mrcl_classification, "--treatment=Skipped", *flags[1:], "--no-skip", "--model_name=s.net")
     assert load_network("s.net").widths["skip"] is False
     with pytest.raises(SystemExit):
@@ -282,7 +282,7 @@ def test_meta_test_leaves_training_mode_and_buffers_alone() -> None:
     learner = MetaLearner(
         net, images(10, 4), torch.Generator().manual_seed(0), meta_lr=0.001, update_lr=0.1, rln=0
     )
-    learner.step(sample_trajectory(10, 4, torch.Generator(), update_step=2, remember=3))
+    learner.step(sample_trajectory([4] * 10, torch.Generator(), update_step=2, remember=3))
     buffers = {name: value.clone() for name, value in net.named_buffers()}
     represent(net, images(2, 3))
     assert net.training

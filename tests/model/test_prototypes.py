@@ -66,7 +66,7 @@ def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
         shots=2,
         augment=1,
     )
-    episode = sample_episode(CLASSES, 20, learner.generator, ways=6, images=4, symmetries=4)
+    episode = sample_episode([20] * CLASSES, learner.generator, ways=6, images=4, symmetries=4)
     step = learner.differentiate(episode)
     return step.loss, list(learner.grads)
 
@@ -117,7 +117,7 @@ def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
         (["--first_order"], "--first_order means nothing with --learner prototypes"),
         (["--learner", "sgd"], "means nothing with --learner sgd"),
         (["--ways", "90"], "--ways 90 classes"),
-        (["--shots", "19"], "21 images each"),
+        (["--shots", "19"], "21 of each class"),
         (["--symmetries", "3"], "invalid choice: 3"),
         (["--average", "1"], "'1' is not a number from 0 to below 1"),
         (["--augment", "-1"], "'-1' is below 0"),

@@ -86,7 +86,7 @@ def elsewhere() -> str:
 @pytest.mark.parametrize(("kind", "rln"), CUTS)
 def test_steps_on_a_device_that_is_not_there(kind: str, rln: int, first_order: bool, elsewhere: str) -> None:
     """Which refuses tensors left on the CPU and any value read back to the host."""
-    trajectory = sample_trajectory(CLASSES, 20, torch.Generator(), update_step=3, remember=5)
+    trajectory = sample_trajectory([20] * CLASSES, torch.Generator(), update_step=3, remember=5)
     # The indices of the trajectory lie on the CPU, as in training.
     fake = FakeTensorMode(allow_non_fake_inputs=True) if elsewhere == "cuda" else nullcontext()
     with fake:
@@ -249,7 +249,7 @@ def test_normalise_says_what_it_does_not_take() -> None:
     assert normalise(paper.numpy()).shape == (2, 1, 28, 28)
     with pytest.warns(UserWarning, match="dark"):
         normalise(255 - paper)
-    for wrong in (paper.float(), paper[:, :20], paper[0], paper[:, None]):
+    for wrong in (paper.float(), paper[:, :20], paper[0], paper[:, None, None]):
         with pytest.raises(ValueError, match="28, 28"):
             normalise(wrong)
 

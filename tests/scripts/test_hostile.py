@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets import load_characters, omniglot
+from datasets import Source, omniglot
 from datasets.characters import CLASSES
 from evaluation.journal import Journal
 from evaluation.results import read_results, write_results
@@ -425,7 +425,7 @@ def test_data(few_classes: None, data: bytes, extracted: bool) -> None:
             with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(ARCHIVES[0])) as archive:
                 archive.extractall(root)
             (root / "images_background/A/character01/0001_07.png").write_bytes(data[60:400])
-        found = refused_or(lambda: load_characters("omniglot", "background", place, place / "cache"))
+        found = refused_or(lambda: Source("omniglot", place, place / "cache").load("background"))
         written = list((place / "cache").glob("*"))
         assert bool(written) == (found is not None)
 

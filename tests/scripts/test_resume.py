@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,9 +72,9 @@ def test_a_run_from_weights_does_not_repeat_the_draws_that_made_them(
     """Of trajectories, head rows and layers; all of a chain of runs draw anew, and each the same again."""
     drawn: list[tuple[int, bytes]] = []
 
-    def spy(classes: int, drawings: int, generator: torch.Generator, **options: int) -> Trajectory:
+    def spy(sizes: Sequence[int], generator: torch.Generator, **options: int) -> Trajectory:
         drawn.append((torch.initial_seed(), generator.get_state().numpy().tobytes()))
-        return sample_trajectory(classes, drawings, generator, **options)
+        return sample_trajectory(sizes, generator, **options)
 
     monkeypatch.setattr(mrcl_classification, "sample_trajectory", spy)
     trainer("--steps=2", "--name=first", "--seed=3")

@@ -120,7 +120,7 @@ def test_one_run_has_no_band() -> None:
 
 def test_activations_are_squares() -> None:
     rows = {"gate": np.eye(10)[:2], "after": np.zeros((2, 10))}
-    figure = activations_figure(np.zeros((2, 28, 28)), rows, ["A/character01", "A/character02"])
+    figure = activations_figure(np.zeros((2, 28, 28, 1), np.uint8), rows, ["A/character01", "A/character02"])
     pictures = [image.get_array() for axes in figure.axes for image in axes.images]
     shown = [np.ma.filled(picture, np.nan) for picture in pictures if picture is not None]
     assert [image.shape for image in shown[:4]] == [(28, 28)] * 2 + [(4, 4)] * 2

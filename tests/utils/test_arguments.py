@@ -146,7 +146,7 @@ def test_wrong_train_flags(typed: str, named: str, capsys: pytest.CaptureFixture
     [
         ("", "--model"),
         ("--model m --no-freeze --rln 7", "--no-freeze"),
-        ("--model m --schedule 10 660", "--test_classes"),
+        ("--model m --schedule 10 60 --test_classes 50", "--test_classes"),
         ("--model m --schedule ten", "--schedule"),
         ("--model m --schedule ,", "--schedule"),
         ("--model m --lrs 0.1 0", "--lrs"),

@@ -53,7 +53,7 @@ def meta_train(path: Path) -> None:
     learner = MetaLearner(net, images, generator, meta_lr=0.01, update_lr=0.1, rln=7, group=group)
     results = []
     for _ in range(3):
-        trajectories = [sample_trajectory(8, 20, generator, update_step=4, remember=6) for _ in range(4)]
+        trajectories = [sample_trajectory([20] * 8, generator, update_step=4, remember=6) for _ in range(4)]
         results.append(list(learner.step(*trajectories)))
     if group.first:
         torch.save([dict(net.state_dict()), results], path)

@@ -1,0 +1,480 @@
+"""A folder of pictures as a data set, through the scripts where it matters, and a loader of one's own."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate_classification
+import mrcl_classification
+import pretrain_classification
+from datasets import DATASETS, OMNIGLOT, ImageSet, Normalisation, Pool, Source, folder, load_images
+from datasets.characters import CLASSES
+from datasets.images import shrink
+from model.episodes import sample_episode, sample_task, sample_trajectory, shuffled_batches
+from model.meta_test import CHUNK, FrozenOutputs
+from model.modelfactory import build, load_network, trained_parameters
+from tests.conftest import TINY, assert_same_run
+from tools import analyze_representation
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+Colour = tuple[int, ...]
+
+
+def picture(number: int, mode: str = "L", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """Noise of which no two numbers are alike."""
+    width, height = size
+    shape = (height, width) if mode == "L" else (height, width, len(mode))
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, shape, np.uint8), mode)
+
+
+def fill(root: Path, classes: dict[str, int], mode: str = "L") -> Path:
+    """Folders of so many pictures each."""
+    number = sum(1 for _ in root.rglob("*.*")) if root.exists() else 0
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for k in range(count):
+            picture(number := number + 1, mode).save(root / name / f"{k}.png")
+    return root
+
+
+def load(root: Path, split: str = "background", **options: Any) -> ImageSet:
+    return load_images(Source("folder", root, root.parent / "cache", options), split)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two splits of three classes with two grey pictures each."""
+    splits = {f"{split}/{letter}{split[0]}": 2 for split in ("background", "evaluation") for letter in "abc"}
+    return fill(tmp_path / "root", splits)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a script in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: Any, *flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+        script.main()
+
+    return call
+
+
+def test_omniglot_as_a_folder_is_omniglot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]
+) -> None:
+    """The same tensors, and with the same normalisation the same training and meta-test to the last bit."""
+    for split, alphabet in (("background", "Alpha"), ("evaluation", "Beta")):
+        monkeypatch.setitem(CLASSES, split, 3)
+        for character in (1, 2, 3):
+            place = tmp_path / f"root/omniglot-py/images_{split}/{alphabet}/character{character:02d}"
+            place.mkdir(parents=True)
+            for drawer in range(1, 21):
+                drawing = picture(100 * character + drawer, size=(105, 105)).convert("1")
+                drawing.save(place / f"{character:04d}_{drawer:02d}.png")
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / "own" / split).symlink_to(tmp_path / "root/omniglot-py" / f"images_{split}")
+        images = Source("omniglot", tmp_path / "root", tmp_path / "cache").load(split)
+        own = load(tmp_path / "own", split)
+        assert torch.equal(images.images, own.images)
+        assert (images.classes, images.sizes) == (own.classes, own.sizes)
+    monkeypatch.setattr(ImageSet, "statistics", lambda _: OMNIGLOT)
+    flags = [*TINY, "--train_classes=3"]
+    evaluation = ["--schedule=2", "--lr=0.01", "--runs=1", "--threads=1", "--lr_search_split=background"]
+    for dataset, path in (("omniglot", "root"), ("folder", "own")):
+        data = [f"--dataset={dataset}", f"--dataset-path={path}", f"--name={dataset}"]
+        run(mrcl_classification, *flags, *data, f"--model_name={dataset}.net")
+        run(evaluate_classification, *evaluation, *data, f"--model={dataset}.net", f"--name=e_{dataset}")
+    assert_same_run(Path("runs/omniglot_0"), Path("runs/folder_0"))
+    first, second = (Path(f"runs/e_{name}_0/results.csv").read_text() for name in ("omniglot", "folder"))
+    assert first.replace("omniglot.net", "folder.net") == second
+
+
+def test_the_page_on_data(run: Callable[..., None]) -> None:
+    """What docs/data.md shows, run as it stands there, learns better than chance and an untrained network."""
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    exec(code(text, "pictures"), {})  # noqa: S102 (our own documentation)
+    shown = text.split("<!-- commands -->\n")[1].partition("\n\n")[0]
+    commands = [line.split()[1:] for line in shown.splitlines()]
+    names: dict[str, Any] = {
+        "mrcl_classification.py": mrcl_classification,
+        "evaluate_classification.py": evaluate_classification,
+        "tools.analyze_representation": analyze_representation,
+    }
+    for name, *flags in commands:
+        name, *flags = flags if name == "-m" else [name, *flags]
+        run(names.pop(name), *flags, "--threads=1")
+    assert not names
+    results = json.loads(Path("runs/Omni_test_traj_0/results.json").read_text())
+    assert [line["classes"] for line in results["summary"]] == [10]
+    scratch = [
+        *commands[1][1:],
+        "--scratch",
+        "--rln=13",
+        "--nm_channels=8",
+        "--pln_channels=16",
+        "--name=scratch",
+    ]
+    model = scratch.index("--model")
+    del scratch[model : model + 2]
+    run(evaluate_classification, *scratch, "--threads=1")
+    untrained = json.loads(Path("runs/scratch_0/results.json").read_text())
+    assert results["summary"][0]["test"] > untrained["summary"][0]["test"] > 0.1, "chance"
+    assert len(results["evaluation_classes"]) == 10
+    net = load_network("pictures.net")
+    background = [
+        np.asarray(Image.open(file).convert("RGB").resize((28, 28), Image.Resampling.LANCZOS))
+        for file in sorted(Path("pictures").rglob("*.png"))
+        if file.parent.name not in results["evaluation_classes"]
+    ]
+    np.testing.assert_allclose(net.normalisation.mean, np.mean(background, (0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(net.normalisation.std, np.std(background, (0, 1, 2)), rtol=1e-12)
+
+
+def code(text: str, mark: str) -> str:
+    return text.split(f"<!-- {mark} -->")[1].split("```")[1].removeprefix("python\n")
+
+
+def test_a_loader_of_ones_own(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """That of docs/data.md, of thirty lines, has flags and help and passes through training and meta-test."""
+    monkeypatch.chdir(tmp_path)
+    text = code((ROOT / "docs/data.md").read_text(encoding="utf-8"), "loader")
+    assert len(text.splitlines()) <= 32
+    Path("arrays.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import arrays  # type: ignore[import-not-found]
+
+    monkeypatch.setitem(DATASETS, "arrays", arrays.load)
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 28, 28), np.uint8)
+    np.savez("images.npz", images=images, labels=np.arange(200) % 10)
+    data = ["--dataset=arrays", "--dataset-path=.", "--first_test_label=6", "--negative", "--threads=1"]
+    run(mrcl_classification, *TINY, "--train_classes=6", *data, "--model_name=a.net", "--eval_every=2")
+    with pytest.raises(UserError, match=r"--first_test_label 0: choose 1 or greater"):
+        Source("arrays", tmp_path, tmp_path, {"first_test_label": 0}).load("background")
+    run(evaluate_classification, *data, "--model=a.net", "--lr=0.01", "--runs=1", "--name=e")
+    results = json.loads(Path("runs/e_0/results.json").read_text())
+    assert (results["data"], [line["classes"] for line in results["summary"]]) == ("arrays evaluation", [4])
+    expected = 255 - images[np.arange(200) % 10 < 6].astype(float)
+    assert load_network("a.net").normalisation.mean == pytest.approx(expected.mean((0, 2, 3)))
+    Path("images.npz").unlink()
+    with pytest.raises(UserError, match=r"--dataset arrays: cannot read .*images\.npz: No such file"):
+        run(mrcl_classification, *TINY, *data)
+    with pytest.raises(SystemExit):
+        run(mrcl_classification, "--help")
+    assert "arrays: Images and labels of ROOT/images.npz" in " ".join(capsys.readouterr().out.split())
+
+
+def test_pretraining_on_colour(tmp_path: Path, run: Callable[..., None]) -> None:
+    fill(tmp_path / "own", {f"{k}": 6 for k in range(6)}, "RGB")
+    data = ["--dataset=folder", "--dataset-path=own", "--evaluation_classes=3", "--threads=1"]
+    run(
+        pretrain_classification,
+        *data,
+        "--pln_channels=4",
+        "--images=32",
+        "--batch_size=8",
+        "--model_name=p.net",
+    )
+    few = ["--train_images=4", "--test_images=2", "--lr=0.01", "--runs=1"]
+    run(evaluate_classification, *data, *few, "--model=p.net", "--schedule=3", "--name=e")
+    rows = json.loads(Path("runs/e_0/results.json").read_text())["runs"]
+    assert rows[0]["train"] * 12 == pytest.approx(round(rows[0]["train"] * 12))
+    # Another number of classes kept may mean classes that were trained on.
+    more = [flag.replace("classes=3", "classes=4") for flag in data]
+    run(evaluate_classification, *more, *few, "--model=p.net", "--schedule=2", "--name=f")
+    assert "trained with --evaluation_classes 3, and this is 4" in Path("runs/f_0/log.txt").read_text()
+    with pytest.raises(
+        UserError, match=r"class \w+ has 6 images, and 2 others .*--train_images 15 and --test"
+    ):
+        run(evaluate_classification, *data, "--model=p.net", "--lr=0.01")
+    with pytest.raises(UserError, match=r"class \w+ has 6 images.*--update_step 20: 20 of each"):
+        run(mrcl_classification, *data)
+
+
+def pixels(colour: Colour, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (8, 6), colour if len(colour) > 1 else colour[0])
+
+
+def turned() -> Image.Image:
+    image = Image.new("L", (8, 6), 255)
+    image.paste(0, (0, 0, 4, 6))
+    image.getexif()[0x0112] = 6  # to be turned clockwise by a quarter
+    return image
+
+
+def palette() -> Image.Image:
+    image = pixels((255, 0, 0)).convert("P")
+    image.info["transparency"] = image.getpixel((0, 0))
+    return image
+
+
+def half() -> np.ndarray[Any, Any]:
+    """Dark above light, as `turned` is shown."""
+    image = Image.new("L", (6, 8), 255)
+    image.paste(0, (0, 0, 6, 4))
+    return shrink(image)[None]
+
+
+@pytest.mark.parametrize(
+    ("file", "image", "options", "expected"),
+    [
+        ("x.png", pixels((7,), "L"), {}, [7]),
+        ("x.PNG", pixels((1,), "1"), {}, [255]),
+        ("x.jpeg", pixels((7,), "L"), {}, [7]),
+        ("x.bmp", pixels((9, 9, 9)), {}, [9]),
+        ("x.tif", pixels((10, 200, 30)), {}, [10, 200, 30]),
+        ("x.webp", pixels((0, 0, 0, 0), "RGBA"), {}, [255]),
+        ("x.png", pixels((0, 0, 0, 0), "RGBA"), {}, [255]),
+        ("x.png", pixels((0, 102), "LA"), {}, [153]),
+        ("x.png", palette(), {}, [255]),
+        ("x.gif", pixels((255, 0, 0)).convert("P"), {}, [255, 0, 0]),
+        ("x.png", pixels((300,), "I;16"), {}, [1]),
+        ("x.jpg", pixels((0, 0, 0, 0), "CMYK"), {}, [255]),
+        ("x.png", pixels((10, 200, 30)), {"channels": 1}, [124]),
+        ("x.png", pixels((7,), "L"), {"channels": 3}, [7, 7, 7]),
+        ("x.png", turned(), {}, half()),
+    ],
+)
+def test_pictures_of_all_kinds(
+    tmp_path: Path, file: str, image: Image.Image, options: dict[str, Any], expected: Any
+) -> None:
+    names = ("background/a", "background/b", "evaluation/c", "evaluation/d")
+    root = fill(tmp_path / "root", {name: int(name[-1] > "a") for name in names})
+    image.save(root / "background/a" / file, exif=image.getexif())
+    shown = load(root, **options).images[0].numpy()
+    wanted = expected if isinstance(expected, np.ndarray) else np.reshape(expected, (-1, 1, 1))
+    np.testing.assert_array_equal(shown, np.broadcast_to(wanted, shown.shape))
+    assert len(shown) == len(wanted)
+
+
+def test_a_single_level_is_drawn_apart(tmp_path: Path) -> None:
+    """By class, the same everywhere; a larger N keeps those of a smaller one, as do classes that join."""
+    names = ["Grüße & more", "日本", "a b", *(f"n/{k}" for k in range(7))]
+    root = fill(tmp_path / "root", dict.fromkeys(names, 1))
+    drawn = {}
+    for count in (2, 5):
+        kept, others = (load(root, split, evaluation_classes=count) for split in ("evaluation", "background"))
+        assert (len(kept), len(others)) == (count, 10 - count)
+        assert {*kept.classes, *others.classes} == set(names)
+        assert kept.notes["evaluation_classes"] == list(kept.classes) == sorted(kept.classes)
+        drawn[count] = set(kept.classes)
+    assert drawn[2] < drawn[5]
+    assert set(load(root, "evaluation", evaluation_classes=5, data_seed=1).classes) != drawn[5]
+    before = load(root, evaluation_classes=2)
+    assert before.manifest == load(root, evaluation_classes=2).manifest
+    picture(99).save(root / before.classes[0] / "0.png")
+    assert before.manifest != load(root, evaluation_classes=2).manifest
+
+
+def test_what_does_not_count_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "anml")
+    (root / "background/ab/notes.txt").write_text("x")
+    (root / "background/ab/Thumbs.db").write_text("x")
+    (root / "background/ab/.hidden.png").write_text("x")
+    fill(root, {"other": 1})
+    frames = [picture(1), picture(2)]
+    frames[0].save(root / "background/ab/9.gif", save_all=True, append_images=frames[1:])
+    shutil.copy(root / "background/cb/1.png", root / "evaluation/ae/copy.png")
+    images = load(root)
+    assert images.sizes == (3, 2, 2)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [re.sub(r"^\S+: ", "", line) for line in warnings] == [
+        "1 files do not count, since they are no pictures or in no class folder: background/ab/notes.txt",
+        "1 pictures do not count, being in no class folder of background/ or evaluation/: other/0.png",
+        "of 1 files with several pictures the first counts: background/ab/9.gif",
+        "a leak, 1 files of meta-test classes are byte for byte files of meta-training classes: "
+        "evaluation/ae/copy.png is background/cb/1.png",
+    ]
+
+
+def empty(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+def one_class(root: Path) -> None:
+    shutil.rmtree(root / "background/ab")
+    shutil.rmtree(root / "background/bb")
+
+
+def in_both(root: Path) -> None:
+    shutil.copytree(root / "background/ab", root / "evaluation/ab")
+
+
+def broken(root: Path) -> None:
+    file = root / "evaluation/be/1.png"
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def no_picture(root: Path) -> None:
+    (root / "evaluation/be/1.png").write_text("text")
+
+
+def flat(root: Path) -> None:
+    shutil.rmtree(root / "background")
+    shutil.move(root / "evaluation", root / "x")
+
+
+def other_names(root: Path) -> None:
+    (root / "background").rename(root / "train")
+    (root / "evaluation").rename(root / "test")
+
+
+def plain(root: Path) -> None:
+    for k in range(3):
+        picture(7).save(root / f"background/{'abc'[k]}b/0.png")
+        Image.new("L", (9, 9)).save(root / f"background/{'abc'[k]}b/0.png")
+        Image.new("L", (9, 9)).save(root / f"background/{'abc'[k]}b/1.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (empty, {}, "holds no pictures (.png"),
+        (shutil.rmtree, {}, "root: No such file or directory"),
+        (one_class, {}, "one class in background, cb; to tell classes apart takes two"),
+        (in_both, {}, "the same class is in background/ and evaluation/: ab"),
+        (broken, {}, "evaluation/be/1.png: "),
+        (no_picture, {}, "evaluation/be/1.png: not a picture; restore the file or remove it"),
+        (other_names, {}, "holds test/, train/: splits are called background/ and evaluation/ here"),
+        (flat, {}, "give --evaluation_classes N, how many of its 3 classes are kept for meta-test"),
+        (flat, {"evaluation_classes": 2}, "leaves fewer than two of"),
+        (flat, {"evaluation_classes": 1}, "--evaluation_classes 1: choose 2 or greater"),
+        (lambda _: None, {"evaluation_classes": 2}, "drop --evaluation_classes"),
+        (lambda _: None, {"channels": 2}, "--channels 2: choose 1 or 3"),
+        (plain, {}, "all pixels are equal"),
+    ],
+)
+def test_refusals(root: Path, damage: Callable[[Path], None], options: dict[str, Any], message: str) -> None:
+    """One line, before a cache is written that would hide it the next time."""
+    damage(root)
+    for _ in range(2):
+        with pytest.raises(UserError) as caught:
+            load(root, **options)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert str(root) in str(caught.value) or "--" in str(caught.value) or damage is plain
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_no_permission_to_read(root: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Tests may run as a user whom no permission stops, so the system's answer is put in its place."""
+    secret = root / ("background/bb" if what == "folder" else "background/bb/0.png")
+
+    def refuse(original: Any) -> Any:
+        def call(path: Any, *args: Any) -> Any:
+            if str(path) == str(secret):
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path, *args)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", refuse(os.scandir))
+    monkeypatch.setattr(Path, "read_bytes", refuse(Path.read_bytes))
+    with pytest.raises(UserError, match=rf"^cannot read {re.escape(str(secret))}: Permission denied$"):
+        load(root)
+
+
+def test_a_cache_belongs_to_its_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_decode", lambda *_: pytest.fail("decoded again"))
+        assert torch.equal(load(root).images, first.images)
+        assert len(load(root, "evaluation")) == 3
+    for number in range(6):
+        picture(1000 + number).save(root / "background/ab/0.png")
+        os.utime(root / "background/ab/0.png", ns=(number, number))
+        expected = torch.from_numpy(shrink(picture(1000 + number)))
+        assert torch.equal(load(root).images[0, 0], expected)
+    assert len(list((root.parent / "cache").iterdir())) == 4
+
+
+def test_statistics_are_those_of_the_background_and_go_into_meta_test(root: Path) -> None:
+    fill(root, {"background/colour": 3}, "RGB")
+    background, evaluation = load(root), load(root, "evaluation")
+    values = background.images.double()
+    found = background.normalisation
+    assert found is not None
+    assert found == evaluation.normalisation
+    assert found.mean == pytest.approx(values.mean((0, 2, 3)).tolist())
+    assert found.std == pytest.approx(values.std((0, 2, 3), correction=0).tolist())
+    rows = background.pool("cpu").rows
+    assert rows.shape[1:] == (3, 28, 28)
+    torch.testing.assert_close(rows.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.std((0, 2, 3), correction=0), torch.ones(3))
+    assert Normalisation.of(json.loads(json.dumps(found.arguments()))) == found
+    for wrong in (
+        {"pixel_mean": 3, "pixel_std": [1]},
+        {"pixel_mean": [0], "pixel_std": [0]},
+        {"pixel_mean": [1]},
+    ):
+        with pytest.raises(ValueError, match="standard deviation"):
+            Normalisation.of(wrong)
+
+
+def test_draws_of_classes_of_several_sizes() -> None:
+    sizes = (5, 9, 30, 6)
+    generator = torch.Generator().manual_seed(0)
+    limits = torch.tensor(sizes)
+    for split in ("random", "dataset"):
+        task = sample_task(sizes, 4, generator, train_images=3, test_images=2, split=split)
+        both = torch.cat([task.train, task.test], 1)
+        assert (both[..., 1] < limits[both[..., 0]]).all()
+        assert all(len(set(row[:, 1].tolist())) == 5 for row in both)
+    assert task.test[both[:, 0, 0] == 2][0, :, 1].tolist() == [28, 29]
+    with pytest.raises(UserError, match="more images than the 5"):
+        sample_task(sizes, 2, generator, train_images=4, test_images=2)
+    trajectory = sample_trajectory(sizes, generator, update_step=5, remember=50)
+    assert len({tuple(row) for row in trajectory.query[:50].tolist()}) == 50 == sum(sizes)
+    episode = sample_episode(sizes, generator, ways=8, images=5, symmetries=2)
+    assert (episode.index[..., 1] < limits[episode.index[..., 0]]).all()
+    assert all(len(set(row[:, 1].tolist())) == 5 for row in episode.index)
+    (batch,) = shuffled_batches(sizes, generator, total=50, batch_size=50)
+    assert sorted(batch.tolist()) == [[label, k] for label, size in enumerate(sizes) for k in range(size)]
+
+
+def test_frozen_outputs_of_classes_of_several_sizes() -> None:
+    """The same to the last bit whichever images are asked for first, and those of the network."""
+    generator = torch.Generator().manual_seed(0)
+    net = build("ANML", {"nm_channels": 2, "pln_channels": 3, "num_classes": 4}, generator)
+    pool = Pool(torch.randn(CHUNK + 12, 3, 28, 28, generator=generator), (5, CHUNK + 1, 6))
+    trained = trained_parameters(net, 13)
+    index = torch.tensor([[1, CHUNK], [2, 5], [0, 0], [1, 3], [2, 0]])
+    kept, turned = FrozenOutputs(net, pool, trained), FrozenOutputs(net, pool, trained)
+    backwards: Any = turned.get(index.flip(0))
+    found: Any = kept.get(index)
+    expected: Any = net.frozen(torch.stack([pool[c][k] for c, k in index.tolist()]), trained)
+    parts = (found.activations, backwards.activations, expected.activations)
+    for ours, others, whole in zip(*parts, strict=True):
+        assert torch.equal(ours, others.flip(0))
+        torch.testing.assert_close(ours, whole)
+
+
+def test_images_of_another_size_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"images are \[1, 3, 32, 32\]; ANML reads \[B, 3, 28, 28\]"):
+        build("ANML", {"nm_channels": 2, "pln_channels": 2}, torch.Generator())(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"images are uint8 \[2, 1, 32, 32\], not uint8 \[B, C, 28, 28\]"):
+        ImageSet.of("x", {"a": np.zeros((2, 32, 32), np.uint8)})
+    buffer = io.BytesIO()
+    picture(3, size=(700, 20)).save(buffer, "PNG")
+    assert folder._decode(buffer.getvalue(), None)[0].shape == (1, 28, 28)
