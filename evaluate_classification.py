@@ -34,6 +34,8 @@ from evaluation.models import Model, load_models, match_earlier, warn_of_other_d
 from evaluation.plots import accuracy_figure, figure_pixels, save_figure
 from evaluation.results import Row, summarise, table, write_results
 from evaluation.runner import Job, Scorer, frozen_layers, scorer
+from flags.common import data_source
+from flags.evaluation import SCHEDULE, evaluation_parser
 from model.fast import use_backend
 from model.learner import LearnerKind
 from model.meta_test import LEARNERS, check_outputs
@@ -41,7 +43,7 @@ from model.modelfactory import Network, trained_parameters
 from model.rate_search import Draw, RateSearch, next_tries
 from model.scores import MEASURES
 from model.treatments import describe
-from utils.arguments import SCHEDULE, data_source, evaluation_parser, parse, recorded
+from utils.command_line import parse, recorded
 from utils.device import choose_device
 from utils.distributed import is_first, join, run_as
 from utils.errors import UserError, run_script

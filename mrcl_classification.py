@@ -30,7 +30,10 @@ import numpy as np
 import torch
 
 from datasets import ImageSet, Pool, load_images
+from evaluation.models import network_widths
 from evaluation.monitor import gate_statistics, validate
+from flags.common import data_source
+from flags.training import training_parser
 from model.check import check_network
 from model.episodes import check_episode, check_trajectory, longest_share, sample_episode, sample_trajectory
 from model.fast import Backend, capture, meta_loss, use_backend
@@ -38,8 +41,8 @@ from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import TrainingState, load_state, save_model, save_progress
-from utils.arguments import data_source, network_widths, parse, recorded, training_parser
 from utils.checkpoint import load_checkpoint
+from utils.command_line import parse, recorded
 from utils.device import choose_device
 from utils.distributed import Group, join, launched, refuse_several, run_as
 from utils.errors import UserError, run_script

@@ -25,6 +25,9 @@ from functools import partial
 import torch
 
 from datasets import Pool, load_images
+from evaluation.models import network_widths
+from flags.common import data_source
+from flags.pretraining import pretraining_parser
 from model.check import check_network
 from model.episodes import shuffled_batches
 from model.fast import meta_loss, use_backend
@@ -33,7 +36,7 @@ from model.modelfactory import Network, build, restore
 from model.optimizer import Adam
 from model.supervised import supervised_step
 from model.training_state import TrainingState, load_state, save_progress
-from utils.arguments import data_source, network_widths, parse, pretraining_parser, recorded
+from utils.command_line import parse, recorded
 from utils.device import choose_device
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script

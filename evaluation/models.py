@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from datasets import Source
-from model.modelfactory import Network, build, fingerprint, restore_model
+from model.modelfactory import NETWORKS, Network, build, constructor_arguments, fingerprint, restore_model
 from model.treatments import TABLE, Weights
-from utils.arguments import network_widths, read_config
 from utils.checkpoint import load_checkpoint
+from utils.command_line import read_config
 from utils.errors import UserError
 
 log = logging.getLogger("anml")
@@ -163,3 +163,10 @@ def _load(path: Path) -> Model:
 
 def _kind(model: Model) -> str:
     return f"{model.weights} {model.net.network}"
+
+
+def network_widths(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The network flags as keyword arguments of the class of `--treatment`."""
+    names = constructor_arguments(NETWORKS[arguments.treatment])
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}

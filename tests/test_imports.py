@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("utils", "datasets", "model", "model.fast", "evaluation", "tools")  # beside tools stand the scripts
-ALLOWED = {("utils.arguments", "datasets"), ("utils.arguments", "model")}  # to go
+# The scripts stand beside the tools.
+ORDER = ("utils", "datasets", "model", "model.fast", "evaluation", "flags", "tools")
 
 
 def level(module: str) -> int | None:
@@ -37,4 +37,4 @@ def test_nothing_imports_what_stands_above_it() -> None:
                 assert own is not None
                 if above is not None and above > own:
                     upward.add((module, imported.split(".")[0]))
-    assert upward == ALLOWED
+    assert not upward

@@ -30,13 +30,14 @@ from evaluation.plots import (
     save_figure,
 )
 from evaluation.targets import REPRESENTATION, read_targets
+from flags.common import add_data, add_run, add_split, add_test_classes, data_source, notice_other_data
 from model.episodes import Task, sample_task
 from model.fast import use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
-from utils.arguments import analysis_parser, data_source, parse, recorded
 from utils.checkpoint import load_checkpoint
+from utils.command_line import Parser, file_path, parse, recorded, whole
 from utils.device import choose_device
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
@@ -106,6 +107,44 @@ def pictures(
         [alphabets[label] for label in chosen for _ in range(images.sizes[label])],
     )
     return figures
+
+
+def analysis_parser() -> Parser:
+    """The flags of `python -m tools.analyze_representation`."""
+    parser = Parser(
+        "Measure and draw a model's features and gate on classes it has never seen.", _check_analysis
+    )
+    analysis = parser.add_argument_group("analysis")
+    parser.flag(
+        analysis,
+        "--model",
+        file_path,
+        None,
+        "model file that mrcl_classification.py or pretrain_classification.py wrote",
+        shown="none: it must be given",
+        metavar="FILE",
+    )
+    add_test_classes(parser, analysis, "meta-test classes to look at")
+    add_split(parser, analysis)
+    parser.flag(
+        analysis, "--samples", whole(1, 20), 6, "images whose activations are drawn, of different classes"
+    )
+    parser.flag(
+        analysis,
+        "--alphabets",
+        whole(1),
+        5,
+        "alphabets in the picture of the embedding, the first of the data",
+    )
+    add_data(parser)
+    add_run(parser, name="representation", seed=222)
+    return parser
+
+
+def _check_analysis(parser: Parser, arguments: argparse.Namespace) -> None:
+    notice_other_data(arguments)
+    if arguments.model is None:
+        parser.error("give --model FILE, which mrcl_classification.py writes")
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.characters import DRAWINGS
 from datasets.images import SIZE, normalise
+from flags.evaluation import SCHEDULE, evaluation_parser
+from flags.training import training_parser
 from model.episodes import sample_task, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.learner import Settings
@@ -47,7 +49,7 @@ from model.meta_test import FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
-from utils.arguments import SCHEDULE, Parser, evaluation_parser, parse, training_parser
+from utils.command_line import Parser, parse
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, expand, write_text

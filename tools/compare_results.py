@@ -17,7 +17,7 @@ from typing import Any
 
 from evaluation.results import Results, compare, known, read_results
 from model.scores import accuracies
-from utils.arguments import comparison_parser
+from utils.command_line import Parser, file_path, no_check
 from utils.errors import UserError, run_script, say
 
 
@@ -47,6 +47,17 @@ def table(lines: list[dict[str, Any]]) -> str:
             row += f"  {means[0]:9.1f}  {means[1]:9.1f}  {line[f'{key}_u']:7g}  {line[f'{key}_p']:8.2g}"
         rows.append(row)
     return "\n".join(rows)
+
+
+def comparison_parser() -> Parser:
+    """The arguments of `python -m tools.compare_results`, which reads no config file."""
+    parser = Parser("Test whether two evaluations differ, at each class count that both have.", no_check)
+    for name in ("A", "B"):
+        text = "run folder of an evaluation, or its results.csv or results.json"
+        parser.add_argument(name.lower(), type=file_path, metavar=name, help=text)
+    output = parser.add_argument_group("output")
+    parser.switch(output, "--json", "print JSON instead of a table")
+    return parser
 
 
 def main() -> None:

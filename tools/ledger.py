@@ -26,7 +26,7 @@ from typing import Any
 
 from evaluation.results import FEW, read_results, summarise
 from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
-from utils.arguments import ledger_parser, parse
+from utils.command_line import Parser, file_path, no_check, parse
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import read_text, write_text
 
@@ -218,6 +218,21 @@ def inserted(text: str, tables: str, source: Path) -> str:
     if (text.count(START), text.count(END), rest.count(END)) != (1, 1, 1):
         raise UserError(f"{source} must hold these two lines once each: {START} and {END}")
     return f"{before}{START}\n\n{tables}\n\n{END}{after}"
+
+
+def ledger_parser() -> Parser:
+    """The flags of `python -m tools.ledger`."""
+    parser = Parser("Write published numbers beside ours into docs/results.md.", no_check)
+    group = parser.add_argument_group("ledger")
+    parser.switch(group, "--check", "change nothing; exit code 1 if the page is not what would be written")
+    root = Path(__file__).resolve().parents[1]
+    for name, kind, text in (
+        ("results", "DIR", "folder of targets.csv, manifest.csv and the results"),
+        ("docs/results.md", "FILE", "file with the two marker lines of the ledger"),
+    ):
+        flag = "--page" if kind == "FILE" else "--results"
+        parser.flag(group, flag, file_path, root / name, text, shown=f"this project's {name}", metavar=kind)
+    return parser
 
 
 def main() -> None:

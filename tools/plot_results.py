@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from evaluation.plots import bars_figure, comparison_figure, save_figure, steps_figure, training_figure
 from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
-from utils.arguments import parse, plot_parser
+from utils.command_line import Parser, file_path, folder_name, no_check, parse
 from utils.errors import UserError, run_script, say
 from utils.files import expand
 
@@ -138,6 +138,39 @@ def draw(args: argparse.Namespace) -> list[Path]:
             files.append(args.out / f"{args.name}_{name}.{suffix}")
             save_figure(figure, files[-1])
     return files
+
+
+def plot_parser() -> Parser:
+    """The flags of `python -m tools.plot_results`."""
+    parser = Parser("Draw accuracy against the number of classes, and the final accuracy as bars.", no_check)
+    group = parser.add_argument_group("figures")
+    group.add_argument(
+        "results",
+        nargs="+",
+        metavar="[LABEL=]RESULTS",
+        help="run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
+        "or their results.csv or metrics.csv; LABEL names one in the figures",
+    )
+    parser.flag(
+        group,
+        "--against",
+        str,
+        "classes",
+        "what accuracy is drawn against: the number of classes learned; the meta-steps that the models of an "
+        "evaluation (its --model A.net B.net ...) were trained for, a curve per class count; or, of run "
+        "folders of mrcl_classification.py, what these measured at each step of the training",
+        choices=("classes", "steps", "training"),
+    )
+    parser.switch(
+        group,
+        "--published",
+        "add published numbers to results on Omniglot, of the treatments that labels or results name, else "
+        "of ANML",
+        default=True,
+    )
+    parser.flag(group, "--out", file_path, Path("runs/figures"), "folder for the figures", metavar="DIR")
+    parser.flag(group, "--name", folder_name, "results", "start of the figures' file names")
+    return parser
 
 
 def main() -> None:

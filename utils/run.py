@@ -35,7 +35,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
-from utils.arguments import read_config, recorded
+from utils.command_line import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
 from utils.files import atomic_write, place_of, remove_drafts, sync, write_text

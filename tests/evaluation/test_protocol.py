@@ -24,14 +24,15 @@ import evaluation.models
 import model.meta_test
 from evaluation.journal import Journal, Key, columns
 from evaluation.results import read_results
+from flags.evaluation import evaluation_parser
 from model.episodes import Task, sample_task
 from model.fast import Backend, learner, use_backend
 from model.meta_test import FrozenOutputs, MetaTest
 from model.modelfactory import Network, build
 from model.scores import ACCURACY, MEASURES, Measure, Score, classify
 from model.treatments import TABLE
-from utils.arguments import evaluation_parser, parse
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.command_line import parse
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -17,13 +17,14 @@ from torch import Tensor
 
 import evaluate_classification
 from evaluation.results import compare, read_results, table
+from flags.evaluation import evaluation_parser
 from model.fast import use_backend
 from model.heads import NearestClassMean, fit_prior, view
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import build
-from utils.arguments import evaluation_parser, parse
 from utils.checkpoint import save_checkpoint
+from utils.command_line import parse
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -25,9 +25,9 @@ from model.representation import (
     represent,
 )
 from tests.scripts.test_scripts import run
-from tools.analyze_representation import table
-from utils.arguments import analysis_parser, parse
+from tools.analyze_representation import analysis_parser, table
 from utils.checkpoint import save_checkpoint
+from utils.command_line import parse
 
 WIDTHS = {"ANML": {"nm_channels": 4, "pln_channels": 4}, "OML": {"pln_channels": 4}}
 PICTURES = {"ANML": {"activations", "class_gates", "embedding"}, "OML": {"activations", "embedding"}}

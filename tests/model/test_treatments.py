@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flags.evaluation import evaluation_parser
 from model.modelfactory import NETWORKS, trained_parameters
 from model.treatments import TABLE, describe
 from tests.utils.test_arguments import refused
-from utils.arguments import evaluation_parser, parse
+from utils.command_line import parse
 
 NM = [
     f"nm.{layer}.{kind}"

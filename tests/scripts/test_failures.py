@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from evaluation.journal import Journal, Key
+from flags.training import training_parser
 from model.scores import Score
 from model.training_state import TrainingState
 from tests.conftest import Trainer
-from utils.arguments import parse, training_parser
 from utils.checkpoint import load_checkpoint
+from utils.command_line import parse
 from utils.errors import UserError
 from utils.files import check_writable, write_text
 from utils.run import Run

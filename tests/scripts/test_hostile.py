@@ -26,12 +26,14 @@ from datasets import Source, omniglot
 from datasets.characters import CLASSES
 from evaluation.journal import Journal
 from evaluation.results import read_results, write_results
+from flags.evaluation import evaluation_parser
+from flags.training import training_parser
 from model.modelfactory import build, restore
 from model.optimizer import Adam
 from model.training_state import DIGEST_BYTES, TrainingState, load_state, save_state
 from tools.convert_released import convert
-from utils.arguments import evaluation_parser, parse, training_parser
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.command_line import parse
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.run import Run

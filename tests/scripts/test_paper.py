@@ -15,20 +15,25 @@ from pathlib import Path
 import pytest
 
 from evaluation.targets import read_targets
+from flags.evaluation import evaluation_parser
+from flags.pretraining import pretraining_parser
+from flags.training import training_parser
 from tests.tools.test_ledger import write_accuracies
-from tools.ledger import ledger
-from utils import arguments
-from utils.arguments import Parser, parse
+from tools.analyze_representation import analysis_parser
+from tools.compare_results import comparison_parser
+from tools.ledger import ledger, ledger_parser
+from tools.plot_results import plot_parser
+from utils.command_line import Parser, parse
 
 ROOT = Path(__file__).parents[2]
 PARSERS = {
-    "mrcl_classification.py": "training_parser",
-    "pretrain_classification.py": "pretraining_parser",
-    "evaluate_classification.py": "evaluation_parser",
-    "tools/analyze_representation.py": "analysis_parser",
-    "tools/plot_results.py": "plot_parser",
-    "tools/compare_results.py": "comparison_parser",
-    "tools/ledger.py": "ledger_parser",
+    "mrcl_classification.py": training_parser,
+    "pretrain_classification.py": pretraining_parser,
+    "evaluate_classification.py": evaluation_parser,
+    "tools/analyze_representation.py": analysis_parser,
+    "tools/plot_results.py": plot_parser,
+    "tools/compare_results.py": comparison_parser,
+    "tools/ledger.py": ledger_parser,
 }
 TIME = re.compile(r"(less than )?\d+ (s|min|h)\b")
 
@@ -98,7 +103,7 @@ def test_every_command_is_accepted(project: Path, monkeypatch: pytest.MonkeyPatc
         if script == "-m":
             script = f"{flags.pop(0).replace('.', '/')}.py"
         assert (ROOT / script).is_file(), name
-        make: Callable[[], Parser] = getattr(arguments, PARSERS[script])
+        make: Callable[[], Parser] = PARSERS[script]
         parsed = parse(make(), flags)
         assert not parsed.notices, name
         if "dataset_path" in vars(parsed):

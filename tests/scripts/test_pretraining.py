@@ -19,13 +19,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pretrain_classification
+from flags.pretraining import pretraining_parser
 from model.episodes import shuffled_batches
 from model.modelfactory import build
 from model.optimizer import Adam
 from model.supervised import Batch, supervised_step
 from tests.conftest import assert_same_run, rows
-from utils.arguments import parse, pretraining_parser
 from utils.checkpoint import load_checkpoint
+from utils.command_line import parse
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]

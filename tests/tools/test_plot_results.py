@@ -28,7 +28,8 @@ from evaluation.targets import Target
 from model.scores import ACCURACY, MEASURES, Measure, accuracies
 from tests.tools.test_ledger import write_accuracies
 from tools import plot_results
-from utils.arguments import parse, plot_parser
+from tools.plot_results import plot_parser
+from utils.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 

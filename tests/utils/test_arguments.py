@@ -10,20 +10,16 @@ from typing import Any
 
 import pytest
 
+from flags.evaluation import evaluation_parser
+from flags.pretraining import pretraining_parser
+from flags.training import training_parser
 from tools import plot_results
+from tools.analyze_representation import analysis_parser
 from tools.benchmark import benchmark_parser
-from utils.arguments import (
-    Parser,
-    analysis_parser,
-    comparison_parser,
-    evaluation_parser,
-    ledger_parser,
-    parse,
-    plot_parser,
-    pretraining_parser,
-    recorded,
-    training_parser,
-)
+from tools.compare_results import comparison_parser
+from tools.ledger import ledger_parser
+from tools.plot_results import plot_parser
+from utils.command_line import Parser, parse, recorded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARSERS = [

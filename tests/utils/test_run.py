@@ -17,8 +17,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_figure
+from flags.training import training_parser
 from utils import run as run_module
-from utils.arguments import parse, training_parser
+from utils.command_line import parse
 from utils.errors import UserError
 from utils.run import Run, log_to_terminal
 
