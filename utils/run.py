@@ -33,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
+from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from utils.command_line import read_config, recorded
@@ -236,6 +237,7 @@ class Run:
         run = cls(folder)
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
         run.text("arguments", f"| argument | value |\n|---|---|\n{table}")
+        run.hyperparameters(settings)
         for notice in arguments.notices:
             log.warning(notice)
         return run
@@ -321,6 +323,20 @@ class Run:
     def text(self, tag: str, markdown: str) -> None:
         """Add a text to TensorBoard."""
         self._events.add_text(tag, markdown, 0)
+
+    def hyperparameters(self, settings: Mapping[str, object]) -> None:
+        """Make this run a line of TensorBoard's HPARAMS tab.
+
+        No list of columns stands beside it, which would be that of all runs: TensorBoard finds the arguments
+        that differ between runs by itself, and shows the last value of each curve.
+        """
+        values = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in settings.items()
+            if value is not None
+        }
+        _, start, _ = hparams(values, {})
+        self._events.file_writer.add_summary(start, 0)
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
         """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard."""

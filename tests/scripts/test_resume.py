@@ -125,7 +125,8 @@ def test_a_signal_saves_and_the_run_goes_on(
 
 
 ON_A_TERMINAL = """
-import fcntl, os, struct, sys, termios
+import fcntl, os, signal, struct, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests with nohup ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

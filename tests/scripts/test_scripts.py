@@ -332,8 +332,10 @@ def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) 
 
             (url,) = wait_for(lambda: re.findall(r"http://127\.0\.0\.1:\d+/(?= )", said.read_text()))
 
-            def page(path: str) -> bytes:
-                with urllib.request.urlopen(f"{url}{path}", timeout=60) as answer:  # noqa: S310 (ours)
+            def page(path: str, asked: object = None) -> bytes:
+                data = None if asked is None else json.dumps(asked).encode()
+                request = urllib.request.Request(f"{url}{path}", data, {"Content-Type": "application/json"})  # noqa: S310
+                with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 (ours)
                     found: bytes = answer.read()
                     return found
 
@@ -341,6 +343,20 @@ def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) 
             wait_for(lambda: {"smoke_0", "smoke_evaluate_0"} <= set(json.loads(page("data/runs"))))
             curve = "data/plugin/scalars/scalars?run=smoke_0&tag=meta_train/loss"
             assert [step for _, step, _ in json.loads(page(curve))] == [1, 2, 3, 4]
+            statuses = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
+            asked = {"experimentName": "", "allowedStatuses": statuses, "startIndex": 0, "sliceSize": 9}
+            found = json.loads(page("data/plugin/hparams/session_groups", asked))["sessionGroups"]
+            lines = {group["name"]: group for group in found}
+            assert lines["smoke_0"]["hparams"]["update_lr"] == 0.1
+            for run, tag in (
+                ("smoke_0", "meta_train/accuracy_remember"),
+                ("smoke_evaluate_0", "meta_test/accuracy_test"),
+            ):
+                assert tag in [value["name"]["tag"] for value in lines[run]["metricValues"]]
+            columns = json.loads(page("data/plugin/hparams/experiment", {"experimentName": ""}))
+            differing = {column["name"] for column in columns["hparamInfos"] if column["differs"]}
+            assert "rln" in differing
+            assert "glyph_seed" not in differing
         finally:
             server.terminate()
 
