@@ -281,9 +281,10 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
     steps = LEARNERS[arguments.learner].takes_steps
     if arguments.scratch and arguments.rln is None and steps:
         arguments.rln = 0
-    if arguments.track_every and steps and (arguments.iid or arguments.epoch > 1):
+    shuffled_or_repeated = arguments.iid or (arguments.epoch or 1) > 1
+    if arguments.track_every and shuffled_or_repeated:
         parser.error("--track_every follows classes learned one after another, once: drop --iid and --epoch")
-    if arguments.nested and (arguments.iid or arguments.epoch > 1 or arguments.class_order != "random"):
+    if arguments.nested and (shuffled_or_repeated or arguments.class_order != "random"):
         parser.error(
             "--nested tests on its way through classes learned one after another, once, in random order: "
             "drop --iid, --epoch and --class_order"
