@@ -54,7 +54,8 @@ OF_HEADS = ("features", "power", "shrinkage")  # flags that only the others have
 def evaluation_parser() -> Parser:
     """The flags of `evaluate_classification.py`; defaults are the paper's main treatment."""
     parser = Parser(
-        "Meta-test a model: learn unseen classes one after another, then measure accuracy.",
+        "Meta-test a model: learn unseen classes one after another, then measure accuracy.\n\n"
+        "    python evaluate_classification.py --model Neuromodulation_Model.net --nested",
         _check_evaluation,
     )
     # None of these changes a number: more runs or class counts add to what there is, and models are
