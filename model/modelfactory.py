@@ -22,11 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from datasets.images import OMNIGLOT, SIZE, Normalisation
-from model.layers import FrozenOutput, Inputs, colour, conv_blocks, run_frozen, run_rest
+from model.layers import Inputs, colour, conv_blocks, run_frozen, run_rest
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
+
+
+def _as_read(net: Network, images: Tensor) -> Tensor:
+    """Images with as many channels as the network's first convolution reads; a view of grey ones.
+
+    Raises:
+        ValueError: they are of another size, or have other channels.
+    """
+    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    images = images if first is None else colour(images, first.in_channels)
+    if first is not None and images.shape[-3:] != (first.in_channels, SIZE, SIZE):
+        raise ValueError(
+            f"images are {list(images.shape)}; {net.network} reads [B, {first.in_channels}, {SIZE}, {SIZE}], "
+            f"or grey ones [B, 1, {SIZE}, {SIZE}]"
+        )
+    return images
 
 
 def _on_colour(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,15 +50,7 @@ def _on_colour(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
-        if isinstance(inputs, Tensor):
-            first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
-            inputs = inputs if first is None else colour(inputs, first.in_channels)
-            if first is not None and inputs.shape[-3:] != (first.in_channels, SIZE, SIZE):
-                raise ValueError(
-                    f"images are {list(inputs.shape)}; {net.network} reads [B, {first.in_channels}, {SIZE}, "
-                    f"{SIZE}], or grey ones [B, 1, {SIZE}, {SIZE}]"
-                )
-        return method(net, inputs, *args)
+        return method(net, _as_read(net, inputs) if isinstance(inputs, Tensor) else inputs, *args)
 
     return wrapped
 
@@ -62,6 +70,7 @@ class Network(nn.Module):
         model_name: default of `--model_name`; None for `<network>_Model.net`.
         kaiming: initial weights are Kaiming normal, biases zero, scales one, as published; otherwise
             they are those of the constructor, drawn from the run's generator.
+        chains: names of the `nn.Sequential`s that images enter, whose stages `frozen` may run.
         no_effect: names of trained parameters that are known to have no effect.
         renamed: pairs of pattern and replacement that turn names in older model files into today's.
         widths: the constructor's arguments, as a model file stores them.
@@ -75,6 +84,7 @@ class Network(nn.Module):
     rln_meta_test: ClassVar[int | None] = None
     model_name: ClassVar[str | None] = None
     kaiming: ClassVar[bool] = False
+    chains: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
 
@@ -96,10 +106,14 @@ class Network(nn.Module):
     def frozen(self, images: Tensor, trained: Collection[str]) -> Inputs:
         """What `forward` may be given in place of `images`, computed without the parameters `trained`.
 
-        An option, for speed: layers that do not learn are applied once per image, not at every step.
-        Images themselves by default. The images that a batch holds must not depend on each other.
+        An option, for speed: layers that do not learn are applied once per image, not at every step: those
+        of `chains`, for `run_rest` to go on from. Without chains, images themselves. The images that a
+        batch holds must not depend on each other.
         """
-        return images
+        if not self.chains:
+            return images
+        chains = [getattr(self, name) for name in self.chains]
+        return run_frozen(chains, _as_read(self, images), [self.get_parameter(name) for name in trained])
 
     def features(self, inputs: Any) -> Tensor:
         """[B, F] what enters the head, of images or of what `frozen` made of them."""
@@ -171,6 +185,7 @@ class ANML(Network):
     rln_training = 7  # NM does not change in the inner loop
     model_name = "Neuromodulation_Model.net"
     kaiming = True
+    chains = ("nm", "pln")
     no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in (1, 2, 3))
     renamed = ((r"^(nm|pln)\.(conv|norm)(\d)\.", r"\1.block\3.\2."),)
 
@@ -196,10 +211,6 @@ class ANML(Network):
     def features_before_gate(self, inputs: Inputs) -> Tensor:
         return run_rest(self.pln, inputs, 1)
 
-    def frozen(self, images: Tensor, trained: Collection[str]) -> FrozenOutput:
-        learning = [self.get_parameter(name) for name in trained]
-        return run_frozen((self.nm, self.pln), images, learning)
-
 
 class SANML(Network):
     """ANML without its neuromodulatory network: the prediction network alone, all of which the inner loop
@@ -210,6 +221,7 @@ class SANML(Network):
     """
 
     kaiming = True
+    chains = ("pln",)
     no_effect = tuple(f"pln.block{k}.conv.bias" for k in (1, 2, 3))
 
     def __init__(self, pln_channels: int = 256, num_classes: int = 1000) -> None:
@@ -224,10 +236,6 @@ class SANML(Network):
     def features(self, inputs: Inputs) -> Tensor:
         return run_rest(self.pln, inputs, 0)
 
-    def frozen(self, images: Tensor, trained: Collection[str]) -> FrozenOutput:
-        learning = [self.get_parameter(name) for name in trained]
-        return run_frozen((self.pln,), images, learning)
-
 
 class OML(Network):
     """The OML network of the released code: six convolutions, a hidden layer, a head; no norm, no gate.
@@ -238,6 +246,7 @@ class OML(Network):
     rln_training = 6  # the convolutions do not change in the inner loop
     rln_meta_test = 6
     kaiming = True
+    chains = ("body",)
 
     def __init__(self, pln_channels: int = 256, num_classes: int = 1000, hidden: int | None = None) -> None:
         super().__init__()
@@ -258,10 +267,6 @@ class OML(Network):
 
     def features(self, inputs: Inputs) -> Tensor:
         return run_rest(self.body, inputs, 0)
-
-    def frozen(self, images: Tensor, trained: Collection[str]) -> FrozenOutput:
-        learning = [self.get_parameter(name) for name in trained]
-        return run_frozen((self.body,), images, learning)
 
 
 NETWORKS: dict[str, type[Network]] = {"ANML": ANML, "sANML": SANML, "OML": OML}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from model.modelfactory import Network, build, restore
-from tools.convert_released import convert, main
-from tools.records import read, tensors
+from tools import convert_released
+from tools.convert_released import LEGACY_MAGIC, convert, main, read
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -208,7 +209,7 @@ def test_nothing_in_a_file_is_run(zipped: bool, tmp_path: Path) -> None:
 def test_a_module_is_named_as_its_state_dict(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 3)))
     torch.save(module, tmp_path / "m.net")
-    found = dict(tensors(read(tmp_path / "m.net")))
+    found = read(tmp_path / "m.net")
     expected = {name: value.detach() for name, value in module.state_dict().items()}
     torch.testing.assert_close(dict(sorted(found.items())), dict(sorted(expected.items())))
 
@@ -218,14 +219,19 @@ def test_views_and_types(tmp_path: Path) -> None:
     state = {"t": base.reshape(3, 4).t(), "part": base[3:5], "half": base.half(), "n": torch.tensor(3)}
     for zipped in (True, False):
         torch.save(state, tmp_path / "m.net", _use_new_zipfile_serialization=zipped)
-        torch.testing.assert_close(dict(tensors(read(tmp_path / "m.net"))), state, rtol=0, atol=0)
+        torch.testing.assert_close(read(tmp_path / "m.net"), state, rtol=0, atol=0)
 
 
 def hostile() -> dict[str, bytes]:
     """Pickles that would exhaust a careless reader."""
-    nested = b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s."
+    deep = b")" + b"\x85" * 100_000
+    head = b"".join(pickle.dumps(x, protocol=2) for x in (LEGACY_MAGIC, 1001, {"little_endian": True}))
+    # A dict with the same dict under two names, and so on: 2 to the power of 60 ways to its end.
+    shared = b"}" + b"".join(b"q%c}(X\1\0\0\0ah%cX\1\0\0\0bh%cu" % (k, k, k) for k in range(60))
     return {
-        "a deep key": nested,
+        "a deep key": b"\x80\x02}" + deep + b"K\x01s.",
+        "a deep key of a storage": head + b"\x80\x02}.\x80\x02]" + deep + b"a.",
+        "a dict many times over": head + b"\x80\x02" + shared + b".\x80\x02].",
         "a huge memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
         "a huge text": b"\x80\x02X\xff\xff\xff\x7fabc.",
         "a huge byte array": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
@@ -254,3 +260,12 @@ def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
             convert(path)
     with pytest.raises(UserError, match=r"absent\.net"):
         convert(tmp_path / "absent.net")
+
+
+def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for zipped, limit in itertools.product((True, False), ("FILE", "PICKLES")):
+        save_released(tmp_path / "in.net", network(), zipped)
+        with monkeypatch.context() as patch:
+            patch.setattr(convert_released, limit, 1000)
+            with pytest.raises(UserError, match=r"in\.net"):
+                convert(tmp_path / "in.net")
