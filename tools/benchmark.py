@@ -22,7 +22,6 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 import json
 import os
 import sys
@@ -49,7 +48,7 @@ from model.meta_test import FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
-from utils.command_line import Parser, no_check, parse
+from utils.command_line import Parser, no_check, parse, whole
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, expand, write_text
@@ -333,25 +332,18 @@ def busy(rates: Sequence[Rate], device: torch.device) -> str | None:
     )
 
 
-def positive(text: str) -> int:
-    """A whole number of 1 or more from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def benchmark_parser() -> Parser:
     """The flags of this script."""
     parser = Parser((__doc__ or "").partition("No data")[0], no_check)
     group = parser.add_argument_group("what to measure")
     group.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
-    parser.flag(group, "--repeats", positive, 7, "turns, of which the median is shown")
-    parser.flag(group, "--nm_channels", positive, WIDTHS["nm_channels"], "channels of NM")
-    parser.flag(group, "--pln_channels", positive, WIDTHS["pln_channels"], "channels of the PLN, and of OML")
+    parser.flag(group, "--repeats", whole(1), 7, "turns, of which the median is shown")
+    parser.flag(group, "--nm_channels", whole(1), WIDTHS["nm_channels"], "channels of NM")
+    parser.flag(group, "--pln_channels", whole(1), WIDTHS["pln_channels"], "channels of the PLN, and of OML")
     group = parser.add_argument_group("run")
     group.add_argument("--json", type=expand, metavar="FILE", help="write the numbers here as well")
     parser.flag(group, "--device", str.lower, "auto", "where", choices=("auto", "cpu", "cuda", "mps"))
-    parser.flag(group, "--threads", positive, None, "CPU threads", shown="torch's choice")
+    parser.flag(group, "--threads", whole(1), None, "CPU threads", shown="torch's choice")
     return parser
 
 

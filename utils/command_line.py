@@ -347,48 +347,26 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 SEED = whole(0, 2**32 - 1)  # what every generator in use can be seeded with
 
 
-def share(text: str) -> float:
-    number = positive(text)
-    if not 1e-6 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0.000001 to 1")
-    return number
+def real(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A reader of finite numbers for which `holds`; others are said to be not `wanted`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and holds(number)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return number
+
+    return read
 
 
-def finite(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return number
-
-
-def non_negative(text: str) -> float:
-    number = finite(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
-    return number
-
-
-def positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
-    return number
-
-
-def fraction(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
-    return number
+finite = real("a finite number", lambda number: True)
+non_negative = real("a finite number of 0 or more", lambda number: number >= 0)
+positive = real("a finite number above 0", lambda number: number > 0)
+fraction = real("a number from 0 to below 1", lambda number: 0 <= number < 1)
+share = real("a number from 0.000001 to 1", lambda number: 1e-6 <= number <= 1)
 
 
 def several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -120,7 +120,7 @@ def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
         (["--shots", "19"], "21 of each class"),
         (["--symmetries", "3"], "invalid choice: 3"),
         (["--average", "1"], "'1' is not a number from 0 to below 1"),
-        (["--augment", "-1"], "'-1' is below 0"),
+        (["--augment", "-1"], "'-1' is not a finite number of 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
