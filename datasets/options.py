@@ -37,7 +37,10 @@ def loader_options(loader: Callable[..., Any]) -> dict[str, Flag]:
     for name, parameter in inspect.signature(loader).parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
             continue
-        kind, *extras = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        # With a default of None, Python 3.10 puts an Optional around the Annotated.
+        parts = (hints[name], *get_args(hints[name]))
+        annotated = next((part for part in parts if get_origin(part) is Annotated), None)
+        kind, *extras = (hints[name],) if annotated is None else get_args(annotated)
         kind = next((part for part in get_args(kind) if part is not type(None)), kind)
         if kind not in (int, float, bool, str) or not extras or parameter.default is parameter.empty:
             raise TypeError(

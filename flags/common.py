@@ -200,7 +200,7 @@ def add_run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
         str.lower,
         "auto",
         "layers of the networks: plain torch, fast ones with the same numbers up to rounding, or auto: "
-        "fast on the CPU, plain elsewhere",
+        "fast on the CPU and on CUDA, plain elsewhere",
         choices=BACKENDS,
     )
     group.add_argument(

@@ -54,7 +54,8 @@ OF_HEADS = ("features", "power", "shrinkage")  # flags that only the others have
 def evaluation_parser() -> Parser:
     """The flags of `evaluate_classification.py`; defaults are the paper's main treatment."""
     parser = Parser(
-        "Meta-test a model: learn unseen classes one after another, then measure accuracy.",
+        "Meta-test a model: learn unseen classes one after another, then measure accuracy.\n\n"
+        "    python evaluate_classification.py --model Neuromodulation_Model.net --nested",
         _check_evaluation,
     )
     # None of these changes a number: more runs or class counts add to what there is, and models are
@@ -281,9 +282,10 @@ def _check_evaluation(parser: Parser, arguments: argparse.Namespace) -> None:
     steps = LEARNERS[arguments.learner].takes_steps
     if arguments.scratch and arguments.rln is None and steps:
         arguments.rln = 0
-    if arguments.track_every and steps and (arguments.iid or arguments.epoch > 1):
+    shuffled_or_repeated = arguments.iid or (arguments.epoch or 1) > 1
+    if arguments.track_every and shuffled_or_repeated:
         parser.error("--track_every follows classes learned one after another, once: drop --iid and --epoch")
-    if arguments.nested and (arguments.iid or arguments.epoch > 1 or arguments.class_order != "random"):
+    if arguments.nested and (shuffled_or_repeated or arguments.class_order != "random"):
         parser.error(
             "--nested tests on its way through classes learned one after another, once, in random order: "
             "drop --iid, --epoch and --class_order"

@@ -22,7 +22,11 @@ from utils.command_line import Parser, file_path, positive, whole
 
 def pretraining_parser() -> Parser:
     """The flags of `pretrain_classification.py`; the default budget is what meta-training sees."""
-    parser = Parser("Train a network on shuffled images of all meta-training classes.", _check_pretraining)
+    parser = Parser(
+        "Train a network on shuffled images of all meta-training classes.\n\n"
+        "    python pretrain_classification.py --images 420000",
+        _check_pretraining,
+    )
     parser.may_change = frozenset(
         ("log_every", "save_every", "device", "threads", "backend", "model_name", *PLACES)
     )

@@ -61,7 +61,9 @@ LEARNER_FLAGS: dict[str, dict[str, Any]] = {
 def training_parser() -> Parser:
     """The flags of `mrcl_classification.py`; defaults are those of the released train command."""
     parser = Parser(
-        "Meta-train ANML or another network and write the initial weights found.", _check_training
+        "Meta-train ANML or another network and write the initial weights found.\n\n"
+        "    python mrcl_classification.py --config configs/anml.toml",
+        _check_training,
     )
     # How long, how often and where: none of these changes a number.
     parser.may_change = frozenset(

@@ -112,7 +112,9 @@ def pictures(
 def analysis_parser() -> Parser:
     """The flags of `python -m tools.analyze_representation`."""
     parser = Parser(
-        "Measure and draw a model's features and gate on classes it has never seen.", _check_analysis
+        "Measure and draw a model's features and gate on classes it has never seen.\n\n"
+        "    python -m tools.analyze_representation --model Neuromodulation_Model.net",
+        _check_analysis,
     )
     analysis = parser.add_argument_group("analysis")
     parser.flag(

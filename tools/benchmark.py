@@ -49,7 +49,7 @@ from model.meta_test import FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
-from utils.command_line import Parser, parse
+from utils.command_line import Parser, no_check, parse
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, expand, write_text
@@ -342,9 +342,7 @@ def positive(text: str) -> int:
 
 def benchmark_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(
-        "Time meta-training and meta-test against the arithmetic and a textbook.", lambda *_: None
-    )
+    parser = Parser((__doc__ or "").partition("No data")[0], no_check)
     group = parser.add_argument_group("what to measure")
     group.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
     parser.flag(group, "--repeats", positive, 7, "turns, of which the median is shown")

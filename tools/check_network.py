@@ -11,7 +11,6 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 from functools import partial
 
 import torch
@@ -19,15 +18,12 @@ import torch
 from model.check import check_network
 from model.fast import meta_loss, use_backend
 from model.modelfactory import NETWORKS, build, layer_parameters
+from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.check_network",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = HelpFirst(prog="python -m tools.check_network", description=__doc__)
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
     parser.add_argument("--backend", choices=("plain", "fast"), default="plain")
     args = parser.parse_args()

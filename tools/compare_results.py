@@ -51,7 +51,11 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def comparison_parser() -> Parser:
     """The arguments of `python -m tools.compare_results`, which reads no config file."""
-    parser = Parser("Test whether two evaluations differ, at each class count that both have.", no_check)
+    parser = Parser(
+        "Test whether two evaluations differ, at each class count that both have.\n\n"
+        "    python -m tools.compare_results runs/a_0 runs/b_0",
+        no_check,
+    )
     for name in ("A", "B"):
         text = "run folder of an evaluation, or its results.csv or results.json"
         parser.add_argument(name.lower(), type=file_path, metavar=name, help=text)

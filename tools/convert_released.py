@@ -17,7 +17,6 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 import io
 import math
 import pickle
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from model.modelfactory import NETWORKS, Network
 from utils.checkpoint import save_checkpoint
+from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script, say
 from utils.files import expand, keep_earlier
 
@@ -303,7 +303,7 @@ def _tensor(arguments: tuple[object, ...], values: Mapping[str, Tensor]) -> Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.convert_released", description=__doc__)
+    parser = HelpFirst(prog="python -m tools.convert_released", description=__doc__)
     parser.add_argument("source", type=expand, metavar="IN", help="model file to read")
     parser.add_argument("target", type=expand, metavar="OUT", help="model file to write")
     args = parser.parse_args()

@@ -222,7 +222,9 @@ def inserted(text: str, tables: str, source: Path) -> str:
 
 def ledger_parser() -> Parser:
     """The flags of `python -m tools.ledger`."""
-    parser = Parser("Write published numbers beside ours into docs/results.md.", no_check)
+    parser = Parser(
+        "Write published numbers beside ours into docs/results.md.\n\n    python -m tools.ledger", no_check
+    )
     group = parser.add_argument_group("ledger")
     parser.switch(group, "--check", "change nothing; exit code 1 if the page is not what would be written")
     root = Path(__file__).resolve().parents[1]

@@ -142,7 +142,11 @@ def draw(args: argparse.Namespace) -> list[Path]:
 
 def plot_parser() -> Parser:
     """The flags of `python -m tools.plot_results`."""
-    parser = Parser("Draw accuracy against the number of classes, and the final accuracy as bars.", no_check)
+    parser = Parser(
+        "Draw accuracy against the number of classes, and the final accuracy as bars.\n\n"
+        "    python -m tools.plot_results ANML=runs/a_0 OML=runs/b_0",
+        no_check,
+    )
     group = parser.add_argument_group("figures")
     group.add_argument(
         "results",

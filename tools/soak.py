@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mrcl_classification
 from tests.conftest import TINY
+from utils.command_line import HelpFirst, whole
 from utils.errors import run_script
 from utils.run import Run
 
@@ -34,7 +35,11 @@ def open_files() -> int:
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else STEPS
+    parser = HelpFirst(prog="python -m tools.soak", description=__doc__)
+    parser.add_argument(
+        "steps", type=whole(1), nargs="?", default=STEPS, metavar="STEPS", help="2000 if not given"
+    )
+    steps = parser.parse_args().steps
     seen: list[tuple[int, int]] = []
     write = Run.metrics
 

@@ -36,7 +36,18 @@ _KINDS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
+class HelpFirst(argparse.ArgumentParser):
+    """An argument parser whose help begins with its description, a sentence and an example, as it is."""
+
+    def format_help(self) -> str:
+        about, self.description = self.description, None
+        try:
+            return f"{(about or '').strip()}\n\n{super().format_help()}"
+        finally:
+            self.description = about
+
+
+class Parser(HelpFirst):
     """An argument parser that knows its flags by destination and reports errors in one line."""
 
     def __init__(self, description: str, check: Callable[[Parser, argparse.Namespace], None]):

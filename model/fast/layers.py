@@ -29,7 +29,14 @@ class FastConvBlock(ConvBlock):
 
 
 class FastConv2d(nn.Conv2d):
-    """`nn.Conv2d`, fast for 3x3 kernels without padding, dilation and groups."""
+    """`nn.Conv2d`, fast for 3x3 kernels without padding, dilation and groups.
+
+    Attributes:
+        channels_last: whether its output may lie so in memory. Layers of somebody else's get what they would
+            get without it: GroupNorm of torch before 2.14 ends the process on such activations.
+    """
+
+    channels_last = False
 
     def is_fast(self, x: Tensor) -> bool:
         """Whether this is a convolution that `conv2d` computes, and `x` are images [B, C, H, W] for it."""
@@ -44,7 +51,8 @@ class FastConv2d(nn.Conv2d):
         if is_grey(x):
             x, weight = summed_over_channels(x, weight)
         y = conv2d(x, weight, self.stride[0])
-        return y if self.bias is None else y + self.bias[:, None, None]
+        y = y if self.bias is None else y + self.bias[:, None, None]
+        return y if self.channels_last else y.contiguous()
 
 
 class FastLinear(nn.Linear):
@@ -101,6 +109,7 @@ def use_fast_layers(net: nn.Module) -> None:
     Subclasses, and layers whose weights somebody computes (parametrizations), are of another type and
     stay as they are. Kernels are laid out with the channels last.
     """
+    known = is_known_chain(net)
     for module in net.modules():
         fast = FAST.get(type(module))
         if fast is not None:
@@ -108,4 +117,5 @@ def use_fast_layers(net: nn.Module) -> None:
                 fast  # in place, so that hooks and modules in several places stay what they are
             )
         if isinstance(module, FastConv2d):
+            module.channels_last = known
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

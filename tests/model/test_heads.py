@@ -145,7 +145,7 @@ def evaluate(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ev
         ("--model ANML.net --learner slda", "ANML, streaming LDA"),
         ("--model ANML.net --learner slda --features gated", "ANML, streaming LDA --features gated"),
         ("--model ANML.net --learner ncm --power 1 --backend plain", "ANML, nearest class mean --power 1"),
-        ("--model ANML.net --learner map", "ANML, GeMCL-MAP"),
+        ("--model ANML.net --learner map --nested", "ANML, GeMCL-MAP"),
         ("--model OML.net --learner slda", "OML, streaming LDA"),
         ("--model Pretrain.net --learner map", "Pretrain, GeMCL-MAP"),
         ("--model sANML.net --learner ncm", "sANML, nearest class mean"),  # of 4 outputs: none is used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -364,7 +365,6 @@ def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) 
 SCRIPTS = [
     *sorted(path.name for path in ROOT.glob("*.py")),
     *("-m tools." + path.stem for path in ROOT.glob("tools/*.py") if "def main" in path.read_text()),
-    "-m tools.check_network",
 ]
 OLD = {
     "torch": "import torch; torch.__version__ = '2.8.0+cpu'; del torch.func.functional_call",
@@ -391,6 +391,21 @@ def test_an_old_release_is_refused_in_one_line(script: str, package: str, tmp_pa
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert re.search(rf"error: {package} [\d.]+\S* is too old, [\d.]+ is needed: pip install -r ", line)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_begins_with_a_sentence_and_an_example(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script.removeprefix("-m "), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    sentence, empty, example, *_ = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert sentence.endswith(".")
+    assert not empty
+    assert example.startswith(f"    python {script}")
 
 
 def test_releases_are_compared_by_number() -> None:
