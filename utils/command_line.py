@@ -37,7 +37,8 @@ _KINDS = {
 
 
 class HelpFirst(argparse.ArgumentParser):
-    """An argument parser whose help begins with its description, a sentence and an example, as it is."""
+    """An argument parser whose help begins with its description, a sentence and an example, as it is, and
+    whose errors are one line."""
 
     def format_help(self) -> str:
         about, self.description = self.description, None
@@ -46,9 +47,13 @@ class HelpFirst(argparse.ArgumentParser):
         finally:
             self.description = about
 
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2 and one line on stderr, without the usage."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
 
 class Parser(HelpFirst):
-    """An argument parser that knows its flags by destination and reports errors in one line."""
+    """An argument parser that knows its flags by destination."""
 
     def __init__(self, description: str, check: Callable[[Parser, argparse.Namespace], None]):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False)
@@ -57,10 +62,6 @@ class Parser(HelpFirst):
         self.may_change: frozenset[str] = frozenset()  # flags that `--resume` takes other values of
         self._spellings: dict[str, str] = {}
         self.set_defaults(notices=(), config=None)
-
-    def error(self, message: str) -> NoReturn:
-        """End the process with exit code 2 and one line on stderr, without the usage."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def flag(
         self,

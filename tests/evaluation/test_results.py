@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -301,27 +300,3 @@ def test_comparing_two_evaluations(
     content = json.loads(compared(capsys, monkeypatch, a, b, "--json"))
     assert (content["only_a"], content["only_b"]) == ([75], [50, 100])
     assert content["comparison"] == compare(shared, shared)
-
-
-def test_comparing_what_cannot_be_compared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_results(tmp_path / "a", [row()], {})
-    write_results(tmp_path / "b", [row(classes=50), row(classes=75)], {})
-    with pytest.raises(UserError, match=r"no class count is in both: .*a has 10; .*b has 50, 75"):
-        compared(capsys, monkeypatch, tmp_path / "a", tmp_path / "b")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no results"):
-        compared(capsys, monkeypatch, tmp_path / "a", tmp_path / "empty")
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.compare_results", str(tmp_path / "a"), str(tmp_path / "empty")],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    with pytest.raises(SystemExit) as ended:
-        compared(capsys, monkeypatch, tmp_path / "a")
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1

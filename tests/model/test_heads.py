@@ -17,15 +17,12 @@ from torch import Tensor
 
 import evaluate_classification
 from evaluation.results import compare, read_results, table
-from flags.evaluation import evaluation_parser
 from model.fast import use_backend
 from model.heads import NearestClassMean, fit_prior, view
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import build
 from utils.checkpoint import save_checkpoint
-from utils.command_line import parse
-from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CLASSES = 6
@@ -175,42 +172,6 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
     assert 0 <= line["test_p"] <= 1
     with pytest.raises(SystemExit):
         evaluate(f"--resume {begun} --power 1")
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        *(
-            (f"--learner slda {flag}", flag.split()[0])
-            for flag in (
-                *("--lr 0.1", "--lrs 0.1", "--lr_search_runs 10", "--lr_search_split evaluation", "--test"),
-                *("--rln 13", "--no-freeze", "--reset", "--iid", "--epoch 1", "--optimizer adam"),
-                "--treatment-preset ANML",
-            )
-        ),
-        ("--learner ncm --shrinkage 0.5", "--shrinkage"),
-        ("--features gate", "--features"),
-        ("--power 1", "--power"),
-        ("--learner slda --shrinkage 0", "--shrinkage"),
-        ("--learner slda --shrinkage 1.5", "--shrinkage"),
-        ("--learner slda --power 0", "--power"),
-        ("--learner svm", "--learner"),
-    ],
-)
-def test_flags_that_mean_nothing(flags: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse(evaluation_parser(), ["--model", "m", *flags.split()])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error.count("\n") == 1
-    assert named.removeprefix("--no-") in error
-
-
-@pytest.mark.parametrize("features", ["gate", "both"])
-def test_a_network_without_gate_shows_none(features: str, evaluate: Evaluate) -> None:
-    with pytest.raises(UserError, match=f"--features {features}: sANML has no gate"):
-        evaluate(f"{TINY} --schedule 2 --runs 1 --model sANML.net --learner ncm --features {features}")
-    assert not Path("runs").exists()
 
 
 def test_both_backends_agree() -> None:

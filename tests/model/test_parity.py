@@ -1,16 +1,15 @@
-"""The recorded fixtures of the released model, in float64 and float32, and the comparison itself."""
+"""The recorded fixtures of the released model, in float64 and float32."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from tests import parity, reference
 
-FIXTURES = sorted((Path(__file__).parents[1] / "data/parity").glob("*.npz"))
+FIXTURES = [Path(__file__).parents[1] / f"data/parity/{name}.npz" for name in ("anml_seed0", "oml_seed2")]
 
 
 @pytest.mark.skipif(
@@ -53,28 +52,3 @@ def plain_float32_errors(path: Path) -> dict[str, float]:
             key = f"meta_grad_{name}_{order}"
             errors[key] = parity.errors(key, value, fixture.arrays[key])[0]
     return errors
-
-
-def test_error_of_an_array_is_relative_to_its_largest_value() -> None:
-    reference = np.array([[1.0, -4.0], [0.5, 2.0]])
-    relative, zero = parity.errors("logits", reference + 0.4, reference)
-    assert relative == pytest.approx(0.1)
-    assert zero == 0
-
-
-def test_error_by_row_and_of_biases_before_a_norm() -> None:
-    reference = np.ones((28, 16))
-    reference[3] = 0.01
-    ours = reference.copy()
-    ours[3] += 0.001
-    ours[5] += 2e-9  # a bias that feeds a norm: compared absolutely
-    relative, zero = parity.errors("meta_grad_head_first", ours, reference)
-    assert relative == pytest.approx(0.1)
-    assert zero == pytest.approx(2e-9)
-    assert parity.past_tolerance(0, zero, "float64")
-    assert not parity.past_tolerance(0, zero, "float32")
-
-
-def test_what_is_not_a_number_is_past_tolerance() -> None:
-    relative, zero = parity.errors("meta_loss_first", np.array(np.nan), np.array(1.0))
-    assert parity.past_tolerance(relative, zero, "float32")

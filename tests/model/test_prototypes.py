@@ -17,7 +17,6 @@ from model.fast import use_backend
 from model.prototypes import PrototypeLearner, prototype_logits
 from tests.conftest import assert_same_run
 from tests.model.test_method import CLASSES, CPU, images, network
-from utils.errors import run_script
 
 FLAGS = [
     *("--learner", "prototypes", "--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
@@ -108,34 +107,3 @@ def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
     assert_same_run(tmp_path / "runs/p_0", tmp_path / "runs/p_1")
     with pytest.raises(SystemExit):  # the schedule's length is not a matter of how long
         train(monkeypatch, "--resume", "runs/p_1", "--steps", "6")
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--update_lr", "0.1"], "--update_lr 0.1 means nothing with --learner prototypes"),
-        (["--first_order"], "--first_order means nothing with --learner prototypes"),
-        (["--learner", "sgd"], "means nothing with --learner sgd"),
-        (["--ways", "90"], "--ways 90 classes"),
-        (["--shots", "19"], "21 of each class"),
-        (["--symmetries", "3"], "invalid choice: 3"),
-        (["--average", "1"], "'1' is not a number from 0 to below 1"),
-        (["--augment", "-1"], "'-1' is not a finite number of 0 or more"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_one_line(
-    flags: list[str],
-    words: str,
-    tmp_path: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", *FLAGS, f"--cache_dir={cache}", *flags])
-    with pytest.raises(SystemExit) as end:
-        run_script(mrcl_classification.main)
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert end.value.code == 2
-    assert len(errors) == 1
-    assert words in errors[0]

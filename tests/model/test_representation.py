@@ -25,9 +25,8 @@ from model.representation import (
     represent,
 )
 from tests.scripts.test_scripts import run
-from tools.analyze_representation import analysis_parser, table
+from tools.analyze_representation import table
 from utils.checkpoint import save_checkpoint
-from utils.command_line import parse
 
 WIDTHS = {"ANML": {"nm_channels": 4, "pln_channels": 4}, "OML": {"pln_channels": 4}}
 PICTURES = {"ANML": {"activations", "class_gates", "embedding"}, "OML": {"activations", "embedding"}}
@@ -162,31 +161,3 @@ def test_script_leaves_numbers_and_pictures(cache: Path, tmp_path: Path, name: s
         second = json.loads((tmp_path / "runs/representation_1/representation.json").read_text())
         assert second["measured"] == measured
         assert "representation_1" in again.stdout
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--model", "nowhere.net"), "nowhere.net"),
-        (("--model", "foreign"), "foreign"),
-        (("--model", "{model}", "--test_classes", "660"), "659 classes"),
-        (("--model", "{model}", "--runs_dir", "foreign"), "foreign"),
-        (("--model", "{model}", "--dataset", "omniglot", "--dataset-path", "foreign"), "foreign"),
-    ],
-)
-def test_script_refuses_in_one_line(
-    cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
-) -> None:
-    (tmp_path / "foreign").write_text("a note")
-    model = str(save(tmp_path, "ANML"))
-    flags = ("--dataset", "glyphs", *(flag.format(model=model) for flag in flags))
-    done = run("tools.analyze_representation", cache, tmp_path, *flags, code=2)
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def test_a_model_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        parse(analysis_parser(), [])
-    assert "--model" in capsys.readouterr().err

@@ -109,31 +109,6 @@ def test_only_oracles_may_pass_the_stream_often() -> None:
     assert evaluate("--treatment-preset Scratch --treatment OML").treatment == "OML"
 
 
-@pytest.mark.parametrize(
-    ("typed", "messages"),
-    [
-        ("--treatment-preset ANML --rln 6", ["ANML means --rln 13, not --rln 6"]),
-        ("--rln 13 --treatment-preset OML-Oracle", ["OML-Oracle means --rln 6, not --rln 13"]),
-        ("--treatment-preset ANML --no-freeze", ["--rln 13, not --rln 0"]),
-        ("--treatment-preset ANML --iid", ["ANML means --no-iid, not --iid"]),
-        ("--treatment-preset ANML-Oracle --no-iid", ["--iid, not --no-iid"]),
-        ("--treatment-preset ANML --epoch 20", ["--epoch 1, not --epoch 20"]),
-        ("--treatment-preset ANML-Unlimited --scratch", ["--no-scratch, not --scratch"]),
-        ("--treatment-preset ANML-Unlimited --reset", ["drop --reset"]),
-        ("--treatment-preset Scratch --no-scratch", ["--scratch, not --no-scratch"]),
-        ("--treatment-preset MAML", ["MAML", *TABLE]),
-        ("--model m --track_every 2 --iid", ["--track_every"]),
-        ("--model m --track_every 2 --epoch 2", ["--track_every"]),
-        ("--model m n m", ["m twice"]),
-        ("--model m n --scratch", ["--scratch"]),
-    ],
-)
-def test_contradictions(typed: str, messages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    flags = typed.split() if "--model" in typed else ["--model", "m", *typed.split()]
-    line = refused(evaluation_parser(), flags, capsys)
-    assert all(message in line for message in messages)
-
-
 def test_a_config_file_names_models_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.toml"
     file.write_text('model = ["a, b.net", "c.net"]\ntreatment_preset = "oml"\nschedule = 5\n')

@@ -126,31 +126,6 @@ def test_a_rate_too_high_keeps_the_last_good_model(
     assert (tmp_path / "Pretrain_Model.net").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--images 0", "--images"),
-        ("--train_classes 9", "--num_classes 8"),
-        ("--train_classes 965 --num_classes 1000", "964 classes"),
-        ("--model_name file/m.net", "--model_name file/m.net"),
-        ("--update_lr 0.1", "--update_lr"),
-    ],
-)
-def test_wrong_flags(
-    flags: str,
-    message: str,
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises((UserError, SystemExit)) as ended:
-        pretrain(f"{TINY} {flags}", cache, tmp_path, monkeypatch)
-    assert message in str(ended.value) + capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
     flags = f"{TINY} --images 1000000 --batch_size 2".split()
     process = subprocess.Popen(

@@ -270,52 +270,6 @@ def test_a_table_that_cannot_be_printed(line: str, code: int, error: str, tmp_pa
     assert error in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--rln", "14"), "--rln 14"),
-        (("--train_classes", "965", "--num_classes", "1000"), "964 classes"),
-        (("--update_step", "21"), "21"),
-        (("--runs_dir", "file/runs"), "file/runs"),
-        (("--model_name", "file/model.net"), "file/model.net"),
-        (("--checkpoint", "--saved_model", "file"), "file"),
-        (("--checkpoint", "--saved_model", "nowhere.net"), "nowhere.net"),
-        (("--dataset", "omniglot", "--dataset-path", "file"), "file"),
-        (("--device", "cuda:99"), "cuda:99"),
-    ],
-)
-def test_training_refuses_in_one_line(
-    cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
-) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    done = train(cache, tmp_path, *flags, code=2)
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.glob("**/*.net"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--rln", "14"), "--rln 14"),
-        (("--schedule", "11"), "11"),
-        (("--test_classes", "660"), "659"),
-        (("--test_classes", "21", "--schedule", "21"), "20 outputs"),
-        (("--model", "nowhere.net"), "nowhere.net"),
-        (("--runs_dir", "file/runs"), "file/runs"),
-    ],
-)
-def test_evaluation_refuses_in_one_line(
-    trained: Path, cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
-) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    model = ("--model", str(trained / "runs/smoke.net"))
-    done = evaluate(cache, tmp_path, *model, *flags, code=2)
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("results*"))
-
-
 def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0", "--logdir=runs"]
     said = tmp_path / "said.txt"

@@ -219,33 +219,3 @@ def test_published_numbers_are_those_of_the_treatment() -> None:
     first_order = "anml, first order"
     assert shown(first_order, "ANML") == ({first_order: "ANML, first order"}, {"ANML, first order"})
     assert shown("mine", "ANML --rln 9") == ({}, {"ANML"})
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("run_0", "run_1"), "no class count in common"),
-        (("run_0", "run_0/results.csv"), "two results are called 'run_0'"),
-        (("run_0", "nowhere"), "nowhere"),
-        (("run_0", "label="), "'label='"),
-        (("=run_0",), "'=run_0'"),
-        (("_a=run_0",), "'_a'"),
-        (("$a^$=run_0",), "'$a^$'"),
-        (("empty",), "empty"),
-        (("nonsense",), "nonsense"),
-        (("run_0", "--out", "nonsense"), "nonsense"),
-        (("run_0", "--against=steps"), "how many steps"),
-        (("run_0", "--against=training"), "no metrics.csv"),
-        (("nonsense", "--against=training"), "accuracy_remember"),
-        ((), "RESULTS"),
-    ],
-)
-def test_script_refuses_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    run_folder(tmp_path, "run_0", {10: (0.8, 0.9)})
-    run_folder(tmp_path, "run_1", {20: (0.8, 0.9)})
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "nonsense").write_text("no,results\n1,2\n")
-    done = plot(tmp_path, *flags)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert message in done.stderr
-    assert not list(tmp_path.rglob("*.p[nd]*"))

@@ -1,0 +1,213 @@
+"""What each script refuses: exit code 2, one line that names the fault, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import evaluate_classification
+import mrcl_classification
+import pretrain_classification
+from model.modelfactory import build
+from model.treatments import TABLE
+from tests.tools.test_ledger import write_accuracies
+from tools import (
+    analyze_representation,
+    benchmark,
+    check_network,
+    compare_results,
+    convert_released,
+    ledger,
+    plot_results,
+)
+from utils.checkpoint import save_checkpoint
+from utils.errors import run_script
+
+ROOT = Path(__file__).parents[2]
+GLYPHS = "--dataset glyphs --threads 1"
+SMOKE = f"--config {ROOT}/configs/smoke.toml --model_name new.net --threads 1"
+PROTOTYPES = f"{GLYPHS} --learner prototypes --train_classes 20 --ways 5 --nm_channels 2 --pln_channels 2"
+PRETRAIN = f"{GLYPHS} --pln_channels 6 --train_classes 5 --num_classes 8"
+EVALUATE = f"{GLYPHS} --model m.net --test_classes 10"
+PRESET = f"{EVALUATE} --treatment-preset"
+ANALYZE = f"{GLYPHS} --model m.net"
+
+# Script: flags -> what the line says. The first of each is tried in a process of its own as well.
+REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
+    mrcl_classification: {
+        f"{SMOKE} --rln 14": "--rln 14",
+        f"{SMOKE} --train_classes 965 --num_classes 1000": "964 classes",
+        f"{SMOKE} --update_step 21": "21",
+        f"{SMOKE} --runs_dir file/runs": "file/runs",
+        f"{SMOKE} --model_name file/model.net": "file/model.net",
+        f"{SMOKE} --checkpoint --saved_model file": "file",
+        f"{SMOKE} --checkpoint --saved_model nowhere.net": "nowhere.net",
+        f"{SMOKE} --dataset omniglot --dataset-path file": "file",
+        f"{SMOKE} --device cuda:99": "cuda:99",
+        f"{PROTOTYPES} --update_lr 0.1": "--update_lr 0.1 means nothing with --learner prototypes",
+        f"{PROTOTYPES} --first_order": "--first_order means nothing with --learner prototypes",
+        f"{PROTOTYPES} --learner sgd": "means nothing with --learner sgd",
+        f"{PROTOTYPES} --ways 90": "--ways 90 classes",
+        f"{PROTOTYPES} --shots 19": "21 of each class",
+        f"{PROTOTYPES} --symmetries 3": "invalid choice: 3",
+        f"{PROTOTYPES} --average 1": "'1' is not a number from 0 to below 1",
+        f"{PROTOTYPES} --augment -1": "'-1' is not a finite number of 0 or more",
+    },
+    pretrain_classification: {
+        f"{PRETRAIN} --images 0": "--images",
+        f"{PRETRAIN} --train_classes 9": "--num_classes 8",
+        f"{PRETRAIN} --train_classes 965 --num_classes 1000": "964 classes",
+        f"{PRETRAIN} --model_name file/m.net": "--model_name file/m.net",
+        f"{PRETRAIN} --update_lr 0.1": "--update_lr",
+    },
+    evaluate_classification: {
+        f"{EVALUATE} --rln 14": "--rln 14",
+        f"{EVALUATE} --schedule 11": "11",
+        f"{EVALUATE} --test_classes 660": "659",
+        f"{EVALUATE} --test_classes 21 --schedule 21": "20 outputs",
+        f"{EVALUATE} --model nowhere.net": "nowhere.net",
+        f"{EVALUATE} --runs_dir file/runs": "file/runs",
+        f"{EVALUATE} --track_every 2 --iid": "--track_every",
+        f"{EVALUATE} --track_every 2 --epoch 2": "--track_every",
+        f"{GLYPHS} --model m n m": "m twice",
+        f"{GLYPHS} --model m n --scratch": "--scratch",
+        f"{PRESET} ANML --rln 6": "ANML means --rln 13, not --rln 6",
+        f"{EVALUATE} --rln 13 --treatment-preset OML-Oracle": "OML-Oracle means --rln 6, not --rln 13",
+        f"{PRESET} ANML --no-freeze": "--rln 13, not --rln 0",
+        f"{PRESET} ANML --iid": "ANML means --no-iid, not --iid",
+        f"{PRESET} ANML-Oracle --no-iid": "--iid, not --no-iid",
+        f"{PRESET} ANML --epoch 20": "--epoch 1, not --epoch 20",
+        f"{PRESET} ANML-Unlimited --scratch": "--no-scratch, not --scratch",
+        f"{PRESET} ANML-Unlimited --reset": "drop --reset",
+        f"{PRESET} Scratch --no-scratch": "--scratch, not --no-scratch",
+        f"{PRESET} MAML": ("MAML", *TABLE),
+        **{
+            f"{EVALUATE} --learner slda {flag}": flag.split()[0].removeprefix("--no-")
+            for flag in (
+                *("--lr 0.1", "--lrs 0.1", "--lr_search_runs 10", "--lr_search_split evaluation", "--test"),
+                *("--rln 13", "--no-freeze", "--reset", "--iid", "--epoch 1", "--optimizer adam"),
+                *("--treatment-preset ANML", "--shrinkage 0", "--shrinkage 1.5", "--power 0"),
+            )
+        },
+        f"{EVALUATE} --learner ncm --shrinkage 0.5": "--shrinkage",
+        f"{EVALUATE} --features gate": "--features",
+        f"{EVALUATE} --power 1": "--power",
+        f"{EVALUATE} --learner svm": "--learner",
+        **{
+            f"{EVALUATE} --model sANML.net --learner ncm --features {seen}": (
+                f"--features {seen}: sANML has no gate"
+            )
+            for seen in ("gate", "both")
+        },
+    },
+    analyze_representation: {
+        f"{ANALYZE} --model nowhere.net": "nowhere.net",
+        f"{ANALYZE} --model file": "file",
+        f"{ANALYZE} --test_classes 660": "659 classes",
+        f"{ANALYZE} --runs_dir file": "file",
+        f"{ANALYZE} --dataset omniglot --dataset-path file": "file",
+        GLYPHS: "--model",
+    },
+    plot_results: {
+        "run_0 run_1": "no class count in common",
+        "run_0 run_0/results.csv": "two results are called 'run_0'",
+        "run_0 nowhere": "nowhere",
+        "run_0 label=": "'label='",
+        "=run_0": "'=run_0'",
+        "_a=run_0": "'_a'",
+        "$a^$=run_0": "'$a^$'",
+        "empty": "empty",
+        "nonsense": "nonsense",
+        "run_0 --out nonsense": "nonsense",
+        "run_0 --against=steps": "how many steps",
+        "run_0 --against=training": "no metrics.csv",
+        "nonsense --against=training": "accuracy_remember",
+        "": "RESULTS",
+    },
+    compare_results: {
+        "run_0 run_1": "no class count is in both: run_0 has 10; run_1 has 20",
+        "run_0 empty": "empty holds no results",
+        "run_0": "B",
+    },
+    ledger: {"--results=empty --page=file": "targets.csv", "--results=empty --page=nowhere": "nowhere"},
+    convert_released: {"nowhere.net new.net": "nowhere.net", "file new.net": "file", "m.net": "OUT"},
+    check_network: {"Nothing": "'Nothing'", "": "NAME"},
+    benchmark: {"--repeats 0": "--repeats"},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, results, and a file where a folder is expected."""
+    folder = tmp_path_factory.mktemp("place")
+    for path, network, outputs in (("m.net", "ANML", 20), ("sANML.net", "sANML", 4)):
+        net = build(network, {"pln_channels": 2, "num_classes": outputs}, torch.Generator().manual_seed(0))
+        save_checkpoint(folder / path, network, net.widths, net.state_dict(), {}, 0)
+    for name, classes in (("run_0", 10), ("run_1", 20)):
+        (folder / name).mkdir()
+        write_accuracies(folder / name, "results", {classes: (0.8, 0.9)})
+    (folder / "empty").mkdir()
+    (folder / "nonsense").write_text("no,results\n1,2\n")
+    (folder / "file").write_text("not a folder")
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def words(flags: str, cache: Path) -> list[str]:
+    """The flags, and the place of the cache where there are data."""
+    return [*flags.split(), *([f"--cache_dir={cache}"] if "--threads" in flags else [])]
+
+
+def check(code: object, error: str, said: str | tuple[str, ...]) -> None:
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "error: " in error
+    assert all(word in error for word in ([said] if isinstance(said, str) else said)), error
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        pytest.param(script, flags, id=f"{script.__name__}-{flags.replace(str(ROOT), '')}")
+        for script, table in REFUSED.items()
+        for flags in table
+    ],
+)
+def test_refused_in_one_line(
+    script: ModuleType,
+    flags: str,
+    place: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words(flags, cache)])
+    before = contents(place)
+    with pytest.raises(SystemExit) as ended:
+        run_script(script.main)
+    check(ended.value.code, capsys.readouterr().err, REFUSED[script][flags])
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("script", REFUSED, ids=lambda script: script.__name__)
+def test_refused_by_a_process(script: ModuleType, place: Path, cache: Path) -> None:
+    flags, said = next(iter(REFUSED[script].items()))
+    done = subprocess.run(
+        [sys.executable, "-m", script.__name__, *words(flags, cache)],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    check(done.returncode, done.stderr, said)
