@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import UserError
+from utils.errors import UserError, try_to_write
 from utils.files import expand, place_of, read_text
 
 if sys.version_info >= (3, 11):
@@ -49,7 +49,8 @@ class HelpFirst(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with exit code 2 and one line on stderr, without the usage."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        try_to_write(f"{self.prog}: error: {' '.join(message.split())}\n", sys.stderr)
+        sys.exit(2)
 
 
 class Parser(HelpFirst):
