@@ -34,6 +34,7 @@ RAN=false  # whether the last step ran
 ANML="20,000 steps, second order, seed 9"
 FIRST="20,000 steps, first order, seed 9"
 OML="20,000 steps of OML, second order, seed 9"
+PROTOTYPES="2,400 episodes for a head of class means, seed 9"
 PRETRAIN="1,680,000 images, i.i.d., seed 9"
 
 among() { [[ " ${*:2} " == *" $1 "* ]]; }
@@ -121,6 +122,7 @@ paper() {
   train train_anml_first_order "90 min" Neuromodulation_Model_first_order.net \
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
   train train_oml "6 h" OML_Model.net mrcl_classification.py --config configs/oml.toml
+  train train_prototypes "1 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net pretrain_classification.py --images 1680000
 
   # Treatments. Learning rates are chosen by test accuracy (--test), as the released code reports it;
@@ -145,6 +147,9 @@ paper() {
   evaluate anml_map "5 min" "$ANML" --model Neuromodulation_Model.net --learner map
   evaluate anml_slda_gated "10 min" "$ANML" --model Neuromodulation_Model.net --learner slda --features gated
   evaluate anml_slda "20 min" "$ANML" --model Neuromodulation_Model.net --learner slda
+  evaluate anml_prototypes_ncm "5 min" "$PROTOTYPES" --model Prototypes_Model.net --learner ncm --nested
+  evaluate anml_prototypes_slda "10 min" "$PROTOTYPES" --model Prototypes_Model.net --learner slda \
+    --features gated --nested
 
   # Oracles: the same on a shuffled stream.
   evaluate anml_oracle_1 "4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Oracle
