@@ -118,7 +118,7 @@ def test_a_signal_saves_and_the_run_goes_on(
         _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (code, "")
     step = trainer.state().step
-    assert len(rows(trainer.run)) == step
+    assert len(rows(trainer.run)) == step == load_checkpoint(Path("runs/smoke.net")).step
     trainer.resume(f"--steps={step + 3}")
     trainer(f"--steps={step + 3}")
     assert_same_run(tmp_path / "runs/smoke_1", trainer.run)

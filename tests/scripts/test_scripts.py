@@ -7,19 +7,21 @@ import importlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import evaluate_classification
+import mrcl_classification
 from utils.checkpoint import load_checkpoint
 from utils.device import WAITING, choose_device
 from utils.start import numbers
@@ -52,12 +54,20 @@ def run(
     return done
 
 
-def train(cache: Path, folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return run("mrcl_classification.py", cache, folder, *TINY, *flags, code=code)
+Inside = Callable[..., None]
 
 
-def evaluate(cache: Path, folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return run("evaluate_classification.py", cache, folder, *TINY_EVALUATE, *flags, code=code)
+@pytest.fixture
+def inside(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inside:
+    """Runs one of the two scripts with its smallest config, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(script: ModuleType, *flags: str) -> None:
+        config = TINY if script is mrcl_classification else TINY_EVALUATE
+        monkeypatch.setattr(sys, "argv", command(f"{script.__name__}.py", cache, *config, *flags)[1:])
+        script.main()
+
+    return start
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -70,8 +80,8 @@ def events(folder: Path) -> EventAccumulator:
 def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the smoke config was trained and evaluated."""
     folder = tmp_path_factory.mktemp("trained")
-    train(cache, folder)
-    evaluate(cache, folder)
+    run("mrcl_classification.py", cache, folder, *TINY)
+    run("evaluate_classification.py", cache, folder, *TINY_EVALUATE)
     return folder
 
 
@@ -150,24 +160,29 @@ def test_evaluation_leaves_results(trained: Path) -> None:
         ("--scratch",),
     ],
 )
-def test_treatments(trained: Path, cache: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_treatments(
+    flags: tuple[str, ...], trained: Path, inside: Inside, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--model", str(trained / "runs/smoke.net"), "--schedule", "2", "--runs", "1")
-    done = evaluate(cache, tmp_path, *options, *flags)
-    assert "meta-test test %" in done.stdout
+    inside(evaluate_classification, *options, *flags)
+    out = capsys.readouterr().out
+    assert "meta-test test %" in out
     if "background" in flags:
-        assert "meta-training classes, none of those reported on" in done.stdout
+        assert "meta-training classes, none of those reported on" in out
 
 
 @pytest.mark.parametrize("flags", [("--first_order",), ("--treatment", "OML", "--update_lr=0.03")])
-def test_other_methods_train_and_evaluate(cache: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
-    train(cache, tmp_path, *flags)
-    done = evaluate(cache, tmp_path, "--lr", "0.001", "--schedule", "3")
-    assert "learning rate 0.001 as given" in done.stdout
+def test_other_methods_train_and_evaluate(
+    flags: tuple[str, ...], inside: Inside, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside(mrcl_classification, *flags)
+    inside(evaluate_classification, "--lr", "0.001", "--schedule", "3")
+    assert "learning rate 0.001 as given" in capsys.readouterr().out
 
 
-def test_same_seed_same_weights(trained: Path, cache: Path, tmp_path: Path) -> None:
-    train(cache, tmp_path, "--eval_every", "0")  # and looking on the way changes nothing
-    train(cache, tmp_path, "--seed", "10", "--model_name", "other.net")
+def test_same_seed_same_weights(trained: Path, inside: Inside, tmp_path: Path) -> None:
+    inside(mrcl_classification, "--eval_every", "0")  # and looking on the way changes nothing
+    inside(mrcl_classification, "--seed", "10", "--model_name", "other.net")
     first = load_checkpoint(trained / "runs/smoke.net").state_dict
     again = load_checkpoint(tmp_path / "runs/smoke.net").state_dict
     other = load_checkpoint(tmp_path / "other.net").state_dict
@@ -176,38 +191,13 @@ def test_same_seed_same_weights(trained: Path, cache: Path, tmp_path: Path) -> N
     assert not torch.equal(first["pln.block2.conv.weight"], other["pln.block2.conv.weight"])
 
 
-def test_training_starts_from_a_model_file(trained: Path, cache: Path, tmp_path: Path) -> None:
+def test_training_starts_from_a_model_file(trained: Path, inside: Inside, tmp_path: Path) -> None:
     model = str(trained / "runs/smoke.net")
     start = ("--checkpoint", "--saved_model", model, "--steps", "1", "--meta_lr", "1e-12")
-    train(cache, tmp_path, *start, "--no-reset", "--model_name", "next.net")
+    inside(mrcl_classification, *start, "--no-reset", "--model_name", "next.net")
     first = load_checkpoint(Path(model)).state_dict
     second = load_checkpoint(tmp_path / "next.net").state_dict
     assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
-
-
-def test_ctrl_c_saves_what_there_is(cache: Path, tmp_path: Path) -> None:
-    arguments = command("mrcl_classification.py", cache, *TINY, "--steps=1000000", "--eval_every=0")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        arguments,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        metrics = tmp_path / "runs/smoke_0/metrics.csv"
-        deadline = time.monotonic() + 60
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            assert time.monotonic() < deadline, "training did not start"
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    rows = metrics.read_text().count("\n") - 1
-    assert load_checkpoint(tmp_path / "runs/smoke.net").step == rows
 
 
 def shell(folder: Path, line: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from model.modelfactory import Network, build, restore
+from tests.utils.test_checkpoint import Trap
 from tools import convert_released
 from tools.convert_released import LEGACY_MAGIC, convert, main, read
 from utils.checkpoint import load_checkpoint
@@ -52,16 +52,6 @@ def released_module() -> Iterator[None]:
     finally:
         del sys.modules["model.learner"]
         Learner.__module__ = __name__
-
-
-class Trap:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def network(kind: str = "ANML") -> Network:

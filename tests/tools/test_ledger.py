@@ -240,8 +240,3 @@ def test_malformed_results(tmp_path: Path, manifest: str, files: dict[str, str],
         (results / name).write_text(text)
     with pytest.raises(UserError, match=message):
         ledger(results)
-
-
-def test_a_folder_without_targets(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"targets\.csv"):
-        ledger(tmp_path)
