@@ -7,13 +7,14 @@ import warnings
 import pytest
 import torch
 
-from model.episodes import sample_trajectory
+from model.episodes import sample_episode, sample_trajectory
 from model.fast import capture, learner, meta_loss, use_backend
 from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import FrozenOutputs, learn
 from model.modelfactory import shared_copy, trained_parameters
+from model.prototypes import PrototypeLearner
 from tests.model.test_method import CLASSES, images, network
 from utils.device import choose_device
 
@@ -53,6 +54,35 @@ def test_meta_steps_as_on_the_cpu(kind: str, rln: int, backend: str, first_order
             learner.step(*drawn)
         weights.append([parameter.detach().cpu() for parameter in learner.net.parameters()])
     assert isinstance(learner.meta_grads, CudaGraph) == (backend == "fast")
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["plain", "fast"])
+def test_episodes_as_on_the_cpu(backend: str) -> None:
+    weights = []
+    for name in ("cpu", "cuda"):
+        device = choose_device(name)
+        net, _ = network("ANML")
+        use_backend(net, backend, device)
+        learner = PrototypeLearner(
+            net.to(device),
+            images(CLASSES, 20).to(device),
+            torch.Generator().manual_seed(7),
+            meta_lr=0.001,
+            steps=10,
+            shots=3,
+            leave_one_out=True,
+            augment=1,
+            average=0.9,
+        )
+        for _ in range(3):
+            learner.differentiate(
+                sample_episode([20] * CLASSES, learner.generator, ways=6, images=5, symmetries=8)
+            )
+            learner.update()
+        with learner.averaged():
+            weights.append([weight.detach().cpu().clone() for weight in learner.learned])
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 

@@ -15,6 +15,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api as launcher
 
+import mrcl_classification
+import pretrain_classification
 from model.episodes import sample_trajectory
 from model.meta_learner import MetaLearner
 from model.modelfactory import build
@@ -140,9 +142,14 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(UserError, match=r"WORLD_SIZE=2.*torchrun"):
             trainer()
-        monkeypatch.setattr(sys, "argv", ["analyze_representation.py", "--model=m.net"])
-        with pytest.raises(UserError, match="analysis runs in one process"):
-            analyze_representation.main()
+        for script, flag, what in (
+            (analyze_representation, "--model=m.net", "analysis"),
+            (pretrain_classification, "--dataset=glyphs", "pretraining"),
+            (mrcl_classification, "--learner=prototypes", "--learner prototypes"),
+        ):
+            monkeypatch.setattr(sys, "argv", [script.__name__, flag])
+            with pytest.raises(UserError, match=f"^{what} runs in one process"):
+                script.main()
     assert not list(tmp_path.iterdir())
     monkeypatch.delenv("RANK")
     trainer("--steps=1")
