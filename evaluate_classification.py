@@ -21,24 +21,31 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import product, starmap
 from typing import Any
 
-from datasets import ImageSet, load_images
+from datasets import ImageSet, Pool, load_images
 from evaluation.journal import Journal
-from evaluation.models import Model, load_models, match_earlier, warn_of_other_data
+from evaluation.models import (
+    Model,
+    check_preset,
+    distinct,
+    load_models,
+    match_earlier,
+    new_model,
+    warn_of_other_data,
+)
 from evaluation.plots import accuracy_figure, figure_pixels, save_figure
 from evaluation.results import Row, summarise, table, write_results
-from evaluation.runner import Job, Scorer, frozen_layers, scorer
-from flags.common import data_source
-from flags.evaluation import SCHEDULE, evaluation_parser
-from model.fast import use_backend
-from model.learner import LearnerKind
-from model.meta_test import LEARNERS, check_outputs
+from evaluation.runner import Job, Scorer, scorer
+from flags.evaluation import SCHEDULE, Evaluation
+from model.fast import Backend, learner, use_backend
+from model.learner import LearnerKind, Settings
+from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, trained_parameters
 from model.rate_search import Draw, RateSearch, next_tries
 from model.scores import MEASURES
@@ -62,7 +69,7 @@ POINTS = {
 
 
 def search(
-    args: argparse.Namespace,
+    args: Evaluation,
     run: Run,
     scores: Scorer,
     models: list[Model],
@@ -105,7 +112,7 @@ def warn_of_diverged(classes: int, lr: float | None, of: str, scores: Sequence[M
 
 
 def evaluate(
-    args: argparse.Namespace,
+    args: Evaluation,
     run: Run,
     scores: Scorer,
     models: list[Model],
@@ -140,7 +147,7 @@ def evaluate(
 
 
 def report(
-    args: argparse.Namespace,
+    args: Evaluation,
     run: Run,
     scores: Scorer,
     models: list[Model],
@@ -170,38 +177,37 @@ def report(
 
 
 def main() -> None:
-    args = parse(evaluation_parser())
+    args = parse(Evaluation)
     run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
     group = join(device)
-    models = load_models(args, device)
+    models = [model._replace(net=model.net.to(device)) for model in models_of(args)]
     net = models[0].net
-    learner = LEARNERS[args.learner]
-    if learner.takes_steps:  # what does not fit is an error now, not after the data is read
+    kind = LEARNERS[args.learner]
+    if kind.takes_steps:  # what does not fit is an error now, not after the data is read
         if args.rln is None:
             args.rln = net.default_meta_test_rln
         trained_parameters(net, args.rln)
-        if args.schedule is not None:
-            check_outputs(net, max(args.schedule))
+        check_outputs(net, max(args.schedule, default=0))
         named = ""
     else:
-        named = choose_features(args, learner, net)
+        named = choose_features(args, kind, net)
     for model in models:
         backend = use_backend(model.net, args.backend, device)
-    source = data_source(args)
+    source = args.source()
     warn_of_other_data(models, source)
     normalisation = None if args.scratch else net.normalisation
     images = group.one_before_others(lambda: load_images(source, "evaluation", normalisation))
     sets = {"evaluation": images.limited(args.test_classes, "--test_classes")}
     data = images.about()
-    if learner.fit or (args.lr is None and args.lr_search_split == "background"):
+    if kind.fit or (args.lr is None and args.lr_search_split == "background"):
         background = group.one_before_others(lambda: load_images(source, "background", normalisation))
-        most = FITTED if learner.fit else net.num_outputs if learner.takes_steps else len(background)
+        most = FITTED if kind.fit else net.num_outputs if kind.takes_steps else len(background)
         sets["background"] = background.first(most)
         data |= {"search_data": background.name, "search_manifest": background.manifest}
-    drawn_from = {split: sets[split] for split in sets if split == "evaluation" or not learner.fit}
-    check_sets(args, learner, drawn_from, net)
+    drawn_from = {split: sets[split] for split in sets if split == "evaluation" or not kind.fit}
+    check_sets(args, kind, drawn_from, net)
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}
     if args.resume is not None:
         models = match_earlier(models, data, args.resume)
@@ -215,12 +221,17 @@ def main() -> None:
         "points": POINTS[args.nested],
         **data,
     }
-    run = Run.open(args, about)
+    run = Run.open(args.runs_dir, args.name, args.resume, args, about)
     with run, Journal(run.folder / "scores.csv") if group.first else nullcontext() as journal:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", about["treatment"], about["rln"])
-        scores = scorer(args, run, journal, models, pools, group, backend)
+        scores = scorer(
+            *(run, journal, models, partial(meta_test, args, backend, pools), group),
+            search_split=args.lr_search_split,
+            nested=args.nested,
+            track_every=args.track_every,
+        )
         rows = evaluate(args, run, scores, models, {**about, "arguments": recorded(args)}, group.size)
         group.leave()
         if not group.first:
@@ -235,9 +246,53 @@ def main() -> None:
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
 
 
-def check_sets(
-    args: argparse.Namespace, learner: LearnerKind, sets: Mapping[str, ImageSet], net: Network
-) -> None:
+def models_of(args: Evaluation) -> list[Model]:
+    """The models of `--model`, each once; for `--scratch` one new network, of the shape of `--model` if that
+    is given. An evaluation that is resumed gets them all; see `match_earlier`."""
+    models = load_models(args.model) if args.model else []
+    if args.scratch:
+        shape = models[0].net if models else None
+        network, widths = (shape.network, shape.widths) if shape else (args.treatment or "ANML", args.widths)
+        models = [new_model(network, widths, args.seed)]
+    check_preset(models[0], args.treatment_preset)
+    return models if args.resume else distinct(models)
+
+
+def meta_test(
+    args: Evaluation, backend: Backend, pools: Mapping[str, Pool], model: Model, split: str
+) -> MetaTest:
+    """The meta-test of a model, on the device of the images of a split."""
+    kind = LEARNERS[args.learner]
+    named = ("optimizer",) if kind.options is None else kind.options
+    return MetaTest(
+        model.net,
+        pools[split],
+        frozen_layers(args, model.net),
+        args.seed,
+        epochs=args.epoch,
+        iid=args.iid,
+        reset_all=args.reset or args.scratch,
+        class_order=args.class_order,
+        split=args.split,
+        train_images=args.train_images,
+        test_images=args.test_images,
+        learner=learner(args.learner, backend),
+        settings=Settings(**{name: getattr(args, name) for name in named}),
+        own_head=kind.takes_steps,
+        fit=kind.fit,
+        background=pools.get("background"),
+    )
+
+
+def frozen_layers(args: Evaluation, net: Network) -> int:
+    """Layers that an evaluation leaves as they are: `--rln`, or all but the head for a learner that changes
+    no weights. (With `--scratch` these start anew in each run, and so does what it sees.)"""
+    if args.rln is not None:
+        return args.rln
+    return 0 if args.scratch else net.layers_below_head
+
+
+def check_sets(args: Evaluation, learner: LearnerKind, sets: Mapping[str, ImageSet], net: Network) -> None:
     """Raise UserError where images or classes are too few, and fill in what depends on their number.
 
     Without `--schedule`, class counts are those of the paper that there are enough classes and outputs
@@ -250,7 +305,7 @@ def check_sets(
     most = min(map(len, sets.values()))
     if learner.takes_steps:
         most = min(most, net.num_outputs)
-    if args.schedule is None:
+    if not args.schedule:
         fitting = [classes for classes in SCHEDULE if classes <= most]
         args.schedule = fitting if fitting == list(SCHEDULE) else list(dict.fromkeys([*fitting, most]))
     for split, chosen in sets.items():
@@ -265,7 +320,7 @@ def check_sets(
             )
 
 
-def choose_features(args: argparse.Namespace, learner: LearnerKind, net: Network) -> str:
+def choose_features(args: Evaluation, learner: LearnerKind, net: Network) -> str:
     """Fill in what the learner sees where `--features` does not say; returns what treatments call it.
 
     Raises:
@@ -282,17 +337,22 @@ def choose_features(args: argparse.Namespace, learner: LearnerKind, net: Network
     return learner.describe({name: getattr(args, name) for name in defaults}, defaults)
 
 
-def treatment(args: argparse.Namespace, model: Model, learner: str) -> str:
+def treatment(args: Evaluation, model: Model, learner: str) -> str:
     """The name of what this evaluation does, with a learner that takes no steps under its own name."""
     kind = (model.net.network, model.weights)
     if learner:
         return describe(*kind, 0 if args.scratch else model.net.default_meta_test_rln, learner=learner)
-    reset = args.reset and not args.scratch
-    given = {"iid": args.iid, "epochs": args.epoch, "optimizer": args.optimizer}
-    return describe(*kind, args.rln, reset=reset, **given)
+    return describe(
+        *kind,
+        frozen_layers(args, model.net),
+        reset=args.reset and not args.scratch,
+        iid=args.iid,
+        epochs=args.epoch,
+        optimizer=args.optimizer,
+    )
 
 
-def how_chosen(args: argparse.Namespace, models: list[Model], rows: Sequence[Row]) -> str:
+def how_chosen(args: Evaluation, models: list[Model], rows: Sequence[Row]) -> str:
     """One line on where the learning rates of `rows` come from, so that nobody reads a leak as a result,
     or a search that ended at its edge as one that found the best."""
     if not LEARNERS[args.learner].takes_steps:

@@ -18,7 +18,6 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 import logging
 import math
 import sys
@@ -30,10 +29,8 @@ import numpy as np
 import torch
 
 from datasets import ImageSet, Pool, load_images
-from evaluation.models import network_widths
 from evaluation.monitor import gate_statistics, validate
-from flags.common import data_source
-from flags.training import training_parser
+from flags.training import Training
 from model.check import check_network
 from model.episodes import check_episode, check_trajectory, longest_share, sample_episode, sample_trajectory
 from model.fast import Backend, capture, meta_loss, use_backend
@@ -55,30 +52,28 @@ log = logging.getLogger("anml")
 OuterLearner = MetaLearner | PrototypeLearner
 
 
-def initial_network(args: argparse.Namespace, state: TrainingState | None) -> Network:
+def initial_network(args: Training, state: TrainingState | None) -> Network:
     """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
-    if state is None and not args.checkpoint:
-        return build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
     source = args.saved_model if state is None else args.resume
+    if source is None:
+        return build(args.treatment, args.widths, torch.Generator().manual_seed(args.seed))
     saved = load_checkpoint(source) if state is None else state
     if saved.network != args.treatment:
         raise UserError(f"{source} holds {saved.network}: add --treatment {saved.network}")
     return restore(saved.network, saved.widths, saved.state_dict, str(source))
 
 
-def first_seed(args: argparse.Namespace, net: Network) -> int:
+def first_seed(args: Training, net: Network) -> int:
     """The seed of a new run's draws, 0 to 2**32 - 1: `--seed`, or with `--checkpoint` a function of it and of
     the weights to start from, which would else meet the draws again that made them.
     """
     if not args.checkpoint:
-        return int(args.seed)
+        return args.seed
     sequence = np.random.SeedSequence([args.seed, int(fingerprint(net), 16)])
     return int(sequence.generate_state(1)[0])
 
 
-def make_learner(
-    args: argparse.Namespace, net: Network, images: Pool, group: Group, backend: Backend
-) -> OuterLearner:
+def make_learner(args: Training, net: Network, images: Pool, group: Group, backend: Backend) -> OuterLearner:
     """What takes the outer steps of `--learner`."""
     generator = torch.Generator().manual_seed(first_seed(args, net))
     if args.learner == "prototypes":
@@ -110,9 +105,7 @@ def make_learner(
     )
 
 
-def differentiate(
-    args: argparse.Namespace, learner: OuterLearner
-) -> tuple[torch.Tensor, MetaStep | EpisodeStep]:
+def differentiate(args: Training, learner: OuterLearner) -> tuple[torch.Tensor, MetaStep | EpisodeStep]:
     """Draw what a step sees, and leave its gradient in `.grad`.
 
     Returns:
@@ -130,7 +123,7 @@ def differentiate(
     return trajectories[0].query[: args.remember], learner.differentiate(*trajectories)
 
 
-def train(args: argparse.Namespace, run: Run, learner: OuterLearner, interrupt: Interrupt, done: int) -> int:
+def train(args: Training, run: Run, learner: OuterLearner, interrupt: Interrupt, done: int) -> int:
     """Meta-train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     net, images, generator = learner.net, learner.images, learner.generator
     with run.progress(args.steps, every=args.log_every, done=done) as progress:
@@ -165,7 +158,7 @@ def train(args: argparse.Namespace, run: Run, learner: OuterLearner, interrupt: 
     return progress.step
 
 
-def check_images(args: argparse.Namespace, images: ImageSet) -> None:
+def check_images(args: Training, images: ImageSet) -> None:
     """Raise UserError where the images are too few for the trajectories and checks that are asked for."""
     args.train_classes = len(images)
     if args.learner == "prototypes":
@@ -183,9 +176,7 @@ def check_images(args: argparse.Namespace, images: ImageSet) -> None:
             )
 
 
-def stop_diverged(
-    args: argparse.Namespace, run: Run, learner: OuterLearner, step: int, loss: float
-) -> NoReturn:
+def stop_diverged(args: Training, run: Run, learner: OuterLearner, step: int, loss: float) -> NoReturn:
     """Keep the weights before `step`, whose loss or gradient is not finite, and end the run."""
     if not learner.group.first:
         sys.exit(2)  # the first process says why
@@ -194,16 +185,16 @@ def stop_diverged(
         kept = f"the state before it is in {run.folder}"
     except UserError as error:
         kept = f"the state before it is not kept: {error}"
-    rates = f"--meta_lr {args.meta_lr:g}"
-    if args.update_lr:
-        rates += f" --update_lr {args.update_lr:g}"
+    rates, one = f"--meta_lr {args.meta_lr:g}", "it"
+    if args.learner == "sgd":
+        rates, one = f"{rates} --update_lr {args.update_lr:g}", "one of the learning rates"
     raise UserError(
         f"step {step}: the meta-loss is {loss:g} and its gradient not finite with {rates} --seed "
-        f"{args.seed}; lower {'one of the learning rates' if args.update_lr else 'it'}; {kept}"
+        f"{args.seed}; lower {one}; {kept}"
     )
 
 
-def save(args: argparse.Namespace, run: Run, learner: OuterLearner, step: int) -> None:
+def save(args: Training, run: Run, learner: OuterLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
     if learner.group.first:
         state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
@@ -211,7 +202,7 @@ def save(args: argparse.Namespace, run: Run, learner: OuterLearner, step: int) -
 
 
 def main() -> None:
-    args = parse(training_parser())
+    args = parse(Training)
     run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
@@ -227,7 +218,7 @@ def main() -> None:
     net = initial_network(args, state)
     if group.first:
         check_writable(args.model_name, "--model_name")
-    images = group.one_before_others(lambda: load_images(data_source(args), "background"))
+    images = group.one_before_others(lambda: load_images(args.source(), "background"))
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     check_images(args, images)
     net.normalisation = images.normalisation or net.normalisation
@@ -235,7 +226,7 @@ def main() -> None:
     check_network(
         net.network,
         net.widths,
-        args.rln,
+        args.rln if args.learner == "sgd" else None,
         prepare=partial(use_backend, name=backend, device=torch.device("cpu")),
         meta_loss=meta_loss(backend),
         channels=images.channels,
@@ -245,7 +236,10 @@ def main() -> None:
         state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
     group.check_same("weights", fingerprint(net))
     extra = {"device": str(device), "backend": backend, **images.about()}
-    with Interrupt(patient=launched()) as interrupt, Run.open(args, extra, done) as run:
+    with (
+        Interrupt(patient=launched()) as interrupt,
+        Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
+    ):
         log.info("run folder %s, device %s", run.folder, device)
         step = train(args, run, learner, interrupt, done)
         save(args, run, learner, step)

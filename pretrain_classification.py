@@ -15,7 +15,6 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 import logging
 import math
 import sys
@@ -25,9 +24,7 @@ from functools import partial
 import torch
 
 from datasets import Pool, load_images
-from evaluation.models import network_widths
-from flags.common import data_source
-from flags.pretraining import pretraining_parser
+from flags.pretraining import Pretraining
 from model.check import check_network
 from model.episodes import shuffled_batches
 from model.fast import meta_loss, use_backend
@@ -48,7 +45,7 @@ log = logging.getLogger("anml")
 
 
 def train(
-    args: argparse.Namespace,
+    args: Pretraining,
     run: Run,
     net: Network,
     images: Pool,
@@ -96,7 +93,7 @@ def train(
 
 
 def main() -> None:
-    args = parse(pretraining_parser())
+    args = parse(Pretraining)
     log_to_terminal()
     refuse_several("pretraining")
     device = choose_device(args.device, args.threads)
@@ -104,9 +101,9 @@ def main() -> None:
     if state:
         net = restore(state.network, state.widths, state.state_dict, str(args.resume))
     else:
-        net = build(args.treatment, network_widths(args), torch.Generator().manual_seed(args.seed))
+        net = build(args.treatment, args.widths, torch.Generator().manual_seed(args.seed))
     check_writable(args.model_name, "--model_name")
-    images = load_images(data_source(args), "background")
+    images = load_images(args.source(), "background")
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     args.train_classes = len(images)
     net.normalisation = images.normalisation or net.normalisation
@@ -119,7 +116,10 @@ def main() -> None:
         channels=images.channels,
     )
     extra = {"device": str(device), "backend": backend, **images.about()}
-    with Interrupt() as interrupt, Run.open(args, extra, state.step if state else 0) as run:
+    with (
+        Interrupt() as interrupt,
+        Run.open(args.runs_dir, args.name, args.resume, args, extra, state.step if state else 0) as run,
+    ):
         log.info("run folder %s, device %s", run.folder, device)
         seen = train(args, run, net.to(device).train(), images.pool(device), state, interrupt)
         log.info("%d of %d images seen: model written to %s", seen, args.images, args.model_name)

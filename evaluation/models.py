@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from datasets import Source
-from model.modelfactory import NETWORKS, Network, build, constructor_arguments, fingerprint, restore_model
+from model.modelfactory import Network, build, fingerprint, restore_model
 from model.treatments import TABLE, Weights
 from utils.checkpoint import load_checkpoint
 from utils.command_line import read_config
@@ -26,7 +25,7 @@ class Model(NamedTuple):
 
     Attributes:
         name: its column `model` in the results: the file as it was typed, or `scratch`.
-        net: on the device of `load_models`.
+        net: the network.
         weights: how they were made.
         sha256: of the file, hexadecimal; empty without one.
         step: meta-steps that it was trained for.
@@ -45,24 +44,13 @@ class Model(NamedTuple):
         return {"name": self.name, "weights": self.weights, "sha256": self.sha256, "step": self.step}
 
 
-def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
-    """The models of `--model`, each once; for `--scratch` one new network, of the shape of `--model` if that
-    is given. An evaluation that is resumed gets them all; see :func:`match_earlier`.
+def load_models(paths: Sequence[Path]) -> list[Model]:
+    """The models in files, on the CPU.
 
     Raises:
-        UserError: a file is unreadable, or the models are not all of one treatment, that of
-            `--treatment-preset` if it is given.
+        UserError: a file is unreadable, or the models are not all of one treatment.
     """
-    if args.scratch:
-        if args.model:
-            shape = _load(args.model[0]).net
-            name, widths = shape.network, shape.widths
-        else:
-            name, widths = args.treatment, network_widths(args)
-        net = build(name, widths, torch.Generator().manual_seed(args.seed))
-        models = [Model("scratch", net, "random", "", 0, {})]
-    else:
-        models = [_load(path) for path in args.model]
+    models = [_load(path) for path in paths]
     first = models[0]
     for model in models[1:]:
         if (_kind(model), model.net.widths) != (_kind(first), first.net.widths):
@@ -75,16 +63,25 @@ def load_models(args: argparse.Namespace, device: torch.device) -> list[Model]:
                 f"--model takes models trained on the same images: {first.name} and {model.name} normalise "
                 "pixels otherwise"
             )
-    if args.treatment_preset is not None:
-        row = TABLE[args.treatment_preset]
-        if row.network not in (first.net.network, None) or row.weights != first.weights:
-            raise UserError(
-                f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
-                f"{first.name} holds {_kind(first)}"
-            )
-    if args.resume is None:
-        models = distinct(models)
-    return [model._replace(net=model.net.to(device)) for model in models]
+    return models
+
+
+def new_model(network: str, widths: Mapping[str, Any], seed: int) -> Model:
+    """A model of `--scratch`, which nobody has trained."""
+    net = build(network, widths, torch.Generator().manual_seed(seed))
+    return Model("scratch", net, "random", "", 0, {})
+
+
+def check_preset(model: Model, preset: str | None) -> None:
+    """Raise UserError where a model is not of the treatment of `--treatment-preset`."""
+    if preset is None:
+        return
+    row = TABLE[preset]
+    if row.network not in (model.net.network, None) or row.weights != model.weights:
+        raise UserError(
+            f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
+            f"{model.name} holds {_kind(model)}"
+        )
 
 
 def distinct(models: list[Model]) -> list[Model]:
@@ -163,10 +160,3 @@ def _load(path: Path) -> Model:
 
 def _kind(model: Model) -> str:
     return f"{model.weights} {model.net.network}"
-
-
-def network_widths(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The network flags as keyword arguments of the class of `--treatment`."""
-    names = constructor_arguments(NETWORKS[arguments.treatment])
-    given = {name: getattr(arguments, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from datasets.images import Pool
 from evaluation.journal import Journal, Key
 from evaluation.models import Model
 from evaluation.plots import figure_pixels, forgetting_figure, save_figure
 from evaluation.results import Row, write_table
-from model.fast import Backend, learner
-from model.learner import Settings
-from model.meta_test import LEARNERS, MetaTest, Purpose
-from model.modelfactory import Network
+from model.meta_test import MetaTest, Purpose
 from model.rate_search import Draw
 from model.scores import Score
 from utils.distributed import Group
@@ -35,51 +30,33 @@ Scorer = Callable[[Purpose, Sequence[Job]], Iterator[dict[int, Score]]]
 
 
 def scorer(
-    args: argparse.Namespace,
     run: Run,
     journal: Journal | None,
     models: list[Model],
-    pools: dict[str, Pool],
+    make: Callable[[Model, str], MetaTest],
     group: Group,
-    backend: Backend,
+    *,
+    search_split: str = "evaluation",
+    nested: bool = False,
+    track_every: int = 0,
 ) -> Scorer:
     """A function that tests the models; what the journal knows is not tested again.
 
     The processes of `group` test one run each at a time, and the first writes down what all found.
 
     Args:
-        args: those of an evaluation.
         journal: of the first process; None in the others.
-        models: on the device of the pools.
-        pools: images of each split in use, `evaluation` and `background`.
-        backend: of the models' layers.
+        make: the meta-test of a model on a split of the data, `evaluation` or `background`.
+        search_split: the one that searches are made on.
+        nested: draw all classes, however many a run learns of them.
+        track_every: classes between measurements within the first run of the report; 0 for none.
     """
-    kind = LEARNERS[args.learner]
-    named = ("optimizer",) if kind.options is None else kind.options
-    settings = Settings(**{name: getattr(args, name) for name in named})
     known = dict(group.gather(journal.known if journal else {})[0])
 
     # Two, since outputs of frozen layers take memory: with one model both pools keep theirs.
     @lru_cache(maxsize=2)
     def meta_test(position: int, split: str) -> MetaTest:
-        return MetaTest(
-            models[position].net,
-            pools[split],
-            frozen_layers(args, models[position].net),
-            args.seed,
-            epochs=args.epoch or 1,
-            iid=bool(args.iid),
-            reset_all=bool(args.reset or args.scratch),
-            class_order=args.class_order,
-            split=args.split,
-            train_images=args.train_images,
-            test_images=args.test_images,
-            learner=learner(args.learner, backend),
-            settings=settings,
-            own_head=kind.takes_steps,
-            fit=kind.fit,
-            background=pools.get("background"),
-        )
+        return make(models[position], split)
 
     def key(purpose: Purpose, job: Job, classes: int) -> Key:
         return Key(purpose, models[job.draw.model].name, classes, job.draw.number, job.lr)
@@ -89,9 +66,9 @@ def scorer(
         stops = {n for n in job.stops if key(purpose, job, n) not in known}
         if not stops:
             return {}, {}
-        every = args.track_every if (purpose, job.draw) == ("report", Draw(0, 0)) else 0
+        every = track_every if (purpose, job.draw) == ("report", Draw(0, 0)) else 0
         on_the_way = set(range(every, max(stops), every)) if every else set()
-        tester = meta_test(job.draw.model, args.lr_search_split if purpose == "search" else "evaluation")
+        tester = meta_test(job.draw.model, search_split if purpose == "search" else "evaluation")
         found: dict[Key, Score] = {}
         rows: list[Row] = []
         tracked: dict[int, list[Row]] = {}
@@ -101,7 +78,7 @@ def scorer(
             purpose,
             # No draw is that of two models, which makes their runs independent.
             job.draw.number * len(models) + job.draw.model,
-            drawn=len(tester.images) if args.nested else job.stops[-1],
+            drawn=len(tester.images) if nested else job.stops[-1],
         ):
             seen = len(answers.classes)
             if seen in stops:
@@ -125,14 +102,6 @@ def scorer(
             yield from ({n: known[key(purpose, job, n)] for n in job.stops} for job in together)
 
     return scores
-
-
-def frozen_layers(args: argparse.Namespace, net: Network) -> int:
-    """Layers that an evaluation leaves as they are: `--rln`, or all but the head for a learner that changes
-    no weights. (With `--scratch` these start anew in each run, and so does what it sees.)"""
-    if args.rln is not None:
-        return int(args.rln)
-    return 0 if args.scratch else net.layers_below_head
 
 
 def write_forgetting(run: Run, classes: int, rows: Sequence[Row]) -> None:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import DATASETS, Source
 from datasets.options import loader_options
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS, constructor_arguments
-from utils.command_line import SEED, Parser, device, file_path, finite, folder_name, whole
+from utils.command_line import (
+    SEED,
+    Flags,
+    choice,
+    device_name,
+    file_path,
+    finite,
+    flag,
+    flags_of,
+    folder_name,
+    switch,
+    whole,
+)
+from utils.errors import UserError
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
-
 ALIASES = {"neuromodulation": "ANML"}  # the released code's name
-
 
 WIDTHS = {
     "nm_channels": "channels of each convolution of ANML's neuromodulatory network",
@@ -28,17 +40,25 @@ WIDTHS = {
 }
 """What the arguments of the published networks mean."""
 
+NO_COMMIT = {"commit": "nothing is committed; the run folder records the current git commit"}
 
-def add_treatment(parser: Parser, group: argparse._ArgumentGroup, default: object) -> None:
-    parser.flag(
-        group,
-        "--treatment",
-        _known_treatment,
+
+def treatment_flag(default: str | None) -> Any:
+    """The field of `--treatment`."""
+    return flag(
         default,
+        _known_treatment,
         "network: ANML (the released code's name for it is Neuromodulation), or another of the registry",
-        shown=str(default or "ANML"),
-        metavar=f"{{{','.join(_networks())}}}",
+        shown=default or "ANML",
+        metavar=lambda: f"{{{','.join(_networks())}}}",
     )
+
+
+def _known_treatment(text: str) -> str:
+    by_name = {name.lower(): name for name in NETWORKS} | ALIASES
+    if text.lower() not in by_name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_networks())}")
+    return by_name[text.lower()]
 
 
 def _networks() -> list[str]:
@@ -46,17 +66,13 @@ def _networks() -> list[str]:
     return [*NETWORKS, *(name.capitalize() for name in ALIASES)]
 
 
-def default_model_name(network: str) -> str:
-    """The model file that a network's training writes by default."""
-    return NETWORKS[network].model_name or f"{network}_Model.net"
-
-
-def add_widths(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    """A flag for each argument of each network's constructor; None where it is not given."""
+def _width_flags() -> dict[str, Any]:
+    """A flag for each argument of each network's constructor."""
     takers: dict[str, dict[str, tuple[type, Any]]] = {}
     for network, kind in NETWORKS.items():
         for name, argument in constructor_arguments(kind).items():
             takers.setdefault(name, {})[network] = argument
+    made = {}
     for name, arguments in takers.items():
         defaults: dict[Any, list[str]] = {}
         for network, (_, default) in arguments.items():
@@ -68,195 +84,212 @@ def add_widths(parser: Parser, group: argparse._ArgumentGroup) -> None:
         text = WIDTHS.get(name, f"of {' and '.join(arguments)}")
         kind_of_value = next(iter(arguments.values()))[0]
         if kind_of_value is bool:
-            parser.switch(group, f"--{name}", text)
-            parser.set_defaults(**{name: None})
+            made[name] = switch(None, text, shown=shown)
         else:
             read = finite if kind_of_value is float else whole(1 if name in WIDTHS else 0)
-            parser.flag(group, f"--{name}", read, None, text, shown=shown)
+            made[name] = flag(None, read, text, shown=shown)
+    return made
 
 
 def _spelled_default(value: object) -> str:
     if value is inspect.Parameter.empty:
         return "none, it must be given"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return "set by the others" if value is None else str(value)
 
 
-def fill_in_widths(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Give the flags of the network its defaults, and take those away that it does not have."""
-    own = constructor_arguments(NETWORKS[arguments.treatment])
-    for name, (_, default) in own.items():
-        if getattr(arguments, name) is None:
-            if default is inspect.Parameter.empty:
-                parser.error(f"--treatment {arguments.treatment} needs --{name}")
-            setattr(arguments, name, default)
-    for name in all_widths() - own.keys():
-        setattr(arguments, name, None)
+@dataclass(kw_only=True)
+class NetworkFlags(Flags):
+    """The shape of a new network.
+
+    Attributes:
+        widths: keyword arguments of its class; those of other networks are taken away by the check.
+    """
+
+    group = "network"
+
+    widths: dict[str, Any] = flags_of(_width_flags)
+
+    def fill_in_widths(self, network: str) -> None:
+        """Give the widths of a network their defaults, and take those away that it does not have.
+
+        Raises:
+            UserError: one without a default is missing.
+        """
+        found = {}
+        for name, (_, default) in constructor_arguments(NETWORKS[network]).items():
+            value = self.widths.get(name, default)
+            if value is inspect.Parameter.empty:
+                raise UserError(f"--treatment {network} needs --{name}")
+            if value is not None:
+                found[name] = value
+        self.widths = found
 
 
-def all_widths() -> set[str]:
-    """Names of the constructors' arguments of all networks."""
-    return {name for kind in NETWORKS.values() for name in constructor_arguments(kind)}
+def default_model_name(network: str) -> str:
+    """The model file that a network's training writes by default."""
+    return NETWORKS[network].model_name or f"{network}_Model.net"
 
 
-def add_train_classes(parser: Parser, group: argparse._ArgumentGroup, text: str) -> None:
-    shown = "all; 963 of Omniglot's 964"
-    parser.flag(group, "--train_classes", whole(1), None, f"{text}, the first of the data", shown=shown)
+def train_classes_flag(text: str) -> Any:
+    """The field of `--train_classes`."""
+    return flag(None, whole(1), f"{text}, the first of the data", shown="all; 963 of Omniglot's 964")
 
 
-def add_test_classes(parser: Parser, group: argparse._ArgumentGroup, text: str) -> None:
-    shown = "all; 650 of Omniglot's 659"
-    parser.flag(group, "--test_classes", whole(1), None, f"{text}, the first of the data", shown=shown)
+def test_classes_flag(text: str) -> Any:
+    """The field of `--test_classes`."""
+    return flag(None, whole(1), f"{text}, the first of the data", shown="all; 650 of Omniglot's 659")
 
 
-def add_split(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    parser.flag(group, "--train_images", whole(1), 15, "images of each class to learn")
-    parser.flag(group, "--test_images", whole(1), 5, "images of each class to test, none of those learned")
-    parser.flag(
-        group,
-        "--split",
-        str.lower,
+@dataclass(kw_only=True)
+class SplitFlags(Flags):
+    """The images of each class that a meta-test learns, and those that it tests."""
+
+    group = "images of a class"
+
+    train_images: int = flag(15, whole(1), "images of each class to learn")
+    test_images: int = flag(5, whole(1), "images of each class to test, none of those learned")
+    split: Literal["random", "dataset"] = choice(
         "random",
+        ("random", "dataset"),
         "which images of a class these are: drawn for each run, or the first and the last of the data",
-        choices=("random", "dataset"),
     )
 
 
-def add_data(parser: Parser) -> None:
-    group = parser.add_argument_group("data")
-    parser.flag(
-        group,
-        "--dataset",
-        str.lower,
-        "omniglot",
-        "; ".join(f"{name}: {_first_line(loader)}" for name, loader in DATASETS.items()),
-        choices=tuple(DATASETS),
-    )
-    parser.flag(
-        group,
-        "--dataset-path",
-        file_path,
-        Path("data"),
-        "folder of the images; of Omniglot, that holds its zips or folders or that they are downloaded to",
-        metavar="DIR",
-    )
-    parser.flag(
-        group,
-        "--cache_dir",
-        file_path,
-        Path("data/cache"),
-        "folder for the decoded images",
-        metavar="DIR",
-    )
+def _loader_flags() -> dict[str, Any]:
+    """A flag for each option of each data set's loader."""
+    made: dict[str, Any] = {}
     for dataset, loader in DATASETS.items():
         for name, (kind, default, (text, low, high)) in loader_options(loader).items():
-            text = f"{text} (with --dataset {dataset})".replace("%", "%%")
+            text = f"{text} (with --dataset {dataset})"
             if kind is bool:
-                parser.switch(group, f"--{name}", text, default=default)
+                made[name] = switch(default, text)
             else:
                 read: Callable[[str], object] = (
                     whole(low, high) if kind is int else finite if kind is float else str
                 )
-                shown = "none" if default is None else str(default)
-                parser.flag(group, f"--{name}", read, default, text, shown=shown)
+                made[name] = flag(default, read, text)
+    return made
+
+
+@dataclass(kw_only=True)
+class DataFlags(Flags):
+    """Where the images are.
+
+    Attributes:
+        options: of all loaders of data sets.
+    """
+
+    group = "data"
+
+    dataset: str = choice(
+        "omniglot",
+        lambda: tuple(DATASETS),
+        lambda: "; ".join(f"{name}: {_first_line(loader)}" for name, loader in DATASETS.items()),
+    )
+    dataset_path: Path = flag(
+        Path("data"),
+        file_path,
+        "folder of the images; of Omniglot, that holds its zips or folders or that they are downloaded to",
+        name="--dataset-path",
+        metavar="DIR",
+    )
+    cache_dir: Path = flag(Path("data/cache"), file_path, "folder for the decoded images", metavar="DIR")
+    options: dict[str, Any] = flags_of(_loader_flags)
+
+    def source(self) -> Source:
+        """The images that these flags name."""
+        own = loader_options(DATASETS[self.dataset])
+        return Source(self.dataset, self.dataset_path, self.cache_dir, _chosen(self.options, own))
+
+    def notice_other_data(self) -> None:
+        """Tell the user of flags that belong to another data set."""
+        own = loader_options(DATASETS[self.dataset])
+        for dataset, loader in DATASETS.items():
+            for name, option in loader_options(loader).items():
+                if name not in own and self.options.get(name) != option.default:
+                    self.notice(f"--{name} has no effect: it is of --dataset {dataset}, not {self.dataset}")
+
+
+def _chosen(options: Mapping[str, Any], names: Mapping[str, object]) -> dict[str, Any]:
+    return {name: options.get(name) for name in names}
 
 
 def _first_line(loader: Callable[..., object]) -> str:
-    line = (loader.__doc__ or loader.__module__).strip().splitlines()[0].rstrip(".")
-    return line.replace("%", "%%")  # argparse fills in what follows one
+    return (loader.__doc__ or loader.__module__).strip().splitlines()[0].rstrip(".")
 
 
-def data_source(arguments: argparse.Namespace) -> Source:
-    """Where the images are, from the data flags."""
-    options = {name: getattr(arguments, name) for name in loader_options(DATASETS[arguments.dataset])}
-    return Source(arguments.dataset, arguments.dataset_path, arguments.cache_dir, options)
+def name_flag(default: str) -> Any:
+    """The field of `--name`."""
+    return flag(default, folder_name, "name of the run folder, which a number is added to")
 
 
-def notice_other_data(arguments: argparse.Namespace) -> None:
-    """Tell the user of data flags that belong to another data set."""
-    own = loader_options(DATASETS[arguments.dataset])
-    for dataset, loader in DATASETS.items():
-        for name, flag in loader_options(loader).items():
-            if name not in own and getattr(arguments, name) != flag.default:
-                notice = f"--{name} has no effect: it is of --dataset {dataset}, not {arguments.dataset}"
-                arguments.notices = (*arguments.notices, notice)
+def seed_flag(default: int) -> Any:
+    """The field of `--seed`."""
+    return flag(default, SEED, "seed of all random draws, 0 to 2**32-1")
 
 
-def add_run(parser: Parser, name: str, seed: int) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("run")
-    parser.flag(group, "--name", folder_name, name, "name of the run folder, which a number is added to")
-    parser.flag(group, "--runs_dir", file_path, Path("runs"), "folder of run folders", metavar="DIR")
-    parser.flag(group, "--seed", SEED, seed, "seed of all random draws, 0 to 2**32-1")
-    parser.flag(
-        group,
-        "--device",
-        device,
+@dataclass(kw_only=True)
+class RunFlags(Flags):
+    """Where a run is recorded, and what it runs on. Each script has a name and a seed of its own."""
+
+    group = "run"
+
+    name: str = name_flag("run")
+    runs_dir: Path = flag(Path("runs"), file_path, "folder of run folders", metavar="DIR")
+    seed: int = seed_flag(0)
+    device: str = flag("auto", device_name, "auto (the best available), cpu, cuda, cuda:N or mps")
+    threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
+    backend: str = choice(
         "auto",
-        "auto (the best available), cpu, cuda, cuda:N or mps",
-    )
-    parser.flag(group, "--threads", whole(1), None, "CPU threads", shown="torch's choice")
-    parser.flag(
-        group,
-        "--backend",
-        str.lower,
-        "auto",
+        BACKENDS,
         "layers of the networks: plain torch, fast ones with the same numbers up to rounding, or auto: "
         "fast on the CPU and on CUDA, plain elsewhere",
-        choices=BACKENDS,
     )
-    group.add_argument(
-        "--config",
-        type=file_path,
+    config: Path | None = flag(
+        None,
+        file_path,
+        "TOML file of flags, which flags typed here override",
+        in_config=False,
         metavar="FILE",
-        help="TOML file of flags, which flags typed here override (default: none)",
     )
-    return group
 
 
-def add_processes(parser: Parser, group: argparse._ArgumentGroup, work: str) -> None:
-    parser.flag(
-        group,
-        "--processes",
-        whole(1),
+def processes_flag(work: str) -> Any:
+    """The field of `--processes`."""
+    return flag(
         1,
+        whole(1),
         f"processes on this machine, each with its part of the threads or a GPU of its own, for {work}; "
         "under torchrun there are as many as it starts",
         metavar="N",
     )
 
 
-def add_reports(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    parser.flag(group, "--log_every", whole(1), 50, "steps between lines of the log")
-    parser.flag(
-        group,
-        "--save_every",
-        whole(1),
+@dataclass(kw_only=True)
+class ReportFlags(Flags):
+    """How often a training says and saves where it is."""
+
+    group = "checks on the way"
+
+    log_every: int = flag(50, whole(1), "steps between lines of the log")
+    save_every: int = flag(
         1000,
+        whole(1),
         "steps between writes of --model_name and of the training state that --resume goes on from, "
         "which the last step always writes",
     )
 
 
-def add_resume(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--resume",
-        type=file_path,
-        metavar="RUN",
-        help="run folder of an interrupted run, to go on from its last training state with its own "
+def resume_flag(may_change: frozenset[str]) -> Any:
+    """The field of a training's `--resume`."""
+    return flag(
+        None,
+        file_path,
+        "run folder of an interrupted run, to go on from its last training state with its own "
         "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
-        "flags only these may change: "
-        + ", ".join(f"--{name}" for name in sorted(parser.may_change))
-        + " (default: none)",
+        f"flags only these may change: {', '.join(f'--{name}' for name in sorted(may_change))}",
+        in_config=False,
+        metavar="RUN",
     )
-
-
-def add_commit(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    parser.without_effect(
-        group, "--commit", "nothing is committed; the run folder records the current git commit"
-    )
-
-
-def _known_treatment(text: str) -> str:
-    by_name = {name.lower(): name for name in NETWORKS} | ALIASES
-    if text.lower() not in by_name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_networks())}")
-    return by_name[text.lower()]

@@ -9,6 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch
 import mrcl_classification
 from model.training_state import TrainingState, load_state
 from utils.checkpoint import load_checkpoint
+from utils.errors import run_script
 
 TINY = [
     *("--config", str(Path(__file__).parents[1] / "configs/smoke.toml"), "--eval_every=0"),
@@ -80,6 +83,30 @@ def assert_same_run(first: Path, second: Path) -> None:
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert rows(first) == rows(second)
+
+
+class Called(NamedTuple):
+    """What a shell would see of a script."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+    """Runs a script or tool, a module, with flags in this process."""
+
+    def run(module: ModuleType, *flags: str) -> Called:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
+        code: object = 0
+        try:
+            run_script(module.main)
+        except SystemExit as end:
+            code = end.code
+        return Called(int(str(code or 0)), *capsys.readouterr())
+
+    return run
 
 
 class Trainer:

@@ -14,9 +14,10 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 import json
 import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,14 +31,14 @@ from evaluation.plots import (
     save_figure,
 )
 from evaluation.targets import REPRESENTATION, read_targets
-from flags.common import add_data, add_run, add_split, add_test_classes, data_source, notice_other_data
+from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
 from model.episodes import Task, sample_task
 from model.fast import use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from utils.checkpoint import load_checkpoint
-from utils.command_line import Parser, file_path, parse, recorded, whole
+from utils.command_line import file_path, flag, parse, recorded, whole
 from utils.device import choose_device
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
@@ -52,7 +53,46 @@ log = logging.getLogger("anml")
 CLASSES_SHOWN = 6  # of each alphabet in the embedding: more would hide each other
 
 
-def network(args: argparse.Namespace) -> tuple[Network, int]:
+@dataclass(kw_only=True)
+class AnalysisFlags(SplitFlags):
+    """What is looked at."""
+
+    group = "analysis"
+
+    model: Path = flag(
+        None,
+        file_path,
+        "model file that mrcl_classification.py or pretrain_classification.py wrote",
+        shown="none: it must be given",
+        metavar="FILE",
+    )
+    test_classes: int | None = test_classes_flag("meta-test classes to look at")
+    samples: int = flag(6, whole(1, 20), "images whose activations are drawn, of different classes")
+    alphabets: int = flag(5, whole(1), "alphabets in the picture of the embedding, the first of the data")
+
+
+@dataclass(kw_only=True)
+class AnalysisRunFlags(RunFlags):
+    """Where the analysis is recorded."""
+
+    name: str = name_flag("representation")
+    seed: int = seed_flag(222)
+
+
+@dataclass(kw_only=True)
+class Analysis(AnalysisFlags, DataFlags, AnalysisRunFlags):
+    """Measure and draw a model's features and gate on classes it has never seen.
+
+    python -m tools.analyze_representation --model Neuromodulation_Model.net
+    """
+
+    def check(self) -> None:
+        self.notice_other_data()
+        if "model" not in self.given:
+            raise UserError("give --model FILE, which mrcl_classification.py writes")
+
+
+def network(args: Analysis) -> tuple[Network, int]:
     """The network of `--model`, and the meta-steps it has seen."""
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
@@ -70,7 +110,7 @@ def table(measured: dict[str, float], gated: bool, published: bool) -> str:
 
 
 def pictures(
-    args: argparse.Namespace, representation: Representation, task: Task, images: ImageSet
+    args: Analysis, representation: Representation, task: Task, images: ImageSet
 ) -> dict[str, Figure]:
     """All figures by name."""
     names = images.classes
@@ -109,54 +149,14 @@ def pictures(
     return figures
 
 
-def analysis_parser() -> Parser:
-    """The flags of `python -m tools.analyze_representation`."""
-    parser = Parser(
-        "Measure and draw a model's features and gate on classes it has never seen.\n\n"
-        "    python -m tools.analyze_representation --model Neuromodulation_Model.net",
-        _check_analysis,
-    )
-    analysis = parser.add_argument_group("analysis")
-    parser.flag(
-        analysis,
-        "--model",
-        file_path,
-        None,
-        "model file that mrcl_classification.py or pretrain_classification.py wrote",
-        shown="none: it must be given",
-        metavar="FILE",
-    )
-    add_test_classes(parser, analysis, "meta-test classes to look at")
-    add_split(parser, analysis)
-    parser.flag(
-        analysis, "--samples", whole(1, 20), 6, "images whose activations are drawn, of different classes"
-    )
-    parser.flag(
-        analysis,
-        "--alphabets",
-        whole(1),
-        5,
-        "alphabets in the picture of the embedding, the first of the data",
-    )
-    add_data(parser)
-    add_run(parser, name="representation", seed=222)
-    return parser
-
-
-def _check_analysis(parser: Parser, arguments: argparse.Namespace) -> None:
-    notice_other_data(arguments)
-    if arguments.model is None:
-        parser.error("give --model FILE, which mrcl_classification.py writes")
-
-
 def main() -> None:
-    args = parse(analysis_parser())
+    args = parse(Analysis)
     log_to_terminal()
     refuse_several("analysis")
     device = choose_device(args.device, args.threads)
     net, step = network(args)
     backend = use_backend(net, args.backend, device)
-    images = load_images(data_source(args), "evaluation", net.normalisation)
+    images = load_images(args.source(), "evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     args.test_classes = len(images)
     images.require(

@@ -27,7 +27,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -38,8 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.characters import DRAWINGS
 from datasets.images import SIZE, normalise
-from flags.evaluation import SCHEDULE, evaluation_parser
-from flags.training import training_parser
+from flags.evaluation import SCHEDULE, Evaluation
+from flags.training import Training
 from model.episodes import sample_task, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.learner import Settings
@@ -48,10 +50,10 @@ from model.meta_test import FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
-from utils.command_line import Parser, no_check, parse, whole
+from utils.command_line import Flags, choice, file_path, flag, parse, whole
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
-from utils.files import check_writable, expand, write_text
+from utils.files import check_writable, write_text
 from utils.run import cpu_name
 
 ORDERS = {"first-order": True, "second-order": False}
@@ -157,7 +159,7 @@ def in_turns(
 
 def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
     """Meta-steps of ANML with the defaults of training; `part` is a key of `ORDERS`."""
-    defaults = parse(training_parser(), [])
+    defaults = parse(Training, [])
     generator = torch.Generator().manual_seed(0)
     learners: dict[str, MetaLearner] = {}
     for backend in BACKENDS:
@@ -254,7 +256,7 @@ def evaluation_images(*, nested: bool, decided: bool) -> tuple[int, int]:
         decided: at best, where one rate wins all draws at all class counts. Else at most: every try is
             made, and each class count has a best rate of its own.
     """
-    defaults = parse(evaluation_parser(), ["--scratch"])
+    defaults = parse(Evaluation, ["--scratch"])
     draws, apart, together = defaults.lr_search_runs, sum(SCHEDULE), max(SCHEDULE)
     tries = len(defaults.lrs) * (draws // 2 + 1 if decided else draws)
     searched, reported = together if nested else apart, together if nested and decided else apart
@@ -273,7 +275,7 @@ def estimate(lines: Sequence[Line]) -> Iterator[Line]:
         times = {column: Spread(most[column], least[column], most[column], 0) for column in most}
         return Line(name, times, {column: most[column] / most["fast"] for column in most})
 
-    steps = int(training_parser().get_default("steps"))
+    steps = Training.steps
     for order in ("first order", "second order"):
         if (step := by_name.get(f"meta-step, {order}")) is not None:
             whole = {column: steps * times.median for column, times in step.items()}
@@ -332,23 +334,21 @@ def busy(rates: Sequence[Rate], device: torch.device) -> str | None:
     )
 
 
-def benchmark_parser() -> Parser:
-    """The flags of this script."""
-    parser = Parser((__doc__ or "").partition("No data")[0], no_check)
-    group = parser.add_argument_group("what to measure")
-    group.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
-    parser.flag(group, "--repeats", whole(1), 7, "turns, of which the median is shown")
-    parser.flag(group, "--nm_channels", whole(1), WIDTHS["nm_channels"], "channels of NM")
-    parser.flag(group, "--pln_channels", whole(1), WIDTHS["pln_channels"], "channels of the PLN, and of OML")
-    group = parser.add_argument_group("run")
-    group.add_argument("--json", type=expand, metavar="FILE", help="write the numbers here as well")
-    parser.flag(group, "--device", str.lower, "auto", "where", choices=("auto", "cpu", "cuda", "mps"))
-    parser.flag(group, "--threads", whole(1), None, "CPU threads", shown="torch's choice")
-    return parser
+@dataclass(kw_only=True)
+class Benchmark(Flags):
+    __doc__ = (__doc__ or "").partition("No data")[0]
+
+    only: list[str] = flag(PARTS, str, "parts to run", shown="all", nargs="+", choices=PARTS)
+    repeats: int = flag(7, whole(1), "turns, of which the median is shown")
+    nm_channels: int = flag(WIDTHS["nm_channels"], whole(1), "channels of NM")
+    pln_channels: int = flag(WIDTHS["pln_channels"], whole(1), "channels of the PLN, and of OML")
+    json: Path | None = flag(None, file_path, "write the numbers here as well", metavar="FILE")
+    device: str = choice("auto", ("auto", "cpu", "cuda", "mps"), "where")
+    threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
 
 
 def main() -> None:
-    args = benchmark_parser().read(sys.argv[1:])
+    args = parse(Benchmark)
     if args.json is not None:
         check_writable(args.json, "--json")
     begin = time.perf_counter()

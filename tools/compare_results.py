@@ -11,13 +11,13 @@ import utils.start  # noqa: F401 (before torch)
 # isort: split
 
 import json
-import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.results import Results, compare, known, read_results
 from model.scores import accuracies
-from utils.command_line import Parser, file_path, no_check
+from utils.command_line import Flags, file_path, flag, parse, switch
 from utils.errors import UserError, run_script, say
 
 
@@ -49,23 +49,25 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def comparison_parser() -> Parser:
-    """The arguments of `python -m tools.compare_results`, which reads no config file."""
-    parser = Parser(
-        "Test whether two evaluations differ, at each class count that both have.\n\n"
-        "    python -m tools.compare_results runs/a_0 runs/b_0",
-        no_check,
-    )
-    for name in ("A", "B"):
-        text = "run folder of an evaluation, or its results.csv or results.json"
-        parser.add_argument(name.lower(), type=file_path, metavar=name, help=text)
-    output = parser.add_argument_group("output")
-    parser.switch(output, "--json", "print JSON instead of a table")
-    return parser
+def results_flag(name: str) -> Any:
+    text = "run folder of an evaluation, or its results.csv or results.json"
+    return flag(MISSING, file_path, text, name=name.lower(), metavar=name)
+
+
+@dataclass(kw_only=True)
+class Comparison(Flags):
+    """Test whether two evaluations differ, at each class count that both have.
+
+    python -m tools.compare_results runs/a_0 runs/b_0
+    """
+
+    a: Path = results_flag("A")
+    b: Path = results_flag("B")
+    json: bool = switch(False, "print JSON instead of a table")
 
 
 def main() -> None:
-    args = comparison_parser().read(sys.argv[1:])
+    args = parse(Comparison)
     results = {"A": read_results(args.a), "B": read_results(args.b)}
     paths = {"A": args.a, "B": args.b}
     counts = {name: {row["classes"] for row in result.rows} for name, result in results.items()}

@@ -26,7 +26,7 @@ from typing import Any
 
 from evaluation.results import FEW, read_results, summarise
 from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
-from utils.command_line import Parser, file_path, no_check, parse
+from utils.command_line import Flags, file_path, flag, parse, switch
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import read_text, write_text
 
@@ -220,31 +220,43 @@ def inserted(text: str, tables: str, source: Path) -> str:
     return f"{before}{START}\n\n{tables}\n\n{END}{after}"
 
 
-def ledger_parser() -> Parser:
-    """The flags of `python -m tools.ledger`."""
-    parser = Parser(
-        "Write published numbers beside ours into docs/results.md.\n\n    python -m tools.ledger", no_check
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(kw_only=True)
+class Ledger(Flags):
+    """Write published numbers beside ours into docs/results.md.
+
+    python -m tools.ledger
+    """
+
+    check_only: bool = switch(
+        False, "change nothing; exit code 1 if the page is not what would be written", name="--check"
     )
-    group = parser.add_argument_group("ledger")
-    parser.switch(group, "--check", "change nothing; exit code 1 if the page is not what would be written")
-    root = Path(__file__).resolve().parents[1]
-    for name, kind, text in (
-        ("results", "DIR", "folder of targets.csv, manifest.csv and the results"),
-        ("docs/results.md", "FILE", "file with the two marker lines of the ledger"),
-    ):
-        flag = "--page" if kind == "FILE" else "--results"
-        parser.flag(group, flag, file_path, root / name, text, shown=f"this project's {name}", metavar=kind)
-    return parser
+    results: Path = flag(
+        ROOT / "results",
+        file_path,
+        "folder of targets.csv, manifest.csv and the results",
+        shown="this project's results",
+        metavar="DIR",
+    )
+    page: Path = flag(
+        ROOT / "docs/results.md",
+        file_path,
+        "file with the two marker lines of the ledger",
+        shown="this project's docs/results.md",
+        metavar="FILE",
+    )
 
 
 def main() -> None:
-    args = parse(ledger_parser())
+    args = parse(Ledger)
     try:
         text = args.page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {args.page}: {error}") from None
     current = inserted(text, ledger(args.results), args.page)
-    if not args.check:
+    if not args.check_only:
         write_text(args.page, current)
         say(f"{args.page} says what {args.results} holds")
     elif text != current:

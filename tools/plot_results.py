@@ -16,15 +16,15 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import argparse
 from collections.abc import Callable
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from evaluation.plots import bars_figure, comparison_figure, save_figure, steps_figure, training_figure
 from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
-from utils.command_line import Parser, file_path, folder_name, no_check, parse
+from utils.command_line import Flags, choice, file_path, flag, folder_name, parse, switch
 from utils.errors import UserError, run_script, say
 from utils.files import expand
 
@@ -100,7 +100,39 @@ def on_the_way(results: dict[str, Results]) -> dict[str, list[dict[str, Any]]]:
     return curves
 
 
-def figures(args: argparse.Namespace) -> dict[str, Figure]:
+@dataclass(kw_only=True)
+class Plot(Flags):
+    """Draw accuracy against the number of classes, and the final accuracy as bars.
+
+    python -m tools.plot_results ANML=runs/a_0 OML=runs/b_0
+    """
+
+    results: list[str] = flag(
+        MISSING,
+        str,
+        "run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
+        "or their results.csv or metrics.csv; LABEL names one in the figures",
+        name="results",
+        nargs="+",
+        metavar="[LABEL=]RESULTS",
+    )
+    against: Literal["classes", "steps", "training"] = choice(
+        "classes",
+        ("classes", "steps", "training"),
+        "what accuracy is drawn against: the number of classes learned; the meta-steps that the models of an "
+        "evaluation (its --model A.net B.net ...) were trained for, a curve per class count; or, of run "
+        "folders of mrcl_classification.py, what these measured at each step of the training",
+    )
+    published: bool = switch(
+        True,
+        "add published numbers to results on Omniglot, of the treatments that labels or results name, else "
+        "of ANML",
+    )
+    out: Path = flag(Path("runs/figures"), file_path, "folder for the figures", metavar="DIR")
+    name: str = flag("results", folder_name, "start of the figures' file names")
+
+
+def figures(args: Plot) -> dict[str, Figure]:
     """The figures of `--against` by the end of their file's name."""
     if args.against == "training":
         return {"training": training_figure(read_all(args.results, read_metrics))}
@@ -130,7 +162,7 @@ def figures(args: argparse.Namespace) -> dict[str, Figure]:
     return {"curves": comparison_figure(summaries, targets), "bars": bars_figure(final, beside)}
 
 
-def draw(args: argparse.Namespace) -> list[Path]:
+def draw(args: Plot) -> list[Path]:
     """Draw all figures; returns the files."""
     files = []
     for name, figure in figures(args).items():
@@ -140,45 +172,8 @@ def draw(args: argparse.Namespace) -> list[Path]:
     return files
 
 
-def plot_parser() -> Parser:
-    """The flags of `python -m tools.plot_results`."""
-    parser = Parser(
-        "Draw accuracy against the number of classes, and the final accuracy as bars.\n\n"
-        "    python -m tools.plot_results ANML=runs/a_0 OML=runs/b_0",
-        no_check,
-    )
-    group = parser.add_argument_group("figures")
-    group.add_argument(
-        "results",
-        nargs="+",
-        metavar="[LABEL=]RESULTS",
-        help="run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
-        "or their results.csv or metrics.csv; LABEL names one in the figures",
-    )
-    parser.flag(
-        group,
-        "--against",
-        str,
-        "classes",
-        "what accuracy is drawn against: the number of classes learned; the meta-steps that the models of an "
-        "evaluation (its --model A.net B.net ...) were trained for, a curve per class count; or, of run "
-        "folders of mrcl_classification.py, what these measured at each step of the training",
-        choices=("classes", "steps", "training"),
-    )
-    parser.switch(
-        group,
-        "--published",
-        "add published numbers to results on Omniglot, of the treatments that labels or results name, else "
-        "of ANML",
-        default=True,
-    )
-    parser.flag(group, "--out", file_path, Path("runs/figures"), "folder for the figures", metavar="DIR")
-    parser.flag(group, "--name", folder_name, "results", "start of the figures' file names")
-    return parser
-
-
 def main() -> None:
-    args = parse(plot_parser())
+    args = parse(Plot)
     for path in draw(args):
         say(str(path))
 

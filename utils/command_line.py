@@ -1,7 +1,13 @@
-"""Reads a command line, a config file and the arguments of a run that is resumed.
+"""Reads a command line, a config file and the arguments of a run that is resumed into a dataclass.
+
+A script's arguments are a subclass of `Flags`: each field is a flag, with default, reader and help.
+
+    @dataclass(kw_only=True)
+    class Training(DataFlags, RunFlags):
+        steps: int = flag(20000, whole(1), "outer (meta) steps")
 
 `-` and `_` may stand for each other in a flag's name. A config file (TOML) holds flags under their
-destination's name (`--dataset-path` is `dataset_path`, `--no-reset` is `reset = false`) and passes through
+field's name (`--dataset-path` is `dataset_path`, `--no-reset` is `reset = false`) and passes through
 the same parser as the command line, ahead of it: so both have the same ranges, and what is typed wins. So do
 the arguments of a run that is resumed; there, what is typed must not change its numbers.
 """
@@ -9,14 +15,17 @@ the arguments of a run that is resumed; there, what is typed must not change its
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from textwrap import indent
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from utils.errors import UserError, try_to_write
 from utils.files import expand, place_of, read_text
@@ -26,14 +35,159 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_NOT_GIVEN = object()
-
-
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
 }
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """Base of a script's arguments and of parts of them, whose fields `flag`, `switch` and `flags_of` make.
+
+    A script's own class has as docstring what its `--help` begins with, a sentence and an example. Where a
+    part redefines a field of its base, the flag keeps its place in the help.
+
+    Attributes:
+        group: heading in `--help` of the flags that a class adds.
+        may_change: flags that `--resume` takes other values of.
+        no_effect: flags that are accepted, with or without values, and what to do instead.
+        notices: lines for the user about flags typed without effect.
+        given: the flags that were typed or stand in a config file or the run that is resumed.
+        idle: flags that mean nothing beside the others; they are recorded as None.
+    """
+
+    group: ClassVar[str] = "options"
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    no_effect: ClassVar[Mapping[str, str]] = {}
+
+    notices: tuple[str, ...] = ()
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    idle: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    def check(self) -> None:
+        """Fill in defaults that depend on other flags.
+
+        Raises:
+            UserError: flags contradict each other.
+        """
+
+    def changeable(self) -> frozenset[str]:
+        """The flags that a run of these may be resumed with other values of."""
+        return self.may_change
+
+    def notice(self, line: str) -> None:
+        self.notices = (*self.notices, line)
+
+    def refuse_idle(self, beside: str) -> None:
+        """Raise UserError where a flag is given that means nothing beside another one."""
+        for part in fields(self):
+            if part.name in self.idle & self.given:
+                name = part.metadata["flag"].name
+                typed = as_typed(part.name, getattr(self, part.name))
+                typed = typed if name is None else f"{name} {getattr(self, part.name)}"
+                raise UserError(f"{typed} means nothing with {beside}: drop one of them")
+
+
+FlagsT = TypeVar("FlagsT", bound=Flags)
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """How a field of `Flags` is typed. A text may be a function, called when the parser is made: what a
+    registry holds is not known before."""
+
+    default: Any
+    read: Callable[[str], Any] | None  # None of a switch
+    text: str | Callable[[], str]
+    shown: str | Callable[[], str] | None  # the default as the help gives it; None: by its value
+    name: str | None  # None: the field's
+    in_config: bool
+    options: Mapping[str, Any]  # of argparse's `add_argument`
+
+
+def flag(
+    default: Any,
+    read: Callable[[str], Any],
+    text: str | Callable[[], str],
+    *,
+    shown: str | Callable[[], str] | None = None,
+    name: str | None = None,
+    in_config: bool = True,
+    **options: Any,
+) -> Any:
+    """A field for a flag with a value, or a positional argument if its `name` has no dashes.
+
+    Args:
+        default: its value where nobody gives it; MISSING if it must be given.
+        read: makes a value of what is typed, or raises what argparse catches.
+        text: what it is, for `--help`.
+        shown: the default as `--help` gives it.
+        name: with dashes, where it is not the field's.
+        in_config: whether it may stand in a config file.
+        options: of `argparse.ArgumentParser.add_argument`.
+    """
+    metadata = {"flag": _Flag(default, read, text, shown, name, in_config, options)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def switch(default: bool | None, text: str, *, shown: str | None = None, name: str | None = None) -> Any:
+    """A field for the pair `--name` and `--no-name`."""
+    return field(default=default, metadata={"flag": _Flag(default, None, text, shown, name, True, {})})
+
+
+def choice(
+    default: str | None,
+    choices: Sequence[str] | Callable[[], Sequence[str]],
+    text: str | Callable[[], str],
+    *,
+    shown: str | None = None,
+) -> Any:
+    """A field for a flag with one of several words, in whatever case."""
+    return flag(default, str.lower, text, shown=shown, choices=choices)
+
+
+def flags_of(made: Callable[[], Mapping[str, Any]]) -> Any:
+    """A field for a dict of flags that are known only when the parser is made, from a registry.
+
+    Args:
+        made: the fields by name. One whose default is None is missing in the dict unless it is given.
+    """
+    return field(default_factory=dict, metadata={"flags": made})
+
+
+def _parts(kind: type[Flags]) -> Iterator[tuple[str, dict[str, _Flag]]]:
+    """The groups of the help: heading, and flags by name."""
+    by_name = {part.name: part for part in fields(kind)}
+    order = [base for base in kind.__mro__ if issubclass(base, Flags)]
+    done: set[str] = set()
+    for group in dict.fromkeys(base.group for base in order):
+        found: dict[str, _Flag] = {}
+        for base in reversed([base for base in order if base.group == group]):
+            for name in inspect.get_annotations(base):
+                if name in by_name and name not in done:
+                    done.add(name)
+                    found |= _flags_of_field(name, by_name[name].metadata)
+        if found:
+            yield group, found
+
+
+def _flags_of_field(name: str, metadata: Mapping[str, Any]) -> dict[str, _Flag]:
+    if "flags" in metadata:
+        return {key: made.metadata["flag"] for key, made in metadata["flags"]().items()}
+    return {name: metadata["flag"]} if "flag" in metadata else {}
+
+
+def own_flags(kind: type[Flags]) -> frozenset[str]:
+    """The names of the flags that a part adds to its base."""
+    return frozenset(inspect.get_annotations(kind))
+
+
+def _now(value: Any) -> Any:
+    return value() if callable(value) else value
 
 
 class HelpFirst(argparse.ArgumentParser):
@@ -54,57 +208,64 @@ class HelpFirst(argparse.ArgumentParser):
 
 
 class Parser(HelpFirst):
-    """An argument parser that knows its flags by destination."""
+    """The parser of a script's arguments.
 
-    def __init__(self, description: str, check: Callable[[Parser, argparse.Namespace], None]):
-        super().__init__(description=description, allow_abbrev=False, exit_on_error=False)
+    Attributes:
+        flags: by field, those that may stand in a config file.
+    """
+
+    def __init__(self, kind: type[Flags]) -> None:
+        about, _, example = (inspect.getdoc(kind) or "").partition("\n\n")
+        super().__init__(
+            description=f"{about}\n\n{indent(example, '    ')}",
+            allow_abbrev=False,
+            exit_on_error=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        self.kind = kind
         self.flags: dict[str, argparse.Action] = {}
-        self.check = check
-        self.may_change: frozenset[str] = frozenset()  # flags that `--resume` takes other values of
         self._spellings: dict[str, str] = {}
-        self.set_defaults(notices=(), config=None)
+        for heading, found in _parts(kind):
+            group = self if heading == Flags.group else self.add_argument_group(heading)
+            for key, made in found.items():
+                self._add(group, key, made)
+        if kind.no_effect:
+            group = self.add_argument_group("flags of the released code, accepted without effect")
+            for key, instead in kind.no_effect.items():
+                text = f"no effect: {instead}"
+                self._know(
+                    group.add_argument(
+                        f"--{key}",
+                        action=_WithoutEffect,
+                        dest=argparse.SUPPRESS,
+                        nargs="*",
+                        metavar="VALUE",
+                        help=text,
+                    )
+                )
 
-    def flag(
-        self,
-        group: argparse._ArgumentGroup,
-        name: str,
-        kind: Callable[[str], object],
-        default: object,
-        text: str,
-        *,
-        shown: str = "%(default)s",
-        **options: Any,
-    ) -> None:
-        """Add a flag with a value; `shown` is the default as the help gives it."""
-        text = f"{text} (default: {shown})"
+    def _add(self, group: argparse._ActionsContainer, key: str, made: _Flag) -> None:
+        text, shown = _now(made.text).replace("%", "%%"), _now(made.shown)
+        if made.default is not MISSING:
+            text += f" (default: {_shown(made.default) if shown is None else shown})".replace("%", "%%")
+        if made.read is None:
+            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            lazy = {name: _now(value) for name, value in made.options.items() if name != "action"}
+            options = {"type": made.read, **made.options, **lazy}
+        name = made.name or f"--{key}"
+        if name.startswith("-"):
+            options["dest"] = key
         try:
-            action = group.add_argument(name, type=kind, default=default, help=text, **options)
+            action = group.add_argument(name, help=text, **options)
         except argparse.ArgumentError as error:  # of a network or data set of the user's
             self.error(f"two arguments of networks and data sets are called {name}: {error.message}")
-        self._register(action, config=True)
+        action.help = text  # some versions of argparse add to that of a switch
+        self._know(action)
+        if made.in_config:
+            self.flags[key] = action
 
-    def switch(self, group: argparse._ArgumentGroup, name: str, text: str, *, default: bool = False) -> None:
-        """Add the pair `--name` and `--no-name`."""
-        action = group.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
-        action.help = f"{text} (default: {'on' if default else 'off'})"
-        self._register(action, config=True)
-
-    def without_effect(self, group: argparse._ArgumentGroup, name: str, instead: str) -> None:
-        """Accept a released flag, with or without values, and tell the user what to do instead."""
-        action = group.add_argument(
-            name,
-            action=_WithoutEffect,
-            nargs="*",
-            dest=argparse.SUPPRESS,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=f"no effect: {instead}",
-        )
-        self._register(action, config=False)
-
-    def _register(self, action: argparse.Action, config: bool) -> None:
-        if config:
-            self.flags[action.dest] = action
+    def _know(self, action: argparse.Action) -> None:
         self._spellings |= {_plain(option): option for option in action.option_strings}
 
     def canonical(self, token: str) -> str:
@@ -112,39 +273,66 @@ class Parser(HelpFirst):
         name, equals, value = token.partition("=")
         return self._spellings.get(_plain(name), name) + equals + value
 
-    def read(self, tokens: list[str]) -> argparse.Namespace:
-        """Parse canonical tokens; a wrong one ends the process as :meth:`error` does."""
+    def read(self, tokens: Sequence[str]) -> dict[str, Any]:
+        """What canonical tokens give, by field; a wrong one ends the process as :meth:`error` does."""
         try:
-            return self.parse_args(tokens)
+            return vars(self.parse_args(tokens))
         except argparse.ArgumentError as error:
             self.error(str(error))
 
 
-def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, list | tuple):
+        return " ".join(map(_shown, default))
+    return "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     """Read the command line (`argv`, default that of the process) and the config file it names.
 
-    The namespace's `notices` are lines for the user about flags typed without effect. Anything
-    wrong ends the process with exit code 2 and one line on stderr.
+    Anything wrong ends the process with exit code 2 and one line on stderr.
 
     With `--resume`, arguments are those of the run, and what is given must agree with them but for
-    the flags of `parser.may_change`.
+    the flags that may change.
     """
+    parser = Parser(kind)
     tokens = [parser.canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
-    arguments = parser.read(tokens)
-    config, resume = arguments.config, getattr(arguments, "resume", None)
+    typed = parser.read(tokens)
+    config, resume = typed.get("config"), typed.get("resume")
     if config is not None:
         tokens = [*_config_tokens(parser, config), *tokens]
     if resume is not None:
         settings = _settings_of_run(parser, resume)
         earlier_config = settings.pop("config", None)
-        config = config or earlier_config
         before = _tokens(parser, settings, resume / "config.json")
-        _refuse_contradictions(parser, resume, before, tokens)
+        _refuse_contradictions(parser, kind, resume, before, tokens)
         tokens = [*before, *tokens]
-    arguments = parser.read(tokens)
-    arguments.config = config
-    parser.check(parser, arguments)
-    return arguments
+        if config is None and isinstance(earlier_config, str):
+            config = Path(earlier_config)
+    given = parser.read(tokens)
+    if config is not None:
+        given["config"] = config
+    flags = _filled(kind, given)
+    try:
+        flags.check()
+    except UserError as error:
+        parser.error(str(error))
+    return flags
+
+
+def _filled(kind: type[FlagsT], given: Mapping[str, Any]) -> FlagsT:
+    """Arguments of which some are given, the others at their defaults."""
+    values: dict[str, Any] = {"given": frozenset(given) - {"notices"}}
+    for part in fields(kind):
+        if part.name in given:
+            values[part.name] = given[part.name]
+        elif "flags" in part.metadata:
+            defaults = _flags_of_field(part.name, part.metadata)
+            found = {key: given.get(key, made.default) for key, made in defaults.items()}
+            values[part.name] = {key: value for key, value in found.items() if value is not None}
+    return kind(**values)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -186,54 +374,50 @@ def _settings_of_run(parser: Parser, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _refuse_contradictions(parser: Parser, folder: Path, before: list[str], tokens: list[str]) -> None:
+def _refuse_contradictions(
+    parser: Parser, kind: type[Flags], folder: Path, before: list[str], tokens: list[str]
+) -> None:
     """End the process if `tokens` ask for another run than that of the tokens `before`."""
-    of_run = parser.read(before)
-    given = parser.parse_args(
-        tokens, argparse.Namespace(notices=(), **dict.fromkeys(parser.flags, _NOT_GIVEN))
-    )
-    # Of episodes it is also the length of the schedule, which makes their numbers.
-    fixed = ("steps",) if getattr(of_run, "learner", None) == "prototypes" else ()
+    of_run, given = _filled(kind, parser.read(before)), parser.read(tokens)
+    earlier, changeable = recorded(of_run, plain=False), of_run.changeable()
     contradictions = [
-        f"{parser.flags[key].option_strings[0]} is {value} and was {getattr(of_run, key)}"
-        for key, value in vars(given).items()
-        if key in parser.flags and (key not in parser.may_change or key in fixed)
-        if value is not _NOT_GIVEN and value != getattr(of_run, key)
+        f"{parser.flags[key].option_strings[0]} is {value} and was {earlier[key]}"
+        for key, value in given.items()
+        if key in parser.flags and key not in changeable and value != earlier[key]
     ]
     if contradictions:
         parser.error(
             f"--resume {folder} goes on as it began: {'; '.join(contradictions)}; drop these flags, or "
             "start a new run without --resume"
         )
-    _refuse_lost_places(parser, folder, of_run, given)
-
-
-def _refuse_lost_places(
-    parser: Parser, folder: Path, of_run: argparse.Namespace, given: argparse.Namespace
-) -> None:
-    """End the process if a model that the run reads, or the folder of the one it writes, is gone."""
-    places = [("model", path, path) for path in getattr(of_run, "model", None) or ()]
-    written = getattr(of_run, "model_name", None)
-    if written is not None:
-        places.append(("model_name", written, written.parent))
+    places = [("model", path, path) for path in earlier.get("model") or ()]
+    if "model_name" in earlier and earlier["model_name"] is not None:
+        places.append(("model_name", earlier["model_name"], earlier["model_name"].parent))
     for key, path, place in places:
-        if getattr(given, key) is _NOT_GIVEN and not os.access(place, os.F_OK):
+        if key not in given and not os.access(place, os.F_OK):
             parser.error(
                 f"--resume {folder}: its --{key} is {path}, and there is no {place} (any more); give "
                 f"--{key} FILE as it is today"
             )
 
 
-def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as plain values (JSON, and loadable with `weights_only=True`), to be stored."""
+def recorded(flags: Flags, *, plain: bool = True) -> dict[str, Any]:
+    """The arguments by flag, None where there is none, as plain values (JSON, and loadable with
+    `weights_only=True`) to be stored."""
+    found: dict[str, Any] = {}
+    for part in fields(flags):
+        value = getattr(flags, part.name)
+        if "flags" in part.metadata:
+            found |= dict.fromkeys(_flags_of_field(part.name, part.metadata)) | value
+        elif "flag" in part.metadata and part.name != "resume":
+            found[part.name] = None if part.name in flags.idle else value
+    return {key: _plain_value(value) if plain else value for key, value in sorted(found.items())}
 
-    def plain(value: object) -> object:
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
 
-    left_out = ("notices", "resume")
-    return {key: plain(value) for key, value in sorted(vars(arguments).items()) if key not in left_out}
+def _plain_value(value: object) -> object:
+    if isinstance(value, list):
+        return [_plain_value(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def as_typed(name: str, value: object) -> str:
@@ -262,7 +446,7 @@ def _tokens(parser: Parser, settings: Mapping[str, object], path: Path) -> list[
             parser.error(f"{path}: unknown key {key!r}; --help lists the flags")
         spelled = _spelled(parser.flags[key], value)
         try:
-            parsed = getattr(parser.parse_args(spelled), key)
+            parsed = vars(parser.parse_args(spelled))[key]
         except argparse.ArgumentError as error:
             parser.error(f"{path}: {key}: {error.message}")
         if not _same_kind(value, parsed):
@@ -322,7 +506,7 @@ class _WithoutEffect(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         notice = f"{option_string} has {self.help}"
-        namespace.notices = (*namespace.notices, notice)
+        namespace.notices = (*getattr(namespace, "notices", ()), notice)
 
 
 def _plain(option: str) -> str:
@@ -383,7 +567,7 @@ def several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return read_all
 
 
-def device(text: str) -> str:
+def device_name(text: str) -> str:
     device = text.lower()
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
@@ -410,7 +594,3 @@ def folder_name(text: str) -> str:
     if not _is_text(text) or not text.strip(". ") or re.search(r"[/\\\0]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
     return text
-
-
-def no_check(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Nothing contradicts."""

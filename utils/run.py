@@ -7,7 +7,6 @@ in one process at a time.
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import csv
 import io
@@ -36,7 +35,7 @@ from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
-from utils.command_line import read_config, recorded
+from utils.command_line import Flags, read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
 from utils.files import atomic_write, place_of, remove_drafts, sync, write_text
@@ -191,16 +190,22 @@ class Run:
 
     @classmethod
     def open(
-        cls, arguments: argparse.Namespace, extra: Mapping[str, Any] | None = None, done: int = 0
+        cls,
+        runs_dir: Path,
+        name: str,
+        resume: Path | None,
+        arguments: Flags,
+        extra: Mapping[str, Any] | None = None,
+        done: int = 0,
     ) -> Run:
-        """The run that the arguments ask for: that of `--resume`, after step `done`, or a new one.
+        """The run in the folder `resume`, after step `done`, or a new one.
 
         Raises:
             UserError: as :meth:`create` and :meth:`resume` do.
         """
-        if arguments.resume is None:
-            return cls.create(arguments.runs_dir, arguments.name, arguments, extra)
-        run = cls.resume(arguments.resume, arguments, done, extra)
+        if resume is None:
+            return cls.create(runs_dir, name, arguments, extra)
+        run = cls.resume(resume, arguments, done, extra)
         if done:
             log.info("going on after step %d", done)
         return run
@@ -210,7 +215,7 @@ class Run:
         cls,
         runs_dir: Path,
         name: str,
-        arguments: argparse.Namespace,
+        arguments: Flags,
         extra: Mapping[str, Any] | None = None,
     ) -> Run:
         """Make `runs_dir/<name>_<k>` with the smallest free k, and record what is run and where.
@@ -246,7 +251,7 @@ class Run:
     def resume(
         cls,
         folder: Path,
-        arguments: argparse.Namespace,
+        arguments: Flags,
         done: int,
         extra: Mapping[str, Any] | None = None,
     ) -> Run:

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 import evaluate_classification
-import evaluation.models
 import model.meta_test
 from evaluation.journal import Journal, Key, columns
 from evaluation.results import read_results
-from flags.evaluation import evaluation_parser
+from flags.evaluation import Evaluation
 from model.episodes import Task, sample_task
 from model.fast import Backend, learner, use_backend
 from model.meta_test import FrozenOutputs, MetaTest
@@ -281,7 +280,7 @@ def test_a_model_given_twice_counts_once(
 
     # An older evaluation gave each file draws of its own, and goes on with them.
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.models, "distinct", list)
+        patched.setattr(evaluate_classification, "distinct", list)
         older = evaluate(f"{flags} --runs 2")
         whole = evaluate(f"{flags} --runs 3")
     evaluate(f"--resume {older} --runs 3")
@@ -291,7 +290,7 @@ def test_a_model_given_twice_counts_once(
 
 def test_a_rate_within_the_search_is_not_pointed_out() -> None:
     def chosen(*flags: str) -> str:
-        args = parse(evaluation_parser(), ["--model=M.net", *flags])
+        args = parse(Evaluation, ["--model=M.net", *flags])
         rows = [{"classes": 10, "lr": 0.01}, {"classes": 50, "lr": 0.003}, {"classes": 100, "lr": 0.001}]
         return evaluate_classification.how_chosen(args, [], rows)
 
@@ -578,7 +577,14 @@ def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
     pool = torch.randn(10, 20, 1, 28, 28, generator=generator)
     fit = model.meta_test.LEARNERS[kind].fit
     for budget in (2**30, 0):  # frozen outputs are kept, or computed for every pass
-        meta_test = MetaTest(net, pool, rln, 0, learner=learner(kind, used), fit=fit, background=pool)
+        meta_test = MetaTest(
+            *(net, pool, rln, 0),
+            train_images=4,
+            test_images=3,
+            learner=learner(kind, used),
+            fit=fit,
+            background=pool,
+        )
         meta_test.outputs = FrozenOutputs(net, pool, meta_test.trained, budget)
         walk = partial(meta_test.walk, lr=0.01, purpose="report", draw=0)
         way = [Score.of(answers) for answers in walk((1, 2, 7, 9), drawn=10)]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from flags.evaluation import evaluation_parser
+from flags.evaluation import Evaluation
 from model.modelfactory import NETWORKS, trained_parameters
 from model.treatments import TABLE, describe
 from tests.utils.test_arguments import refused
@@ -42,8 +41,8 @@ PAPER = [
 ]
 
 
-def evaluate(text: str) -> Namespace:
-    return parse(evaluation_parser(), text.split())
+def evaluate(text: str) -> Evaluation:
+    return parse(Evaluation, text.split())
 
 
 @pytest.mark.parametrize(("name", "networks", "rln", "trained", "weights"), PAPER)
@@ -116,9 +115,7 @@ def test_a_config_file_names_models_and_presets(tmp_path: Path, capsys: pytest.C
     assert arguments.model == [Path("a, b.net"), Path("c.net")]
     assert (arguments.treatment_preset, arguments.rln, arguments.schedule) == ("OML", 6, [5])
     file.write_text("model = 5\n")
-    assert "model: 5 is not one or more of a text" in refused(
-        evaluation_parser(), ["--config", str(file)], capsys
-    )
+    assert "model: 5 is not one or more of a text" in refused(Evaluation, ["--config", str(file)], capsys)
 
 
 def test_the_docs_say_the_same() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from evaluation.journal import Journal, Key
-from flags.training import training_parser
+from flags.training import Training
 from model.scores import Score
 from model.training_state import TrainingState
 from tests.conftest import Trainer
@@ -164,7 +164,7 @@ def test_a_model_of_another_training_is_kept(
 
 def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
     """A writing thread that died would block the run for ever."""
-    run = Run.create(tmp_path, "n", parse(training_parser(), []))
+    run = Run.create(tmp_path, "n", parse(Training, []))
 
     def write() -> None:
         with run:
@@ -176,7 +176,7 @@ def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
-    run = Run.create(tmp_path, "n", parse(training_parser(), []))
+    run = Run.create(tmp_path, "n", parse(Training, []))
     with (run.folder / "log.txt").open("ab") as file:
         file.write(b"\n" * 2_000_000)
     with largest_file(1_000_000), pytest.raises(UserError, match="File too large"), run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -13,7 +12,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,14 +23,15 @@ from datasets import Source, omniglot
 from datasets.characters import CLASSES
 from evaluation.journal import Journal
 from evaluation.results import read_results, write_results
-from flags.evaluation import evaluation_parser
-from flags.training import training_parser
+from flags.common import DataFlags, RunFlags
+from flags.evaluation import Evaluation
+from flags.training import Training
 from model.modelfactory import build, restore
 from model.optimizer import Adam
 from model.training_state import DIGEST_BYTES, TrainingState, load_state, save_state
 from tools.convert_released import convert
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.command_line import parse
+from utils.command_line import Flags, Parser, parse
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.run import Run
@@ -110,9 +109,9 @@ VALUES = st.one_of(
 )
 
 
-def tokens(make: Callable[[], Any]) -> st.SearchStrategy[list[str]]:
+def tokens(kind: type[Flags]) -> st.SearchStrategy[list[str]]:
     """Command lines: flags with values, with `=` or without, and what is no flag at all."""
-    options = [option for action in make().flags.values() for option in action.option_strings]
+    options = [option for action in Parser(kind).flags.values() for option in action.option_strings]
     flags = st.sampled_from([*options, *("--seeds", "--commit", "--resume", "--unknown")])
     joined = st.tuples(flags, VALUES).map(lambda pair: [f"{pair[0]}={pair[1]}"])
     apart = st.tuples(flags, VALUES).map(list)
@@ -120,7 +119,7 @@ def tokens(make: Callable[[], Any]) -> st.SearchStrategy[list[str]]:
     return parts.map(lambda lists: [token for part in lists for token in part])
 
 
-def use(arguments: argparse.Namespace, place: Path) -> None:
+def use(arguments: Training, place: Path) -> None:
     """What scripts do first with the names they are given, within `place`."""
     for name in (arguments.model_name, arguments.saved_model or "m.net"):
         path = place / str(name).lstrip("/")
@@ -132,19 +131,19 @@ def use(arguments: argparse.Namespace, place: Path) -> None:
 
 
 @cases(400)
-@given(argv=tokens(training_parser))
+@given(argv=tokens(Training))
 def test_training_flags(argv: list[str]) -> None:
-    arguments = refused_or(lambda: parse(training_parser(), argv))
-    if isinstance(arguments, argparse.Namespace) and len(argv) % 3 == 0:  # a run folder takes a while
+    arguments = refused_or(lambda: parse(Training, argv))
+    if isinstance(arguments, Training) and len(argv) % 3 == 0:  # a run folder takes a while
         with folder() as place:
             (place / "file").touch()
             use(arguments, place)
 
 
 @cases(300)
-@given(argv=tokens(evaluation_parser))
+@given(argv=tokens(Evaluation))
 def test_evaluation_flags(argv: list[str]) -> None:
-    refused_or(lambda: parse(evaluation_parser(), argv))
+    refused_or(lambda: parse(Evaluation, argv))
 
 
 PRESETS = [path.read_text() for path in sorted(CONFIGS.glob("*.toml"))]
@@ -155,7 +154,7 @@ JSON_VALUES = st.recursive(
     max_leaves=6,
 )
 KEYS = st.one_of(
-    st.sampled_from([*training_parser().flags, *evaluation_parser().flags, "config", "resume", "notices"]),
+    st.sampled_from([*Parser(Training).flags, *Parser(Evaluation).flags, "config", "resume", "notices"]),
     st.text(max_size=5),
 )
 SETTINGS = st.dictionaries(KEYS, JSON_VALUES, max_size=5)
@@ -204,11 +203,11 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     training=st.booleans(),
 )
 def test_configs(content: bytes, training: bool) -> None:
-    make = training_parser if training else evaluation_parser
+    kind = Training if training else Evaluation
     with folder() as place:
         (place / "c.toml").write_bytes(content)
-        arguments = refused_or(lambda: parse(make(), ["--config", str(place / "c.toml")]))
-        if isinstance(arguments, argparse.Namespace):
+        arguments = refused_or(lambda: parse(kind, ["--config", str(place / "c.toml")]))
+        if isinstance(arguments, DataFlags) and isinstance(arguments, RunFlags):
             for path in (arguments.dataset_path, arguments.runs_dir):
                 assert "\0" not in str(path)
 
@@ -235,11 +234,11 @@ def test_run_folders(config: bytes, metrics: bytes, done: int) -> None:
     with folder() as place:
         (place / "config.json").write_bytes(config)
         (place / "metrics.csv").write_bytes(metrics)
-        arguments = refused_or(lambda: parse(training_parser(), ["--resume", str(place)]))
+        arguments = refused_or(lambda: parse(Training, ["--resume", str(place)]))
         if arguments is None:
             assert (place / "config.json").read_bytes() == config
-            arguments = parse(training_parser(), [])
-        assert isinstance(arguments, argparse.Namespace)
+            arguments = parse(Training, [])
+        assert isinstance(arguments, Training)
         settings_of_run = arguments
         run = refused_or(lambda: Run.resume(place, settings_of_run, done, {"manifest": "0"}))
         if isinstance(run, Run):

@@ -8,32 +8,32 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from evaluation.targets import read_targets
-from flags.evaluation import evaluation_parser
-from flags.pretraining import pretraining_parser
-from flags.training import training_parser
+from flags.common import DataFlags, RunFlags
+from flags.evaluation import Evaluation
+from flags.pretraining import Pretraining
+from flags.training import Training
 from tests.tools.test_ledger import write_accuracies
-from tools.analyze_representation import analysis_parser
-from tools.compare_results import comparison_parser
-from tools.ledger import ledger, ledger_parser
-from tools.plot_results import plot_parser
-from utils.command_line import Parser, parse
+from tools.analyze_representation import Analysis
+from tools.compare_results import Comparison
+from tools.ledger import Ledger, ledger
+from tools.plot_results import Plot
+from utils.command_line import Flags, parse
 
 ROOT = Path(__file__).parents[2]
-PARSERS = {
-    "mrcl_classification.py": training_parser,
-    "pretrain_classification.py": pretraining_parser,
-    "evaluate_classification.py": evaluation_parser,
-    "tools/analyze_representation.py": analysis_parser,
-    "tools/plot_results.py": plot_parser,
-    "tools/compare_results.py": comparison_parser,
-    "tools/ledger.py": ledger_parser,
+KINDS: dict[str, type[Flags]] = {
+    "mrcl_classification.py": Training,
+    "pretrain_classification.py": Pretraining,
+    "evaluate_classification.py": Evaluation,
+    "tools/analyze_representation.py": Analysis,
+    "tools/plot_results.py": Plot,
+    "tools/compare_results.py": Comparison,
+    "tools/ledger.py": Ledger,
 }
 TIME = re.compile(r"(less than )?\d+ (s|min|h)\b")
 
@@ -103,12 +103,11 @@ def test_every_command_is_accepted(project: Path, monkeypatch: pytest.MonkeyPatc
         if script == "-m":
             script = f"{flags.pop(0).replace('.', '/')}.py"
         assert (ROOT / script).is_file(), name
-        make: Callable[[], Parser] = PARSERS[script]
-        parsed = parse(make(), flags)
+        parsed = parse(KINDS[script], flags)
         assert not parsed.notices, name
-        if "dataset_path" in vars(parsed):
+        if isinstance(parsed, DataFlags):
             assert parsed.dataset_path == Path("some data")
-        if script.startswith(("mrcl_", "pretrain_", "evaluate_")):
+        if isinstance(parsed, RunFlags):
             assert parsed.name == f"paper_{name}"
 
 

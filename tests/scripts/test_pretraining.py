@@ -19,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pretrain_classification
-from flags.pretraining import pretraining_parser
+from flags.pretraining import Pretraining
 from model.episodes import shuffled_batches
 from model.modelfactory import build
 from model.optimizer import Adam
@@ -41,7 +41,7 @@ def pretrain(flags: str, cache: Path, folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_default_is_what_meta_training_sees() -> None:
-    arguments = parse(pretraining_parser(), [])
+    arguments = parse(Pretraining, [])
     assert arguments.images == 20000 * (20 + 64)
     assert (arguments.treatment, arguments.train_classes) == ("OML", None)
     assert arguments.model_name == Path("Pretrain_Model.net")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ import mrcl_classification
 import pretrain_classification
 from model.modelfactory import build
 from model.treatments import TABLE
+from tests.conftest import Called
 from tests.tools.test_ledger import write_accuracies
 from tools import (
     analyze_representation,
@@ -27,7 +29,6 @@ from tools import (
     plot_results,
 )
 from utils.checkpoint import save_checkpoint
-from utils.errors import run_script
 
 ROOT = Path(__file__).parents[2]
 GLYPHS = "--dataset glyphs --threads 1"
@@ -186,15 +187,13 @@ def test_refused_in_one_line(
     flags: str,
     place: Path,
     cache: Path,
+    call: Callable[..., Called],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words(flags, cache)])
     before = contents(place)
-    with pytest.raises(SystemExit) as ended:
-        run_script(script.main)
-    check(ended.value.code, capsys.readouterr().err, REFUSED[script][flags])
+    done = call(script, *words(flags, cache))
+    check(done.returncode, done.stderr, REFUSED[script][flags])
     assert contents(place) == before
 
 

@@ -28,7 +28,7 @@ from evaluation.targets import Target
 from model.scores import ACCURACY, MEASURES, Measure, accuracies
 from tests.tools.test_ledger import write_accuracies
 from tools import plot_results
-from tools.plot_results import plot_parser
+from tools.plot_results import Plot
 from utils.command_line import parse
 
 ROOT = Path(__file__).parents[2]
@@ -203,9 +203,9 @@ def test_script_writes_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.stdout.split() == [f"figures/x_{f}.{s}" for f in ("curves", "bars") for s in ("png", "pdf")]
     before = [file.read_bytes() for file in files]
     monkeypatch.chdir(tmp_path)
-    plot_results.draw(parse(plot_parser(), flags))
+    plot_results.draw(parse(Plot, flags))
     assert [file.read_bytes() for file in files] == before
-    plot_results.draw(parse(plot_parser(), [*flags, "--no-published"]))
+    plot_results.draw(parse(Plot, [*flags, "--no-published"]))
     assert all(file.read_bytes() != old for file, old in zip(files, before, strict=True))
 
 

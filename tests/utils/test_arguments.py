@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from flags.evaluation import evaluation_parser
-from flags.pretraining import pretraining_parser
-from flags.training import training_parser
+from flags.evaluation import Evaluation
+from flags.pretraining import Pretraining
+from flags.training import Training
 from tools import plot_results
-from tools.analyze_representation import analysis_parser
-from tools.benchmark import benchmark_parser
-from tools.compare_results import comparison_parser
-from tools.ledger import ledger_parser
-from tools.plot_results import plot_parser
-from utils.command_line import Parser, parse, recorded
+from tools.analyze_representation import Analysis
+from tools.benchmark import Benchmark
+from tools.compare_results import Comparison
+from tools.ledger import Ledger
+from tools.plot_results import Plot
+from utils.command_line import Flags, Parser, parse, recorded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PARSERS = [
-    *(training_parser, pretraining_parser, evaluation_parser, analysis_parser, plot_parser, ledger_parser),
-    *(comparison_parser, benchmark_parser),
+ALL: list[type[Flags]] = [
+    *(Training, Pretraining, Evaluation, Analysis, Plot, Ledger),
+    *(Comparison, Benchmark),
 ]
 RELEASED_TRAIN = """--steps 5 --model_name m.net --treatment Neuromodulation --checkpoint
     --saved_model s.net --seed 9 --seeds 1 2 --tasks 2 --meta_lr 0.001 --update_lr 0.1
@@ -34,12 +34,12 @@ RELEASED_EVALUATE = """--epoch 1 --seed 222 --schedule 10 50 --memory 0 --model 
     --rln 0 --runs 10 --neuromodulation"""
 
 
-def train(text: str) -> Namespace:
-    return parse(training_parser(), text.split())
+def train(text: str) -> Training:
+    return parse(Training, text.split())
 
 
-def evaluate(text: str) -> Namespace:
-    return parse(evaluation_parser(), text.split())
+def evaluate(text: str) -> Evaluation:
+    return parse(Evaluation, text.split())
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def refused(parser: Parser, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refused(kind: type[Flags], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line on stderr of a command that ends with exit code 2."""
     with pytest.raises(SystemExit) as ended:
-        parse(parser, argv)
+        parse(kind, argv)
     captured = capsys.readouterr()
     assert ended.value.code == 2
     assert captured.out == ""
@@ -70,9 +70,9 @@ def test_released_train_command_gives_the_defaults() -> None:
 
 
 def test_every_released_flag_is_accepted() -> None:
-    arguments = train(RELEASED_TRAIN)
-    assert (arguments.treatment, arguments.reset, arguments.rln) == ("ANML", False, 7)
-    assert [notice.split()[0] for notice in arguments.notices] == ["--seeds", "--commit", "--model"]
+    training = train(RELEASED_TRAIN)
+    assert (training.treatment, training.reset, training.rln) == ("ANML", False, 7)
+    assert [notice.split()[0] for notice in training.notices] == ["--seeds", "--commit", "--model"]
     arguments = evaluate(RELEASED_EVALUATE)
     assert (arguments.schedule, arguments.model) == ([10, 50], [Path("m.net")])
     assert arguments.iid
@@ -81,12 +81,13 @@ def test_every_released_flag_is_accepted() -> None:
     assert noticed == ["--memory", "--commit", "--neuromodulation"]
 
 
-@pytest.mark.parametrize("make", [training_parser, evaluation_parser])
-def test_both_spellings_of_every_flag(make: Callable[[], Parser]) -> None:
-    for action in make().flags.values():
+@pytest.mark.parametrize("kind", [Training, Evaluation])
+def test_both_spellings_of_every_flag(kind: type[Flags]) -> None:
+    parser = Parser(kind)
+    for action in parser.flags.values():
         for option in action.option_strings:
             for spelling in (option.replace("_", "-"), "--" + option[2:].replace("-", "_")):
-                assert make().canonical(spelling + "=a_b-c") == option + "=a_b-c"
+                assert parser.canonical(spelling + "=a_b-c") == option + "=a_b-c"
     assert train("--no_reset --dataset_path=a_b-c").dataset_path == Path("a_b-c")
 
 
@@ -98,13 +99,13 @@ def test_defaults_follow_the_treatment() -> None:
     assert (known.rln, known.treatment) == (None, None)
     assert known.notices == ("--treatment has no effect: the model file says which network it is",)
     scratch = evaluate("--scratch --pln-channels 8")
-    assert (scratch.rln, scratch.treatment, scratch.pln_channels) == (0, "ANML", 8)
+    assert (scratch.rln, scratch.treatment, scratch.widths["pln_channels"]) == (0, "ANML", 8)
     assert evaluate("--model m --no-freeze").rln == 0
 
 
 @pytest.mark.parametrize("typed", [["10", "50"], ["10,50"], ["10 50"], ["10,", "50"]])
 def test_schedule_in_every_form(typed: list[str]) -> None:
-    arguments = parse(evaluation_parser(), ["--scratch", "--schedule", *typed])
+    arguments = parse(Evaluation, ["--scratch", "--schedule", *typed])
     assert arguments.schedule == [10, 50]
 
 
@@ -134,7 +135,7 @@ def test_schedule_in_every_form(typed: list[str]) -> None:
     ],
 )
 def test_wrong_train_flags(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert named in refused(training_parser(), typed.split(), capsys)
+    assert named in refused(Training, typed.split(), capsys)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_wrong_train_flags(typed: str, named: str, capsys: pytest.CaptureFixture
     ],
 )
 def test_wrong_evaluate_flags(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert named in refused(evaluation_parser(), typed.split(), capsys)
+    assert named in refused(Evaluation, typed.split(), capsys)
 
 
 def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
@@ -162,8 +163,8 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
     assert (arguments.seed, arguments.treatment, arguments.rln) == (9, "ANML", 7)
     assert train(f"--config {file} --reset").reset
     file.write_text("schedule = [2, 3]\nscratch = true\nlrs = [1, 0.5]\n")
-    arguments = evaluate(f"--config {file}")
-    assert (arguments.schedule, arguments.lrs) == ([2, 3], [1.0, 0.5])
+    evaluation = evaluate(f"--config {file}")
+    assert (evaluation.schedule, evaluation.lrs) == ([2, 3], [1.0, 0.5])
     assert evaluate(f"--config {file} --schedule 4").schedule == [4]
 
 
@@ -195,7 +196,7 @@ def test_wrong_config_names_file_and_key(
 ) -> None:
     file = tmp_path / "c.toml"
     file.write_text(text)
-    line = refused(training_parser(), ["--config", str(file)], capsys)
+    line = refused(Training, ["--config", str(file)], capsys)
     assert str(file) in line
     assert named in line
 
@@ -210,14 +211,14 @@ def test_config_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -
 def test_config_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "c.toml", tmp_path):
-        assert str(path) in refused(training_parser(), ["--config", str(path)], capsys)
+        assert str(path) in refused(Training, ["--config", str(path)], capsys)
 
 
-@pytest.mark.parametrize("make", PARSERS)
-def test_the_home_folder_in_every_path(make: Callable[[], Parser], home: Path) -> None:
+@pytest.mark.parametrize("kind", ALL)
+def test_the_home_folder_in_every_path(kind: type[Flags], home: Path) -> None:
     """A shell expands `--runs_dir ~/x` but not `--runs_dir=~/x`."""
     found = {}
-    for action in make()._actions:
+    for action in Parser(kind)._actions:
         read: Any = action.type
         with suppress(TypeError, ValueError, ArgumentTypeError):  # of flags that take something else
             if isinstance(read("file"), Path):
@@ -238,13 +239,12 @@ def test_the_home_folder_in_a_config(home: Path, tmp_path: Path) -> None:
     ("typed", "meant"), [("./~/x", "~/x"), ("~no such user/x", "~no such user/x"), ("a/~", "a/~"), ("~", "")]
 )
 def test_what_is_no_home_folder(typed: str, meant: str, home: Path) -> None:
-    assert parse(training_parser(), [f"--runs_dir={typed}"]).runs_dir == (Path(meant) if meant else home)
+    assert parse(Training, [f"--runs_dir={typed}"]).runs_dir == (Path(meant) if meant else home)
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_presets_are_valid(preset: Path) -> None:
-    make = evaluation_parser if preset.stem.endswith("_evaluate") else training_parser
-    parse(make(), ["--config", str(preset)])
+    parse(Evaluation if preset.stem.endswith("_evaluate") else Training, ["--config", str(preset)])
 
 
 def test_paper_preset_is_the_default() -> None:
@@ -252,8 +252,8 @@ def test_paper_preset_is_the_default() -> None:
     assert {**preset, "config": None} == recorded(train(""))
 
 
-@pytest.mark.parametrize("make", [training_parser, evaluation_parser])
-def test_help_says_the_default_of_every_flag(make: Callable[[], Parser]) -> None:
-    parser = make()
+@pytest.mark.parametrize("kind", [Training, Evaluation])
+def test_help_says_the_default_of_every_flag(kind: type[Flags]) -> None:
+    parser = Parser(kind)
     parser.format_help()
     assert all("(default: " in (action.help or "") for action in parser.flags.values())

@@ -7,7 +7,6 @@ import json
 import logging
 import subprocess
 import sys
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_figure
-from flags.training import training_parser
+from flags.training import Training
 from utils import run as run_module
 from utils.command_line import parse
 from utils.errors import UserError
@@ -26,8 +25,8 @@ from utils.run import Run, log_to_terminal
 log = logging.getLogger("anml")
 
 
-def arguments(text: str = "") -> Namespace:
-    return parse(training_parser(), text.split())
+def arguments(text: str = "") -> Training:
+    return parse(Training, text.split())
 
 
 def events(folder: Path) -> EventAccumulator:
