@@ -7,6 +7,10 @@ Expected time: two minutes for 2,000 steps. Exits 1 where something grew.
 
 from __future__ import annotations
 
+import utils.start  # noqa: F401 (before torch)
+
+# isort: split
+
 import os
 import sys
 import tempfile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from model.representation import (
     principal_components,
     represent,
 )
-from tests.scripts.test_scripts import run
+from tests.conftest import Called
+from tools import analyze_representation
 from tools.analyze_representation import table
 from utils.checkpoint import save_checkpoint
 
@@ -137,9 +139,20 @@ def save(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["ANML", "OML"])
-def test_script_leaves_numbers_and_pictures(cache: Path, tmp_path: Path, name: str) -> None:
-    flags = ("--dataset", "glyphs", "--model", str(save(tmp_path, name)), "--test_classes", "40")
-    done = run("tools.analyze_representation", cache, tmp_path, *flags)
+def test_script_leaves_numbers_and_pictures(
+    call: Callable[..., Called], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = (
+        f"--cache_dir={cache}",
+        "--dataset",
+        "glyphs",
+        "--model",
+        str(save(tmp_path, name)),
+        "--test_classes",
+        "40",
+    )
+    done = call(analyze_representation, *flags)
     folder = tmp_path / "runs/representation_0"
     content = json.loads((folder / "representation.json").read_text())
     measured = content["measured"]
@@ -157,7 +170,7 @@ def test_script_leaves_numbers_and_pictures(cache: Path, tmp_path: Path, name: s
     # Of Omniglot they stand beside ANML's, which they are of.
     assert ("81.1" in table(measured, name == "ANML", published=True)) == (name == "ANML")
     if name == "ANML":
-        again = run("tools.analyze_representation", cache, tmp_path, *flags, "--samples=1", "--alphabets=1")
+        again = call(analyze_representation, *flags, "--samples=1", "--alphabets=1")
         second = json.loads((tmp_path / "runs/representation_1/representation.json").read_text())
         assert second["measured"] == measured
         assert "representation_1" in again.stdout

@@ -28,7 +28,7 @@ from utils.interrupt import Interrupt
 from utils.run import Run
 
 ROOT = Path(__file__).parents[2]
-STEPS, KILLS = 220, 20
+STEPS, KILLS = 110, 10
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -38,7 +38,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
 
 
-def test_twenty_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
+def test_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
     flags = [*TINY, f"--cache_dir={cache}", f"--steps={STEPS}", "--save_every=3"]
     for folder, kills in (("whole", 0), ("killed", KILLS)):
         (tmp_path / folder).mkdir()
@@ -57,7 +57,7 @@ def test_twenty_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
     killed = sorted((tmp_path / "killed/runs").glob("*/config.json"))[-1].parent
     resumed = [entry["step"] for entry in json.loads((killed / "config.json").read_text())["resumed"]]
     assert resumed == sorted(resumed)
-    assert len(set(resumed)) > 5, "hardly any kill met a run that had come further"
+    assert len(set(resumed)) > 3, "hardly any kill met a run that had come further"
     assert_same_run(whole, killed)
     assert [int(row["step"]) for row in rows(killed)] == list(range(1, STEPS + 1))
     points = curve(killed)

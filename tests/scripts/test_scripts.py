@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib
 import json
@@ -237,11 +238,13 @@ def test_training_goes_on_whatever_stdout_is(
         assert "run folder runs/z\\xfcrich_0" in done.stdout
 
 
-@pytest.mark.parametrize("line", ['"$@" 2>&-', '"$@" 2>&1 | true', '"$@" > /dev/full 2>&1'])
-def test_the_exit_code_does_not_depend_on_stderr(line: str, tmp_path: Path) -> None:
-    for arguments in (["a.csv"], ["a.csv", "b.csv"]):  # which the parser refuses, and the script
-        done = shell(tmp_path, line, sys.executable, "-m", "tools.compare_results", *arguments)
-        assert (done.returncode, done.stderr) == (2, "")
+@pytest.mark.parametrize(
+    ("line", "files"),  # the parser refuses one file, and the script two that are not there
+    [('"$@" 2>&-', ["a.csv"]), ('"$@" 2>&1 | true', ["a", "b"]), ('"$@" > /dev/full 2>&1', ["a.csv"])],
+)
+def test_the_exit_code_does_not_depend_on_stderr(line: str, files: list[str], tmp_path: Path) -> None:
+    done = shell(tmp_path, line, sys.executable, "-m", "tools.compare_results", *files)
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 @pytest.mark.parametrize(
@@ -317,9 +320,20 @@ OLD = {
 }
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_begins_with_what_must_come_before_torch(script: str) -> None:
+    name = script.removeprefix("-m ").removesuffix(".py").replace(".", "/")
+    body = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body
+    first = next(node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and not _future(node))
+    assert ast.unparse(first) == "import utils.start"
+
+
+def _future(node: ast.Import | ast.ImportFrom) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
 @pytest.mark.parametrize(
-    ("script", "package"),
-    [*((script, "torch") for script in SCRIPTS), ("evaluate_classification.py", "scipy")],
+    ("script", "package"), [("-m tools.ledger", "torch"), ("evaluate_classification.py", "scipy")]
 )
 def test_an_old_release_is_refused_in_one_line(script: str, package: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(OLD[package])

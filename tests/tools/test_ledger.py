@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from evaluation.results import write_results
 from evaluation.targets import COLUMNS, TARGETS, read_targets
+from tests.conftest import Called
+from tools import ledger as tool
 from tools.ledger import END, START, inserted, ledger
 from utils.errors import UserError
 
@@ -47,19 +47,6 @@ def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float
     write_results(results, rows, {"rln": 13})
     for suffix in ("csv", "json"):
         (results / f"results.{suffix}").rename(results / f"{name}.{suffix}")
-
-
-def script(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    paths = (f"--results={folder / 'results'}", f"--page={folder / 'results.md'}")
-    return subprocess.run(
-        [sys.executable, "-m", "tools.ledger", *paths, *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
 
 
 def test_page_says_what_results_hold() -> None:
@@ -164,24 +151,25 @@ def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
     )
 
 
-def test_script_writes_and_checks(tmp_path: Path) -> None:
+def test_script_writes_and_checks(call: Callable[..., Called], tmp_path: Path) -> None:
     results = write_ledger(tmp_path)
+    script = partial(call, tool, f"--results={results}", f"--page={tmp_path / 'results.md'}")
     page = tmp_path / "results.md"
     before = page.read_text()
-    done = script(tmp_path, "--check")
+    done = script("--check")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "disagree" in done.stderr
     assert page.read_text() == before
-    assert script(tmp_path).returncode == 0
+    assert script().returncode == 0
     text = page.read_text()
     assert text.startswith(f"# Title\n\n{START}\n")
     assert text.endswith(f"{END}\n\nthe end\n")
     assert "stale" not in text
-    assert script(tmp_path, "--check").returncode == 0
+    assert script("--check").returncode == 0
     (results / "targets.csv").write_text((results / "targets.csv").read_text().replace("63.8", "63.9"))
-    assert script(tmp_path, "--check").returncode == 1
+    assert script("--check").returncode == 1
     (results / "targets.csv").write_text("nonsense\n")
-    done = script(tmp_path)
+    done = script()
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "targets.csv" in done.stderr
     assert page.read_text() == text
