@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from model.fast import winograd
-from model.fast.matmul import matmul, thread_blocks
+from model.fast.matmul import matmul
 
 # Output positions of a batch up to which a convolution is a matmul with patches, faster than torch's
 # convolution.
@@ -91,10 +91,7 @@ class _ConvWeight(torch.autograd.Function):
         ctx.stride = stride
         if not _few_positions(x, stride):
             return _gradients(grad, x, like, stride, need_x=False)[1]
-        # In the blocks of Adam's pass, which comes next at meta-test.
-        rows, patches = channels_last(grad).flatten(0, 2).t(), _im2col(x, stride)
-        blocks = rows.unflatten(0, thread_blocks(rows))
-        return _kernel_of_rows(torch.bmm(blocks, patches.expand(len(blocks), -1, -1)).flatten(0, 1))
+        return _kernel_of_rows(matmul(channels_last(grad).flatten(0, 2).t(), _im2col(x, stride)))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -27,7 +27,7 @@ from model.fast.matmul import matmul
 # Where the polynomials behind the transforms are evaluated, besides infinity, for tiles of 3 and 4: the
 # errors depend on it.
 POINTS = {3: (0, 1, -1, 2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
-CHUNK = 190  # tiles that are treated at a time: few enough to take little memory, enough for long products
+CHUNK = 760  # tiles that are treated at a time: few enough to take little memory, enough for long products
 
 
 def gradients(
