@@ -35,6 +35,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_NOTICES = "*notices"  # among what was read: a name that no flag has
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -222,7 +223,6 @@ class Parser(HelpFirst):
             exit_on_error=False,
             argument_default=argparse.SUPPRESS,
         )
-        self.kind = kind
         self.flags: dict[str, argparse.Action] = {}
         self._spellings: dict[str, str] = {}
         for heading, found in _parts(kind):
@@ -324,9 +324,9 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
 
 def _filled(kind: type[FlagsT], given: Mapping[str, Any]) -> FlagsT:
     """Arguments of which some are given, the others at their defaults."""
-    values: dict[str, Any] = {"given": frozenset(given) - {"notices"}}
+    values: dict[str, Any] = {"given": frozenset(given) - {_NOTICES}, "notices": given.get(_NOTICES, ())}
     for part in fields(kind):
-        if part.name in given:
+        if "flag" in part.metadata and part.name in given:
             values[part.name] = given[part.name]
         elif "flags" in part.metadata:
             defaults = _flags_of_field(part.name, part.metadata)
@@ -506,7 +506,7 @@ class _WithoutEffect(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         notice = f"{option_string} has {self.help}"
-        namespace.notices = (*getattr(namespace, "notices", ()), notice)
+        setattr(namespace, _NOTICES, (*getattr(namespace, _NOTICES, ()), notice))
 
 
 def _plain(option: str) -> str:
