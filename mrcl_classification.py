@@ -99,6 +99,7 @@ def make_learner(args: Training, net: Network, images: Pool, group: Group, backe
         second_order_steps=args.second_order_steps,
         learn_update_lr=args.learn_update_lr,
         reset=args.reset,
+        reset_copy=args.reset_copy,
         group=group,
         meta_loss=meta_loss(backend),
         capture=capture(backend),

@@ -107,6 +107,11 @@ class TrajectoryFlags(Flags):
         "learn a step size for every number that the inner loop changes (Meta-SGD), from --update_lr on",
     )
     reset: bool = switch(True, "re-draw the head's rows of the classes of a trajectory before its inner loop")
+    reset_copy: bool = switch(
+        False,
+        "re-draw them in the copy of the weights that the inner loop changes alone, as the paper is said to, "
+        "and not for good, as the released code",
+    )
 
 
 @dataclass(kw_only=True)
@@ -212,6 +217,8 @@ class Training(
             raise UserError("--checkpoint needs --saved_model FILE, the weights to start from")
         if self.saved_model is not None and not self.checkpoint:
             raise UserError("--saved_model needs --checkpoint as well to start from those weights")
+        if self.reset_copy and not self.reset:
+            raise UserError("--reset_copy says where rows are drawn anew: drop it or --no-reset")
         self.fill_in_widths(self.treatment)
         self._check_sizes()
         if self.first_order and self.second_order_steps:

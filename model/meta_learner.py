@@ -17,7 +17,7 @@ from model import method
 from model.episodes import Trajectory
 from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
-from model.modelfactory import Network, reset_head, trained_parameters
+from model.modelfactory import Network, head_rows, reset_head, trained_parameters
 from model.optimizer import Adam, AveragedAdam
 from utils.distributed import Group
 
@@ -124,6 +124,7 @@ class MetaLearner(OuterLoop):
         learn_update_lr: give every parameter of the inner loop a step size of its own, learned from
             `update_lr` on by the outer Adam (Meta-SGD).
         reset: draw the sampled classes' rows of the head anew before each trajectory.
+        reset_copy: with `reset`, in the inner loop's copy of the weights alone.
         group: processes that share the trajectories of a step.
         meta_loss: `method.meta_loss`, or what is as good and faster.
         capture: turns the meta-gradient into a function that may be faster, and whose results the next call
@@ -143,6 +144,7 @@ class MetaLearner(OuterLoop):
         second_order_steps: int | None = None,
         learn_update_lr: bool = False,
         reset: bool = True,
+        reset_copy: bool = False,
         group: Group | None = None,
         meta_loss: MetaLoss = method.meta_loss,
         capture: Capture = no_capture,
@@ -151,6 +153,7 @@ class MetaLearner(OuterLoop):
         self.first_order = first_order
         self.second_order_steps = second_order_steps
         self.reset = reset
+        self.reset_copy = reset_copy
         self.meta_loss = meta_loss
         self.params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
         self.inner_rule = MetaSGD(self.params, update_lr) if learn_update_lr else None
@@ -174,12 +177,28 @@ class MetaLearner(OuterLoop):
         (released code, `reset_classifer`). Those of all trajectories are drawn before the first, in
         all processes, which then share the trajectories; there are no fewer of these.
 
+        With `reset_copy` the meta-weights get their rows back, whose gradient is zero: the loss knows
+        nothing of them (paper, second-hand).
+
         Returns:
             means over the trajectories.
         """
+        classes = [label for trajectory in trajectories for label in trajectory.classes]
+        rows = head_rows(self.net) if self.reset_copy else []
+        kept = [parameter.detach()[classes] for parameter in rows]
         if self.reset:
-            classes = [label for trajectory in trajectories for label in trajectory.classes]
             reset_head(self.net, self.generator, classes)
+        result = self._differentiate_all(trajectories)
+        with torch.no_grad():
+            for parameter, values in zip(rows, kept, strict=True):
+                parameter[classes] = values
+                for learned, grad in zip(self.learned, self.grads, strict=True):
+                    if learned is parameter:
+                        grad[classes] = 0
+        return result
+
+    def _differentiate_all(self, trajectories: Sequence[Trajectory]) -> MetaStep:
+        """Leave the mean meta-gradient in `grads`."""
         if len(trajectories) == 1:
             self.grads, result = self._differentiate(trajectories[0])
             return result

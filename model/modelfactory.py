@@ -356,7 +356,7 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
     rows = {
         name: parameter
         for name, parameter in net.head.named_parameters()
-        if parameter.ndim and len(parameter) == net.num_outputs and (parameter.ndim > 1 or classes is None)
+        if _has_rows(net, parameter) and (parameter.ndim > 1 or classes is None)
     }
     if not net.kaiming:
         fresh = dict(_construct(type(net), net.widths, _seed(generator)).head.named_parameters())
@@ -370,6 +370,18 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
             drawn = kaiming_normal(shape, parameter.dtype, generator) if net.kaiming else fresh[name][classes]
             for row, values in zip(classes, drawn, strict=True):
                 parameter[row].copy_(values)
+
+
+def head_rows(net: Network) -> list[nn.Parameter]:
+    """What `reset_head` draws anew of single classes."""
+    return [
+        parameter for parameter in net.head.parameters() if parameter.ndim > 1 and _has_rows(net, parameter)
+    ]
+
+
+def _has_rows(net: Network, parameter: Tensor) -> bool:
+    """Whether a parameter of the head has a row, or a number, for each class."""
+    return parameter.ndim > 0 and len(parameter) == net.num_outputs
 
 
 @torch.no_grad()

@@ -295,6 +295,32 @@ def test_no_reset_leaves_the_head_alone() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reset_of_the_copy_comes_to_nothing_in_the_meta_weights(backend: str) -> None:
+    """But its gradient is that of a reset for good, and zero where no meta-weight had a part in the loss."""
+    (copied, _), (reset, _) = network("ANML", backend=backend), network("ANML", backend=backend)
+    pixels, loss = images(CLASSES, 20), meta_loss(backend)  # type: ignore[arg-type]
+    ours = learner(copied, pixels, reset_copy=True, meta_loss=loss)
+    theirs = learner(reset, pixels, meta_loss=loss)
+    before = {name: p.detach().clone() for name, p in copied.named_parameters()}
+    trajectories = [
+        sample_trajectory([20] * CLASSES, torch.Generator().manual_seed(k), update_step=4, remember=3)
+        for k in (0, 1)
+    ]
+    for meta in (ours, theirs):
+        meta.differentiate(*trajectories)
+    classes = [label for trajectory in trajectories for label in trajectory.classes]
+    assert len(set(classes)) == 2
+    for (name, parameter), grad, expected in zip(
+        copied.named_parameters(), ours.grads, theirs.grads, strict=True
+    ):
+        assert torch.equal(parameter, before[name]), name
+        if name == "head.weight":
+            assert expected[classes].any()
+            expected = expected.index_fill(0, torch.tensor(classes), 0)
+        assert torch.equal(grad, expected), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "rln"), CUTS)
 def test_meta_test_updates(kind: str, rln: int, backend: str) -> None:
     """A short stream learned with Adam: trained weights as in the reference, the others untouched."""
