@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -200,8 +200,8 @@ class DataFlags(Flags):
 
     def source(self) -> Source:
         """The images that these flags name."""
-        own = loader_options(DATASETS[self.dataset])
-        return Source(self.dataset, self.dataset_path, self.cache_dir, _chosen(self.options, own))
+        options = {name: self.options.get(name) for name in loader_options(DATASETS[self.dataset])}
+        return Source(self.dataset, self.dataset_path, self.cache_dir, options)
 
     def notice_other_data(self) -> None:
         """Tell the user of flags that belong to another data set."""
@@ -210,10 +210,6 @@ class DataFlags(Flags):
             for name, option in loader_options(loader).items():
                 if name not in own and self.options.get(name) != option.default:
                     self.notice(f"--{name} has no effect: it is of --dataset {dataset}, not {self.dataset}")
-
-
-def _chosen(options: Mapping[str, Any], names: Mapping[str, object]) -> dict[str, Any]:
-    return {name: options.get(name) for name in names}
 
 
 def _first_line(loader: Callable[..., object]) -> str:
