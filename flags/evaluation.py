@@ -178,19 +178,19 @@ class HeadFlags(Flags):
         None,
         VIEWS,
         "what is seen of the network: the input of its head, its gate, or both side by side",
-        shown=_of_each_learner("features") + "; gated in a network without a gate",
+        shown=lambda: _of_each_learner("features") + "; gated in a network without a gate",
     )
     power: float | None = flag(
         None,
         positive,
         "exponent that features are raised to before they get unit length; 1 leaves them as they are",
-        shown=_of_each_learner("power"),
+        shown=lambda: _of_each_learner("power"),
     )
     shrinkage: float | None = flag(
         None,
         share,
         "part of the covariance that is replaced by a multiple of the identity",
-        shown=_of_each_learner("shrinkage"),
+        shown=lambda: _of_each_learner("shrinkage"),
     )
 
 

@@ -145,7 +145,7 @@ def choice(
     choices: Sequence[str] | Callable[[], Sequence[str]],
     text: str | Callable[[], str],
     *,
-    shown: str | None = None,
+    shown: str | Callable[[], str] | None = None,
 ) -> Any:
     """A field for a flag with one of several words, in whatever case."""
     return flag(default, str.lower, text, shown=shown, choices=choices)
