@@ -53,7 +53,7 @@ lint: $(VENV)/.installed-dev
 
 # One thread a worker: two workers that each take all cores are slower than one.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
