@@ -130,7 +130,7 @@ def use(arguments: Training, place: Path) -> None:
         run.close()
 
 
-@cases(400)
+@cases(200)
 @given(argv=tokens(Training))
 def test_training_flags(argv: list[str]) -> None:
     arguments = refused_or(lambda: parse(Training, argv))
@@ -140,7 +140,7 @@ def test_training_flags(argv: list[str]) -> None:
             use(arguments, place)
 
 
-@cases(300)
+@cases(150)
 @given(argv=tokens(Evaluation))
 def test_evaluation_flags(argv: list[str]) -> None:
     refused_or(lambda: parse(Evaluation, argv))
@@ -191,7 +191,7 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-@cases(350)
+@cases(175)
 @given(
     content=st.one_of(
         SETTINGS.map(lambda s: "\n".join(f"{json.dumps(k)} = {toml(v)}" for k, v in s.items())).map(
@@ -219,7 +219,7 @@ def run_config(**settings_of_run: object) -> bytes:
 METRICS = b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2.0,0,1,0.1\n2,1.5,1,1,0.1\n"
 
 
-@cases(200)
+@cases(100)
 @given(
     config=st.one_of(
         SETTINGS.map(lambda s: run_config(**s)),
@@ -281,7 +281,7 @@ CONTENTS = st.dictionaries(
 )
 
 
-@cases(350)
+@cases(175)
 @given(
     data=st.one_of(
         damaged(MODEL),
@@ -308,7 +308,7 @@ def sealed(payload: bytes) -> bytes:
     return payload + hashlib.sha256(payload).digest()
 
 
-@cases(250)
+@cases(125)
 @given(
     newest=st.one_of(
         damaged(STATE),
@@ -351,7 +351,7 @@ def result_files() -> dict[str, bytes]:
 RESULTS = result_files()
 
 
-@cases(300)
+@cases(150)
 @given(
     csv=st.one_of(damaged(RESULTS["results.csv"]), st.just(RESULTS["results.csv"])),
     about=st.one_of(
@@ -400,7 +400,7 @@ def archive_bytes(compression: int) -> bytes:
 ARCHIVES = [archive_bytes(kind) for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)]
 
 
-@cases(200)
+@cases(100)
 @given(data=st.sampled_from(ARCHIVES).flatmap(damaged), extracted=st.booleans())
 def test_data(few_classes: None, data: bytes, extracted: bool) -> None:
     with folder() as place:

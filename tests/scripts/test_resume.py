@@ -28,7 +28,7 @@ from utils.interrupt import Interrupt
 from utils.run import Run
 
 ROOT = Path(__file__).parents[2]
-STEPS, KILLS = 110, 10
+STEPS, KILLS = 90, 8
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

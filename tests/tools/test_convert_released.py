@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.modelfactory import Network, build, restore
+from tests.conftest import Called
 from tests.utils.test_checkpoint import Trap
 from tools import convert_released
 from tools.convert_released import LEGACY_MAGIC, convert, main, read
@@ -108,18 +108,13 @@ def test_a_released_module(kind: str, zipped: bool, tmp_path: Path) -> None:
     assert rest == ["vars_bn.0"]
 
 
-def test_the_command_writes_a_model_that_loads(tmp_path: Path) -> None:
+def test_the_command_writes_a_model_that_loads(call: Callable[..., Called], tmp_path: Path) -> None:
     net = network()
     save_released(tmp_path / "in.net", net)
     with pytest.raises(UserError, match=r"python -m tools\.convert_released .*in\.net NEW\.net"):
         load_checkpoint(tmp_path / "in.net")
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.convert_released", str(tmp_path / "in.net"), str(tmp_path / "out.net")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = call(convert_released, str(tmp_path / "in.net"), str(tmp_path / "out.net"))
+    assert done.returncode == 0, done.stderr
     assert "not needed: 1 other tensors, vars_bn.0" in done.stdout
     saved = load_checkpoint(tmp_path / "out.net")
     copy = restore(saved.network, saved.widths, saved.state_dict, "out.net")
