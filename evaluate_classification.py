@@ -25,7 +25,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import product, starmap
 from typing import Any
 
 from datasets import ImageSet, Pool, load_images
@@ -40,14 +39,15 @@ from evaluation.models import (
     warn_of_other_data,
 )
 from evaluation.plots import accuracy_figure, figure_pixels, save_figure
+from evaluation.protocol import report, search
 from evaluation.results import Row, summarise, table, write_results
-from evaluation.runner import Job, Scorer, scorer
+from evaluation.runner import Scorer, scorer
 from flags.evaluation import SCHEDULE, Evaluation
 from model.fast import Backend, learner, use_backend
 from model.learner import LearnerKind, Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, trained_parameters
-from model.rate_search import Draw, RateSearch, next_tries
+from model.rate_search import RateSearch
 from model.scores import MEASURES
 from model.treatments import describe
 from utils.command_line import parse, recorded
@@ -68,49 +68,6 @@ POINTS = {
 """What the points of a curve have to do with each other, by `--nested`, for whoever reads the results."""
 
 
-def search(
-    args: Evaluation,
-    run: Run,
-    scores: Scorer,
-    models: list[Model],
-    counts: Sequence[int],
-    processes: int,
-) -> dict[int, RateSearch]:
-    """The search of each of `counts`, all of which one pass serves: the rates of `--lrs` on
-    `--lr_search_runs` draws for each model, as long as a try may change which rate is the best."""
-    draws = list(starmap(Draw, product(range(len(models)), range(args.lr_search_runs))))
-    objective = "test" if args.test else "train"
-    searches = {n: RateSearch(args.lrs, draws, objective, full=args.full_search) for n in counts}
-    with run.progress(len(draws) * len(args.lrs), every=len(args.lrs), unit="try") as bar:
-        while tries := next_tries(searches, processes):
-            jobs = [Job(draw, lr, tuple(n for n in counts if n <= classes)) for draw, lr, classes in tries]
-            for (draw, lr, longest), found in zip(tries, scores("search", jobs), strict=True):
-                for classes, score in found.items():
-                    searches[classes].add(draw, lr, score)
-                if bar.advance(**found[longest].accuracies()):
-                    bar.report()
-    for classes, made in searches.items():
-        log.info(
-            "%d classes: learning rate %g, decided by %d tries of %d",
-            *(classes, made.best(), len(made.scores), made.most),
-        )
-        for lr in args.lrs:
-            tried = [score for (_, rate), score in made.scores.items() if rate == lr]
-            warn_of_diverged(classes, lr, "tries", tried)
-    return searches
-
-
-def warn_of_diverged(classes: int, lr: float | None, of: str, scores: Sequence[Mapping[str, Any]]) -> None:
-    """Say how many of the runs at a rate diverged, if any did: their accuracies say nothing else."""
-    diverged = sum(1 for score in scores if score["diverged"])
-    if diverged:
-        log.warning(
-            "%d classes: %d of %d %s diverged%s: weights or logits are not finite",
-            *(classes, diverged, len(scores), of),
-            "" if lr is None else f" at the learning rate {lr:g}",
-        )
-
-
 def evaluate(
     args: Evaluation,
     run: Run,
@@ -126,7 +83,16 @@ def evaluate(
     for counts in [sorted(args.schedule)] if args.nested else [[classes] for classes in args.schedule]:
         rates = dict.fromkeys(counts, args.lr)
         searched = args.lr is None and LEARNERS[args.learner].takes_steps
-        searches = search(args, run, scores, models, counts, processes) if searched else {}
+        searches: dict[int, RateSearch] = {}
+        if searched:
+            searches = search(
+                *(run, scores, models, counts),
+                lrs=args.lrs,
+                runs=args.lr_search_runs,
+                objective="test" if args.test else "train",
+                full=args.full_search,
+                processes=processes,
+            )
         for classes, made in searches.items():
             rates[classes] = made.best()
             tries = {"classes": classes, "made": len(made.scores), "of": made.most}
@@ -134,7 +100,7 @@ def evaluate(
             for (draw, lr), score in made.scores.items():
                 of = {"model": models[draw.model].name, "classes": classes, "draw": draw.number, "lr": lr}
                 about["search"].append({**of, **score})
-        found_rows = report(args, run, scores, models, rates)
+        found_rows = report(run, scores, models, rates, args.runs)
         rows += found_rows
         about["lr_chosen"] = how_chosen(args, models, rows)
         for line in summarise(found_rows):
@@ -144,36 +110,6 @@ def evaluate(
         if is_first():
             write_results(run.folder, rows, about)
     return rows
-
-
-def report(
-    args: Evaluation,
-    run: Run,
-    scores: Scorer,
-    models: list[Model],
-    rates: Mapping[int, float | None],
-) -> list[dict[str, Any]]:
-    """One row for each class count of `rates`, at its rate, and each of `--runs` draws of each model.
-
-    A run serves all counts of one rate, and goes as far as the largest of them.
-    """
-    draws = starmap(Draw, product(range(len(models)), range(args.runs)))
-    stops = {lr: tuple(n for n, rate in rates.items() if rate == lr) for lr in rates.values()}
-    jobs = [Job(draw, lr, stops[lr]) for draw, lr in product(draws, stops)]
-    rows: list[dict[str, Any]] = []
-    with run.progress(len(jobs), every=args.runs, unit="run") as bar:
-        for job, found in zip(jobs, scores("report", jobs), strict=True):
-            name = models[job.draw.model].name
-            for classes, score in found.items():
-                rows.append(
-                    {"model": name, "classes": classes, "run": job.draw.number, "lr": job.lr, **score}
-                )
-                run.metrics(rows[-1])
-            if bar.advance(**found[job.stops[-1]].accuracies()):
-                bar.report()
-    for classes, lr in rates.items():
-        warn_of_diverged(classes, lr, "runs", [row for row in rows if row["classes"] == classes])
-    return sorted(rows, key=lambda row: row["classes"])
 
 
 def main() -> None:
