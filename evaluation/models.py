@@ -67,7 +67,12 @@ def load_models(paths: Sequence[Path]) -> list[Model]:
 
 
 def new_model(network: str, widths: Mapping[str, Any], seed: int) -> Model:
-    """A model of `--scratch`, which nobody has trained."""
+    """A model of `--scratch`: random weights that follow from `seed`.
+
+    Args:
+        network: a key of `NETWORKS`.
+        widths: arguments of its class.
+    """
     net = build(network, widths, torch.Generator().manual_seed(seed))
     return Model("scratch", net, "random", "", 0, {})
 

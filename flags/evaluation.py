@@ -40,7 +40,7 @@ from utils.command_line import (
 )
 from utils.errors import UserError
 
-# SPEC's grid, and four rates more at its upper end, where replications find the best one.
+# The published grid, and four rates more at its upper end, where replications find the best one.
 LEARNING_RATES = (
     *(0.003, 0.002, 0.0015, 0.001, 0.00085, 0.0006, 0.0004, 0.00035, 0.0003, 0.00025),
     *(0.0002, 0.00015, 0.0001, 0.00009, 0.00008, 0.00006, 0.00003, 0.00001),

@@ -373,7 +373,7 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
 
 
 def head_rows(net: Network) -> list[nn.Parameter]:
-    """What `reset_head` draws anew of single classes."""
+    """The parameters of the head, [outputs, ...], of which `reset_head` draws rows anew."""
     return [
         parameter for parameter in net.head.parameters() if parameter.ndim > 1 and _has_rows(net, parameter)
     ]

@@ -3,7 +3,7 @@
     python -m tools.ledger            # write them into docs/results.md
     python -m tools.ledger --check    # exit 1 if docs/results.md does not say what results/ holds
 
-`results/` holds the targets (see `utils/targets.py`), our results as `<result>.csv`, the `results.csv`
+`results/` holds the targets (see `evaluation/targets.py`), our results as `<result>.csv`, the `results.csv`
 of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone,
 the `representation.json` of an analysis, and `manifest.csv`, which says how each was made. What has
 no result is listed as not run; a result of a name that no target has stands in a table of its own.

@@ -79,6 +79,7 @@ class Flags:
         return self.may_change
 
     def notice(self, line: str) -> None:
+        """Add a line to `notices`."""
         self.notices = (*self.notices, line)
 
     def refuse_idle(self, beside: str) -> None:
