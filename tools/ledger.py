@@ -147,10 +147,11 @@ def ledger(folder: Path) -> str:
         "spread and at least 2 points, 3 or more without one. Second-hand: cited by others, not checked "
         "against the paper's text.",
         "",
-        "| treatment | quantity | classes | published | source | ours | difference | command |",
-        "|---|---|---|---|---|---|---|---|",
+        "| treatment | quantity | classes | published | source | ours | difference | training | command |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row(list(group)) for _, group in groupby(pairs, key=_together)]
+    training = {row["result"]: row["training"] for row in manifest}  # beside each number: it may be short
+    lines += [_row(list(group), training) for _, group in groupby(pairs, key=_together)]
     known = {target.result for target in targets}
     beside = [row for name in results if name not in known for row in _without_target(name, results[name])]
     if beside:
@@ -168,7 +169,7 @@ def _together(pair: tuple[Target, Measured | None]) -> tuple[str, ...]:
     return target.result, target.treatment, target.quantity, target.source
 
 
-def _row(pairs: Sequence[tuple[Target, Measured | None]]) -> str:
+def _row(pairs: Sequence[tuple[Target, Measured | None]], training: Mapping[str, str]) -> str:
     first, _ = pairs[0]
     counts, published, ours, differences = (
         " / ".join(cells)
@@ -184,7 +185,8 @@ def _row(pairs: Sequence[tuple[Target, Measured | None]]) -> str:
         ours, differences = "not run", ""
     command = f"`configs/paper.sh {first.result}`"
     quantity = QUANTITIES[first.quantity]
-    cells = (first.treatment, quantity, counts, published, first.source, ours, differences, command)
+    trained = training.get(first.result, "")
+    cells = (first.treatment, quantity, counts, published, first.source, ours, differences, trained, command)
     return f"| {' | '.join(cells)} |"
 
 
