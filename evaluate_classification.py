@@ -38,7 +38,7 @@ from evaluation.models import (
     new_model,
     warn_of_other_data,
 )
-from evaluation.plots import accuracy_figure, figure_pixels, save_figure
+from evaluation.plots import accuracy_figure, save_png
 from evaluation.protocol import report, search
 from evaluation.results import Row, summarise, table, write_results
 from evaluation.runner import Scorer, scorer
@@ -172,9 +172,8 @@ def main() -> None:
         group.leave()
         if not group.first:
             return
-        figure = accuracy_figure(summarise(rows))
-        save_figure(figure, run.folder / "accuracy.png")
-        run.image("meta_test/accuracy", figure_pixels(figure), max(args.schedule))
+        pixels = save_png(accuracy_figure(summarise(rows)), run.folder / "accuracy.png")
+        run.image("meta_test/accuracy", pixels, max(args.schedule))
         log.info("%s", how_chosen(args, models, rows))
         log.info("%s", table(rows))
         if args.nested:

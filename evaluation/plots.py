@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from evaluation.results import METRICS
 from model.scores import Measure, accuracies
@@ -32,6 +32,7 @@ STYLES = (
     ("-.", "X", "tab:brown"),
     (":", "*", "tab:pink"),
 )
+DPI = 150  # of PNG files
 LABELS = 60  # names along an axis, beyond which none is readable
 SMOOTHED = 50  # meta-steps, since that of one trajectory says little
 PUBLISHED = ("o", "s", "^", "D", "v", "P", "X", "*")  # hollow, without a line
@@ -397,20 +398,31 @@ def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets:
 
 def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
     """The figure rendered: `[H, W, 3]`, 0 to 255."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="rgba", dpi="figure")
-    width, height = figure.canvas.get_width_height()
-    pixels = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
-    return pixels.reshape(height, width, 4)[..., :3]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as what its suffix says, PNG or PDF, whole or not at all.
+def save_png(figure: Figure, path: Path) -> NDArray[np.uint8]:
+    """Write the figure as PNG, whole or not at all; returns its pixels, which take longer than writing them.
 
     Raises:
         UserError: the file cannot be written.
     """
-    # A PDF without its date is the same file for the same figure.
-    metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
+    figure.set_dpi(DPI)
+    pixels = figure_pixels(figure)
     with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150, metadata=metadata)
+        Image.fromarray(pixels).save(file, format="PNG", dpi=(DPI, DPI))
+    return pixels
+
+
+def save_pdf(figure: Figure, path: Path) -> None:
+    """Write the figure as PDF, whole or not at all, without its date: the same file for the same figure.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with atomic_write(path) as file:
+        figure.savefig(file, format="pdf", metadata={"CreationDate": None})

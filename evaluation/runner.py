@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from evaluation.journal import Journal, Key
 from evaluation.models import Model
-from evaluation.plots import figure_pixels, forgetting_figure, save_figure
+from evaluation.plots import forgetting_figure, save_png
 from evaluation.results import Row, write_table
 from model.meta_test import MetaTest, Purpose
 from model.rate_search import Draw
@@ -111,6 +111,5 @@ def write_forgetting(run: Run, classes: int, rows: Sequence[Row]) -> None:
         rows: of `Answers.by_class`, one moment after the other.
     """
     write_table(run.folder / f"forgetting_{classes}.csv", rows)
-    figure = forgetting_figure(rows)
-    save_figure(figure, run.folder / f"forgetting_{classes}.png")
-    run.image(f"meta_test/forgetting_{classes}", figure_pixels(figure), classes)
+    pixels = save_png(forgetting_figure(rows), run.folder / f"forgetting_{classes}.png")
+    run.image(f"meta_test/forgetting_{classes}", pixels, classes)

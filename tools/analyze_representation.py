@@ -27,8 +27,7 @@ from evaluation.plots import (
     activations_figure,
     class_gates_figure,
     embedding_figure,
-    figure_pixels,
-    save_figure,
+    save_png,
 )
 from evaluation.targets import REPRESENTATION, read_targets
 from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
@@ -187,8 +186,7 @@ def main() -> None:
         content = {**about, "arguments": recorded(args), "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")
         for name, figure in pictures(args, representation, task, images).items():
-            save_figure(figure, run.folder / f"{name}.png")
-            run.image(f"representation/{name}", figure_pixels(figure), step)
+            run.image(f"representation/{name}", save_png(figure, run.folder / f"{name}.png"), step)
         log.info("%s", table(measured, representation.gate is not None, args.dataset == "omniglot"))
         log.info("representation.json and the pictures are in %s", run.folder)
 

@@ -21,7 +21,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from evaluation.plots import bars_figure, comparison_figure, save_figure, steps_figure, training_figure
+from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, steps_figure, training_figure
 from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
 from utils.command_line import Flags, choice, file_path, flag, folder_name, parse, switch
@@ -166,9 +166,10 @@ def draw(args: Plot) -> list[Path]:
     """Draw all figures; returns the files."""
     files = []
     for name, figure in figures(args).items():
-        for suffix in ("png", "pdf"):
-            files.append(args.out / f"{args.name}_{name}.{suffix}")
-            save_figure(figure, files[-1])
+        png, pdf = (args.out / f"{args.name}_{name}.{suffix}" for suffix in ("png", "pdf"))
+        save_png(figure, png)
+        save_pdf(figure, pdf)
+        files += [png, pdf]
     return files
 
 

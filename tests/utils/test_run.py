@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_figure
+from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_png
 from flags.training import Training
 from utils import run as run_module
 from utils.command_line import parse
@@ -191,11 +191,11 @@ def test_accuracy_figure(tmp_path: Path) -> None:
     assert curves["meta-test test (unseen images)"].tolist() == [[10, 80], [50, 80]]
     np.testing.assert_allclose(curves["chance"][[0, -1]], [[10, 10], [50, 2]])
     assert {line.get_linestyle() for line in axes.get_lines()} == {"-", "--", ":"}
-    save_figure(accuracy_figure(rows[:1]), tmp_path / "a.png")
+    save_png(accuracy_figure(rows[:1]), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"a\.png"):
-        save_figure(accuracy_figure(rows), tmp_path / "file" / "a.png")
+        save_png(accuracy_figure(rows), tmp_path / "file" / "a.png")
 
 
 def test_gate_figure_shows_the_gates() -> None:
