@@ -11,6 +11,15 @@ from tests import parity, reference
 
 FIXTURES = [Path(__file__).parents[1] / f"data/parity/{name}.npz" for name in ("anml_seed0", "oml_seed2")]
 
+SKIPPED = {
+    ("anml_seed0", "plain"): "test_head_0.0001|test_pln",
+    ("anml_seed0", "fast"): "test_pln_0.0001",
+    ("oml_seed2", "plain"): ".*_first",
+    ("oml_seed2", "fast"): ".*_first",
+}
+"""What takes the most time and differs the least: a second rate of a meta-test, and the first order of a
+second network. `python -m tests.parity` compares everything."""
+
 
 @pytest.mark.skipif(
     not (parity.find_root() / "omniglot-py").exists(), reason=f"no Omniglot in {parity.find_root()}"
@@ -20,10 +29,10 @@ FIXTURES = [Path(__file__).parents[1] / f"data/parity/{name}.npz" for name in ("
 )
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.stem)
 def test_fixture(fixture: Path, dtype: str, backend: str) -> None:
-    # Meta-tests take the plain backend half a minute: one of four shows that it is as right.
-    skip = ("test_head_0.0001", "test_pln") if backend == "plain" else ()
-    results = parity.compare(fixture, parity.find_root(), dtype, backend, skip)
-    assert len(results) >= 11
+    results = parity.compare(
+        fixture, parity.find_root(), dtype, backend, SKIPPED.get((fixture.stem, backend), "(?!)")
+    )
+    assert len(results) > 5
     wrong = [result for result in results if parity.past_tolerance(*result[1:], dtype)]
     if dtype == "float32" and wrong:
         # A ReLU or a max-pool whose inputs are closer than rounding may decide otherwise in float32

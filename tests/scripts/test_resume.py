@@ -21,7 +21,7 @@ import mrcl_classification
 from model.episodes import Trajectory, sample_trajectory
 from model.modelfactory import load_network
 from model.training_state import load_state, save_state
-from tests.conftest import EDITORS, TINY, Trainer, assert_same_run, rows
+from tests.conftest import EDITORS, Trainer, assert_same_run, rows
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
@@ -38,22 +38,22 @@ def curve(run: Path) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
 
 
-def test_kills_change_nothing(cache: Path, tmp_path: Path) -> None:
-    flags = [*TINY, f"--cache_dir={cache}", f"--steps={STEPS}", "--save_every=3"]
-    for folder, kills in (("whole", 0), ("killed", KILLS)):
-        (tmp_path / folder).mkdir()
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.kill", str(kills), "1", *flags],
-            cwd=tmp_path / folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-    whole = tmp_path / "whole/runs/smoke_0"
+def test_kills_change_nothing(trainer: Trainer, tmp_path: Path) -> None:
+    flags = [f"--steps={STEPS}", "--save_every=3"]
+    trainer(*flags)
+    whole = trainer.run.resolve()
+    (tmp_path / "killed").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill", str(KILLS), "1", *trainer.flags, *flags],
+        cwd=tmp_path / "killed",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     killed = sorted((tmp_path / "killed/runs").glob("*/config.json"))[-1].parent
     resumed = [entry["step"] for entry in json.loads((killed / "config.json").read_text())["resumed"]]
     assert resumed == sorted(resumed)

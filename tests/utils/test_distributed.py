@@ -77,11 +77,10 @@ def steps(run: Path) -> list[int]:
 
 
 def test_training_goes_on_under_another_number_of_processes(trainer: Trainer, tmp_path: Path) -> None:
+    trainer("--meta_batch=2", "--steps=2")
     script = str(ROOT / "mrcl_classification.py")
-    torchrun(2, tmp_path, script, *trainer.flags, "--meta_batch=2", "--steps=3")
-    assert [path.name for path in (tmp_path / "runs").glob("smoke_*")] == ["smoke_0"]
-    trainer.resume("--steps=5")
-    torchrun(2, tmp_path, script, "--resume", "runs/smoke_0", "--steps=6")
+    torchrun(2, tmp_path, script, "--resume", "runs/smoke_0", "--steps=5")
+    trainer.resume("--steps=6")
     trainer("--meta_batch=2", "--steps=6")
     several, one = (load_state(tmp_path / f"runs/smoke_{k}") for k in (0, 1))
     assert several is not None
@@ -93,14 +92,16 @@ def test_training_goes_on_under_another_number_of_processes(trainer: Trainer, tm
 
 def test_a_process_that_dies_ends_the_job(cache: Path, tmp_path: Path) -> None:
     script = str(ROOT / "mrcl_classification.py")
-    done = torchrun(0, tmp_path, script, *TINY, f"--cache_dir={cache}", "--processes=2", code=2)
-    assert {line.partition("error: ")[2] for line in done.stderr.splitlines()} == {
-        "--meta_batch 1 is too few for 2 processes to share"
-    }
     (tmp_path / "file").touch()
-    flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--runs_dir=file/x"]
-    done = torchrun(2, tmp_path, script, *flags, code=1)  # which the first process alone finds out
+    flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--processes=2", "--runs_dir=file/x"]
+    done = torchrun(0, tmp_path, script, *flags, code=2)  # which the first process alone finds out
     assert "cannot write the run folder file/x" in done.stderr
+
+
+def test_more_processes_than_trajectories(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mrcl_classification, "join", lambda device: Group(0, 2))
+    with pytest.raises(UserError, match=r"^--meta_batch 1 is too few for 2 processes to share$"):
+        trainer()
 
 
 @pytest.mark.parametrize(
