@@ -41,7 +41,7 @@ from model.training_state import TrainingState, load_state, save_model, save_pro
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse, recorded
 from utils.device import choose_device
-from utils.distributed import Group, join, launched, refuse_several, run_as
+from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
@@ -100,7 +100,8 @@ def make_learner(args: Training, net: Network, images: Pool, group: Group, backe
         learn_update_lr=args.learn_update_lr,
         reset=args.reset,
         reset_copy=args.reset_copy,
-        group=group,
+        shard=group.shard,
+        all_reduce=group.all_reduce,
         meta_loss=meta_loss(backend),
         capture=capture(backend),
     )
@@ -124,7 +125,9 @@ def differentiate(args: Training, learner: OuterLearner) -> tuple[torch.Tensor, 
     return trajectories[0].query[: args.remember], learner.differentiate(*trajectories)
 
 
-def train(args: Training, run: Run, learner: OuterLearner, interrupt: Interrupt, done: int) -> int:
+def train(
+    args: Training, run: Run, learner: OuterLearner, group: Group, interrupt: Interrupt, done: int
+) -> int:
     """Meta-train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     net, images, generator = learner.net, learner.images, learner.generator
     with run.progress(args.steps, every=args.log_every, done=done) as progress:
@@ -144,17 +147,17 @@ def train(args: Training, run: Run, learner: OuterLearner, interrupt: Interrupt,
             if progress.advance(**values):
                 statistics = gate_statistics(net, gather(images, shown)[0])
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
-            if args.eval_every and step % args.eval_every == 0 and learner.group.first:
+            if args.eval_every and step % args.eval_every == 0 and group.first:
                 with learner.averaged():
                     head = "ncm" if args.learner == "prototypes" else "adam"
                     validate(run, net, images, step, args.eval_classes, head)
-            if args.keep_every and step % args.keep_every == 0 and learner.group.first:
+            if args.keep_every and step % args.keep_every == 0 and group.first:
                 state = TrainingState.of(net, learner.optimizer, generator, step, learner.rule)
                 with learner.averaged():
                     save_model(run.folder / f"model_{step}.net", state, recorded(args))
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
-            if interrupt.agree(learner.group):
+            if interrupt.agree(group):
                 break
     return progress.step
 
@@ -179,8 +182,8 @@ def check_images(args: Training, images: ImageSet) -> None:
 
 def stop_diverged(args: Training, run: Run, learner: OuterLearner, step: int, loss: float) -> NoReturn:
     """Keep the weights before `step`, whose loss or gradient is not finite, and end the run."""
-    if not learner.group.first:
-        sys.exit(2)  # the first process says why
+    if not is_first():
+        sys.exit(2)  # rank 0 says why
     try:
         save(args, run, learner, step - 1)
         kept = f"the state before it is in {run.folder}"
@@ -197,7 +200,7 @@ def stop_diverged(args: Training, run: Run, learner: OuterLearner, step: int, lo
 
 def save(args: Training, run: Run, learner: OuterLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
-    if learner.group.first:
+    if is_first():
         state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
         save_progress(run, args.model_name, state, recorded(args), learner.averaged())
 
@@ -242,7 +245,7 @@ def main() -> None:
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
     ):
         log.info("run folder %s, device %s", run.folder, device)
-        step = train(args, run, learner, interrupt, done)
+        step = train(args, run, learner, group, interrupt, done)
         save(args, run, learner, step)
         log.info("step %d of %d: model written to %s", step, args.steps, args.model_name)
         group.leave()

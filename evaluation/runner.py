@@ -45,7 +45,7 @@ def scorer(
     The processes of `group` test one run each at a time, and the first writes down what all found.
 
     Args:
-        journal: of the first process; None in the others.
+        journal: of rank 0; None in the others.
         make: the meta-test of a model on a split of the data, `evaluation` or `background`.
         search_split: the one that searches are made on.
         nested: draw all classes, however many a run learns of them.
@@ -92,7 +92,7 @@ def scorer(
     def scores(purpose: Purpose, jobs: Sequence[Job]) -> Iterator[dict[int, Score]]:
         for start in range(0, len(jobs), group.size):
             together = jobs[start : start + group.size]
-            for part in group.gather([test(purpose, job) for job in group.share(together)]):
+            for part in group.gather([test(purpose, job) for job in group.shard(together)]):
                 for found, tracked in part:
                     for classes, rows in tracked.items():
                         if group.first:

@@ -19,9 +19,14 @@ from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters
 from model.optimizer import Adam, AveragedAdam
-from utils.distributed import Group
 
 T = TypeVar("T")
+
+Shard = Callable[[Sequence[Trajectory]], Sequence[Trajectory]]
+"""From the trajectories of a step to those that this process computes."""
+
+AllReduce = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""From tensors to their sums over the processes that share a step."""
 
 
 class Capture(Protocol):
@@ -61,7 +66,6 @@ class OuterLoop:
         learned: what learns.
         optimizer: of `learned`.
         rule: holds what learns beside the network; training states and model files keep it.
-        group: processes that share a step.
     """
 
     def __init__(
@@ -72,7 +76,6 @@ class OuterLoop:
         learned: list[nn.Parameter],
         optimizer: Adam,
         rule: nn.Module | None = None,
-        group: Group | None = None,
     ) -> None:
         self.net = net
         self.images = Pool.of(images)
@@ -80,7 +83,6 @@ class OuterLoop:
         self.learned = learned
         self.optimizer = optimizer
         self.rule = rule
-        self.group = group or Group()
         self.grads: Sequence[Tensor] = ()
 
     @contextmanager
@@ -125,7 +127,7 @@ class MetaLearner(OuterLoop):
             `update_lr` on by the outer Adam (Meta-SGD).
         reset: draw the sampled classes' rows of the head anew before each trajectory.
         reset_copy: with `reset`, in the inner loop's copy of the weights alone.
-        group: processes that share the trajectories of a step.
+        shard, all_reduce: how several processes share the trajectories of a step.
         meta_loss: `method.meta_loss`, or what is as good and faster.
         capture: turns the meta-gradient into a function that may be faster, and whose results the next call
             may overwrite.
@@ -145,7 +147,8 @@ class MetaLearner(OuterLoop):
         learn_update_lr: bool = False,
         reset: bool = True,
         reset_copy: bool = False,
-        group: Group | None = None,
+        shard: Shard = list,
+        all_reduce: AllReduce = list,
         meta_loss: MetaLoss = method.meta_loss,
         capture: Capture = no_capture,
     ) -> None:
@@ -154,13 +157,14 @@ class MetaLearner(OuterLoop):
         self.second_order_steps = second_order_steps
         self.reset = reset
         self.reset_copy = reset_copy
+        self.shard, self.all_reduce = shard, all_reduce
         self.meta_loss = meta_loss
         self.params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
         self.inner_rule = MetaSGD(self.params, update_lr) if learn_update_lr else None
         learned = [weight for weight in net.parameters() if weight.requires_grad]
         if self.inner_rule is not None:
             learned += self.inner_rule.parameters()
-        super().__init__(net, images, generator, learned, Adam(learned, meta_lr), self.inner_rule, group)
+        super().__init__(net, images, generator, learned, Adam(learned, meta_lr), self.inner_rule)
         self.meta_grads = capture(self._meta_grads, net)
 
     def step(self, *trajectories: Trajectory) -> MetaStep:
@@ -203,13 +207,13 @@ class MetaLearner(OuterLoop):
             self.grads, result = self._differentiate(trajectories[0])
             return result
         sums: list[Tensor] = []
-        for trajectory in self.group.share(trajectories):
+        for trajectory in self.shard(trajectories):
             grads, result = self._differentiate(trajectory)
             if sums:
                 torch._foreach_add_(sums, [*grads, *result])
             else:
                 sums = [value.clone() for value in (*grads, *result)]
-        means = [value / len(trajectories) for value in self.group.sum(sums)]
+        means = [value / len(trajectories) for value in self.all_reduce(sums)]
         self.grads = means[: len(self.learned)]
         return MetaStep(*means[len(self.learned) :])
 

@@ -118,7 +118,7 @@ def is_first() -> bool:
 class Group:
     """The processes of a job, seen from one of them.
 
-    Each method but `share` is called by all processes together. Where one of them has ended, the
+    Each method but `shard` is called by all processes together. Where one of them has ended, the
     others raise UserError.
 
     Attributes:
@@ -136,11 +136,11 @@ class Group:
         """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """Those of `items` that are this process's to do: every `size`-th."""
         return items[self.rank :: self.size]
 
-    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor summed over the processes, the same bits in each of them."""
         if self.size == 1:
             return list(tensors)

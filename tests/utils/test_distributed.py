@@ -49,12 +49,19 @@ def torchrun(processes: int, folder: Path, *command: str, code: int = 0) -> subp
 
 
 def meta_train(path: Path) -> None:
-    """A few float64 steps of four trajectories; the first process writes weights and means."""
+    """A few float64 steps of four trajectories; rank 0 writes weights and means."""
     group = join(torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     net = build("ANML", {"nm_channels": 2, "pln_channels": 3, "num_classes": 8}, generator).double()
     images = torch.randn(8, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
-    learner = MetaLearner(net, images, generator, meta_lr=0.01, update_lr=0.1, rln=7, group=group)
+    learner = MetaLearner(
+        *(net, images, generator),
+        meta_lr=0.01,
+        update_lr=0.1,
+        rln=7,
+        shard=group.shard,
+        all_reduce=group.all_reduce,
+    )
     results = []
     for _ in range(3):
         trajectories = [sample_trajectory([20] * 8, generator, update_step=4, remember=6) for _ in range(4)]
@@ -94,7 +101,7 @@ def test_a_process_that_dies_ends_the_job(cache: Path, tmp_path: Path) -> None:
     script = str(ROOT / "mrcl_classification.py")
     (tmp_path / "file").touch()
     flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--processes=2", "--runs_dir=file/x"]
-    done = torchrun(0, tmp_path, script, *flags, code=2)  # which the first process alone finds out
+    done = torchrun(0, tmp_path, script, *flags, code=2)  # which rank 0 alone finds out
     assert "cannot write the run folder file/x" in done.stderr
 
 
