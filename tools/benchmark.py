@@ -46,7 +46,7 @@ from model.episodes import sample_task, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
-from model.meta_test import FrozenOutputs, answers, learn, new_run
+from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
@@ -208,6 +208,7 @@ def measure_meta_test(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
     generator = torch.Generator().manual_seed(0)
     pool = setup.images[: setup.repeats + 1]
     task = sample_task([DRAWINGS] * len(pool), len(pool), generator, train_images=TRAIN_IMAGES)
+    many = task.train[0].repeat(CHUNK, 1)[:CHUNK]  # as many as an evaluation tests at a time
     outputs, learners = {}, {}
     for backend in BACKENDS:
         net = build(kind, setup.network(kind), torch.Generator().manual_seed(0)).to(setup.device)
@@ -237,7 +238,7 @@ def measure_meta_test(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
             if rln:  # all drawings of the class
                 yield Work(frozen, backend, partial(output.get, index), DRAWINGS)
             yield Work(updated, backend, partial(update, backend, turn), TRAIN_IMAGES)
-            yield Work(tested, backend, partial(answers, learners[backend], output, index), TRAIN_IMAGES)
+            yield Work(tested, backend, partial(answers, learners[backend], output, many), CHUNK)
         yield Work(updated, "textbook", partial(textbook, turn, tested=False), TEXTBOOK_IMAGES)
         yield Work(tested, "textbook", partial(textbook, turn, tested=True), TEXTBOOK_IMAGES)
 
