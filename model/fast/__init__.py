@@ -31,9 +31,9 @@ def use_backend(net: Network, name: str, device: torch.device) -> Backend:
 
     `auto` is fast on the CPU and on CUDA, and plain elsewhere, until somebody has measured there.
     """
+    keep_freed_memory()
     if name == "plain" or (name == "auto" and device.type not in ("cpu", "cuda")):
         return "plain"
-    keep_freed_memory()
     use_fast_layers(net)
     return "fast"
 
