@@ -121,7 +121,7 @@ paper() {
     mrcl_classification.py --config configs/anml.toml --keep_every 2000
   train train_anml_first_order "90 min" Neuromodulation_Model_first_order.net \
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
-  train train_oml "6 h" OML_Model.net mrcl_classification.py --config configs/oml.toml
+  train train_oml "6 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
   train train_prototypes "1 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net pretrain_classification.py --images 1680000
 
@@ -167,6 +167,9 @@ paper() {
       --model "runs/paper_train_${order}_0/model_"{2000..20000..2000}.net \
       --schedule 50 200 --lr 0.001 --runs 3
   done
+  evaluate oml_on_the_way "15 min" "every 2,000 steps of train_oml" \
+    --model runs/paper_train_oml_0/model_{2000..20000..2000}.net \
+    --treatment-preset OML-OLFT --schedule 50 200 --lr 0.0006 --runs 3
 
   # The representation: active and dead units, KNN, pictures.
   local analysis=("$PYTHON" -m tools.analyze_representation --model Neuromodulation_Model.net
@@ -185,7 +188,9 @@ paper() {
   step figure_order "5 s" "" "$PYTHON" -m tools.plot_results --name order \
     ANML=runs/paper_anml_0 "ANML, first order=runs/paper_anml_first_order_0"
   step figure_training "5 s" "" "$PYTHON" -m tools.plot_results --name training --against steps \
-    "second order=runs/paper_anml_on_the_way_0" "first order=runs/paper_anml_first_order_on_the_way_0"
+    "ANML, second order=runs/paper_anml_on_the_way_0" \
+    "ANML, first order=runs/paper_anml_first_order_on_the_way_0" \
+    "OML, last layer=runs/paper_oml_on_the_way_0"
   step figure_heads "5 s" "" "$PYTHON" -m tools.plot_results --name heads --no-published \
     "streaming LDA=runs/paper_anml_slda_0" "streaming LDA, gated=runs/paper_anml_slda_gated_0" \
     GeMCL-MAP=runs/paper_anml_map_0 "nearest class mean=runs/paper_anml_ncm_0" Adam=runs/paper_anml_0
