@@ -40,11 +40,11 @@ def search(
     searches = {n: RateSearch(lrs, draws, objective, full=full) for n in counts}
     with run.progress(len(draws) * len(lrs), every=len(lrs), unit="try") as bar:
         while tries := next_tries(searches, processes):
-            jobs = [Job(draw, lr, tuple(n for n in counts if n <= classes)) for draw, lr, classes in tries]
-            for (draw, lr, longest), found in zip(tries, scores("search", jobs), strict=True):
+            jobs = list(starmap(Job, tries))
+            for (draw, lr, stops), found in zip(tries, scores("search", jobs), strict=True):
                 for classes, score in found.items():
                     searches[classes].add(draw, lr, score)
-                if bar.advance(**found[longest].accuracies()):
+                if bar.advance(**found[stops[-1]].accuracies()):
                     bar.report()
     for classes, made in searches.items():
         log.info(

@@ -78,11 +78,16 @@ class RateSearch:
         self.scores[draw, lr] = score
         self._values[draw][lr] = LOST if value is None or score.get("diverged") else value
 
+    @property
+    def decided(self) -> bool:
+        """Whether one rate alone may be the best; nothing more is wanted, ever."""
+        return not self.full and len(self._candidates()) == 1
+
     def wanted(self, *, rivals: bool) -> dict[Draw, list[float]]:
         """The rates to be tried on each draw: candidates, or, which is for later, their `rivals` as well."""
-        candidates = list(self.rates) if self.full else self._candidates()
-        if len(candidates) == 1 and not self.full:
+        if self.decided:
             return {}
+        candidates = list(self.rates) if self.full else self._candidates()
         wanted = {}
         for draw, values in self._values.items():
             contested = rivals and any(lr in candidates for lr in _winners(values))
@@ -112,25 +117,30 @@ class RateSearch:
         return [lr for lr in self.rates if most[lr] >= max(least.values())]
 
 
-def next_tries(searches: Mapping[int, RateSearch], number: int = 1) -> list[tuple[Draw, float, int]]:
-    """The tries to make next, each with the largest class count that wants it; none when all is decided.
+def next_tries(
+    searches: Mapping[int, RateSearch], number: int = 1
+) -> list[tuple[Draw, float, tuple[int, ...]]]:
+    """The tries to make next, each with the class counts that it is one of, ascending; none when all is
+    decided. The largest of these wants it, and the others, not yet decided, may come to.
 
     Args:
         searches: by class count, of the same rates and draws: a sequence of so many classes is a try of all
             counts on its way.
         number: tries that are made at the same time: where one draw has fewer, the next draws' come along.
     """
+    open_counts = sorted(classes for classes, search in searches.items() if not search.decided)
     for rivals in (False, True):
         wanted: dict[Draw, dict[float, int]] = {}
-        for classes, search in sorted(searches.items()):
-            for draw, rates in search.wanted(rivals=rivals).items():
+        for classes in open_counts:
+            for draw, rates in searches[classes].wanted(rivals=rivals).items():
                 wanted.setdefault(draw, {}).update(dict.fromkeys(rates, classes))
-        tries: list[tuple[Draw, float, int]] = []
+        tries: list[tuple[Draw, float, tuple[int, ...]]] = []
         for draw, longest in sorted(wanted.items()):
             if len(tries) >= number:
                 break
             # Longest first, so that what is done at the same time takes about as long.
-            tries += sorted(((draw, lr, classes) for lr, classes in longest.items()), key=lambda t: -t[2])
+            for lr, most in sorted(longest.items(), key=lambda item: -item[1]):
+                tries.append((draw, lr, tuple(classes for classes in open_counts if classes <= most)))
         if tries:
             return tries
     return []

@@ -456,14 +456,15 @@ def test_a_search_that_stops_early_chooses_what_a_full_one_does(
     searches = {n: RateSearch(rates, sorted(draws), "test", full=full) for n in tables}
     made: set[tuple[Draw, float, int]] = set()
     while tries := next_tries(searches, number):
-        assert not made & set(tries)
-        made |= set(tries)
-        for draw, lr, longest in tries:
-            for n in tables:
+        undecided = [n for n in tables if not searches[n].decided]
+        for draw, lr, counts in tries:
+            assert counts
+            assert set(counts) <= set(undecided)
+            assert (draw, lr, counts[-1]) not in made
+            for n in counts:
+                made.add((draw, lr, n))
                 value = tables[n][draw][lr]
-                if n <= longest:
-                    score = Score(test=abs(value), diverged=int(value == LOST))
-                    searches[n].add(draw, lr, score)
+                searches[n].add(draw, lr, Score(test=abs(value), diverged=int(value == LOST)))
     for n, table in tables.items():
         found = searches[n].best()
         assert found == best_rate(table)
