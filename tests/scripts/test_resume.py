@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,6 +155,17 @@ def test_a_closed_terminal_saves(trainer: Trainer) -> None:
     assert "model written to" in (trainer.run / "log.txt").read_text()
 
 
+@pytest.fixture
+def _default_handlers() -> Iterator[None]:
+    """What a process in the foreground begins with; nohup and a shell's `&` have it ignore some signals."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGHUP, hangup)
+    signal.signal(signal.SIGINT, interrupt)
+
+
+@pytest.mark.usefixtures("_default_handlers")
 def test_hangups_within_an_interrupt() -> None:
     with Interrupt() as interrupt:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
@@ -173,6 +184,7 @@ def test_hangups_within_an_interrupt() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.mark.usefixtures("_default_handlers")
 def test_a_signal_within_an_interrupt() -> None:
     for patient in (False, True):
         with Interrupt(patient) as interrupt:
