@@ -85,8 +85,6 @@ class RateSearch:
 
     def wanted(self, *, rivals: bool) -> dict[Draw, list[float]]:
         """The rates to be tried on each draw: candidates, or, which is for later, their `rivals` as well."""
-        if self.decided:
-            return {}
         candidates = list(self.rates) if self.full else self._candidates()
         wanted = {}
         for draw, values in self._values.items():

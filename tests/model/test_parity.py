@@ -32,7 +32,7 @@ def test_fixture(fixture: Path, dtype: str, backend: str) -> None:
     results = parity.compare(
         fixture, parity.find_root(), dtype, backend, SKIPPED.get((fixture.stem, backend), "(?!)")
     )
-    assert len(results) > 5
+    assert len(results) >= (11 if fixture.stem == "anml_seed0" else 6)
     wrong = [result for result in results if parity.past_tolerance(*result[1:], dtype)]
     if dtype == "float32" and wrong:
         # A ReLU or a max-pool whose inputs are closer than rounding may decide otherwise in float32
