@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.fast import winograd
 from model.fast.matmul import matmul
+from model.fast.winograd import add_up
 
 # Output positions of a batch up to which a convolution is a matmul with patches, faster than torch's
 # convolution.
@@ -46,7 +47,7 @@ class _Conv(torch.autograd.Function):
             # that float32 gets wrong.
             y = F.conv2d(x.contiguous(), weight.contiguous(), stride=stride)
             return y.contiguous(memory_format=torch.channels_last)
-        return to_image(matmul(_im2col(x, stride), _kernel_rows(weight).t()), *_output_size(x, stride))
+        return to_image(matmul(_im2col(x, stride), kernel_rows(weight).t()), *_output_size(x, stride))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -91,7 +92,7 @@ class _ConvWeight(torch.autograd.Function):
         ctx.stride = stride
         if not _few_positions(x, stride):
             return _gradients(grad, x, like, stride, need_x=False)[1]
-        return _kernel_of_rows(matmul(channels_last(grad).flatten(0, 2).t(), _im2col(x, stride)))
+        return kernel_of_rows(matmul(channels_last(grad).flatten(0, 2).t(), _im2col(x, stride)))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -115,13 +116,13 @@ def to_image(rows: Tensor, height: int, width: int) -> Tensor:
     return rows.view(-1, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
-def _kernel_rows(weight: Tensor) -> Tensor:
+def kernel_rows(weight: Tensor) -> Tensor:
     """A kernel [O, I, 3, 3] as the matrix [O, 9 * I] that multiplies patches, a view of it."""
     return channels_last(weight).flatten(1)
 
 
-def _kernel_of_rows(rows: Tensor) -> Tensor:
-    """The inverse of `_kernel_rows`."""
+def kernel_of_rows(rows: Tensor) -> Tensor:
+    """The inverse of `kernel_rows`."""
     return to_image(rows.view(len(rows), 9, -1), 3, 3)
 
 
@@ -153,9 +154,9 @@ def _gradients(
     if _many(x, weight, stride):
         return winograd.gradients(grad, x, weight, need_x, need_weight)
     if not need_weight and _few_positions(x, stride):
-        patches = matmul(channels_last(grad).flatten(0, 2), _kernel_rows(weight))
+        patches = matmul(channels_last(grad).flatten(0, 2), kernel_rows(weight))
         patches = patches.view(len(x), *_output_size(x, stride), 3, 3, -1)
-        to_x = winograd.add_up(patches, stride, (x.shape[2], x.shape[3]))
+        to_x = add_up(patches, stride, (x.shape[2], x.shape[3]))
         return to_x.permute(0, 3, 1, 2), x.new_empty(0)
     needed = (need_x, need_weight, False)
     to_x, to_weight, _ = torch.ops.aten.convolution_backward(

@@ -34,8 +34,7 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
     Returns:
         [B, C, (H - 2) / 2, (W - 2) / 2]
     """
-    patches = x[:, 0].unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [B, H', W', 9]
-    patches = patches - patches.mean((1, 2), keepdim=True)
+    patches = centred_patches(x)
     precise = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     flat = patches.flatten(1, 2).to(precise)
     covariance = flat.transpose(1, 2) @ flat / flat.shape[1]
@@ -45,6 +44,12 @@ def grey_block(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: flo
     kernel = torch.cat([kernel, shift.expand(len(x), -1)[:, :, None]], 2)
     y: Tensor = _MaxConv.apply(kernel, F.pad(patches, (0, 1), value=1))  # the shift's input is 1
     return y
+
+
+def centred_patches(x: Tensor) -> Tensor:
+    """The 3x3 patches of grey images less their mean: [B, 1, H, W] -> [B, H - 2, W - 2, 9]"""
+    patches = x[:, 0].unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)
+    return patches - patches.mean((1, 2), keepdim=True)
 
 
 class _MaxConv(torch.autograd.Function):

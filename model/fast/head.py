@@ -8,7 +8,7 @@ it is known to apply.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,14 +19,17 @@ from torch.func import functional_call
 
 from model import method
 from model.fast.cuda_graph import GraphLearner, may_capture
+from model.fast.features import features_of
 from model.fast.layers import FastLinear, is_known_chain
-from model.fast.matmul import linear
+from model.fast.matmul import linear, row_matmul
 from model.fast.memory import use_huge_pages
 from model.layers import Inputs
 from model.learner import Learner, Settings
-from model.method import Examples, InnerRule, OnlineLearner, Params
+from model.method import Examples, InnerRule, OnlineLearner, Optimizer, Params
 from model.modelfactory import Network
 from model.optimizer import OPTIMIZERS, SGD, Adam
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 
 
 def applies(net: nn.Module, params: Collection[str]) -> bool:
@@ -71,7 +74,7 @@ def meta_loss(
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
-    """`model.meta_test.adam_learner`, on CUDA as a graph, on CPUs, where the head alone learns, by hand."""
+    """`model.meta_test.adam_learner`, on CUDA as a graph, on CPUs by hand where the head learns."""
 
     def optimizer(params: list[Tensor]) -> Adam | SGD:
         assert settings.lr is not None
@@ -81,74 +84,59 @@ def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> 
 
     if may_capture(net):
         return GraphLearner(net, trained, optimizer)
-    by_hand = len(trained) == 2 and applies(net, trained)
-    return (_HeadLearner if by_hand else OnlineLearner)(net, trained, optimizer)
+    by_hand = applies(net, trained) and net.head.weight.device.type == "cpu"
+    return (_HandLearner if by_hand else OnlineLearner)(net, trained, optimizer)
 
 
-class _HeadLearner(OnlineLearner):
-    """Its gradients, softmax minus one-hot and the outer product of that with the features, without
-    autograd's record of them, and in memory that stays."""
+class _HandLearner(OnlineLearner):
+    """Its gradients, those of the head softmax minus one-hot and the outer product of that with the features,
+    without autograd's record of them."""
+
+    def __init__(self, net: Network, trained: Collection[str], optimizer: MakeOptimizer) -> None:
+        super().__init__(net, trained, optimizer)
+        self.trained = list(trained)
+        self.all_params = dict(net.named_parameters())
+        self.grad_weight = torch.empty_like(self.params[-2], requires_grad=False)  # memory that stays
+        use_huge_pages(self.grad_weight)
 
     @torch.no_grad()
     def learn(self, images: Inputs, labels: Tensor) -> None:
         assert isinstance(self.net, Network)
-        weight, bias = self.params
-        grad = torch.empty_like(weight)
-        features, one_hot = self.net.features(images), F.one_hot(labels, len(bias))
-        for x, target in zip(features.split(1), one_hot, strict=True):
-            logits = linear(x, weight.t())[0] + bias
+        features = features_of(self.net, images, self.trained)
+        weight, bias = self.params[-2:]
+        for t, target in enumerate(F.one_hot(labels, len(bias))):
+            x, vjp = features(self.all_params, t)
+            logits = row_matmul(x, weight.t())[0] + bias
             grad_logits = logits.softmax(0) - target
-            self.optimizer.step([torch.outer(grad_logits, x[0], out=grad), grad_logits])
-
-
-class _Features(nn.Module):
-    """The network without its head, as a module that `functional_call` takes."""
-
-    def __init__(self, net: Network) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return self.net.features(inputs)
+            grads = vjp(row_matmul(grad_logits[None], weight)) if len(self.trained) > 2 else {}
+            grad_weight = torch.outer(grad_logits, x[0], out=self.grad_weight)
+            grads |= {"head.weight": grad_weight, "head.bias": grad_logits}
+            self.optimizer.step([grads[name] for name in self.trained])
 
 
 def _inner_loop(
     net: Network, params: Params, images: Inputs, labels: Tensor, lr: float, first_order: bool
 ) -> tuple[Params, Tensor]:
     """See `model.method.inner_loop`."""
-    features = _Features(net)
-    body = {f"net.{name}": p for name, p in params.items() if not name.startswith("head.")}
+    fast = dict(net.named_parameters()) | params
+    body = [name for name in params if not name.startswith("head.")]
     weight, bias = params["head.weight"], params["head.bias"]
-    steps = len(labels)
-    if first_order:
-        head = _FactoredHead(weight.detach(), bias.detach(), lr, None)
-    else:
-        head = _FactoredHead(weight, bias, lr, _WeightGrad(steps))
+    with torch.set_grad_enabled(not first_order):
+        features = features_of(net, images, body)
+        head = _FactoredHead(weight, bias, lr, None if first_order else _WeightGrad(len(labels)))
     losses = []
-    for t in range(steps):
-        with torch.set_grad_enabled(bool(body) or not first_order):
-            x = functional_call(features, body, (images[t : t + 1],), tie_weights=False)
-        known = x.detach() if first_order else x
-        logits = head.logits(known)
-        if not logits.requires_grad:
-            logits.requires_grad_()
-        loss = F.cross_entropy(logits, labels[t : t + 1])
-        (grad_logits,) = torch.autograd.grad(loss, logits, create_graph=not first_order)
-        if body:
-            grads = torch.autograd.grad(
-                x,
-                list(body.values()),
-                head.grad_input(grad_logits),
-                create_graph=not first_order,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            body = {name: p.add(g, alpha=-lr) for (name, p), g in zip(body.items(), grads, strict=True)}
-        head.step(known, grad_logits)
-        losses.append(loss.detach())
-    fast = {name.removeprefix("net."): p for name, p in body.items()}
+    for t, target in enumerate(F.one_hot(labels, len(bias)).split(1)):
+        with torch.set_grad_enabled(not first_order):
+            x, vjp = features(fast, t)
+            logits = head.logits(x)
+            losses.append(F.cross_entropy(logits.detach(), labels[t : t + 1]))
+            grad_logits = logits.softmax(1) - target
+            grads = vjp(head.grad_input(grad_logits)) if body else {}
+            head.step(x, grad_logits)
+        for name in body:
+            fast[name] = fast[name].add(grads[name], alpha=-lr)
     fast["head.weight"], fast["head.bias"] = head.weights(weight, bias)
-    return fast, torch.stack(losses)
+    return {name: fast[name] for name in params}, torch.stack(losses)
 
 
 class _WeightGrad:

@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
         ctx.save_for_backward(x, matrix)
-        return _row_matmul(x, matrix) if len(x) == 1 else matmul(x, matrix)
+        return row_matmul(x, matrix) if len(x) == 1 else matmul(x, matrix)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -78,7 +78,7 @@ class _Linear(torch.autograd.Function):
         return linear(grad, matrix.t()) if need_x else None, to_matrix
 
 
-def _row_matmul(x: Tensor, matrix: Tensor) -> Tensor:
+def row_matmul(x: Tensor, matrix: Tensor) -> Tensor:
     """x @ matrix for a single row, on the CPU in the blocks of `thread_blocks`."""
     if x.device.type != "cpu":
         return x @ matrix

@@ -39,9 +39,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sign: Tensor, eps: float) -> Tensor:
-        z = x - x.mean(1, keepdim=True)
-        r = torch.rsqrt((z * z).mean(1, keepdim=True) + eps) * sign
-        z *= r
+        z, r = norm(x, sign, eps)
         ctx.save_for_backward(x, z, r)
         return z
 
@@ -51,27 +49,45 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormInput(torch.autograd.Function):
-    """grad_input from g, the gradient of z: with means over P, r * (g - mean(g) - z * mean(g z)).
-
-    z and r are functions of x, of which dz = r * (dx - mean(dx) - z * mean(z dx)) and
-    dr = -r * r * mean(z dx).
-    """
+    """See `norm_backward`."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, z: Tensor, r: Tensor) -> Tensor:
-        mean_g, mean_gz = g.mean(1, keepdim=True), (g * z).mean(1, keepdim=True)
-        ctx.save_for_backward(g, z, r, mean_g, mean_gz)
-        to_x = torch.addcmul(mean_g, z, mean_gz)
-        return torch.sub(g, to_x, out=to_x).mul_(r)
+        to_x, *means = norm_backward(g, z, r)
+        ctx.save_for_backward(g, z, r, *means)
+        return to_x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Gradients of g and x from v, that of the result."""
-        g, z, r, mean_g, mean_gz = ctx.saved_tensors
-        mean_v, mean_vz = v.mean(1, keepdim=True), (v * z).mean(1, keepdim=True)
-        along_z = (v * g).mean(1, keepdim=True) - mean_v * mean_g - 3 * mean_vz * mean_gz
-        mean = mean_vz * mean_g + mean_gz * mean_v
-        to_x = torch.addcmul(-mean, z, along_z).addcmul_(g, mean_vz).addcmul_(v, mean_gz).mul_(-r * r)
-        to_g = torch.addcmul(mean_v, z, mean_vz)
-        return torch.sub(v, to_g, out=to_g).mul_(r), to_x, None, None
+        return *norm_double_backward(v, *ctx.saved_tensors), None, None
+
+
+def norm(x: Tensor, sign: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm z = (x - mean) * r of [..., P, C] over P, and r = sign / std, [..., 1, C]."""
+    z = x - x.mean(-2, keepdim=True)
+    r = torch.rsqrt((z * z).mean(-2, keepdim=True) + eps) * sign
+    return z.mul_(r), r
+
+
+def norm_backward(g: Tensor, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_input from g, the gradient of z: with means over P, r * (g - mean(g) - z * mean(g z)); and these
+    two means."""
+    mean_g, mean_gz = g.mean(-2, keepdim=True), (g * z).mean(-2, keepdim=True)
+    to_x = torch.addcmul(mean_g, z, mean_gz)
+    return torch.sub(g, to_x, out=to_x).mul_(r), mean_g, mean_gz
+
+
+def norm_double_backward(
+    v: Tensor, g: Tensor, z: Tensor, r: Tensor, mean_g: Tensor, mean_gz: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of g and x from v, that of `norm_backward`'s result.
+
+    z and r are functions of x, of which dz = r * (dx - mean(dx) - z * mean(z dx)) and
+    dr = -r * r * mean(z dx).
+    """
+    to_g, mean_v, mean_vz = norm_backward(v, z, r)
+    along_z = (v * g).mean(-2, keepdim=True) - mean_v * mean_g - 3 * mean_vz * mean_gz
+    mean = mean_vz * mean_g + mean_gz * mean_v
+    to_x = torch.addcmul(-mean, z, along_z).addcmul_(g, mean_vz).addcmul_(v, mean_gz).mul_(-r * r)
+    return to_g, to_x
