@@ -31,6 +31,19 @@ from utils.errors import UserError
 ROOT = Path(__file__).parents[2]
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml"), "--threads=1"]
 
+# Threads of a group that live on when Python ends may abort the process.
+SAYS_WHAT_IS_LEFT = """
+import atexit, sys
+from torch import distributed
+
+atexit.register(lambda: sys.stderr.write(f"a group is left: {distributed.is_initialized()}\\n"))
+
+from mrcl_classification import main
+from utils.errors import run_script
+
+run_script(main)
+"""
+
 
 def torchrun(processes: int, folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a command as that many processes (0: without torchrun, which itself ends with 1 if one fails)."""
@@ -83,9 +96,12 @@ def steps(run: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
-def test_training_goes_on_under_another_number_of_processes(trainer: Trainer, tmp_path: Path) -> None:
-    trainer("--meta_batch=2", "--steps=2")
+def test_training_goes_on_under_another_number_of_processes(
+    trainer: Trainer, cache: Path, tmp_path: Path
+) -> None:
     script = str(ROOT / "mrcl_classification.py")
+    torchrun(2, tmp_path, script, *TINY, f"--cache_dir={cache}", "--meta_batch=2", "--steps=2")
+    trainer.resume("--steps=3")
     torchrun(2, tmp_path, script, "--resume", "runs/smoke_0", "--steps=5")
     trainer.resume("--steps=6")
     trainer("--meta_batch=2", "--steps=6")
@@ -98,11 +114,13 @@ def test_training_goes_on_under_another_number_of_processes(trainer: Trainer, tm
 
 
 def test_a_process_that_dies_ends_the_job(cache: Path, tmp_path: Path) -> None:
-    script = str(ROOT / "mrcl_classification.py")
+    script = tmp_path / "script.py"
+    script.write_text(SAYS_WHAT_IS_LEFT, encoding="utf-8")
     (tmp_path / "file").touch()
     flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--processes=2", "--runs_dir=file/x"]
-    done = torchrun(0, tmp_path, script, *flags, code=2)  # which rank 0 alone finds out
+    done = torchrun(0, tmp_path, str(script), *flags, code=2)  # which rank 0 alone finds out
     assert "cannot write the run folder file/x" in done.stderr
+    assert done.stderr.count("a group is left: False") == 3  # the launcher and two processes
 
 
 def test_more_processes_than_trajectories(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
