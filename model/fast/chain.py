@@ -9,6 +9,8 @@ patches, [O, 9 * I].
 differentiated through them, the layers are passed twice again: from first to last `double_backward` gives the
 derivative of `backward`, and then from last to first `backward_both` that of `forward`, together with what
 `backward` owes to the same activations and parameters.
+
+Names: `to_x` is the gradient of x, `left_x` the part of it that `double_backward` leaves for `backward_both`.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Layer:
 
 
 class Pooled(Layer):
-    """What blocks have in common: 2x2 max-pool of [H * W, C] and ReLU of what it lets through."""
+    """What blocks have in common: the 2x2 max-pool of [H * W, C]."""
 
     def _max_pool(self, x: Tensor) -> Tensor:
         self.side = math.isqrt(len(x))
@@ -80,7 +82,12 @@ class Pooled(Layer):
 
 
 class GreyBlock(Pooled):
-    """`first_block.grey_block` of one image, which comes as the patches of `entering`."""
+    """`first_block.grey_block` of one image, which comes as the patches of `entering`.
+
+    With w the kernel summed over its channels and s the norm's scale, the normalised kernel is v = w * f
+    where f = s * i, i = 1 / sqrt(w.q + eps) and q = w Cov (here `wide`, `scale`, `factor`, `inverse` and
+    `turned`). The output is linear in v and the shift at the places where the pool's maxima are.
+    """
 
     def __init__(self, eps: float) -> None:
         self.eps = eps
