@@ -17,9 +17,9 @@ from model.meta_test import new_run
 from model.method import OnlineLearner
 from model.modelfactory import Network, build, trained_parameters
 from model.optimizer import OPTIMIZERS
-from tests.model.test_method import WIDTHS, images
+from tests.model.test_method import WIDTHS, differentiate, images
 
-LAYERS = {"ANML": 14, "sANML": 7, "OML": 8}
+CUTS = [(kind, rln) for kind, layers in {"ANML": 14, "sANML": 7, "OML": 8}.items() for rln in range(layers)]
 SMALL = {**WIDTHS, "sANML": {"pln_channels": 6, "num_classes": 12}}
 
 
@@ -96,8 +96,25 @@ def test_without_a_derivative_of_gradients_there_is_nothing_left() -> None:
     torch.testing.assert_close(chain.backward_both(grad), chain.backward(grad))
 
 
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_a_trajectory_is_that_of_autograd(kind: str, rln: int) -> None:
+    """The meta-gradient in both orders, at every cut, of images in colour and grey."""
+    query = normal(6, 3, 28, 28) if rln % 2 else images(6)
+    labels = torch.tensor([0, 5, 7, 3, 3, 7])
+    for first_order in (False, True):
+        plain, fast = (
+            differentiate(
+                network(kind, backend == "fast"),
+                *(query, labels, 3, rln, 0.03, backend),
+                first_order=first_order,
+            )
+            for backend in ("plain", "fast")
+        )
+        torch.testing.assert_close(fast, plain, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize(("kind", "rln"), [(kind, rln) for kind in LAYERS for rln in range(LAYERS[kind])])
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
 def test_a_learner_learns_what_it_learns_by_autograd(kind: str, rln: int, optimizer: str) -> None:
     """At every cut, also those within a block, from images and from what the frozen part made of them."""
     labels = torch.tensor([3, 3, 7, 0])
