@@ -147,9 +147,20 @@ paper() {
   evaluate anml_map "5 min" "$ANML" --model Neuromodulation_Model.net --learner map
   evaluate anml_slda_gated "10 min" "$ANML" --model Neuromodulation_Model.net --learner slda --features gated
   evaluate anml_slda "20 min" "$ANML" --model Neuromodulation_Model.net --learner slda
+  evaluate anml_first_order_ncm "1 min" "$FIRST" --model Neuromodulation_Model_first_order.net \
+    --learner ncm --nested
+  evaluate anml_first_order_map "2 min" "$FIRST" --model Neuromodulation_Model_first_order.net \
+    --learner map --nested
+  evaluate anml_first_order_slda_gated "2 min" "$FIRST" --model Neuromodulation_Model_first_order.net \
+    --learner slda --features gated --nested
+  evaluate anml_first_order_slda "10 min" "$FIRST" --model Neuromodulation_Model_first_order.net \
+    --learner slda --nested
   evaluate anml_prototypes_ncm "5 min" "$PROTOTYPES" --model Prototypes_Model.net --learner ncm --nested
   evaluate anml_prototypes_slda "10 min" "$PROTOTYPES" --model Prototypes_Model.net --learner slda \
     --features gated --nested
+  evaluate anml_prototypes_map "2 min" "$PROTOTYPES" --model Prototypes_Model.net --learner map --nested
+  evaluate anml_prototypes_slda_both "10 min" "$PROTOTYPES" --model Prototypes_Model.net \
+    --learner slda --nested
 
   # Oracles: the same on a shuffled stream.
   evaluate anml_oracle_1 "4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Oracle
