@@ -225,8 +225,8 @@ def join(device: torch.device) -> Group:
 def _end_threads() -> None:
     """End gloo's threads while Python still runs, however a process leaves.
 
-    One that lets go of its last tensor when the interpreter has begun to end aborts the process (seen in 9 of
-    some 300 that left right after a collective), and with it the exit code that says why.
+    One that lets go of its last tensor when the interpreter has begun to end aborts the process (seen once in
+    120 times that two left right after a collective), and with it the exit code that says why.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
