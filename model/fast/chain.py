@@ -106,7 +106,7 @@ class GreyBlock(Pooled):
         self.y = self._max_pool(x @ kernel.t()).clamp_min_(0)
         return self.y
 
-    def backward(self, grad: Tensor, need_x: bool = False) -> tuple[Tensor | None, Grads]:
+    def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
         self.to_kernel, to_shift = self._to_kernel(grad)
         self.along = (self.to_kernel * self.wide).sum(1)
         self.to_variance = -0.5 * self.along * self.scale * self.inverse**3
@@ -367,8 +367,9 @@ def _layer(stage: nn.Module, is_image: bool) -> Layer:
 def entering(x: Tensor) -> Tensor:
     """What `Chain.forward` takes of each of N images, [N, rows, channels].
 
-    See `Chain` for what there may be. Of grey images that enter a block, the centred patches and a one, which
-    is the shift's input.
+    Args:
+        x: images [N, C, H, W] or what frozen stages made of them, [N, C, H, W] or [N, F]. Of grey images the
+            centred patches enter a block, and a one, which is the shift's input.
     """
     if x.ndim == 2:
         return x[:, None]
