@@ -43,7 +43,8 @@ from evaluation.protocol import report, search
 from evaluation.results import Row, summarise, table, write_results
 from evaluation.runner import Scorer, scorer
 from flags.evaluation import SCHEDULE, Evaluation
-from model.fast import Backend, learner, use_backend
+from model.fast import Backend, learner
+from model.fast.guard import Use, choose_backend
 from model.learner import LearnerKind, Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, trained_parameters
@@ -129,8 +130,8 @@ def main() -> None:
         named = ""
     else:
         named = choose_features(args, kind, net)
-    for model in models:
-        backend = use_backend(model.net, args.backend, device)
+    use = Use(net, meta_test_rln=args.rln, optimizer=args.optimizer or "adam")
+    backend, why = choose_backend(args.backend, [model.net for model in models], device, use)
     source = args.source()
     warn_of_other_data(models, source)
     normalisation = None if args.scratch else net.normalisation
@@ -154,6 +155,7 @@ def main() -> None:
         "models": [model.about() for model in models],
         "device": str(device),
         "backend": backend,
+        "backend_why": why,
         "points": POINTS[args.nested],
         **data,
     }

@@ -22,7 +22,7 @@ import logging
 import math
 import sys
 import time
-from functools import partial
+from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -33,14 +33,15 @@ from evaluation.monitor import gate_statistics, validate
 from flags.training import Training
 from model.check import check_network
 from model.episodes import check_episode, check_trajectory, longest_share, sample_episode, sample_trajectory
-from model.fast import Backend, capture, meta_loss, use_backend
+from model.fast import Backend, capture, meta_loss
+from model.fast.guard import Use, choose_backend
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import TrainingState, load_state, save_model, save_progress
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse, recorded
-from utils.device import choose_device
+from utils.device import choose_device, seed_layers
 from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
 from utils.errors import UserError, run_script
 from utils.files import check_writable
@@ -135,7 +136,7 @@ def train(
             start = time.perf_counter()
             before = generator.get_state()
             # What layers draw (dropout) is resumed as well: the generator's state holds its first seed.
-            torch.manual_seed(generator.initial_seed() * 2**32 + step)
+            seed_layers(generator.initial_seed() * 2**32 + step)
             shown, result = differentiate(args, learner)
             values = {key: value.item() for key, value in result._asdict().items() if value.ndim == 0}
             if not (math.isfinite(values["loss"]) and learner.finite()):
@@ -226,20 +227,30 @@ def main() -> None:
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     check_images(args, images)
     net.normalisation = images.normalisation or net.normalisation
-    backend = use_backend(net, args.backend, device)
+    sgd = args.learner == "sgd"
+    order = {"first_order": args.first_order, "second_order_steps": args.second_order_steps} if sgd else {}
     check_network(
         net.network,
         net.widths,
-        args.rln if args.learner == "sgd" else None,
-        prepare=partial(use_backend, name=backend, device=torch.device("cpu")),
-        meta_loss=meta_loss(backend),
+        args.rln if sgd else None,
+        second_order=sgd and not args.first_order and args.second_order_steps != 0,
         channels=images.channels,
     )
+    use = Use(net, channels=images.channels)
+    if sgd:
+        use = replace(
+            use,
+            rln=args.rln,
+            inner={"inner_lr": args.update_lr, **order},
+            update_step=args.update_step,
+            learn_update_lr=args.learn_update_lr,
+        )
+    backend, why = choose_backend(args.backend, [net], device, use)
     learner = make_learner(args, net.to(device).train(), images.pool(device), group, backend)
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
     group.check_same("weights", fingerprint(net))
-    extra = {"device": str(device), "backend": backend, **images.about()}
+    extra = {"device": str(device), "backend": backend, "backend_why": why, **images.about()}
     with (
         Interrupt(patient=launched()) as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,

@@ -19,7 +19,6 @@ import logging
 import math
 import sys
 import time
-from functools import partial
 
 import torch
 
@@ -27,14 +26,14 @@ from datasets import Pool, load_images
 from flags.pretraining import Pretraining
 from model.check import check_network
 from model.episodes import shuffled_batches
-from model.fast import meta_loss, use_backend
+from model.fast.guard import Use, choose_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, build, restore
 from model.optimizer import Adam
 from model.supervised import supervised_step
 from model.training_state import TrainingState, load_state, save_progress
 from utils.command_line import parse, recorded
-from utils.device import choose_device
+from utils.device import choose_device, seed_layers
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
 from utils.files import check_writable
@@ -74,7 +73,7 @@ def train(
     with run.progress(steps, every=args.log_every, done=done) as progress:
         for step, index in enumerate(batches, done + 1):
             start = time.perf_counter()
-            torch.manual_seed(args.seed * 2**32 + step)  # what layers draw (dropout) is resumed as well
+            seed_layers(args.seed * 2**32 + step)  # what layers draw (dropout) is resumed as well
             batch = supervised_step(net, optimizer, *gather(images, index))
             values = {"loss": batch.loss.item(), "accuracy": batch.accuracy.item()}
             if not math.isfinite(values["loss"]):
@@ -107,15 +106,9 @@ def main() -> None:
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     args.train_classes = len(images)
     net.normalisation = images.normalisation or net.normalisation
-    backend = use_backend(net, args.backend, device)
-    check_network(
-        net.network,
-        net.widths,
-        prepare=partial(use_backend, name=backend, device=torch.device("cpu")),
-        meta_loss=meta_loss(backend),
-        channels=images.channels,
-    )
-    extra = {"device": str(device), "backend": backend, **images.about()}
+    check_network(net.network, net.widths, second_order=False, channels=images.channels)
+    backend, why = choose_backend(args.backend, [net], device, Use(net, channels=images.channels))
+    extra = {"device": str(device), "backend": backend, "backend_why": why, **images.about()}
     with (
         Interrupt() as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, state.step if state else 0) as run,

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
-from model import method
-from model.method import MetaLoss, Params, call
 from model.modelfactory import (
     Network,
     build,
@@ -28,10 +27,7 @@ from utils.errors import UserError
 
 TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
 IMAGES = 2
-INNER_LR = 0.01
 EFFECT_TRIES = 10
-
-Prepare = Callable[[Network], object]
 
 
 def check_network(
@@ -39,24 +35,22 @@ def check_network(
     widths: Mapping[str, Any] | None = None,
     rln: int | None = None,
     *,
-    prepare: Prepare = lambda net: None,
-    meta_loss: MetaLoss = method.meta_loss,
+    second_order: bool = True,
     every_cut: bool = False,
     channels: int = 1,
 ) -> None:
-    """Say what is wrong with a network.
+    """Say what is wrong with a network. Nothing here asks what the method does with it.
 
     It gives finite logits for each image, whatever else is in the batch; it saves and restores to the
-    same logits; at every cut the frozen part plus the rest is the whole; two inner steps and the
-    meta-gradient are those of plain autograd; the head's rows can be drawn anew; every parameter that
+    same logits; at every cut the frozen part plus the rest is the whole; it computes with the parameters that
+    it is handed, and its derivatives are theirs; the head's rows can be drawn anew; every parameter that
     learns has an effect.
 
     Args:
         name: its entry in `NETWORKS`; a new one is tried, on the CPU.
         widths: arguments of its class.
         rln: layers that the inner loop leaves alone; None for the network's default.
-        prepare: gives a network the layers that it is to be tried with, in place.
-        meta_loss: `method.meta_loss`, or what is to give the same numbers.
+        second_order: whether training takes second derivatives.
         every_cut: try all values of `--rln`, not only `rln` and that of meta-test.
         channels: of the images to be, 1 or 3.
 
@@ -65,13 +59,12 @@ def check_network(
     """
     try:
         net = build(name, widths or {}, torch.Generator().manual_seed(0))
-        prepare(net)
         rln = net.rln_training if rln is None else rln
         trained_parameters(net, rln)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             cuts = range(net.num_layers) if every_cut else (rln, net.default_meta_test_rln)
-            _check(net, rln, cuts, channels, prepare, meta_loss)
+            _check(net, cuts, channels, second_order)
     except _FaultError as fault:
         raise UserError(f"network {name}: {fault}") from None
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
@@ -83,14 +76,11 @@ class _FaultError(Exception):
     """What is wrong, in one line without the network's name."""
 
 
-def _check(
-    net: Network, rln: int, cuts: Iterable[int], channels: int, prepare: Prepare, meta_loss: MetaLoss
-) -> None:
+def _check(net: Network, cuts: Iterable[int], channels: int, second_order: bool) -> None:
     images, labels = _examples(net, channels)
-    _check_restored(net, images, prepare)
     # Away from initial values, of which some hide an effect, say a scale of zero.
     precise = _moved(copy.deepcopy(net).double(), 0.05)
-    images = images.double()
+    single, images = images, images.double()
     evaluated = copy.deepcopy(precise).eval()
     logits = _logits(evaluated, images)
     if logits.shape != (IMAGES, net.num_outputs) or not logits.is_floating_point():
@@ -100,6 +90,7 @@ def _check(
         )
     if not bool(logits.isfinite().all()):
         raise _FaultError("its logits are not finite")
+    _check_restored(net, single)
     if not _same(_logits(evaluated, images), logits):
         raise _FaultError(
             "the same images get other logits the second time, in eval mode: it draws or keeps something"
@@ -109,8 +100,8 @@ def _check(
         raise _FaultError("an image gets other logits alone than in a batch, in eval mode")
     _check_cuts(evaluated, cuts, images, logits)
     _check_head(evaluated)
-    _check_functional(evaluated, images)
-    _check_gradients(precise, rln, images, labels, meta_loss)
+    _check_features(evaluated, images)
+    _check_derivatives(precise, images, labels, second_order)
     _check_effects(evaluated, channels)
 
 
@@ -134,12 +125,12 @@ def _logits(net: Network, images: Any) -> Tensor:
     return logits
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    scale = theirs.abs().max().clamp_min(1e-300)
+def _same(ours: Tensor, theirs: Tensor, scale: float = 1e-300) -> bool:
+    scale = max(scale, float(theirs.abs().max()))
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * scale)
 
 
-def _check_restored(net: Network, images: Tensor, prepare: Prepare) -> None:
+def _check_restored(net: Network, images: Tensor) -> None:
     """Through the bytes of a model file."""
     content = model_content(net.network, net.widths, net.state_dict(), {}, 0)
     fault = model_fault(content)
@@ -149,7 +140,6 @@ def _check_restored(net: Network, images: Tensor, prepare: Prepare) -> None:
     write_saved(content, file)
     saved = read_saved(file.getvalue())
     again = restore(saved["network"], saved["widths"], saved["state_dict"], "its own model file").eval()
-    prepare(again)
     if not torch.equal(_logits(again, images), _logits(copy.deepcopy(net).eval(), images)):
         raise _FaultError(
             "saved and restored, it gives other logits: something that it computes with is neither a "
@@ -184,69 +174,81 @@ def _check_head(net: Network) -> None:
         raise _FaultError(f"drawing the head anew changes {changed[0]}, which is not the head's")
 
 
-def _check_functional(net: Network, images: Tensor) -> None:
-    """Parameters handed in are those that it computes with."""
-    moved = _moved(net, 0.01)
-    with torch.no_grad():
-        handed_in = call(net, dict(moved.named_parameters()), images)
-    if not _same(handed_in, _logits(moved, images)):
+def _check_features(net: Network, images: Tensor) -> None:
+    """Statistics and heads without gradients ask for what enters the head."""
+    try:
+        with torch.no_grad():
+            features = net.features(images)
+    except IndexError:
         raise _FaultError(
-            "it does not compute with the parameters that it is handed: one is referred to from outside of "
-            "its module, or through .data"
-        )
+            "what enters its head is unknown, since `self.head` is not called: call it, or define `features`"
+        ) from None
+    if features.ndim != 2 or len(features) != IMAGES:
+        raise _FaultError(f"features gives {list(features.shape)} for {IMAGES} images, not [{IMAGES}, F]")
 
 
-def _check_gradients(net: Network, rln: int, images: Tensor, labels: Tensor, meta_loss: MetaLoss) -> None:
-    """Two inner steps and the meta-gradient, by the loop in use and by one that knows nothing of it."""
-    plain, ours = copy.deepcopy(net), copy.deepcopy(net)
-    names = trained_parameters(net, rln)
-    params: Params = {name: ours.get_parameter(name) for name in names}
-    learned = {name: p for name, p in ours.named_parameters() if p.requires_grad}
-    with torch.random.fork_rng(devices=[]):  # both draw the same, say for dropout
-        inputs = ours.frozen(images, params)
-        support, query = (inputs[:2], labels[:2]), (inputs, labels)
-        loss, _, _ = meta_loss(ours, params, support, query, inner_lr=INNER_LR)
-        grads = _grads(loss, list(learned.values()))
-    expected_loss, expected = _unrolled(plain, names, images, labels)
-    if not _same(loss.detach(), expected_loss):
-        raise _FaultError("two inner steps give another loss than plain autograd")
-    scale = max(float(grad.detach().abs().max()) for grad in expected)
-    for name, grad, other in zip(learned, grads, expected, strict=True):
-        if (grad - other).abs().max() > TOLERANCE * scale:
-            raise _FaultError(f"the meta-gradient of {name} is not that of plain autograd")
+def _check_derivatives(net: Network, images: Tensor, labels: Tensor, second_order: bool) -> None:
+    """Parameters handed in are those that it computes with: logits and derivatives are those of a network
+    whose own parameters they are."""
+    moved = _moved(net, 0.01)
+    steps = {name: (p - net.get_parameter(name)).detach() for name, p in moved.named_parameters()}
+    own = {name: p for name, p in moved.named_parameters() if p.requires_grad}
+    # Not leaves, as fast weights are not.
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    with _handed_in(net, {name: leaf + steps[name] for name, leaf in leaves.items()}):
+        ours = _derivatives(net, [leaves[name] for name in own], images, labels, second_order)
+    expected = _derivatives(moved, list(own.values()), images, labels, second_order)
+    names = ["", *own, *own]
+    for name, found, right in zip(names, ours, expected, strict=False):
+        if not _same(found, right, float(max(x.abs().max() for x in expected[1:])) if name else 0.0):
+            what = f"the gradient of {name}" if name else "its loss"
+            raise _FaultError(
+                f"it does not compute with the parameters that it is handed ({what} is another): one is "
+                "referred to from outside of its module, or through .data"
+            )
+
+
+def _derivatives(
+    net: Network, params: Sequence[Tensor], images: Tensor, labels: Tensor, second_order: bool
+) -> list[Tensor]:
+    """Loss, gradients and, where asked for, gradients of a function of these."""
+    with torch.random.fork_rng(devices=[]):  # each call draws the same, say for dropout
+        loss = F.cross_entropy(net(images), labels)
+    grads = _grads(loss, params, create_graph=second_order)
+    found = [loss.detach(), *(grad.detach() for grad in grads)]
+    if second_order:
+        try:
+            # Through the whole graph: `once_differentiable` lets pass what asks for the gradients of tensors.
+            torch.autograd.backward(sum((grad.sin().sum() for grad in grads), start=loss * 0))
+        except RuntimeError as error:
+            raise _FaultError(f"it has no second derivative: train with --first_order ({error})") from error
+        found += [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    return found
+
+
+@contextmanager
+def _handed_in(net: Network, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other parameters in place of the network's own, in each module that has them."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    places = [
+        (module._parameters, key, p)
+        for module in net.modules()
+        for key, p in module._parameters.items()
+        if p is not None
+    ]
+    try:
+        for table, key, p in places:
+            table[key] = params[names[id(p)]]  # type: ignore[assignment]
+        yield
+    finally:
+        for table, key, p in places:
+            table[key] = p
 
 
 def _grads(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
         loss, params, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
-
-
-def _unrolled(
-    net: Network, names: Sequence[str], images: Tensor, labels: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Loss after two SGD steps and its gradient, by putting the stepped parameters into their modules.
-
-    The network is called as it is, whole, image by image and without `functional_call`.
-    """
-    learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    current: dict[str, Tensor] = {name: learned[name] for name in names}
-    names_by_id = {id(p): name for name, p in current.items()}
-    places = [
-        (module, key, names_by_id[id(p)])
-        for module in net.modules()
-        for key, p in module.named_parameters(recurse=False, remove_duplicate=False)
-        if id(p) in names_by_id
-    ]
-    for step in range(2):
-        loss = F.cross_entropy(net(images[step : step + 1]), labels[step : step + 1])
-        grads = _grads(loss, list(current.values()), create_graph=True)
-        current = {name: p - INNER_LR * g for (name, p), g in zip(current.items(), grads, strict=True)}
-        for module, key, name in places:
-            module._parameters.pop(key, None)
-            object.__setattr__(module, key, current[name])
-    loss = F.cross_entropy(net(images), labels)
-    return loss.detach(), list(_grads(loss, list(learned.values())))
 
 
 def _check_effects(net: Network, channels: int) -> None:

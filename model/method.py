@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from model.layers import Inputs
 from model.scores import classify
@@ -23,6 +23,9 @@ Params = dict[str, Tensor]
 
 InnerRule = Callable[[Params, Params], Params]
 """From params and their gradients to the params after an inner step."""
+
+Forward = Callable[[Params, Inputs], Tensor]
+"""From params and images to logits [B, classes]."""
 
 Examples = tuple[Inputs, Tensor]
 """Images [B, C, 28, 28] or a network's frozen output of them, and class ids [B]."""
@@ -59,30 +62,41 @@ def sgd(inner_lr: float) -> InnerRule:
     return lambda params, grads: {name: p.add(grads[name], alpha=-inner_lr) for name, p in params.items()}
 
 
-def call(net: nn.Module, params: Params, images: Inputs) -> Tensor:
-    """Logits [B, classes] with `params` in place of the network's own, wherever these are used.
+def functional(net: nn.Module, names: Collection[str]) -> Forward:
+    """A function of params and images that gives logits [B, classes]: `net` with params of these names in
+    place of its own, wherever it uses them.
 
-    Each place that holds a parameter is filled once. (The `tie_weights` of `functional_call` fills a module
-    that is registered twice two times, and leaves the wrong parameter in it.)
+    The places are looked up once. A module that is registered twice is one place, and a parameter of two
+    modules has two. (`torch.func.functional_call` looks them up at every call.)
     """
-    names = {id(p): name for name, p in net.named_parameters()}
-    places = {
-        f"{prefix}.{key}" if prefix else key: params[names[id(p)]]
-        for prefix, module in net.named_modules()
-        for key, p in module.named_parameters(recurse=False, remove_duplicate=False)
-        if names[id(p)] in params
-    }
-    logits: Tensor = functional_call(net, places, (images,), tie_weights=False)
+    name_of = {id(p): name for name, p in net.named_parameters() if name in names}
+    places = [
+        (module._parameters, key, name_of[id(p)], p)
+        for module in net.modules()
+        for key, p in module._parameters.items()
+        if id(p) in name_of
+    ]
+
+    def logits(params: Params, images: Inputs) -> Tensor:
+        try:
+            for table, key, name, _ in places:
+                table[key] = params[name]  # type: ignore[assignment]
+            found: Tensor = net(images)
+        finally:
+            for table, key, _, own in places:
+                table[key] = own
+        return found
+
     return logits
 
 
 def loss_and_grads(
-    net: nn.Module, params: Params, images: Inputs, labels: Tensor, create_graph: bool
+    forward: Forward, params: Params, images: Inputs, labels: Tensor, create_graph: bool
 ) -> tuple[Tensor, Params]:
     """Mean cross-entropy at `params` and its gradient; zero for a parameter without effect."""
 
     def loss_at(params: Params) -> Tensor:
-        return F.cross_entropy(call(net, params, images), labels)
+        return F.cross_entropy(forward(params, images), labels)
 
     loss = loss_at(params)
     if loss.requires_grad and all(p.requires_grad for p in params.values()):
@@ -122,11 +136,12 @@ def inner_loop(
         the fast weights, and [T] the loss before each step.
     """
     rule = rule or sgd(inner_lr)
+    forward = functional(net, params)
     constant = 0 if second_order_steps is None else len(labels) - second_order_steps
     losses = []
     for t in range(len(labels)):
         create_graph = not first_order and t >= constant
-        loss, grads = loss_and_grads(net, params, images[t : t + 1], labels[t : t + 1], create_graph)
+        loss, grads = loss_and_grads(forward, params, images[t : t + 1], labels[t : t + 1], create_graph)
         params = rule(params, grads)
         losses.append(loss.detach())
     return params, torch.stack(losses)
@@ -163,7 +178,7 @@ def meta_loss(
         second_order_steps=second_order_steps,
         rule=rule,
     )
-    logits = call(net, fast_params, query[0])
+    logits = functional(net, params)(fast_params, query[0])
     return F.cross_entropy(logits, query[1]), logits, inner_losses
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from datasets.images import OMNIGLOT, SIZE, Normalisation
 from model.layers import Inputs, colour, conv_blocks, run_frozen, run_rest
 from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.device import seed_layers
 from utils.errors import UserError
 
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
@@ -318,7 +319,7 @@ def build(name: str, widths: Mapping[str, Any], generator: torch.Generator) -> N
 def _construct(kind: type[Network], widths: Mapping[str, Any], seed: int = 0) -> Network:
     """Call a constructor with torch's own generator seeded, and leave that as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_layers(seed)
         return kind(**widths)
 
 

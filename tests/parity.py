@@ -26,8 +26,7 @@ from torch import Tensor
 
 from datasets import ImageSet, Source
 from model import method
-from model.fast import learner as fast_learner
-from model.fast import meta_loss, use_backend
+from model.fast import Backend, learner, meta_loss, use_backend
 from model.learner import Settings
 from model.meta_learner import gather
 from model.meta_test import FrozenOutputs, answers, learn
@@ -45,7 +44,7 @@ BIASES_BEFORE_NORM = (1, 5, 9, 15, 19, 23)
 class Fixture:
     """A fixture file, the network it describes and the images it names."""
 
-    def __init__(self, path: Path, root: Path, dtype: torch.dtype, backend: str = "fast") -> None:
+    def __init__(self, path: Path, root: Path, dtype: torch.dtype, backend: Backend = "fast") -> None:
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.arrays: Mapping[str, Array] = dict(file)
@@ -58,7 +57,8 @@ class Fixture:
         self.update_lr = float(self.scalar("update_lr", 0.1))
         self.rln = int(self.scalar("rln", 7))
         self.net = self._network()
-        self.backend = use_backend(self.net, backend, torch.device("cpu"))
+        self.backend = backend
+        use_backend(self.net, backend)
         cache = Path("data/cache")
         self.data = Source("omniglot", root, cache)
         self.background = self.data.load("background")
@@ -128,13 +128,13 @@ class Fixture:
         with torch.no_grad():
             head.copy_(torch.from_numpy(draw * np.sqrt(2 / head.shape[1])))
             net.get_parameter("head.bias").zero_()
-        learner = fast_learner("adam", self.backend)(net, trained, Settings(lr))
-        learn(learner, outputs, train.reshape(-1, 2))
+        online = learner("adam", self.backend)(net, trained, Settings(lr))
+        learn(online, outputs, train.reshape(-1, 2))
         with torch.no_grad():
             logits = net(outputs.get(test.reshape(-1, 2)))
         return {
             **{
-                f"{name}_acc": (answers(learner, outputs, part) == part[..., 0]).double().mean().numpy()
+                f"{name}_acc": (answers(online, outputs, part) == part[..., 0]).double().mean().numpy()
                 for name, part in (("train", train), ("test", test))
             },
             "test_logits": logits[:, classes].numpy(),
@@ -228,7 +228,7 @@ def errors(name: str, ours: Array, reference: Array) -> tuple[float, float]:
 
 
 def compare(
-    path: Path, root: Path, dtype: str, backend: str = "fast", skip: str = "(?!)"
+    path: Path, root: Path, dtype: str, backend: Backend = "fast", skip: str = "(?!)"
 ) -> list[tuple[str, float, float]]:
     """Name, relative error and absolute error of the zero rows for every quantity of a fixture, but for
     those whose names the regular expression `skip` matches (by default none)."""

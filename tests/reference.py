@@ -7,11 +7,13 @@ says what the numbers are; in float32 it is the textbook implementation of the b
 
 from __future__ import annotations
 
-import math
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor
+from torch import Tensor, nn
 
 OML_STRIDES = (1, 1, 1, 2, 1, 2)
 
@@ -102,6 +104,45 @@ def meta_gradient(
     return loss.detach(), list(torch.autograd.grad(loss, initial))
 
 
+def unrolled(
+    net: nn.Module,
+    names: Collection[str],
+    query: Tensor,
+    labels: Tensor,
+    sizes: Mapping[str, Tensor],
+    last: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Mean query loss of any network after the inner loop over the last three query images, and its gradient
+    with respect to all parameters and those of `sizes` that take one.
+
+    Args:
+        names: the parameters that the inner loop changes, each in all modules that hold it.
+        sizes: their step sizes.
+        last: inner steps whose gradients are differentiated; those of the others are constants.
+    """
+    net = copy.deepcopy(net)
+    learned = dict(net.named_parameters())
+    current: dict[str, Tensor] = {name: learned[name] for name in names}
+    homes: list[tuple[dict[str, Any], str, str]] = [
+        (module._parameters, key, name)
+        for module in net.modules()
+        for key, parameter in module._parameters.items()
+        for name in names
+        if parameter is current[name]
+    ]
+    unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    for t in (-3, -2, -1):
+        loss = F.cross_entropy(net(query[t][None]), labels[t][None])
+        grads = torch.autograd.grad(loss, list(current.values()), create_graph=True, **unused)
+        for name, grad in zip(names, grads, strict=True):
+            current[name] = current[name] - sizes[name] * (grad if -t <= last else grad.detach())
+        for table, key, name in homes:
+            table[key] = current[name]
+    loss = F.cross_entropy(net(query), labels)
+    inputs = [*learned.values(), *(size for size in sizes.values() if size.requires_grad)]
+    return loss, torch.autograd.grad(loss, inputs, **unused)
+
+
 class Adam:
     """Adam as its paper writes it (Kingma and Ba, algorithm 1), one operation at a time."""
 
@@ -132,33 +173,3 @@ def meta_test_update(
     gradients = list(torch.autograd.grad(loss, trained))
     with torch.no_grad():
         return [*weights[: 2 * rln], *optimizer.step(trained, gradients)]
-
-
-def fresh_weights(kind: str, generator: torch.Generator, nm: int, pln: int, classes: int) -> list[Tensor]:
-    """Random float64 weights for small networks: Kaiming normal, norms and biases near 1 and 0.
-
-    `kind` is "ANML" or "OML"; `nm` and `pln` are channels. Norms and biases are not exactly 1 and 0,
-    so that a forgotten shift or scale shows.
-    """
-
-    def layer(*shape: int) -> list[Tensor]:
-        fan_in = math.prod(shape[1:])
-        return [draw(*shape) * math.sqrt(2 / fan_in), 0.1 * draw(shape[0])]
-
-    def norm(channels: int) -> list[Tensor]:
-        return [1 + 0.1 * draw(channels), 0.1 * draw(channels)]
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def blocks(channels: int) -> list[Tensor]:
-        return [
-            weight
-            for inputs in (3, channels, channels)
-            for weight in [*layer(channels, inputs, 3, 3), *norm(channels)]
-        ]
-
-    if kind == "OML":
-        convolutions = [w for i in range(6) for w in layer(pln, pln if i else 3, 3, 3)]
-        return [*convolutions, *layer(4 * pln, 9 * pln), *layer(classes, 4 * pln)]
-    return [*blocks(nm), *layer(9 * pln, 9 * nm), *blocks(pln), *layer(classes, 9 * pln)]

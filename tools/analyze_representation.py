@@ -32,7 +32,7 @@ from evaluation.plots import (
 from evaluation.targets import REPRESENTATION, read_targets
 from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
 from model.episodes import Task, sample_task
-from model.fast import use_backend
+from model.fast.guard import Use, choose_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
@@ -154,7 +154,7 @@ def main() -> None:
     refuse_several("analysis")
     device = choose_device(args.device, args.threads)
     net, step = network(args)
-    backend = use_backend(net, args.backend, device)
+    backend, _ = choose_backend(args.backend, [net], device, Use(net))
     images = load_images(args.source(), "evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     args.test_classes = len(images)

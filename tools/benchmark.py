@@ -44,6 +44,7 @@ from flags.evaluation import SCHEDULE, Evaluation
 from flags.training import Training
 from model.episodes import sample_task, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
+from model.fast.memory import keep_freed_memory
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
@@ -164,7 +165,7 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
     learners: dict[str, MetaLearner] = {}
     for backend in BACKENDS:
         net = build("ANML", setup.network("ANML"), torch.Generator().manual_seed(0)).to(setup.device)
-        used = use_backend(net, backend, setup.device)
+        use_backend(net, backend)
         learners[backend] = MetaLearner(
             net,
             setup.images,
@@ -173,8 +174,8 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
             update_lr=defaults.update_lr,
             rln=defaults.rln,
             first_order=ORDERS[part],
-            meta_loss=meta_loss(used),
-            capture=capture(used),
+            meta_loss=meta_loss(backend),
+            capture=capture(backend),
         )
     weights = [parameter.detach().clone() for parameter in learners["plain"].net.parameters()]
 
@@ -212,10 +213,12 @@ def measure_meta_test(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
     outputs, learners = {}, {}
     for backend in BACKENDS:
         net = build(kind, setup.network(kind), torch.Generator().manual_seed(0)).to(setup.device)
-        used = use_backend(net, backend, setup.device)
+        use_backend(net, backend)
         trained = trained_parameters(net, rln)
         outputs[backend] = FrozenOutputs(net, pool, trained)
-        learners[backend] = learner("adam", used)(new_run(net, trained, generator), trained, Settings(0.001))
+        learners[backend] = learner("adam", backend)(
+            new_run(net, trained, generator), trained, Settings(0.001)
+        )
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
 
@@ -354,6 +357,7 @@ def main() -> None:
         check_writable(args.json, "--json")
     begin = time.perf_counter()
     device = choose_device(args.device, args.threads)
+    keep_freed_memory()
     widths = {"nm_channels": args.nm_channels, "pln_channels": args.pln_channels}
     copies = copy_bandwidth(device)
     setup = Setup(device, synthetic_images(963, device), widths, args.repeats, copies.per_second)

@@ -11,12 +11,9 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-from functools import partial
-
 import torch
 
 from model.check import check_network
-from model.fast import meta_loss, use_backend
 from model.modelfactory import NETWORKS, build, layer_parameters
 from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script
@@ -25,16 +22,10 @@ from utils.errors import UserError, run_script
 def main() -> None:
     parser = HelpFirst(prog="python -m tools.check_network", description=__doc__)
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
-    parser.add_argument("--backend", choices=("plain", "fast"), default="plain")
     args = parser.parse_args()
     if args.name not in NETWORKS:
         raise UserError(f"no network {args.name!r}; known are {', '.join(NETWORKS)}")
-    check_network(
-        args.name,
-        prepare=partial(use_backend, name=args.backend, device=torch.device("cpu")),
-        meta_loss=meta_loss(args.backend),
-        every_cut=True,
-    )
+    check_network(args.name, every_cut=True)
     net = build(args.name, {}, torch.Generator())
     layers = layer_parameters(net)
     number = sum(p.numel() for p in net.parameters())

@@ -62,3 +62,15 @@ def _say_if_shared() -> None:
             load,
             cores,
         )
+
+
+def seed_layers(seed: int) -> None:
+    """Seed the generators that layers draw from (dropout), on the CPU and on the devices in use.
+
+    `torch.manual_seed` does the same, and takes more than a millisecond where there is no GPU.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)

@@ -1,21 +1,18 @@
-"""The fast backend: the numbers of plain PyTorch up to rounding, several times faster.
+"""The fast backend of ANML, sANML and OML: plain PyTorch's numbers up to rounding, several times faster.
 
-On CPUs layers take the place of a network's plain ones (`layers`), and the inner loop of the networks here
-keeps the head's steps as factors (`head`). On CUDA a step of these networks is one graph (`cuda_graph`).
-Nobody who reads or changes the method needs any of it: without it, everything runs on `model.layers` and
-`model.method`.
+Nobody who reads or changes the method needs any of it. A run uses it only where `guard` has just found it
+equal to what is written; everything else runs on `model.layers` and `model.method`. Blocks become drop-ins
+and features come with their derivatives (`network`, `derivatives`), the inner loop keeps the head's steps as
+factors (`inner_loop`), and on CUDA a step is one graph (`cuda_graph`).
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from model import method
-from model.fast import cuda_graph, head
-from model.fast.layers import use_fast_layers
-from model.fast.memory import keep_freed_memory
+from model.fast import cuda_graph, inner_loop
+from model.fast.network import use_fast_layers
 from model.learner import MakeLearner
 from model.meta_learner import Capture, no_capture
 from model.meta_test import LEARNERS
@@ -26,21 +23,19 @@ Backend = Literal["plain", "fast"]
 BACKENDS = ("auto", "plain", "fast")
 
 
-def use_backend(net: Network, name: str, device: torch.device) -> Backend:
-    """Give a network the layers of `--backend`, in place, and say which it is.
+def use_backend(net: Network, backend: Backend) -> None:
+    """Give a network the layers of a backend, in place, without the comparison that runs begin with.
 
-    `auto` is fast on the CPU and on CUDA, and plain elsewhere, until somebody has measured there.
+    Raises:
+        NotImplementedError: the fast backend does not know the network.
     """
-    keep_freed_memory()
-    if name == "plain" or (name == "auto" and device.type not in ("cpu", "cuda")):
-        return "plain"
-    use_fast_layers(net)
-    return "fast"
+    if backend == "fast":
+        use_fast_layers(net)
 
 
 def learner(name: str, backend: Backend) -> MakeLearner:
-    """The learner of `model.meta_test.LEARNERS` of that name, or what is as good and faster."""
-    return head.adam_learner if (name, backend) == ("adam", "fast") else LEARNERS[name].make
+    """The learner of `model.meta_test.LEARNERS` of that name, as the backend computes it."""
+    return inner_loop.adam_learner if (name, backend) == ("adam", "fast") else LEARNERS[name].make
 
 
 def capture(backend: Backend) -> Capture:
@@ -49,5 +44,5 @@ def capture(backend: Backend) -> Capture:
 
 
 def meta_loss(backend: Backend) -> MetaLoss:
-    """The function of `model.method` of that name, or what is as good and faster."""
-    return head.meta_loss if backend == "fast" else method.meta_loss
+    """`model.method.meta_loss`, as the backend computes it."""
+    return inner_loop.meta_loss if backend == "fast" else method.meta_loss

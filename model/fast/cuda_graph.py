@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model.fast.layers import is_known_chain
+from model.fast.network import is_known
 from model.layers import FrozenOutput, Inputs
 from model.method import OnlineLearner, Optimizer
 
@@ -69,7 +69,7 @@ def capture(function: Callable[..., T], net: nn.Module) -> Callable[..., T]:
 
 def may_capture(net: nn.Module) -> bool:
     """Whether a network is on a GPU and known to do the same for any images."""
-    return is_known_chain(net) and all(parameter.is_cuda for parameter in net.parameters())
+    return is_known(net) and all(parameter.is_cuda for parameter in net.parameters())
 
 
 class GraphLearner(OnlineLearner):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,33 +48,6 @@ def _has_onednn() -> bool:
         return bool(_onednn(one, one) == 1)
     except (AttributeError, RuntimeError, TypeError):
         return False
-
-
-def linear(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix, [B, K] and [K, N], where the matrix is a weight's or its transpose.
-
-    Differentiable to any order. A single row meets the weight in the order of memory that Adam does.
-    """
-    y: Tensor = _Linear.apply(x, matrix)
-    return y
-
-
-class _Linear(torch.autograd.Function):
-    """x @ matrix, of which both derivatives are products again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(x, matrix)
-        return row_matmul(x, matrix) if len(x) == 1 else matmul(x, matrix)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, matrix = ctx.saved_tensors
-        need_x, need_matrix = ctx.needs_input_grad
-        to_matrix = None
-        if need_matrix:  # laid out as `matrix` is, a weight's transpose
-            to_matrix = (grad.t() * x if len(x) == 1 else linear(grad.t(), x)).t()
-        return linear(grad, matrix.t()) if need_x else None, to_matrix
 
 
 def row_matmul(x: Tensor, matrix: Tensor) -> Tensor:

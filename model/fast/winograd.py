@@ -36,20 +36,20 @@ def gradients(
     """Gradients of a convolution's input and kernel from that of its output.
 
     Args:
-        grad: [B, O, H - 2, W - 2]
-        x: [B, I, H, W]
+        grad: [B, H - 2, W - 2, O]
+        x: [B, H, W, I]
         weight: [O, I, 3, 3]
         need_x, need_weight: which of the two to compute.
 
     Returns:
-        [B, I, H, W] and [O, I, 3, 3], channels last; empty what was not asked for.
+        [B, H, W, I] and [O, I, 3, 3], the latter channels last in memory; empty what was not asked for.
     """
     outputs, inputs = weight.shape[:2]
-    tile = min(4, max(3, *grad.shape[2:]))
-    grid = -(-grad.shape[2] // tile), -(-grad.shape[3] // tile)
+    tile = min(4, max(3, *grad.shape[1:3]))
+    grid = -(-grad.shape[1] // tile), -(-grad.shape[2] // tile)
     of_output, of_kernel, of_input = (matrix.to(x) for matrix in transforms(tile))
     kernel = _map(of_kernel, weight.permute(2, 3, 0, 1).reshape(9, outputs, inputs))
-    to_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
+    to_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     total = torch.zeros_like(kernel)
     images = max(1, CHUNK // math.prod(grid))
     for start in range(0, len(x), images):
@@ -65,7 +65,7 @@ def gradients(
             products = torch.stack([matmul(*factors) for factors in zip(errors, kernel, strict=True)])
             patches = _map(of_input, products).view(tile + 2, tile + 2, -1, *grid, inputs)
             rows = add_up(patches.permute(2, 3, 4, 0, 1, 5), tile, tuple(n * tile + 2 for n in grid))
-            to_x[part] = rows[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
+            to_x[part] = rows[:, : x.shape[1], : x.shape[2]]
     if not need_weight:
         return to_x, x.new_empty(0)
     to_weight = _map(of_kernel.t(), total).view(3, 3, outputs, inputs)
@@ -80,13 +80,13 @@ def _map(matrix: Tensor, patches: Tensor) -> Tensor:
 def _patches(x: Tensor, grid: tuple[int, int], tile: int, side: int) -> Tensor:
     """Patches of side x side pixels, one for each tile of the grid, zero beyond the edge.
 
-    [B, C, H, W] -> [side * side, N, C]
+    [B, H, W, C] -> [side * side, N, C]
     """
     height, width = (count * tile + side - tile for count in grid)
-    rows = x.new_zeros(len(x), height, width, x.shape[1])
-    rows[:, : x.shape[2], : x.shape[3]] = x.permute(0, 2, 3, 1)
+    rows = x.new_zeros(len(x), height, width, x.shape[3])
+    rows[:, : x.shape[1], : x.shape[2]] = x
     patches = rows.unfold(1, side, tile).unfold(2, side, tile)  # [B, *grid, C, side, side]
-    return patches.permute(4, 5, 0, 1, 2, 3).reshape(side * side, -1, x.shape[1])
+    return patches.permute(4, 5, 0, 1, 2, 3).reshape(side * side, -1, x.shape[3])
 
 
 def add_up(patches: Tensor, stride: int, size: tuple[int, int]) -> Tensor:

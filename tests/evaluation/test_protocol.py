@@ -197,7 +197,7 @@ def test_as_many_classes_as_outputs_of_a_larger_pool(
 ) -> None:
     """The numbers are those of the same draw from a pool of these classes alone."""
     net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
-    use_backend(net, backend, torch.device("cpu"))
+    use_backend(net, backend)
     outputs = net.num_outputs
     pool = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     pool = pool[:, :1] + 0.1 * pool
@@ -573,7 +573,7 @@ def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     net = build("ANML", WIDTHS["ANML"], generator)
-    used = use_backend(net, backend, torch.device("cpu"))
+    use_backend(net, backend)
     pool = torch.randn(10, 20, 1, 28, 28, generator=generator)
     fit = model.meta_test.LEARNERS[kind].fit
     for budget in (2**30, 0):  # frozen outputs are kept, or computed for every pass
@@ -581,7 +581,7 @@ def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
             *(net, pool, rln, 0),
             train_images=4,
             test_images=3,
-            learner=learner(kind, used),
+            learner=learner(kind, backend),
             fit=fit,
             background=pool,
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.episodes import sample_episode, sample_trajectory
-from model.fast import capture, learner, meta_loss, use_backend
+from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
@@ -23,9 +23,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 KINDS = [("ANML", 7), ("OML", 6)]
 
 
-def meta_learner(kind: str, rln: int, backend: str, first_order: bool, device: torch.device) -> MetaLearner:
+def meta_learner(
+    kind: str, rln: int, backend: Backend, first_order: bool, device: torch.device
+) -> MetaLearner:
     net, _ = network(kind)
-    used = use_backend(net, backend, device)
+    use_backend(net, backend)
     return MetaLearner(
         net.to(device),
         images(CLASSES, 20).to(device),
@@ -34,15 +36,15 @@ def meta_learner(kind: str, rln: int, backend: str, first_order: bool, device: t
         update_lr=0.03,
         rln=rln,
         first_order=first_order,
-        meta_loss=meta_loss(used),
-        capture=capture(used),
+        meta_loss=meta_loss(backend),
+        capture=capture(backend),
     )
 
 
 @pytest.mark.parametrize("first_order", [True, False])
 @pytest.mark.parametrize("backend", ["plain", "fast"])
 @pytest.mark.parametrize(("kind", "rln"), KINDS)
-def test_meta_steps_as_on_the_cpu(kind: str, rln: int, backend: str, first_order: bool) -> None:
+def test_meta_steps_as_on_the_cpu(kind: str, rln: int, backend: Backend, first_order: bool) -> None:
     weights = []
     for name in ("cpu", "cuda"):
         learner = meta_learner(kind, rln, backend, first_order, choose_device(name))
@@ -59,12 +61,12 @@ def test_meta_steps_as_on_the_cpu(kind: str, rln: int, backend: str, first_order
 
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])
-def test_episodes_as_on_the_cpu(backend: str) -> None:
+def test_episodes_as_on_the_cpu(backend: Backend) -> None:
     weights = []
     for name in ("cpu", "cuda"):
         device = choose_device(name)
         net, _ = network("ANML")
-        use_backend(net, backend, device)
+        use_backend(net, backend)
         learner = PrototypeLearner(
             net.to(device),
             images(CLASSES, 20).to(device),
@@ -90,17 +92,17 @@ def test_episodes_as_on_the_cpu(backend: str) -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("backend", ["plain", "fast"])
 @pytest.mark.parametrize(("kind", "rln"), [("ANML", 13), ("ANML", 7), ("ANML", 0), ("OML", 6)])
-def test_meta_test_as_on_the_cpu(kind: str, rln: int, backend: str, optimizer: str) -> None:
+def test_meta_test_as_on_the_cpu(kind: str, rln: int, backend: Backend, optimizer: str) -> None:
     index = torch.tensor([[0, 1], [0, 2], [2, 5], [2, 6], [1, 0], [1, 3]])
     found = []
     for name in ("cpu", "cuda"):
         device = choose_device(name)
         net, _ = network(kind)
-        used = use_backend(net, backend, device)
+        use_backend(net, backend)
         net.to(device)
         pool, trained = images(3, 20).to(device), trained_parameters(net, rln)
         copied = shared_copy(net, trained)
-        online = learner("adam", used)(copied, trained, Settings(0.001, optimizer))
+        online = learner("adam", backend)(copied, trained, Settings(0.001, optimizer))
         for part in index.split(4):
             learn(online, FrozenOutputs(net, pool, trained), part)
         found.append([copied.get_parameter(name).detach().cpu() for name in trained])
@@ -110,7 +112,7 @@ def test_meta_test_as_on_the_cpu(kind: str, rln: int, backend: str, optimizer: s
 
 @pytest.mark.parametrize("first_order", [True, False])
 @pytest.mark.parametrize("backend", ["plain", "fast"])
-def test_no_step_of_the_inner_loop_waits_for_the_device(backend: str, first_order: bool) -> None:
+def test_no_step_of_the_inner_loop_waits_for_the_device(backend: Backend, first_order: bool) -> None:
     learner = meta_learner("ANML", 7, backend, first_order, choose_device("cuda"))
     trajectory = sample_trajectory(
         [20] * CLASSES, torch.Generator().manual_seed(0), update_step=4, remember=3

@@ -1,101 +1,130 @@
-"""The fast layers against their plain twins, and what they are made of against torch's own."""
+"""The fast backend: each layer's derivatives against autograd's, whole runs against plain ones, its guard."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from model.fast import conv as kernels
-from model.fast import matmul as products
-from model.fast import winograd
-from model.fast.conv import FEW_POSITIONS, conv2d
-from model.fast.first_block import grey_block
-from model.fast.layers import FastConv2d, FastConvBlock, FastLinear, use_fast_layers
-from model.fast.matmul import linear, matmul
-from model.fast.norm import norm_relu_pool
-from model.layers import ConvBlock, colour
+from model import method
+from model.fast import Backend, conv, inner_loop, learner, matmul, meta_loss, use_backend, winograd
+from model.fast.derivatives import Block, Conv, Flatten, GreyBlock, Layer, Linear, ReLU, Sigmoid, grey_patches
+from model.fast.guard import Use, choose_backend
+from model.fast.network import Batch
+from model.layers import ConvBlock, ImageNorm, colour
+from model.learner import Settings
+from model.meta_test import new_run
+from model.method import Params
+from model.modelfactory import ANML, Network, build, trained_parameters
+from tests.model.test_method import CPU, WIDTHS, differentiate, images, network
+from utils.errors import UserError
 
-# For the tests: fewer than the kernels' own, which take seconds in float64.
-MANY_CHANNELS = 32
-CHUNK = 190
+BACKENDS: tuple[Backend, ...] = ("plain", "fast")
+CUTS = [(kind, rln) for kind, count in {"ANML": 14, "sANML": 7, "OML": 8}.items() for rln in range(count)]
 
-# batch, inputs, outputs, height, width, stride; the first few as a product of patches, then by
-# Winograd's adjoints in one and in several chunks, with whole and cut tiles, then torch's own.
-SIZES = [
-    (1, 32, 40, 13, 13, 1),
-    (1, 3, 5, 8, 9, 2),
-    (40, 32, 40, 5, 5, 1),
-    (50, 32, 33, 13, 13, 1),
-    (35, 40, 32, 10, 15, 1),
-    (300, 32, 32, 3, 4, 1),
-    (40, 8, 33, 13, 13, 1),
-    (40, 32, 32, 13, 13, 2),
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape) + 10 * seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def assert_equal(ours: object, theirs: object, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-3 * tolerance)
+
+
+# Convolutions run as a matmul with patches, as torch's own, and with Winograd's gradients, in whole and cut
+# tiles of 3 and 4, of all images at once and in chunks.
+WAYS = {
+    "patches": (10**9, 10**9, 760),
+    "torch": (0, 10**9, 760),
+    "winograd": (0, 1, 760),
+    "winograd in chunks": (0, 1, 5),
+}
+CONVOLUTIONS = [
+    (nn.Conv2d(4, 6, 3), (3, 4, 9, 8)),
+    (nn.Conv2d(4, 6, 3), (1, 4, 5, 5)),
+    (nn.Conv2d(3, 5, 3, bias=False), (7, 3, 10, 13)),
+    (nn.Conv2d(4, 6, 3, stride=2), (2, 4, 9, 8)),
+]
+OTHERS = [
+    (Block(1e-5, True), ConvBlock(4, 6, pool=True), (3, 4, 9, 8)),
+    (Block(1e-5, False), ConvBlock(4, 6, pool=False), (1, 4, 5, 5)),
+    (GreyBlock(1e-5), ConvBlock(3, 6, pool=True), (1, 1, 12, 10)),
+    (GreyBlock(1e-5), ConvBlock(3, 6, pool=True), (6, 1, 11, 10)),
+    (GreyBlock(1e-5), ConvBlock(3, 2, pool=True), (2, 1, 184, 186)),  # more pixels than 16 bits tell apart
+    (Linear(), nn.Linear(8, 6), (1, 8)),
+    (Linear(), nn.Linear(8, 6), (4, 8)),
+    (Flatten(), nn.Flatten(), (2, 4, 3, 5)),
+    (Sigmoid(), nn.Sigmoid(), (2, 8)),
+    (ReLU(), nn.ReLU(), (2, 4, 3, 5)),
 ]
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64).to(
-        dtype
-    )
+UNUSED: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def last(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, H, W, C]; [B, F] as it is."""
+    return x.detach().permute(0, 2, 3, 1).contiguous() if x.ndim == 4 else x.detach()
 
 
-def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.shape == other.shape
-        assert (one - other).abs().max() <= tolerance * other.abs().max()
+def check_layer(layer: Layer, plain: nn.Module, x: Tensor, need: tuple[bool, bool]) -> None:
+    """All four methods; `need`: whether `backward` and `backward_both` are asked for the input's gradient."""
+    shapes = {name: p.shape for name, p in plain.named_parameters()}
+    params = {name: normal(*shape, seed=k).requires_grad_() for k, (name, shape) in enumerate(shapes.items())}
+    y = functional_call(plain, params, (colour(x.requires_grad_()),))
+    grad, slope = normal(*y.shape, seed=5).requires_grad_(), normal(*y.shape, seed=6)
+    inputs = [x, *params.values()][not need[0] :]
+    first = torch.autograd.grad(y, inputs, grad, create_graph=True, **UNUSED)
+    v = [normal(*g.shape, seed=7 + k) for k, g in enumerate(first)]
+    total = sum(((g * w).sum() for g, w in zip(first, v, strict=True)), start=(y * slope).sum())
+    of_grad, of_x, *of_params = torch.autograd.grad(total, [grad, x, *params.values()], **UNUSED)
+
+    entering = grey_patches(x.detach()) if isinstance(layer, GreyBlock) else last(x)
+    assert_equal(layer.forward(entering, *(p.detach() for p in params.values())), last(y))
+    to_x, grads = layer.backward(last(grad), need[0])
+    assert_equal([*grads], [g.detach() for g in first[need[0] :]])
+    v_x = last(v[0]) if need[0] else None
+    assert_equal(layer.double_backward(v_x, v[need[0] :]), last(of_grad))
+    left_x, left = layer.backward_both(last(slope), need[1])
+    assert_equal([*left], of_params)
+    for found, expected, needed in ((to_x, first[0], need[0]), (left_x, of_x, need[1])):
+        if needed:
+            assert_equal(found, last(expected))
 
 
-def derivatives(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Value, gradients (together and one by one) of a loss, and gradients of these, also by the loss."""
-    y = function(*inputs)
-    factors = normal(*y.shape).requires_grad_()
-    # Not linear, so that gradients depend on all inputs, and steep at zero, where ReLU lets nothing through.
-    loss = ((y + 1).square() * factors).sum()
-    apart = [torch.autograd.grad(loss, z, retain_graph=True)[0] for z in inputs]
-    slopes = torch.autograd.grad(loss, inputs, create_graph=True)
-    # Flipped, lest it be an input again, which may be the one direction that nothing depends on.
-    overlap = torch.stack([(slope * normal(*slope.shape).flip(-1)).sum() for slope in slopes]).sum()
-    return y, *apart, *slopes, *torch.autograd.grad(overlap, [*inputs, factors])
+@pytest.mark.parametrize("need", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("way", WAYS)
+def test_convolutions(way: str, need: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    few, channels, chunk = WAYS[way]
+    monkeypatch.setattr(conv, "FEW_POSITIONS", few)
+    monkeypatch.setattr(conv, "MANY_CHANNELS", channels)
+    monkeypatch.setattr(winograd, "CHUNK", chunk)
+    for plain, shape in CONVOLUTIONS:
+        check_layer(Conv(plain.stride[0]), plain, normal(*shape), need)
 
 
-@pytest.mark.parametrize("lay", [channels_last, Tensor.contiguous])
-@pytest.mark.parametrize("size", SIZES)
-def test_convolution(
-    size: tuple[int, ...], lay: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "MANY_CHANNELS", MANY_CHANNELS)
-    monkeypatch.setattr(winograd, "CHUNK", CHUNK)
-    batch, inputs, outputs, height, width, stride = size
-    x = lay(normal(batch, inputs, height, width)).requires_grad_()
-    weight = lay(normal(outputs, inputs, 3, 3)).requires_grad_()
-    ours = derivatives(lambda x, weight: conv2d(x, weight, stride), x, weight)
-    compare(ours, derivatives(lambda x, weight: F.conv2d(x, weight, stride=stride), x, weight), 1e-11)
+@pytest.mark.parametrize(("layer", "plain", "shape"), OTHERS)
+def test_layers(layer: Layer, plain: nn.Module, shape: tuple[int, ...]) -> None:
+    if not isinstance(layer, GreyBlock):
+        check_layer(layer, plain, normal(*shape), (True, True))
+    if isinstance(layer, Block | GreyBlock | Linear):
+        check_layer(layer, plain, normal(*shape), (False, False))
+    if isinstance(layer, Block | Linear):
+        check_layer(layer, plain, normal(*shape), (False, True))
 
 
-def test_sizes_reach_every_way() -> None:
-    """The list above covers what it says."""
-    positions = [b * ((h - 3) // s + 1) * ((w - 3) // s + 1) for b, _, _, h, w, s in SIZES]
-    assert [p <= FEW_POSITIONS for p in positions] == [True] * 2 + [False] * 6
-    assert [min(size[1:3]) >= MANY_CHANNELS for size in SIZES[2:]] == [True] * 4 + [False, True]
-    tiles = [b * -(-(h - 2) // 4) * -(-(w - 2) // 4) for b, _, _, h, w, _ in SIZES[2:6]]
-    assert min(tiles) < CHUNK < max(tiles)
-
-
-def test_adjoints_err_by_rounding_in_single_precision() -> None:
-    """Published sizes; what is cut off is known from float64."""
-    for channels, height in ((256, 13), (112, 13), (256, 5)):
-        x, grad = normal(8, channels, height, height), normal(8, channels, height - 2, height - 2)
+def test_winograd_errs_by_rounding_in_single_precision() -> None:
+    """At published sizes."""
+    for channels, height in ((256, 13), (112, 5)):
+        x, grad = normal(4, height, height, channels), normal(4, height - 2, height - 2, channels)
         weight = normal(channels, channels, 3, 3)
         exact = winograd.gradients(grad, x, weight)
         single = winograd.gradients(grad.float(), x.float(), weight.float())
@@ -103,125 +132,16 @@ def test_adjoints_err_by_rounding_in_single_precision() -> None:
             assert (one - other).square().mean() <= (2e-6) ** 2 * other.square().mean()
 
 
-def test_adjoints_one_at_a_time() -> None:
-    x, grad, weight = normal(40, 32, 13, 13), normal(40, 33, 11, 11), normal(33, 32, 3, 3)
-    both = winograd.gradients(grad, x, weight)
-    assert torch.equal(winograd.gradients(grad, x, weight, need_weight=False)[0], both[0])
-    assert torch.equal(winograd.gradients(grad, x, weight, need_x=False)[1], both[1])
-
-
-@pytest.mark.parametrize("pool", [False, True])
-def test_norm_relu_and_pool(pool: bool) -> None:
-    inputs = [
-        part.requires_grad_() for part in (channels_last(normal(3, 6, 7, 4)), normal(6), normal(2, 6)[0])
-    ]
-    assert set(inputs[1].detach().sign().tolist()) == {1, -1}
-
-    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = F.relu(F.instance_norm(x, None, None, weight, bias))
-        return F.max_pool2d(y, 2) if pool else y
-
-    ours = derivatives(lambda x, weight, bias: norm_relu_pool(x, weight, bias, 1e-5, pool), *inputs)
-    compare(ours, derivatives(plain, *inputs), 1e-11)
-
-
-def twins(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A layer with random parameters in float64, and the same in its fast form."""
-    layer = layer.double()
-    for position, parameter in enumerate(layer.parameters()):
-        parameter.data = normal(*parameter.shape) + position / 10
-    fast = nn.Sequential(copy.deepcopy(layer))
-    use_fast_layers(fast)
-    return layer, fast[0]
-
-
-@pytest.mark.parametrize(
-    ("layer", "kind", "shape"),
-    [
-        (ConvBlock(4, 6, pool=True), FastConvBlock, (3, 4, 9, 8)),
-        (ConvBlock(3, 6, pool=True), FastConvBlock, (3, 1, 12, 10)),  # grey: the first block
-        (ConvBlock(3, 6, pool=True), FastConvBlock, (3, 1, 11, 10)),
-        (ConvBlock(4, 6, pool=False), FastConvBlock, (1, 4, 5, 5)),
-        (nn.Conv2d(4, 6, 3, stride=2), FastConv2d, (2, 4, 9, 8)),
-        (nn.Conv2d(3, 6, 3), FastConv2d, (2, 1, 9, 8)),
-        (nn.Conv2d(4, 6, 3, bias=False), FastConv2d, (1, 4, 9, 8)),
-        (nn.Conv2d(4, 6, 3, padding=1, groups=2), FastConv2d, (2, 4, 9, 8)),
-        (nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), FastConv2d, (2, 4, 9, 8)),
-        (nn.Conv2d(4, 6, (3, 1), dilation=(2, 1)), FastConv2d, (2, 4, 9, 8)),
-        (nn.Linear(8, 6), FastLinear, (2, 8)),
-        (nn.Linear(8, 6, bias=False), FastLinear, (1, 8)),
-        (nn.Linear(8, 6), FastLinear, (2, 3, 8)),
-    ],
-)
-def test_layers(layer: nn.Module, kind: type[nn.Module], shape: tuple[int, ...]) -> None:
-    """The same output, state dict and derivatives, whatever the layer is asked for."""
-    plain, fast = twins(layer)
-    assert type(fast) is kind
-    assert plain.state_dict().keys() == fast.state_dict().keys()
-    names = [name for name, _ in plain.named_parameters() if name != "conv.bias"]  # without effect
-    x = normal(*shape)
-    x = colour(x)
-    parts = [plain.get_parameter(name).detach().clone().requires_grad_() for name in names]
-    parts = parts if shape[1] == 1 else [x.requires_grad_(), *parts]
-
-    def call(module: nn.Module) -> Callable[..., Tensor]:
-        def output(*values: Tensor) -> Tensor:
-            image, weights = (x, values) if shape[1] == 1 else (values[0], values[1:])
-            y: Tensor = functional_call(module, dict(zip(names, weights, strict=True)), (image,))
-            return y
-
-        return output
-
-    compare(derivatives(call(fast), *parts), derivatives(call(plain), *parts), 1e-10)
-
-
-def test_layers_of_other_types_stay_as_they_are() -> None:
-    """What somebody has made of a layer is not ours to replace."""
-
-    class Other(nn.Linear):
-        """Anything."""
-
-    net = nn.Sequential(Other(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-    kinds = [type(module) for module in net]
-    use_fast_layers(net)
-    assert [type(module) for module in net] == [*kinds[:2], FastLinear]
-
-
-@pytest.mark.parametrize("size", [(3, 1, 12, 10), (1, 1, 184, 186)])
-def test_grey_block(size: tuple[int, ...]) -> None:
-    """Images of usual size, and one with more positions than 16 bits tell apart."""
-    x, weights = normal(*size), (normal(6, 1, 3, 3), normal(6), normal(1, 6)[0])
-    weights[1][weights[2].argmax()] = 0  # a channel whose positions are all equal: the first one wins
-    inputs = [part.requires_grad_() for part in weights]
-
-    def plain(weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(F.instance_norm(F.conv2d(x, weight), None, None, scale, shift)), 2)
-
-    ours = derivatives(lambda weight, scale, shift: grey_block(x, weight, scale, shift, 1e-5), *inputs)
-    compare(ours, derivatives(plain, *inputs), 1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_products_of_a_layer(rows: int, dtype: torch.dtype) -> None:
-    x, matrix = normal(rows, 300, dtype=dtype), normal(300, 50).to(dtype)
-    compare((linear(x, matrix),), (x.double() @ matrix.double(),), 1e-6 if dtype == torch.float32 else 1e-13)
-    compare((linear(x, matrix.t().contiguous().t()),), (linear(x, matrix),), 1e-6)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("lay", [Tensor.contiguous, lambda matrix: matrix.t().contiguous().t()])
-def test_derivatives_of_a_layers_product(lay: Callable[[Tensor], Tensor], rows: int) -> None:
-    x, matrix = normal(rows, 30).requires_grad_(), lay(normal(30, 20)).requires_grad_()
-    compare(derivatives(linear, x, matrix), derivatives(torch.matmul, x, matrix), 1e-12)
-
-
-@pytest.fixture(params=["oneDNN", "BLAS"])
-def library(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What multiplies: oneDNN where torch has it, and torch's own choice as if there were none."""
+@pytest.fixture(params=["oneDNN", "BLAS", "an oneDNN that changed"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What multiplies; the operator has no public name, and a later torch may take other arguments."""
     before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(before and request.param == "oneDNN")
+    torch._C._set_mkldnn_enabled(before and request.param != "BLAS")
+    if request.param == "an oneDNN that changed":
+        monkeypatch.setattr(matmul, "_onednn", lambda: None)
+    matmul._has_onednn.cache_clear()
     yield request.param
+    matmul._has_onednn.cache_clear()
     torch._C._set_mkldnn_enabled(before)
 
 
@@ -233,48 +153,170 @@ def views(matrix: Tensor) -> Iterator[Tensor]:
     yield torch.cat([matrix, matrix], 1)[:, : matrix.shape[1]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_products_of_matrices(library: str, dtype: torch.dtype) -> None:
-    a, b = (normal(*size).to(dtype) for size in ((40, 70), (70, 30)))
-    exact, tolerance = a.double() @ b.double(), 1e-6 if dtype == torch.float32 else 1e-13
-    for left, right in itertools.product(views(a), views(b)):
-        compare((matmul(left, right),), (exact,), tolerance)
-
-
-def test_onednn_multiplies_where_torch_has_it(library: str) -> None:
+def test_products(library: str) -> None:
     there = torch.backends.mkldnn.is_available() and library == "oneDNN"
-    assert products._by_onednn(normal(2, 2).float()) == there
-    assert not products._by_onednn(normal(2, 2))
-
-
-def test_operators_that_changed_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have no public name: a torch without them, or with other arguments, multiplies as it did."""
-
-    def changed(*_: object) -> Tensor:
-        raise RuntimeError("no overload takes these arguments")
-
-    monkeypatch.setattr(products, "_onednn", changed)
-    products._has_onednn.cache_clear()
-    try:
-        a = normal(2, 3).float()
-        assert torch.equal(matmul(a, a.t()), a @ a.t())
-    finally:
-        products._has_onednn.cache_clear()
+    assert matmul._by_onednn(normal(2, 2).float()) == there
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+        a, b = normal(40, 70).to(dtype), normal(70, 30).to(dtype)
+        for left, right in itertools.product(views(a), views(b)):
+            assert_equal(matmul.matmul(left, right).double(), a.double() @ b.double(), tolerance)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_products_in_the_shares_of_any_number_of_threads(threads: int) -> None:
+def test_products_of_a_row_in_the_shares_of_any_number_of_threads(threads: int) -> None:
     """Rows of the weight that a number of threads divides evenly, in part and not at all."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x, weight = channels_last(normal(1, 4, 6, 5)).requires_grad_(), normal(6, 4, 3, 3).requires_grad_()
-        compare(derivatives(conv2d, x, weight), derivatives(F.conv2d, x, weight), 1e-11)
-        row, matrix = normal(1, 8), normal(8, 6)
-        compare(
-            (linear(row, matrix), linear(row[:, :6], matrix.t())),
-            (row @ matrix, row[:, :6] @ matrix.t()),
-            1e-13,
-        )
+        row, weight = normal(1, 8), normal(6, 8)
+        assert_equal(matmul.row_matmul(row, weight.t()), row @ weight.t(), 1e-13)
+        assert_equal(matmul.row_matmul(row[:, :6], weight), row[:, :6] @ weight, 1e-13)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_meta_loss(kind: str, rln: int) -> None:
+    """Loss, inner losses and meta-gradient at every cut, in all orders, of grey images and in colour, which
+    themselves may take a gradient."""
+    plain, fast = network(kind)[0], network(kind, "fast")[0]
+    labels = torch.tensor([0, 5, 7, 3, 3, 7])
+    for steps, channels in itertools.product((None, 0, 2), (1, 3)):
+        given = normal(6, channels, 28, 28).requires_grad_(steps == 2), labels, 4, rln, 0.05
+        ours = differentiate(fast, *given, "fast", second_order_steps=steps)
+        assert_equal(ours, differentiate(plain, *given, second_order_steps=steps), 1e-8)
+
+
+@pytest.mark.parametrize(("kind", "rln"), CUTS)
+def test_online_learner(kind: str, rln: int) -> None:
+    """At every cut, from images and from what the frozen part made of them, in several calls."""
+    labels = torch.tensor([3, 3, 7, 0])
+    for optimizer, channels in (("adam", 1), ("sgd", 3)):
+        pixels, found = normal(4, channels, 28, 28), []
+        for backend, frozen in itertools.product(BACKENDS, (True, False)):
+            net = network(kind, backend)[0]
+            trained = trained_parameters(net, rln)
+            run = new_run(net, trained, torch.Generator().manual_seed(1))
+            online = learner("adam", backend)(run, trained, Settings(0.01, optimizer))
+            assert isinstance(online, inner_loop.HandLearner) == (backend == "fast")
+            inputs = net.frozen(pixels, trained) if frozen else pixels
+            online.learn(inputs[:1], labels[:1])
+            online.learn(inputs[1:], labels[1:])
+            found.append((run.state_dict(), online.predict(inputs)))
+        for ours in found[1:]:
+            assert_equal(ours, found[0], 1e-7)
+
+
+def test_nothing_is_differentiated_twice() -> None:
+    """An error in place of gradients that miss a term."""
+    net = network("ANML", "fast")[0]
+    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, 7)}
+    examples = normal(2, 1, 28, 28), torch.tensor([3, 3])
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        method.meta_loss(net, params, examples, examples, inner_lr=0.1)
+    loss, _, _ = meta_loss("fast")(net, params, examples, examples, inner_lr=0.1)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, list(params.values()), create_graph=True)
+
+
+def test_a_meta_step_of_published_width_in_single_precision_leaves_nothing_behind() -> None:
+    """No cycle keeps activations alive, to pile up step after step."""
+    found = []
+    query, labels = images(6).float(), torch.tensor([0, 5, 1, 7, 3, 3])
+    for backend in BACKENDS:
+        net = build("ANML", {}, torch.Generator().manual_seed(0))
+        use_backend(net, backend)
+        gc.collect()
+        gc.disable()
+        try:
+            loss, inner_losses, grads = differentiate(net, query, labels, 2, 7, backend=backend)
+            assert [x for x in gc.get_objects() if type(x) in (inner_loop._Head, Batch)] == []
+        finally:
+            gc.enable()
+        found.append((loss, inner_losses, [grad.norm() for grad in grads.values()]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "channels": 3, "rln": 0}])
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_the_guard_lets_equal_numbers_pass(kind: str, options: dict[str, Any]) -> None:
+    for order in ({"first_order": True}, {"second_order_steps": 1}):
+        net = network(kind)[0].float()
+        before = copy.deepcopy(net.state_dict())
+        use = Use(net, inner={"inner_lr": 0.1, **order}, update_step=3, **options)
+        chosen = choose_backend("auto", [net], CPU, use)
+        assert chosen.name == "fast", chosen.why
+        assert_equal(net.state_dict(), before, 0)
+
+
+def put(name: str, module: nn.Module) -> Callable[[Network], None]:
+    return lambda net: net.set_submodule(name, module)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda net: net.register_forward_hook(lambda *_: None), "hooks"),
+        (lambda net: net.pln.register_forward_pre_hook(lambda *_: None), "hooks"),
+        (lambda net: setattr(net.nm.gate, "bias", net.pln.block1.norm.bias), "shared"),
+        (put("nm.sigmoid", nn.Softsign()), "Softsign"),
+        (put("pln.flatten", nn.Sequential(nn.Flatten(), nn.Dropout())), "Sequential"),
+        (put("pln.block2.conv", nn.Conv2d(6, 6, 3, groups=2)), "convolution of another kind"),
+        (put("pln.block3.conv", nn.Conv2d(6, 6, 3, padding=1)), "convolution of another kind"),
+        (put("pln.block2.norm", nn.GroupNorm(2, 6)), "block of another kind"),
+        (put("nm.gate", nn.Linear(45, 54, bias=False)), "Linear"),
+        (put("head", nn.Linear(54, 12, bias=False)), "head"),
+        (put("head", nn.Sequential(nn.Linear(54, 12))), "head"),
+        (lambda net: setattr(net, "__class__", type("Other", (type(net),), {})), "ANML, sANML, OML alone"),
+    ],
+)
+def test_networks_that_the_fast_backend_does_not_know(change: Callable[[Network], None], says: str) -> None:
+    net = network("ANML")[0]
+    change(net)
+    why = choose_backend("auto", [net], CPU, Use(net)).why
+    assert says in why
+    assert "\n" not in why
+    with pytest.raises(UserError, match=f"--backend fast: .*{says}"):
+        choose_backend("fast", [net], CPU, Use(net))
+    with pytest.raises(NotImplementedError, match=says):
+        use_backend(net, "fast")
+
+
+def test_a_learned_inner_rule_runs_plain() -> None:
+    net = network("ANML")[0]
+    chosen = choose_backend("auto", [net], CPU, Use(net, learn_update_lr=True))
+    assert (chosen.name, "SGD as inner rule" in chosen.why) == ("plain", True)
+
+
+def scaled(function: Callable[..., Any], factor: float = 1.01) -> Callable[..., Any]:
+    """The function with its first result, or its only one, scaled."""
+
+    def edited(*args: Any, **options: Any) -> Any:
+        found = function(*args, **options)
+        return (found[0] * factor, *found[1:]) if isinstance(found, tuple) else found * factor
+
+    return edited
+
+
+SGD = method.sgd
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "edited", "says"),
+    [
+        (ImageNorm, "forward", scaled(ImageNorm.forward), "the logits"),
+        (ConvBlock, "forward", scaled(ConvBlock.forward), "the logits"),
+        (ANML, "features", scaled(ANML.features), "the inner step"),
+        (method, "sgd", lambda lr: SGD(1.01 * lr), "the inner step"),
+        (method, "loss_and_grads", scaled(method.loss_and_grads), "the inner step"),
+        (method, "meta_loss", scaled(method.meta_loss), "the meta-loss"),
+        (method.OnlineLearner, "step", lambda *_: None, "the online update"),
+    ],
+)
+def test_edits_of_the_method_are_what_runs(
+    place: Any, name: str, edited: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = network("ANML")[0].float()
+    monkeypatch.setattr(place, name, edited)
+    chosen = choose_backend("auto", [net], CPU, Use(net, update_step=3))
+    assert (chosen.name, says in chosen.why) == ("plain", True), chosen

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import evaluate_classification
 from evaluation.results import compare, read_results, table
-from model.fast import use_backend
 from model.heads import NearestClassMean, fit_prior, view
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest
@@ -172,16 +171,6 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
     assert 0 <= line["test_p"] <= 1
     with pytest.raises(SystemExit):
         evaluate(f"--resume {begun} --power 1")
-
-
-def test_both_backends_agree() -> None:
-    pool = torch.randn(CLASSES, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    seen = []
-    for backend in ("plain", "fast"):
-        net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0)).eval()
-        use_backend(net, backend, torch.device("cpu"))
-        seen.append(view(net, pool[0].expand(-1, 3, -1, -1), Settings(features="both", power=0.5)))
-    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_of_ones_own(evaluate: Evaluate, cache: Path) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 import mrcl_classification
 from datasets.augmentation import distort, show
 from model.episodes import sample_episode
-from model.fast import use_backend
+from model.fast import Backend, use_backend
 from model.prototypes import PrototypeLearner, prototype_logits
 from tests.conftest import assert_same_run
-from tests.model.test_method import CLASSES, CPU, images, network
+from tests.model.test_method import CLASSES, images, network
 
 FLAGS = [
     *("--learner", "prototypes", "--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
@@ -55,9 +55,9 @@ def test_distortions_leave_half_alone_and_keep_what_is_on_the_image() -> None:
     assert torch.equal(distort(paper, torch.Generator().manual_seed(0), 0), paper)
 
 
-def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
+def grads(backend: Backend) -> tuple[Tensor, list[Tensor]]:
     net, _ = network("ANML")
-    use_backend(net, backend, CPU)
+    use_backend(net, backend)
     learner = PrototypeLearner(
         *(net, images(CLASSES, 20), torch.Generator().manual_seed(1)),
         meta_lr=0.001,

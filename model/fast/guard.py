@@ -1,0 +1,239 @@
+"""Lets the fast backend run only where it has just shown the numbers of the plain one.
+
+Plain is the definition: an untouched network that goes through `model.method` and `model.meta_test`'s learner
+as they stand in the working copy, edited or not. Both compute in float64: the logits, the meta-loss, the
+meta-gradient of every parameter and updates of the online learner. They are compared on two networks, the one
+of the run and a narrow one of its class, whose trajectory has all inner steps of the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import method
+from model.fast import Backend, inner_loop
+from model.fast.memory import keep_freed_memory
+from model.fast.network import use_fast_layers
+from model.inner_rules import MetaSGD
+from model.learner import MakeLearner, Settings
+from model.meta_test import LEARNERS
+from model.method import MetaLoss, Params
+from model.modelfactory import Network, build, trained_parameters
+from utils.errors import UserError
+
+log = logging.getLogger("anml")
+
+TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
+EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges
+NARROW = {"nm_channels": 6, "pln_channels": 8, "hidden": 12, "num_classes": 8}
+FEW_STEPS = 2  # inner steps of the network of the run
+OTHERS = 2  # images of the query beside the trajectory
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a run does with a network, which both backends are asked for.
+
+    Attributes:
+        net: gives the defaults of `rln` and `meta_test_rln`.
+        rln: layers that the inner loop leaves alone.
+        inner: keyword arguments of `method.meta_loss`.
+        update_step: inner steps.
+        learn_update_lr: whether the inner rule is `MetaSGD`.
+        meta_test_rln: layers that the online learner leaves alone.
+        optimizer: of the online learner, a key of `OPTIMIZERS`.
+        channels: of the images, 1 or 3.
+    """
+
+    net: Network
+    rln: int | None = None
+    inner: Mapping[str, Any] = field(default_factory=lambda: {"inner_lr": 0.1})
+    update_step: int = 20
+    learn_update_lr: bool = False
+    meta_test_rln: int | None = None
+    optimizer: str = "adam"
+    channels: int = 1
+
+    @property
+    def inner_learned(self) -> list[str]:
+        """Names of the parameters that the inner loop changes."""
+        return trained_parameters(self.net, self.net.rln_training if self.rln is None else self.rln)
+
+    @property
+    def online_learned(self) -> list[str]:
+        """Names of the parameters that the online learner changes."""
+        rln = self.net.default_meta_test_rln if self.meta_test_rln is None else self.meta_test_rln
+        return trained_parameters(self.net, rln)
+
+
+class Chosen(NamedTuple):
+    """The backend of a run, and why it is that one."""
+
+    name: Backend
+    why: str
+
+
+def choose_backend(asked: str, nets: Sequence[Network], device: torch.device, use: Use) -> Chosen:
+    """Give networks of one architecture the layers of `--backend`, in place; says in the log which runs, and
+    why.
+
+    Args:
+        asked: `plain`, `fast`, or `auto`, which is fast where fast has shown the numbers of plain.
+        nets: in evaluation mode or training mode, as they will be used.
+
+    Raises:
+        UserError: `fast` is asked for and differs, or does not know the network.
+    """
+    keep_freed_memory()
+    if asked == "plain":
+        return Chosen("plain", "as asked for")
+    if device.type not in ("cpu", "cuda"):
+        fault: str | None = f"the fast backend has not been tried on {device.type}"
+    else:
+        fault = difference(nets[0], device, use)
+    if fault is None:
+        for net in nets:
+            use_fast_layers(net)
+        chosen = Chosen("fast", "it has just given the numbers of plain in float64")
+    elif asked == "fast":
+        raise UserError(f"--backend fast: {fault}; --backend plain runs what is written")
+    else:
+        chosen = Chosen("plain", fault)
+    log.info("backend %s: %s", *chosen)
+    return chosen
+
+
+def difference(net: Network, device: torch.device, use: Use) -> str | None:
+    """What the fast backend computes otherwise than plain, or why it knows nothing of a network; None if the
+    two agree."""
+    try:
+        use_fast_layers(copy.deepcopy(net))
+        widths = {name: min(value, NARROW.get(name, value)) for name, value in net.widths.items()}
+        narrow = build(net.network, widths, torch.Generator().manual_seed(0)).train(net.training)
+        for tried, steps in ((narrow, use.update_step), (net, min(use.update_step, FEW_STEPS))):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                found = _difference(tried, device, use, steps)
+            if found is not None:
+                return f"model/fast gives other numbers than what is written: {found}"
+    except NotImplementedError as error:
+        return str(error)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
+        return f"model/fast fails: {' '.join(str(error).split()) or type(error).__name__}"
+    return None
+
+
+def _difference(net: Network, device: torch.device, use: Use, steps: int) -> str | None:
+    plain = _moved(copy.deepcopy(net).to(device).double())
+    fast = copy.deepcopy(plain)
+    use_fast_layers(fast)
+    images, labels = _examples(steps + OTHERS, use.channels, net.num_outputs, device)
+    both = (plain, method.meta_loss), (fast, inner_loop.meta_loss)
+
+    logits = _of_both(lambda net, _: net(images), both)
+    if not _same(*logits):
+        return "the logits"
+    (values, grads), (fast_values, fast_grads) = _of_both(
+        lambda net, meta_loss: _meta_gradient(net, meta_loss, images, labels, steps, use), both
+    )
+    scale = max(float(x.detach().abs().max()) for x in (values, *grads.values()))
+    if not scale < EXPLODED:  # rounding has been amplified as much: smaller steps show more
+        smaller = {**use.inner, "inner_lr": use.inner["inner_lr"] / 10}
+        return _difference(net, device, replace(use, inner=smaller), steps)
+    if not _same(values, fast_values):
+        return _cause(both, images, labels, use)
+    for name, grad in grads.items():
+        if not _same(grad, fast_grads[name], scale):
+            return f"the gradient of {name}"
+
+    learners = (plain, LEARNERS["adam"].make), (fast, inner_loop.adam_learner)
+    (params, answers), (fast_params, fast_answers) = _of_both(
+        lambda net, make: _online(net, make, images[-steps:][:FEW_STEPS], labels[-steps:][:FEW_STEPS], use),
+        learners,
+    )
+    if not all(map(_same, params, fast_params)):
+        return "the online update"
+    return None if torch.equal(answers, fast_answers) else "the online learner's answers"
+
+
+def _of_both(compute: Callable[[Network, Any], Any], both: Sequence[tuple[Network, Any]]) -> list[Any]:
+    """What `compute` gives for both backends; both draw the same, say for dropout."""
+    found = []
+    for net, function in both:
+        torch.manual_seed(1)
+        found.append(compute(net, function))
+    return found
+
+
+def _meta_gradient(
+    net: Network, meta_loss: MetaLoss, images: Tensor, labels: Tensor, steps: int, use: Use
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All that the meta-loss returns, in one tensor, and its gradient with respect to each parameter."""
+    params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
+    rule = MetaSGD(params, use.inner["inner_lr"]) if use.learn_update_lr else None
+    # Frozen outputs are a shortcut too: plain passes whole images.
+    inputs = images if meta_loss is method.meta_loss else net.frozen(images, params)
+    support, query = (inputs[-steps:], labels[-steps:]), (inputs, labels)
+    loss, logits, inner_losses = meta_loss(net, params, support, query, rule=rule, **use.inner)
+    learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True, materialize_grads=True)
+    values = torch.cat([loss[None], logits.flatten(), inner_losses])
+    return values, dict(zip(learned, grads, strict=True))
+
+
+def _online(
+    net: Network, make: MakeLearner, images: Tensor, labels: Tensor, use: Use
+) -> tuple[list[Tensor], Tensor]:
+    """The parameters after some updates of the online learner, and its answers then."""
+    net = copy.deepcopy(net).eval()
+    trained = use.online_learned
+    learner = make(net, trained, Settings(lr=0.01, optimizer=use.optimizer))
+    with torch.no_grad():
+        inputs = net.frozen(images, trained)
+    learner.learn(inputs, labels)
+    return [p.detach() for p in net.parameters()], learner.predict(inputs)
+
+
+def _cause(both: Sequence[tuple[Network, Any]], images: Tensor, labels: Tensor, use: Use) -> str:
+    """Which part of the meta-loss differs."""
+
+    def after_one_step(net: Network, meta_loss: MetaLoss) -> list[Tensor]:
+        params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
+        adapt = method.inner_loop if meta_loss is method.meta_loss else inner_loop.inner_loop
+        adapted, losses = adapt(net, params, images[:1], labels[:1], **use.inner)
+        return [*adapted.values(), losses]
+
+    plain, fast = _of_both(after_one_step, both)
+    if not all(map(_same, plain, fast)):
+        return "the inner step"
+    return "the meta-loss" if use.update_step == 1 else "the inner loop or the meta-loss"
+
+
+@torch.no_grad()
+def _moved(net: Network) -> Network:
+    """The network with noise on all parameters. At initial values edits hide: scales are 1, biases 0."""
+    for parameter in net.parameters():
+        size = 1.0 if parameter.ndim < 2 else 0.1 * float(parameter.std(correction=0))
+        parameter.add_(torch.randn_like(parameter), alpha=size)
+    return net
+
+
+def _examples(count: int, channels: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images, every other one of few bright pixels, whose activations are large; and labels."""
+    images = torch.randn(count, channels, 28, 28, device=device, dtype=torch.float64)
+    images[::2] = (torch.rand_like(images[::2]) > 0.98) * 5 + 0.1 * images[::2]
+    return images, torch.arange(count, device=device) % classes
+
+
+def _same(ours: Tensor, theirs: Tensor, scale: float = 0.0) -> bool:
+    """Whether two results agree up to rounding; `scale` is that of what they are part of."""
+    ours, theirs = ours.detach(), theirs.detach()
+    size = max(scale, float(theirs.abs().max()), 1e-300)
+    return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= TOLERANCE * size).all())
