@@ -15,7 +15,7 @@ from model.meta_learner import active_fraction
 from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import Network
 from model.representation import represent
-from model.scores import MEASURES
+from model.scores import ACCURACY, accuracies
 from utils.run import Run
 
 log = logging.getLogger("anml")
@@ -48,10 +48,10 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
         own_head=kind.takes_steps,
     )
     score = test.score(classes, LR, "validation", draw=0)
-    found = score.accuracies()
-    run.scalars(step, {f"meta_val/{MEASURES[name].tag}": value for name, value in found.items()})
+    found = {name: score[name] for name in accuracies()}
+    run.scalars(step, {f"meta_val/{ACCURACY.tag.format(name)}": value for name, value in found.items()})
     text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
-    text = "diverged" if score.diverged else text
+    text = "diverged" if score["diverged"] else text
     log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
     shown = torch.stack([images[label][:2] for label in range(min(classes, SHOWN))])
     gate = represent(net, shown).gate

@@ -76,7 +76,7 @@ class RateSearch:
         """Take in a try; one that diverged is worse than any that did not."""
         value = score[self.objective]
         self.scores[draw, lr] = score
-        self._values[draw][lr] = LOST if value is None or score.get("diverged") else value
+        self._values[draw][lr] = LOST if score["diverged"] else value
 
     @property
     def decided(self) -> bool:

@@ -9,16 +9,15 @@ import os
 import resource
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from evaluation.journal import Journal, Key
+from evaluation.runs import Journal, Key
 from flags.training import Training
-from model.scores import Score
 from model.training_state import TrainingState
 from tests.conftest import Trainer
 from utils.checkpoint import load_checkpoint
@@ -108,10 +107,11 @@ def test_a_poor_file_system(poor_file_system: None, trainer: Trainer, tmp_path: 
     trainer("--steps=2")
     assert load_checkpoint(Path("runs/smoke.net")).step == 2
     assert load_checkpoint(Path("runs/smoke.1.net")).step == 5
-    key, score = Key("search", "m.net", 2, 0, 0.1), Score(test=0.5, train=0.5, above_chance=1, diverged=0)
-    with Journal(tmp_path / "scores.csv") as journal:
-        journal.score(key, lambda: score)
-    with Journal(tmp_path / "scores.csv") as journal:
+    key = Key("search", "m.net", 2, 0, 0.1)
+    score = {"test": 0.5, "train": 0.5, "above_chance": 1, "diverged": 0}
+    with closing(Journal(tmp_path / "scores.csv")) as journal:
+        journal.add(key, score)
+    with closing(Journal(tmp_path / "scores.csv")) as journal:
         assert journal.known == {key: score}
 
 

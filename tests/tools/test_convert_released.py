@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,6 +209,13 @@ def test_views_and_types(tmp_path: Path) -> None:
         torch.testing.assert_close(read(tmp_path / "m.net"), state, rtol=0, atol=0)
 
 
+def zipped(pickled: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    return file.getvalue()
+
+
 def hostile() -> dict[str, bytes]:
     """Pickles that would exhaust a careless reader."""
     deep = b")" + b"\x85" * 100_000
@@ -222,6 +231,7 @@ def hostile() -> dict[str, bytes]:
         "a huge byte array": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
         "another protocol": pickle.dumps({"a": 1}, protocol=5),
         "a call of a value": b"\x80\x02K\x01)R.",
+        "a deep key in a zip": zipped(b"\x80\x02}" + deep + b"K\x01s."),
         "no end": b"\x80\x02" + b"(" * 1000,
         "nothing": b"",
     }
@@ -248,9 +258,9 @@ def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for zipped, limit in itertools.product((True, False), ("FILE", "PICKLES")):
+    for zipped, limit in itertools.product((True, False), ("FILE", "INSTRUCTIONS")):
         save_released(tmp_path / "in.net", network(), zipped)
         with monkeypatch.context() as patch:
-            patch.setattr(convert_released, limit, 1000)
+            patch.setattr(convert_released, limit, 100)
             with pytest.raises(UserError, match=r"in\.net"):
                 convert(tmp_path / "in.net")

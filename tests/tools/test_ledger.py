@@ -17,6 +17,7 @@ from tools.ledger import END, START, inserted, ledger
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+HEADER = "model,classes,run,lr,test,train,above_chance,diverged\n"
 TARGET_LINES = """\
 anml,ANML,test,10,88,5,10,"Numenta, second order"
 anml,ANML,test,600,63.8,,3,paper
@@ -40,7 +41,8 @@ def write_ledger(folder: Path, targets: str = TARGET_LINES, manifest: str = "") 
 def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
     """`<name>.csv` and `<name>.json` with two runs of each class count around (test, train)."""
     rows = [
-        {"classes": classes, "run": run, "lr": 0.001, "test": test + shift, "train": train, "above_chance": 1}
+        {"model": "m", "classes": classes, "run": run, "lr": 0.001, "test": test + shift, "train": train}
+        | {"above_chance": 1, "diverged": 0}
         for classes, (test, train) in accuracies.items()
         for run, shift in enumerate((-0.01, 0.01))
     ]
@@ -99,10 +101,9 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
 
 def test_one_run_has_no_interval(tmp_path: Path) -> None:
     results = write_ledger(tmp_path, manifest="anml,t,c\nother,t,c\n")
-    header = "classes,run,lr,test,train,above_chance\n"
-    (results / "anml.csv").write_text(f"{header}600,0,0.001,0.6,0.9,600\n")
-    rows = "".join(f"10,{run},0.001,{test},0.9,10\n" for run, test in enumerate((0.0050, 0.0051, 0.0052)))
-    (results / "other.csv").write_text(f"{header}{rows}")
+    (results / "anml.csv").write_text(f"{HEADER}m,600,0,0.001,0.6,0.9,600,0\n")
+    rows = "".join(f"m,10,{run},0.001,{test},0.9,10,0\n" for run, test in enumerate((0.005, 0.0051, 0.0052)))
+    (results / "other.csv").write_text(f"{HEADER}{rows}")
     tables = ledger(results)
     assert "| 60.0 | **-3.8** |" in tables
     assert "| other | test accuracy | 10 | 0.5 ± 0.02 |" in tables
@@ -112,9 +113,9 @@ def test_one_run_has_no_interval(tmp_path: Path) -> None:
 def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
     """An upper limit is not met by weights that are no numbers."""
     results = write_ledger(tmp_path, manifest="anml,t,c\noml,t,c\n")
-    header = "classes,run,lr,test,train,above_chance,diverged\n"
-    (results / "oml.csv").write_text(f"{header}600,0,1000000.0,0.0,0.0,0,1\n")
-    (results / "anml.csv").write_text(f"{header}10,0,0.001,0.0,0.0,0,1\n10,1,0.001,0.9,0.9,10,0\n")
+    (results / "oml.csv").write_text(f"{HEADER}m,600,0,1000000.0,0.0,0.0,0,1\n")
+    rows = "m,10,0,0.001,0.0,0.0,0,1\nm,10,1,0.001,0.9,0.9,10,0\n"
+    (results / "anml.csv").write_text(f"{HEADER}{rows}")
     tables = ledger(results)
     assert "0 met, 2 missed" in tables
     assert "| OML | test accuracy | 600 | <1 | paper | diverged | **-** |" in tables
@@ -211,12 +212,13 @@ def test_malformed_targets(tmp_path: Path, line: str, message: str) -> None:
         ("anml,t,c\n", {}, "'anml' is in manifest.csv but has no file"),
         ("", {"anml.csv": "x"}, "'anml' has no line"),
         ("anml,t,c\n", {"anml.csv": "x\n1\n"}, "columns"),
-        ("anml,t,c\n", {"anml.csv": ""}, "no runs"),
+        ("anml,t,c\n", {"anml.csv": HEADER}, "no runs"),
         ("anml,t,c\nanml,t,c\n", {"anml.json": '{"measured": {}}'}, "twice"),
         ("anml,t,a|b\n", {"anml.json": '{"measured": {}}'}, "breaks"),
-        ("representation,t,c\n", {"representation.json": "{"}, "not a representation.json"),
-        ("representation,t,c\n", {"representation.json": "[1]"}, "not a representation.json"),
-        ("representation,t,c\n", {"representation.json": '{"measured": {"dead": "x"}}'}, "not a repres"),
+        ("representation,t,c\n", {"representation.json": "{"}, "not a JSON file"),
+        ("representation,t,c\n", {"representation.json": "[1]"}, "holds a list"),
+        ("representation,t,c\n", {"representation.json": '{"runs": []}'}, "not a representation.json"),
+        ("representation,t,c\n", {"representation.json": '{"measured": {"dead": "x"}}'}, "dead = 'x'"),
         ("representation,t,c\n", {"representation.json": '{"measured": {"dead": 2}}'}, "dead = 2"),
         ("representation,t,c\n", {"representation.json": '{"measured": {"dead": NaN}}'}, "dead = nan"),
         ("representation,t,c\n", {"representation.json": '{"measured": {"speed": 1}}'}, "speed"),
