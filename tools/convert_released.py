@@ -22,8 +22,9 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,9 +46,9 @@ DTYPES = {
     "torch.LongStorage": torch.int64,
 }
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it wrote zips
-# Limits, far above what a model takes: bytes of a file, instructions of a pickle, objects to look through for
-# tensors (which may be there many times over).
-FILE, INSTRUCTIONS, OBJECTS = 2**30, 50_000, 10_000
+# Limits, far above what a model takes: bytes of a file, bytes of its pickles, objects to look through for
+# tensors (which may be there many times over), letters of a tensor's name.
+FILE, PICKLES, OBJECTS, NAME = 2**30, 2**22, 10_000, 1_000
 
 
 def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
@@ -115,57 +116,58 @@ def _place(name: str) -> tuple[int, ...] | None:
     return None
 
 
-class Inert(dict[object, object]):
-    """Stands for every class and function that a file names, and for the objects that the file makes with
-    them: it takes arguments, items and a state, and does nothing."""
+class Inert(dict[str | int, object]):
+    """Stands for every dict, class and function that a file names, and for the objects that the file makes
+    with them: it takes arguments, items and a state, and does nothing."""
 
-    name = ""
-
-    def __new__(cls, *arguments: object) -> Inert:
-        made = super().__new__(cls)
-        made.arguments, made.state = arguments, None
-        return made
-
-    def __init__(self, *arguments: object) -> None:
-        self.arguments: tuple[object, ...]
-        self.state: object
+    def __init__(self, name: str, arguments: tuple[object, ...] = ()) -> None:
+        super().__init__()
+        self.name, self.arguments = name, arguments
+        self.state: object = None
 
     def __call__(self, *arguments: object) -> Inert:
-        return self
+        return Inert(self.name, arguments)
 
     def __setstate__(self, state: object) -> None:
         self.state = state
 
+    def __setitem__(self, key: str | int, value: object) -> None:
+        if not isinstance(key, str | int):  # the hash of a tuple may take as long as the file says
+            raise ValueError("a key is neither a name nor a number")
+        super().__setitem__(key, value)
 
-class Reader(pickle.Unpickler):
+
+class Reader(pickle._Unpickler):
     """Interprets a pickle, which is a program, without looking up or calling anything that it names.
+
+    It is Python's reader, not that of C, in which some instructions reserve memory for what the file
+    announces.
 
     Attributes:
         storages: type and length of the numbers of each tensor, by their key.
-
-    Raises:
-        ValueError: the pickle is longer, or newer, than one of `torch.save` can be.
     """
 
+    # Of protocol 2, which torch.save writes, without the instructions that build dicts of any keys.
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
+        for op in pickletools.opcodes
+        if op.proto <= 2 and op.name not in ("DICT", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID")
+    }
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Inert("dict"))
+    dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]]
+
     def __init__(self, file: io.BytesIO) -> None:
-        start = file.tell()
-        for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
-            # The memo takes memory for each number below the largest that is put there.
-            memo = argument if "PUT" in instruction.name else None
-            if number > INSTRUCTIONS or instruction.proto > 2 or (memo or 0) > INSTRUCTIONS:
-                raise ValueError("its pickle is not one of torch.save")
-        file.seek(start)
         super().__init__(file)
         self.storages: dict[str, tuple[torch.dtype, int]] = {}
 
-    def find_class(self, module: str, name: str) -> type[Inert]:
-        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+    def find_class(self, module: str, name: str) -> Inert:
+        return Inert(f"{module}.{name}")
 
     def persistent_load(self, pid: object) -> object:
         """The key of a tensor's storage, which is noted, or the class of a module saved with its source."""
         match pid:
-            case ("storage", kind, str(key), str(), int(length), *_):
-                self.storages.setdefault(key, (DTYPES[getattr(kind, "name", "")], length))
+            case ("storage", Inert(name=kind), str(key), str(), int(length), *_):
+                self.storages.setdefault(key, (DTYPES[kind], length))
                 return key
             case ("module", kind, *_):
                 return kind
@@ -199,7 +201,7 @@ def _read_zip(data: bytes) -> dict[str, Tensor]:
             raise ValueError("it is compressed, which torch.save does not do")
         if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
             raise ValueError("its numbers are not little-endian")
-        reader = Reader(io.BytesIO(archive.read(entries["data.pkl"])))
+        reader = Reader(io.BytesIO(archive.read(entries["data.pkl"])[:PICKLES]))
         content = reader.load()
         values = {key: archive.read(entries[f"data/{key}"]) for key in reader.storages}
         return _tensors(content, reader.storages, values)
@@ -208,18 +210,19 @@ def _read_zip(data: bytes) -> dict[str, Tensor]:
 def _read_legacy(data: bytes) -> dict[str, Tensor]:
     """Of five pickles (magic number, version, machine, content, keys), then the length and the numbers of
     each storage."""
-    file = io.BytesIO(data)
-    magic, _, machine = (Reader(file).load() for _ in range(3))
+    file = io.BytesIO(data[:PICKLES])
+    readers = [Reader(file) for _ in range(5)]
+    magic, _, machine, content, keys = (reader.load() for reader in readers)
     if magic != LEGACY_MAGIC or machine["little_endian"] is not True:
         raise ValueError("it is not a file of torch.save, or its numbers are not little-endian")
-    reader = Reader(file)
-    content = reader.load()
-    values = {}
-    for key in Reader(file).load():
-        file.seek(8, io.SEEK_CUR)  # the length, which the content has as well
-        dtype, length = reader.storages[key]
-        values[key] = file.read(dtype.itemsize * length)
-    return _tensors(content, reader.storages, values)
+    values, start = {}, file.tell()
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError("a storage has no name")
+        dtype, length = readers[3].storages[key]
+        start += 8 + dtype.itemsize * length  # after the length, which the content has as well
+        values[key] = data[start - dtype.itemsize * length : start]
+    return _tensors(content, readers[3].storages, values)
 
 
 def _tensors(
@@ -237,16 +240,15 @@ def _tensors(
         if not rest:
             return found
         name, value = rest.pop()
-        if not isinstance(value, dict):
+        if not isinstance(value, Inert) or len(name) > NAME:
             continue
-        made = value if isinstance(value, Inert) else Inert()
-        if made.name == "torch._utils._rebuild_parameter":
-            rest.append((name, made.arguments[0]))
-        elif made.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-            found[name.removesuffix(".")] = _view(made.arguments, numbers)
-        elif isinstance(made.state, dict) and "_modules" in made.state:
-            rest += [(name, made.state.get(group)) for group in ("_modules", "_buffers", "_parameters")]
-        elif made.name in ("", "collections.OrderedDict"):
+        if value.name == "torch._utils._rebuild_parameter":
+            rest.append((name, value.arguments[0]))
+        elif value.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+            found[name.removesuffix(".")] = _view(value.arguments, numbers)
+        elif isinstance(value.state, Inert) and "_modules" in value.state:
+            rest += [(name, value.state.get(group)) for group in ("_modules", "_buffers", "_parameters")]
+        elif value.name in ("dict", "collections.OrderedDict"):
             rest += [(f"{name}{key}.", item) for key, item in reversed(value.items())]
     raise ValueError(f"it holds more than {OBJECTS} objects")
 

@@ -222,9 +222,12 @@ def hostile() -> dict[str, bytes]:
     head = b"".join(pickle.dumps(x, protocol=2) for x in (LEGACY_MAGIC, 1001, {"little_endian": True}))
     # A dict with the same dict under two names, and so on: 2 to the power of 60 ways to its end.
     shared = b"}" + b"".join(b"q%c}(X\1\0\0\0ah%cX\1\0\0\0bh%cu" % (k, k, k) for k in range(60))
+    wide = b")" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(60))  # a pair of the same pair, and so on
     return {
+        "a wide key": b"\x80\x02}" + wide + b"K\x01s.",
         "a deep key": b"\x80\x02}" + deep + b"K\x01s.",
         "a deep key of a storage": head + b"\x80\x02}.\x80\x02]" + deep + b"a.",
+        "a wide key of a storage": head + b"\x80\x02}.\x80\x02]" + wide + b"a.",
         "a dict many times over": head + b"\x80\x02" + shared + b".\x80\x02].",
         "a huge memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
         "a huge text": b"\x80\x02X\xff\xff\xff\x7fabc.",
@@ -258,7 +261,7 @@ def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for zipped, limit in itertools.product((True, False), ("FILE", "INSTRUCTIONS")):
+    for zipped, limit in itertools.product((True, False), ("FILE", "PICKLES")):
         save_released(tmp_path / "in.net", network(), zipped)
         with monkeypatch.context() as patch:
             patch.setattr(convert_released, limit, 100)
