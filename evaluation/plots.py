@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -83,18 +83,25 @@ def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] =
         targets: published accuracies, drawn as hollow markers with their spread.
     """
     sources = list(dict.fromkeys((target.treatment, target.source) for target in targets))
-    entries = len(curves) + len(sources) + 1
-
-    def more(axes: Axes, name: str, rows: Summary) -> None:
+    figure = _panels(curves, "classes", 4.6 + 0.2 * -(-(len(curves) + len(sources) + 1) // 3))
+    for axes, name in zip(figure.axes, accuracies(), strict=True):
         for marker, (treatment, source) in zip(cycle(PUBLISHED), sources):
             wanted = (name, treatment, source)
             points = [t for t in targets if (t.quantity, t.treatment, t.source) == wanted]
             if points:
-                _published(axes, points, marker, f"{treatment}, published: {source}")
-        _against_classes(axes, rows)
-
-    figure = _panels(curves, "classes", 4.6 + 0.2 * -(-entries // 3), more)
-    for axes in figure.axes:
+                axes.errorbar(
+                    [target.classes or 0 for target in points],
+                    [target.published for target in points],
+                    yerr=[np.nan if target.spread is None else target.spread for target in points],
+                    fmt=marker,
+                    color="black",
+                    markerfacecolor="none",  # so that ours shows through
+                    elinewidth=1,
+                    markersize=9,
+                    zorder=3,
+                    label=f"{treatment}, published: {source}",
+                )
+        _against_classes(axes, [row for rows in curves.values() for row in rows])
         axes.label_outer()
     _legend_below(figure, 3)
     return figure
@@ -107,28 +114,22 @@ def steps_figure(curves: Mapping[str, Summary]) -> Figure:
     Args:
         curves: by the name in the legend; their lines have `step` beside the entries of a summary.
     """
-
-    def more(axes: Axes, name: str, rows: Summary) -> None:
+    figure = _panels(curves, "step", 4.6)
+    for axes in figure.axes:
         axes.set_xlabel("meta-steps")
-        if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
-            axes.set_ylabel(_with_interval("accuracy (%)", rows))
-
-    figure = _panels(curves, "step", 4.6, more)
+    rows = [row for rows in curves.values() for row in rows]
+    figure.axes[0].set_ylabel(_with_interval("accuracy (%)", rows))
     _legend_below(figure, 4)
     return figure
 
 
-def _panels(
-    curves: Mapping[str, Summary], against: str, height: float, more: Callable[[Axes, str, Summary], None]
-) -> Figure:
-    """Curves by the name in the legend, in a panel for each accuracy; `more` adds to a panel of an accuracy,
-    given the lines of all curves."""
+def _panels(curves: Mapping[str, Summary], against: str, height: float) -> Figure:
+    """Curves by the name in the legend, in a panel for each accuracy."""
     figure = new_figure(5.5 * len(accuracies()), height)
     panels = figure.subplots(1, len(accuracies()), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, accuracies(), strict=True):
         for style, (label, rows) in zip(cycle(STYLES), curves.items()):
             _curve(axes, rows, name, label, style, against)
-        more(axes, name, [row for rows in curves.values() for row in rows])
         axes.set_title(MEASURES[name].title)
         axes.set_ylim(0, 102)  # room for the upper half of a marker
         axes.grid(alpha=0.3)
@@ -241,22 +242,6 @@ def _curve(
     axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
     # A band has no width at a single point: bars show its interval too.
     axes.vlines(places, low, high, color=colour, linewidth=1)
-
-
-def _published(axes: Axes, targets: Sequence[Target], marker: str, label: str) -> None:
-    """Hollow markers at published accuracies, with their spread where there is one."""
-    axes.errorbar(
-        [target.classes or 0 for target in targets],
-        [target.published for target in targets],
-        yerr=[np.nan if target.spread is None else target.spread for target in targets],
-        fmt=marker,
-        color="black",
-        markerfacecolor="none",  # so that ours shows through
-        elinewidth=1,
-        markersize=9,
-        zorder=3,
-        label=label,
-    )
 
 
 def _against_classes(axes: Axes, rows: Summary) -> None:
