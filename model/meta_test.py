@@ -43,10 +43,10 @@ class FrozenOutputs:
     alone, so that the numbers do not depend on which run met them first.
 
     Args:
-        net: the network to be tested. images: the pool, on the device of the network; [C, D, 1, 28, 28] where
-        all classes have as many. trained: names of the parameters that learn. budget: bytes to spend. The
-        outputs of a pool that needs more are not kept, and `get` computes them every
-            time.
+        net: the network to be tested.
+        images: the pool, on the device of the network; [C, D, 1, 28, 28] where all classes have as many.
+        trained: names of the parameters that learn.
+        budget: bytes to spend. The outputs of a pool that needs more are not kept: `get` computes them.
     """
 
     def __init__(
