@@ -69,22 +69,34 @@ def accuracy_figure(rows: Summary) -> Figure:
     axes = figure.add_subplot()
     for style, name in zip(cycle(STYLES), accuracies()):
         _curve(axes, rows, name, MEASURES[name].title, style)
-    _against_classes(axes, rows)
+    _frame(axes, rows)
     axes.legend()
     return figure
 
 
 @default_style()
-def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] = ()) -> Figure:
-    """Accuracy of several treatments against the number of classes, a panel for each accuracy.
+def comparison_figure(
+    curves: Mapping[str, Summary], targets: Sequence[Target] = (), against: str = "classes"
+) -> Figure:
+    """Accuracy of several treatments against the number of classes, or against the meta-steps that their
+    models were trained for, a panel for each accuracy.
 
     Args:
-        curves: by the name in the legend.
-        targets: published accuracies, drawn as hollow markers with their spread.
+        curves: by the name in the legend. targets: published accuracies, drawn as hollow markers with their
+        spread. against: `classes`, or `step`, which the lines of the curves then have beside the entries of a
+        summary.
     """
     sources = list(dict.fromkeys((target.treatment, target.source) for target in targets))
-    figure = _panels(curves, "classes", 4.6 + 0.2 * -(-(len(curves) + len(sources) + 1) // 3))
-    for axes, name in zip(figure.axes, accuracies(), strict=True):
+    all_rows = [row for rows in curves.values() for row in rows]
+    columns, height = (3, 4.6 + 0.2 * -(-(len(curves) + len(sources) + 1) // 3))
+    if against == "step":
+        columns, height = 4, 4.6
+    figure = new_figure(5.5 * len(accuracies()), height)
+    panels = figure.subplots(1, len(accuracies()), sharex=True, sharey=True, squeeze=False)[0]
+    legend: dict[str, Any] = {}
+    for axes, name in zip(panels, accuracies(), strict=True):
+        for style, (label, rows) in zip(cycle(STYLES), curves.items()):
+            _curve(axes, rows, name, label, style, against)
         for marker, (treatment, source) in zip(cycle(PUBLISHED), sources):
             wanted = (name, treatment, source)
             points = [t for t in targets if (t.quantity, t.treatment, t.source) == wanted]
@@ -101,46 +113,13 @@ def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] =
                     zorder=3,
                     label=f"{treatment}, published: {source}",
                 )
-        _against_classes(axes, [row for rows in curves.values() for row in rows])
-        axes.label_outer()
-    _legend_below(figure, 3)
-    return figure
-
-
-@default_style()
-def steps_figure(curves: Mapping[str, Summary]) -> Figure:
-    """Accuracy against the meta-steps that models were trained for, a panel for each accuracy.
-
-    Args:
-        curves: by the name in the legend; their lines have `step` beside the entries of a summary.
-    """
-    figure = _panels(curves, "step", 4.6)
-    for axes in figure.axes:
-        axes.set_xlabel("meta-steps")
-    rows = [row for rows in curves.values() for row in rows]
-    figure.axes[0].set_ylabel(_with_interval("accuracy (%)", rows))
-    _legend_below(figure, 4)
-    return figure
-
-
-def _panels(curves: Mapping[str, Summary], against: str, height: float) -> Figure:
-    """Curves by the name in the legend, in a panel for each accuracy."""
-    figure = new_figure(5.5 * len(accuracies()), height)
-    panels = figure.subplots(1, len(accuracies()), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, accuracies(), strict=True):
-        for style, (label, rows) in zip(cycle(STYLES), curves.items()):
-            _curve(axes, rows, name, label, style, against)
+        _frame(axes, all_rows, against)
         axes.set_title(MEASURES[name].title)
-        axes.set_ylim(0, 102)  # room for the upper half of a marker
-        axes.grid(alpha=0.3)
+        axes.label_outer()
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            legend[str(label)] = handle
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=9)
     return figure
-
-
-def _legend_below(figure: Figure, columns: int) -> None:
-    """One legend for all panels."""
-    entries = [entry for axes in figure.axes for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
-    by_label = {label: handle for handle, label in entries}
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=columns, fontsize=9)
 
 
 @default_style()
@@ -244,14 +223,15 @@ def _curve(
     axes.vlines(places, low, high, color=colour, linewidth=1)
 
 
-def _against_classes(axes: Axes, rows: Summary) -> None:
-    """Chance, and the axes of the paper's main figure."""
-    classes = [row["classes"] for row in rows]
-    counts = np.geomspace(min(classes), max(classes), 100)
-    axes.plot(counts, 100 / counts, "k:", label="chance")
-    axes.set_xlabel("classes learned one after another")
+def _frame(axes: Axes, rows: Summary, against: str = "classes") -> None:
+    """The axes of the paper's main figure and, against classes, chance."""
+    if against == "classes":
+        classes = [row["classes"] for row in rows]
+        counts = np.geomspace(min(classes), max(classes), 100)
+        axes.plot(counts, 100 / counts, "k:", label="chance")
+        axes.set_xlim(left=0)
+    axes.set_xlabel("classes learned one after another" if against == "classes" else "meta-steps")
     axes.set_ylabel(_with_interval("accuracy (%)", rows))
-    axes.set_xlim(left=0)
     axes.set_ylim(0, 102)  # room for the upper half of a marker
     axes.grid(alpha=0.3)
 

@@ -75,7 +75,8 @@ def read_results(path: Path) -> Results:
         UserError: no such file, or the CSV file is no table of runs: other columns, a value of the wrong
             kind or out of its range, a run twice, no runs at all.
     """
-    path = _file(path, "results.csv", "evaluate_classification.py").with_suffix(".csv")
+    path = _file(path, "results.csv", "evaluate_classification.py")
+    path = path.with_suffix(".csv") if path.suffix == ".json" else path
     beside = path.with_suffix(".json")
     about = read_json(beside) if beside.is_file() else {}
     rows: dict[tuple[object, ...], dict[str, Any]] = {}

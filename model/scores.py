@@ -1,7 +1,5 @@
-"""The measures of a meta-test run, each defined once: files, tables, curves and figures follow from it.
-
-One more measure is one more line of `MEASURES`.
-"""
+"""The measures of a meta-test run: one more is one more line of `MEASURES`, which files, tables, curves and
+figures follow."""
 
 from __future__ import annotations
 

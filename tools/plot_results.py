@@ -21,7 +21,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, steps_figure, training_figure
+from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, training_figure
 from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
 from utils.command_line import Flags, choice, file_path, flag, folder_name, parse, switch
@@ -138,7 +138,7 @@ def figures(args: Plot) -> dict[str, Figure]:
         return {"training": training_figure(read_all(args.results, read_metrics))}
     results = read_all(args.results, read_results)
     if args.against == "steps":
-        return {"steps": steps_figure(on_the_way(results))}
+        return {"steps": comparison_figure(on_the_way(results), against="step")}
     summaries = {label: summarise(result.rows) for label, result in results.items()}
     common = set.intersection(*({line["classes"] for line in lines} for lines in summaries.values()))
     if not common:

@@ -14,7 +14,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import Rectangle
 
-from evaluation.plots import bars_figure, comparison_figure, figure_pixels, steps_figure, training_figure
+from evaluation.plots import bars_figure, comparison_figure, figure_pixels, training_figure
 from evaluation.results import Results, read_metrics, write_results
 from evaluation.targets import Target
 from model.scores import ACCURACY, MEASURES, Measure, accuracies
@@ -137,7 +137,7 @@ def test_accuracy_on_the_way(tmp_path: Path) -> None:
     ]
     models = [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]
     curves = plot_results.on_the_way({"run_0": Results(rows, {"models": models})})
-    test, train = steps_figure(curves).axes
+    test, train = comparison_figure(curves, against="step").axes
     np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
     np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
     write_results(tmp_path, rows, {"models": models})
