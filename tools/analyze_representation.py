@@ -267,7 +267,6 @@ def main() -> None:
         log.info("run folder %s, device %s", run.folder, device)
         representation = represent(net.to(device), images.pool(device))
         measured = measure(representation, task)
-        run.metrics(measured)
         run.scalars(step, {f"representation/{key}": value for key, value in measured.items()})
         content = {**about, "arguments": recorded(args), "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")

@@ -20,7 +20,6 @@ import utils.start  # noqa: F401 (before torch)
 import io
 import pickle
 import pickletools
-import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,9 +34,23 @@ from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script, say
 from utils.files import expand, keep_earlier
 
-BLOCK = re.compile(r"(rln|nm)\.(?:convBlock(\d)\.(conv|norm|bn)|encoder\.(\d)\.([01]))\.(weight|bias)")
-LINEAR = re.compile(r"(nm\.)?fc\.(weight|bias)")
-RELEASED = re.compile(r"(?:.*\.)?vars\.(\d+)")
+PARTS = ("weight", "bias")
+RELEASED = tuple([f"vars.{number}" for number in range(count)] for count in (28, 16))
+HIGHER_ANML = tuple(
+    [
+        *(f"nm.{layer.format(block)}.{part}" for block in blocks for layer in layers for part in PARTS),
+        *(f"nm.fc.{part}" for part in PARTS),
+        *(f"rln.{layer.format(block)}.{part}" for block in blocks for layer in layers for part in PARTS),
+        *(f"fc.{part}" for part in PARTS),
+    ]
+    for blocks, layers in (
+        ((1, 2, 3), ("convBlock{}.conv", "convBlock{}.norm")),
+        ((1, 2, 3), ("convBlock{}.conv", "convBlock{}.bn")),
+        ((0, 1, 2), ("encoder.{}.0", "encoder.{}.1")),
+    )
+)
+"""Names in the order of this project's parameters, which a file may have behind a prefix: of ANML and OML,
+and of ANML alone."""
 
 DTYPES = {
     "torch.FloatStorage": torch.float32,
@@ -62,7 +75,7 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
         UserError: the file is none of the known ones, is damaged, or a tensor does not fit.
     """
     found = read(source)
-    weights = released(found) or higher_anml(found)
+    weights = {name: found[name] for name in ordered(found)}
     if not weights:
         raise UserError(
             f"{source} holds {len(found)} tensors and is neither a model of the released code nor of "
@@ -89,31 +102,16 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
     return net, fitted, [name for name in found if name not in weights]
 
 
-def released(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a module of the released code in order, by the names they have there."""
-    numbered = {int(match[1]): name for name in found if (match := RELEASED.fullmatch(name))}
-    if sorted(numbered) not in (list(range(28)), list(range(16))):
-        return {}
-    return {numbered[index]: found[numbered[index]] for index in sorted(numbered)}
-
-
-def higher_anml(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a higherANML network in this project's order, by the names they have there."""
-    places = {place: name for name in found if (place := _place(name)) is not None}
-    return {places[place]: found[places[place]] for place in sorted(places)} if len(places) == 28 else {}
-
-
-def _place(name: str) -> tuple[int, ...] | None:
-    """Where a parameter of higherANML stands: network, block, layer, weight or bias."""
-    name = name.removeprefix("state.")  # its own files hold the state dict under that name
-    if match := BLOCK.fullmatch(name):
-        net, old_block, old_layer, block, layer, kind = match.groups()
-        number = int(old_block) - 1 if old_block else int(block)
-        second = old_layer != "conv" if old_layer else layer == "1"
-        return ("nm", "rln").index(net), number, int(second), int(kind == "bias")
-    if match := LINEAR.fullmatch(name):
-        return (0, 9, 0, int(match[2] == "bias")) if match[1] else (2, 0, 0, int(match[2] == "bias"))
-    return None
+def ordered(found: Mapping[str, Tensor]) -> list[str]:
+    """The names of a network's parameters among those of a file, in this project's order; empty where the
+    file has no such network."""
+    for names in (*RELEASED, *HIGHER_ANML):
+        for first in found:
+            wanted = [first.removesuffix(names[0]) + name for name in names]
+            more = first.removesuffix(names[0]) + f"vars.{len(names)}"
+            if first.endswith(names[0]) and found.keys() >= set(wanted) and more not in found:
+                return wanted
+    return []
 
 
 class Inert(dict[str | int, object]):

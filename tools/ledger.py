@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from evaluation.results import FEW, read_json, read_results, read_table, summarise
 from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_targets
-from utils.command_line import Flags, file_path, flag, parse, switch
+from utils.command_line import Flags, parse, switch
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import write_text
 
@@ -205,34 +205,21 @@ class Ledger(Flags):
     check_only: bool = switch(
         False, "change nothing; exit code 1 if the page is not what would be written", name="--check"
     )
-    results: Path = flag(
-        ROOT / "results",
-        file_path,
-        "folder of targets.csv, manifest.csv and the results",
-        shown="this project's results",
-        metavar="DIR",
-    )
-    page: Path = flag(
-        ROOT / "docs/results.md",
-        file_path,
-        "file with the two marker lines of the ledger",
-        shown="this project's docs/results.md",
-        metavar="FILE",
-    )
 
 
 def main() -> None:
     args = parse(Ledger)
+    page = ROOT / "docs/results.md"
     try:
-        text = args.page.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {args.page}: {error}") from None
-    current = inserted(text, ledger(args.results), args.page)
+        raise UserError(f"cannot read {page}: {error}") from None
+    current = inserted(text, ledger(ROOT / "results"), page)
     if not args.check_only:
-        write_text(args.page, current)
-        say(f"{args.page} says what {args.results} holds")
+        write_text(page, current)
+        say(f"{page} says what results/ holds")
     elif text != current:
-        try_to_write(f"{args.page} and {args.results} disagree: run python -m tools.ledger\n", sys.stderr)
+        try_to_write(f"{page} and results/ disagree: run python -m tools.ledger\n", sys.stderr)
         sys.exit(1)
 
 

@@ -162,21 +162,13 @@ def figures(args: Plot) -> dict[str, Figure]:
     return {"curves": comparison_figure(summaries, targets), "bars": bars_figure(final, beside)}
 
 
-def draw(args: Plot) -> list[Path]:
-    """Draw all figures; returns the files."""
-    files = []
+def main() -> None:
+    args = parse(Plot)
     for name, figure in figures(args).items():
         png, pdf = (args.out / f"{args.name}_{name}.{suffix}" for suffix in ("png", "pdf"))
         save_png(figure, png)
         save_pdf(figure, pdf)
-        files += [png, pdf]
-    return files
-
-
-def main() -> None:
-    args = parse(Plot)
-    for path in draw(args):
-        say(str(path))
+        say(f"{png}\n{pdf}")
 
 
 if __name__ == "__main__":

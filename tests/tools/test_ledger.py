@@ -34,7 +34,8 @@ def write_ledger(folder: Path, targets: str = TARGET_LINES, manifest: str = "") 
     results.mkdir()
     (results / "targets.csv").write_text(f"{','.join(COLUMNS)}\n{targets}")
     (results / "manifest.csv").write_text(f"result,training,command\n{manifest}")
-    (folder / "results.md").write_text(f"# Title\n\n{START}\nstale\n{END}\n\nthe end\n")
+    (folder / "docs").mkdir()
+    (folder / "docs/results.md").write_text(f"# Title\n\n{START}\nstale\n{END}\n\nthe end\n")
     return results
 
 
@@ -152,10 +153,12 @@ def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
     )
 
 
-def test_script_writes_and_checks(call: Callable[..., Called], tmp_path: Path) -> None:
-    results = write_ledger(tmp_path)
-    script = partial(call, tool, f"--results={results}", f"--page={tmp_path / 'results.md'}")
-    page = tmp_path / "results.md"
+def test_script_writes_and_checks(
+    call: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, page = write_ledger(tmp_path), tmp_path / "docs/results.md"
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    script = partial(call, tool)
     before = page.read_text()
     done = script("--check")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

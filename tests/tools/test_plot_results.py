@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,10 @@ from evaluation.plots import bars_figure, comparison_figure, figure_pixels, trai
 from evaluation.results import Results, read_metrics, write_results
 from evaluation.targets import Target
 from model.scores import ACCURACY, MEASURES, Measure, accuracies
+from tests.conftest import Called
 from tests.tools.test_ledger import write_accuracies
 from tools import plot_results
 from tools.analyze_representation import activations_figure, embedding_figure
-from tools.plot_results import Plot
-from utils.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,7 +180,9 @@ def run_folder(folder: Path, name: str, accuracies: dict[int, tuple[float, float
     write_accuracies(folder / name, "results", accuracies)
 
 
-def test_script_writes_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_script_writes_both_figures(
+    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_folder(tmp_path, "run_0", {10: (0.8, 0.9), 600: (0.6, 0.9)})
     run_folder(tmp_path, "run=1", {10: (0.7, 0.9), 50: (0.6, 0.9)})
     flags = ("ANML=run_0", "run=1", "b=run_0/results.csv", "--out", "figures", "--name", "x")
@@ -196,9 +198,9 @@ def test_script_writes_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.stdout.split() == [f"figures/x_{f}.{s}" for f in ("curves", "bars") for s in ("png", "pdf")]
     before = [file.read_bytes() for file in files]
     monkeypatch.chdir(tmp_path)
-    plot_results.draw(parse(Plot, flags))
+    assert call(plot_results, *flags).stdout == done.stdout
     assert [file.read_bytes() for file in files] == before
-    plot_results.draw(parse(Plot, [*flags, "--no-published"]))
+    call(plot_results, *flags, "--no-published")
     assert all(file.read_bytes() != old for file, old in zip(files, before, strict=True))
 
 
