@@ -54,7 +54,7 @@ INDEPENDENCE = {
     True: "all class counts share their draws: each point of a curve has the distribution that it has with "
     "draws of its own, but the points are not independent of each other",
 }
-"""Whether the points of a curve are independent, by `--nested`, for whoever reads the results."""
+"""Whether the points of a curve are independent, by `--nested`: a line for the results."""
 
 
 def main() -> None:
@@ -109,14 +109,14 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation does where the flags leave it to network and images.
+    """What follows from flags, network and images together: decided once, and recorded beside the flags.
 
     Attributes:
-        treatment: its name; see `model.treatments`.
-        rln: layers that stay as they are.
-        schedule: class counts.
+        treatment: the name of what is evaluated; see `model.treatments`.
+        rln: layers that stay as they are at meta-test.
+        schedule: class counts to learn.
         test_classes: meta-test classes that draws are made from.
-        options: of the learner, by the name of their flag.
+        options: the settings of the learner beside its learning rate, by the name of their flag.
     """
 
     treatment: str
@@ -168,8 +168,9 @@ class Plan:
 
 
 def frozen_layers(args: Evaluation, net: Network) -> int:
-    """Layers that stay as they are: `--rln`, or by default those below the network's part that learns, or all
-    but the head for a learner that changes no weights. With `--scratch` all layers start anew in each run."""
+    """The number of layers that stay as they are at meta-test: `--rln` or its default, which is 0 with
+    `--scratch`, the network's for a learner that takes steps, and all layers below the head for a learner
+    that takes none."""
     if args.rln is not None:
         return args.rln
     if args.scratch:
@@ -206,7 +207,8 @@ def check_network(args: Evaluation, net: Network) -> None:
 
 
 def images(args: Evaluation, net: Network, group: Group) -> dict[str, ImageSet]:
-    """The images by split: those reported on and, where something needs them, those of meta-training."""
+    """The images by split: the meta-test classes, and the meta-training classes where the learner or the
+    search of the learning rate needs them."""
     kind, normalisation = LEARNERS[args.learner], None if args.scratch else net.normalisation
     source = args.source()
     found = group.one_before_others(lambda: load_images(source, "evaluation", normalisation))

@@ -1,4 +1,4 @@
-"""The models that an evaluation tests: read, of one treatment, known by their content."""
+"""Reads the models of an evaluation, which are of one treatment, and compares them by content."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Model(NamedTuple):
     """One model to test.
 
     Attributes:
-        name: its column `model` in the results: the file as it was typed, or `scratch`.
+        name: what the column `model` of the results holds: the file as it was typed, or `scratch`.
         net: the network.
-        weights: how its weights were made.
-        sha256: of the file, hexadecimal; empty without a file.
-        step: meta-steps that it was trained for.
-        arguments: of its training; empty without a file.
+        weights: what made its weights.
+        sha256: hexadecimal digest of the file; empty without a file.
+        step: meta-steps of its training.
+        arguments: flags of its training; empty without a file.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Model(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is, for messages."""
+        """Weights and network in words, for messages."""
         return f"{self.weights} {self.net.network}"
 
     def about(self) -> dict[str, str | int]:
-        """What `config.json` says of it."""
+        """What `config.json` says of the model."""
         return {"name": self.name, "weights": self.weights, "sha256": self.sha256, "step": self.step}
 
 

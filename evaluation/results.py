@@ -17,7 +17,7 @@ from model.scores import ACCURACY, MEASURES, RUNS, accuracies
 from utils.errors import UserError
 from utils.files import read_text, write_text
 
-FEW = 10  # values, fewer of which have Student's t interval, and as many or more that of the bootstrap
+FEW = 10  # fewer values than these have Student's t interval; as many or more have a bootstrap interval
 RESAMPLES = 9999  # of a bootstrap
 
 COLUMNS = ("model", "classes", "run", "lr")  # of `results.csv`, the measures follow

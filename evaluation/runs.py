@@ -130,8 +130,8 @@ def _warn_of_diverged(classes: int, lr: float | None, of: str, scores: Sequence[
 
 
 def how_chosen(args: Evaluation, models: int, rows: Sequence[Row]) -> str:
-    """One line on where the learning rates of `rows` come from, so that nobody reads a leak as a result,
-    or a search that ended at its edge as one that found the best."""
+    """One line on where the learning rates of `rows` come from: it names a search on the classes reported on,
+    and the class counts whose best rate is the smallest or the largest tried."""
     if not LEARNERS[args.learner].takes_steps:
         return f"no learning rate: {LEARNERS[args.learner].title} takes no steps"
     if args.lr is not None:
@@ -172,7 +172,7 @@ class Key(NamedTuple):
 
 
 class Runs:
-    """The runs of several models, each made once: a run that the journal has is not made again.
+    """Makes the runs of several models, each once: a run whose scores the journal has is not made again.
 
     The processes of `group` make one run each at a time, and the first writes down what all of them found.
 
@@ -192,7 +192,7 @@ class Runs:
     ) -> None:
         self.args, self.run, self.journal, self.models, self.group = args, run, journal, models, group
         self.known: dict[Key, Score] = dict(group.gather(journal.known if journal else {})[0])
-        # Two, since outputs of frozen layers take memory: with one model both splits keep theirs.
+        # Two are kept, since frozen outputs take memory: with one model the meta-tests of both splits.
         self._meta_test = lru_cache(maxsize=2)(lambda position, split: make(models[position], split))
 
     def scores(self, purpose: Purpose, jobs: Sequence[Job]) -> Iterator[dict[int, Score]]:
@@ -230,7 +230,7 @@ class Runs:
             sorted(stops | on_the_way),
             job.lr,
             purpose,
-            # No draw is that of two models, which makes their runs independent.
+            # No two models have a draw in common: their runs are independent.
             job.draw.number * len(self.models) + job.draw.model,
             drawn=len(tester.images) if self.args.nested else job.stops[-1],
         ):
