@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import pickle
 import sys
 import warnings
@@ -21,7 +20,7 @@ from model.modelfactory import Network, build, restore
 from tests.conftest import Called
 from tests.utils.test_checkpoint import Trap
 from tools import convert_released
-from tools.convert_released import LEGACY_MAGIC, convert, main, read
+from tools.convert_released import LEGACY_MAGIC, convert, read
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -111,29 +110,20 @@ def test_a_released_module(kind: str, zipped: bool, tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_model_that_loads(call: Callable[..., Called], tmp_path: Path) -> None:
-    net = network()
-    save_released(tmp_path / "in.net", net)
-    with pytest.raises(UserError, match=r"python -m tools\.convert_released .*in\.net NEW\.net"):
-        load_checkpoint(tmp_path / "in.net")
-    done = call(convert_released, str(tmp_path / "in.net"), str(tmp_path / "out.net"))
+    """A file that is there is kept, here the foreign model itself."""
+    net, path = network(), tmp_path / "m.net"
+    save_released(path, net)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"python -m tools\.convert_released .*m\.net NEW\.net"):
+        load_checkpoint(path)
+    done = call(convert_released, str(path), str(path))
     assert done.returncode == 0, done.stderr
     assert "not needed: 1 other tensors, vars_bn.0" in done.stdout
-    saved = load_checkpoint(tmp_path / "out.net")
-    copy = restore(saved.network, saved.widths, saved.state_dict, "out.net")
-    assert torch.equal(logits(copy), logits(net))
-
-
-def test_a_file_that_is_there_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "m.net"
-    save_released(path, network())
-    before = path.read_bytes()
-    monkeypatch.setattr(sys, "argv", ["convert_released", str(path), str(path)])
-    main()
-    assert load_checkpoint(path).network == "ANML"
+    assert f"is kept as {tmp_path / 'm.1.net'}" in done.stdout
     assert (tmp_path / "m.1.net").read_bytes() == before
-    assert f"is kept as {tmp_path / 'm.1.net'}" in capsys.readouterr().out
+    saved = load_checkpoint(path)
+    copy = restore(saved.network, saved.widths, saved.state_dict, "m.net")
+    assert torch.equal(logits(copy), logits(net))
 
 
 @pytest.mark.parametrize("style", ["norm", "bn", "encoder"])
@@ -248,9 +238,16 @@ def test_hostile_pickles(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
+def test_a_file_that_is_cut_short_or_too_large(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "in.net"
     save_released(path, network(), zipped)
+    for limit in ("FILE", "PICKLES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert_released, limit, 100)
+            with pytest.raises(UserError, match=r"in\.net"):
+                convert(path)
     data = path.read_bytes()
     for kept in range(0, len(data) - 1, len(data) // 30):
         path.write_bytes(data[:kept])
@@ -258,12 +255,3 @@ def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
             convert(path)
     with pytest.raises(UserError, match=r"absent\.net"):
         convert(tmp_path / "absent.net")
-
-
-def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for zipped, limit in itertools.product((True, False), ("FILE", "PICKLES")):
-        save_released(tmp_path / "in.net", network(), zipped)
-        with monkeypatch.context() as patch:
-            patch.setattr(convert_released, limit, 100)
-            with pytest.raises(UserError, match=r"in\.net"):
-                convert(tmp_path / "in.net")

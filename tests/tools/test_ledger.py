@@ -124,10 +124,14 @@ def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
 
 
 def test_a_result_without_a_target(tmp_path: Path) -> None:
-    results = write_ledger(tmp_path, manifest="other,t,c\n")
+    """Nor has one of these class counts a result: they share a row all the same."""
+    lines = "".join(f"anml,ANML,test,{n},80,{s},4,S\n" for n, s in ((10, 2), (50, ""), (75, 1)))
+    results = write_ledger(tmp_path, lines, "anml,t,c\nother,t,c\n")
+    write_accuracies(results, "anml", {10: (0.81, 1.0), 75: (0.9, 1.0)})
     write_accuracies(results, "other", {10: (0.98, 1.0), 600: (0.6, 0.94)})
     tables = ledger(results)
-    assert "6 not run" in tables
+    row = "| ANML | test accuracy | 10 / 50 / 75 | 80 ± 2 / 80 / 80 ± 1 | S | 81.0 ± 12.7 / - / 90.0 ± 12.7 |"
+    assert f"{row} +1.0 / - / **+10.0** |" in tables
     assert "| other | test accuracy | 10 / 600 | 98.0 ± 12.7 / 60.0 ± 12.7 |" in tables
     assert "| other | train accuracy | 10 / 600 | 100.0 ± 0 / 94.0 ± 0 |" in tables
     assert "| other | t | `c` |" in tables
@@ -141,16 +145,6 @@ def test_files_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) ->
     for path in results.iterdir():
         path.write_bytes(edited(path.read_bytes()))
     assert ledger(results) == tables
-
-
-def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
-    lines = "".join(f"anml,ANML,test,{n},80,{s},4,S\n" for n, s in ((10, 2), (50, ""), (75, 1)))
-    results = write_ledger(tmp_path, lines, "anml,t,c\n")
-    write_accuracies(results, "anml", {10: (0.81, 1.0), 75: (0.9, 1.0)})
-    assert (
-        "| ANML | test accuracy | 10 / 50 / 75 | 80 ± 2 / 80 / 80 ± 1 | S | 81.0 ± 12.7 / - / 90.0 ± 12.7 | "
-        "+1.0 / - / **+10.0** |" in ledger(results)
-    )
 
 
 def test_script_writes_and_checks(
