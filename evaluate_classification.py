@@ -130,7 +130,7 @@ class Plan:
         """The plan for models like `model`, and the images of each split.
 
         Without `--schedule`, class counts are those of the paper that there are enough classes and outputs
-        for; where the paper's largest is not among them, all classes are one count more.
+        for. Where the paper's largest is not among them, the largest possible count is added.
 
         Raises:
             UserError: images or classes are too few.
@@ -140,9 +140,8 @@ class Plan:
         most = min(len(chosen) for chosen in drawn_from.values())
         if kind.takes_steps:
             most = min(most, net.num_outputs)
-        fitting = [classes for classes in SCHEDULE if classes <= most]
-        every = fitting if fitting == list(SCHEDULE) else list(dict.fromkeys([*fitting, most]))
-        schedule = tuple(args.schedule or every)
+        fitting = [*(classes for classes in SCHEDULE if classes <= most), min(most, SCHEDULE[-1])]
+        schedule = tuple(args.schedule or dict.fromkeys(fitting))
         for split, chosen in drawn_from.items():
             chosen.require(
                 args.train_images + args.test_images,

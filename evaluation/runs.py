@@ -54,12 +54,9 @@ def evaluate(
         found = report(args, runs, rates)
         rows += found
         for line in summarise(found):
-            values = {
-                "lr": line["lr"],
-                **{m.kind.tag.format(name): line[name] for name, m in MEASURES.items()},
-            }
-            scalars = {f"meta_test/{tag}": value for tag, value in values.items() if value is not None}
-            runs.run.scalars(line["classes"], scalars)
+            tags = {"lr": "lr"} | {name: m.kind.tag.format(name) for name, m in MEASURES.items()}
+            points = {f"meta_test/{tag}": line[name] for name, tag in tags.items() if line[name] is not None}
+            runs.run.scalars(line["classes"], points)
         if runs.group.first:
             chosen = how_chosen(args, len(runs.models), rows)
             more = {"search": tries, "search_tries": numbers, "lr_chosen": chosen}
