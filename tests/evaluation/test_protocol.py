@@ -103,7 +103,7 @@ def numbers(folder: Path) -> tuple[list[dict[str, Any]], Any, Any]:
     return read_results(folder).rows, results["summary"], results["search"]
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [*(n for n in TABLE if not TABLE[n].iid), "ANML-Oracle", "Scratch-Oracle"])
 def test_each_treatment_runs_and_is_recorded(name: str, evaluate: Evaluate) -> None:
     row = TABLE[name]
     file = "Pretrain.net" if row.weights == "pretrained" else f"{row.network}.net"
@@ -278,6 +278,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(
     for name in ("results.csv", "forgetting_2.csv", "forgetting_3.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert len(json.loads((killed / "config.json").read_text())["resumed"]) == 2
+    assert not list(killed.glob("metrics.csv"))
     for curve in ("meta_test/accuracy_test", "meta_test/lr"):  # each point once
         points = [[(p.step, p.value) for p in events(run).Scalars(curve)] for run in (killed, whole)]
         assert points[0] == points[1]
