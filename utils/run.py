@@ -25,7 +25,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -163,15 +163,13 @@ class Run:
             done: cut what an earlier process wrote back to this many steps, and go on after them.
         """
         self.folder = folder
+        self._metrics: TextIO | None = None  # opened for the first row: an evaluation has none
         self._event_file = _EventFile()
         register_writer_factory(_EventFile.PREFIX, self._event_file)
         try:
             with ExitStack() as opened:
                 self._log_file = opened.enter_context(closing(_LogFile(folder)))
                 self._columns = None if done is None else _cut_back(folder, done)
-                # Line-buffered, so that a killed run keeps its rows.
-                metrics = (folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
-                self._metrics = opened.enter_context(metrics)
                 self._events = SummaryWriter(
                     f"{_EventFile.PREFIX}:{folder}",
                     flush_secs=10,
@@ -294,6 +292,10 @@ class Run:
             ValueError: the keys differ from the first row's.
         """
         try:
+            if self._metrics is None:
+                # Line-buffered, so that a killed run keeps its rows.
+                path = self.folder / "metrics.csv"
+                self._metrics = path.open("a", encoding="utf-8", newline="", buffering=1)
             if self._columns is None:
                 self._columns = tuple(row)
                 csv.writer(self._metrics).writerow(self._columns)
@@ -310,7 +312,8 @@ class Run:
             UserError: the disk is full.
         """
         try:
-            sync(self._metrics.fileno())
+            if self._metrics is not None:
+                sync(self._metrics.fileno())
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -368,9 +371,10 @@ class Run:
         log.removeHandler(self._log_file)
         self._terminal.in_run = False
         failed = None
-        for close in (self._events.close, self._log_file.close, self._metrics.close):
+        for opened in (self._events, self._log_file, self._metrics):
             try:
-                close()
+                if opened is not None:
+                    opened.close()
             except OSError as error:
                 failed = error
         failed = failed or self._event_file.error
@@ -509,6 +513,8 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     except FileNotFoundError:
+        if done == 0:  # also of an evaluation, which has no rows
+            return None
         lines = []
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

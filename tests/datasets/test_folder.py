@@ -197,7 +197,7 @@ def test_pretraining_on_colour(tmp_path: Path, run: Callable[..., None]) -> None
     )
     few = ["--train_images=4", "--test_images=2", "--lr=0.01", "--runs=1"]
     run(evaluate_classification, *data, *few, "--model=p.net", "--schedule=3", "--name=e")
-    rows = json.loads(Path("runs/e_0/results.json").read_text())["runs"]
+    rows = json.loads(Path("runs/e_0/results.json").read_text())["summary"]
     assert rows[0]["train"] * 12 == pytest.approx(round(rows[0]["train"] * 12))
     # Another number of classes kept may mean classes that were trained on.
     more = [flag.replace("classes=3", "classes=4") for flag in data]

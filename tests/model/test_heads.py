@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -22,6 +21,7 @@ from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import build
 from utils.checkpoint import save_checkpoint
+from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CLASSES = 6
@@ -113,7 +113,7 @@ def test_what_is_not_finite_is_no_class() -> None:
                 fit=kind.fit,
                 background=pool,
             )
-            assert tester.score(3, None, "report", 0).diverged == diverged
+            assert tester.score(3, None, "report", 0)["diverged"] == diverged
 
 
 @pytest.fixture
@@ -164,12 +164,11 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
         assert (begun / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     results = read_results(whole)
     assert (begun / "forgetting_5.csv").read_bytes() == (whole / "forgetting_5.csv").read_bytes()
-    assert json.loads((whole / "results.json").read_text())["runs"][0]["lr"] is None
-    assert read_results(whole / "results.json").rows == results.rows
+    assert results.rows[0]["lr"] is None
     assert table(results.rows).splitlines()[1].split()[:3] == ["2", "-", "6"]
     (line, _) = compare(results.rows, read_results(evaluate(f"{flags} --runs 1 --power 1")).rows)
     assert 0 <= line["test_p"] <= 1
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"its treatment was .* --power 1"):
         evaluate(f"--resume {begun} --power 1")
 
 

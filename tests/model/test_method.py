@@ -20,7 +20,6 @@ from model.meta_test import FrozenOutputs, MetaTest, adam_learner, learn, new_ru
 from model.method import Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
 from model.rate_search import LOST, Draw, RateSearch, best_rate, next_tries
-from model.scores import Score
 from tests import reference
 from utils.errors import UserError
 
@@ -329,9 +328,9 @@ def test_meta_test_learns(iid: bool) -> None:
     pool = prototypes + 0.05 * images(3, 20, seed=5)
     meta_test = MetaTest(net, pool, 13, seed=2, epochs=3, iid=iid)
     score = meta_test.score(3, 0.003, "report", draw=0)
-    assert score.test > 0.6
-    assert score.train > 0.6
-    assert score.above_chance >= 2
+    assert score["test"] > 0.6
+    assert score["train"] > 0.6
+    assert score["above_chance"] >= 2
 
 
 def test_draws_repeat_and_differ() -> None:
@@ -399,7 +398,7 @@ def test_a_search_that_stops_early_chooses_what_a_full_one_does(
             for n in counts:
                 made.add((draw, lr, n))
                 value = tables[n][draw][lr]
-                searches[n].add(draw, lr, Score(test=abs(value), diverged=int(value == LOST)))
+                searches[n].add(draw, lr, {"test": abs(value), "diverged": int(value == LOST)})
     for n, table in tables.items():
         found = searches[n].best()
         assert found == best_rate(table)
@@ -416,7 +415,7 @@ def test_a_search_leaves_out_what_cannot_change_the_choice() -> None:
     search = RateSearch(list(RATES[:3]), list(table), "train")
     while tries := next_tries({10: search}):
         for draw, lr, _ in tries:
-            search.add(draw, lr, Score(train=table[draw][lr]))
+            search.add(draw, lr, {"train": table[draw][lr], "diverged": 0})
     assert [draw.number for draw, _ in search.scores] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert search.best() == 0.1
 

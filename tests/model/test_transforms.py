@@ -182,7 +182,7 @@ def test_a_learner_of_ones_own() -> None:
     score = MetaTest(net, pool, 13, seed=2, learner=lambda net, trained, settings: ClassMeans(net)).score(
         3, 0.003, "report", draw=0
     )
-    assert score.test > 0.6
+    assert score["test"] > 0.6
 
 
 def test_example_of_the_door_for_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,7 +301,7 @@ def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) 
                 assert tag in [value["name"]["tag"] for value in lines[run]["metricValues"]]
             columns = json.loads(page("data/plugin/hparams/experiment", {"experimentName": ""}))
             differing = {column["name"] for column in columns["hparamInfos"] if column["differs"]}
-            assert "rln" in differing
+            assert "seed" in differing
             assert "glyph_seed" not in differing
         finally:
             server.terminate()
