@@ -141,7 +141,7 @@ def main() -> None:
         background = group.one_before_others(lambda: load_images(source, "background", normalisation))
         most = FITTED if kind.fit else net.num_outputs if kind.takes_steps else len(background)
         sets["background"] = background.first(most)
-        data |= {"search_data": background.name, "search_manifest": background.manifest}
+        data |= {"search_data": background.name, "search_data_hash": background.data_hash}
     drawn_from = {split: sets[split] for split in sets if split == "evaluation" or not kind.fit}
     check_sets(args, kind, drawn_from, net)
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}

@@ -97,11 +97,11 @@ def load_images(source: Source, split: str, normalisation: Normalisation | None 
         normalisation = (images if split == "background" else source.load("background")).statistics()
     smallest, largest = min(images.sizes), max(images.sizes)
     log.info(
-        "%s: %d classes of %s %s images, manifest %s",
+        "%s: %d classes of %s %s images, data hash %s",
         images.name,
         len(images),
         largest if smallest == largest else f"{smallest} to {largest}",
         "grey" if images.images.shape[1] == 1 else "colour",
-        images.manifest,
+        images.data_hash,
     )
     return replace(images, normalisation=normalisation)

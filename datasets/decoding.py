@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import lzma
 import struct
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterable
-from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
-
-T = TypeVar("T")
 
 # What zipfile and Pillow raise on damaged input, beside UserError's own causes.
 DAMAGE = (
@@ -37,9 +31,3 @@ def reason(error: BaseException, kind: str = "") -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
-
-
-def progress(images: Iterable[T], total: int) -> Iterable[T]:
-    """The same, with a bar on a terminal."""
-    bar: Iterable[T] = tqdm(images, total=total, unit="image", disable=not sys.stderr.isatty(), leave=False)
-    return bar

@@ -17,7 +17,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -27,23 +26,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from datasets.cache import cached
-from datasets.decoding import DAMAGE, progress, reason
+from datasets.decoding import DAMAGE, reason
 from datasets.images import SIZE, ImageSet, shrink
 from datasets.options import Option
 from utils.errors import UserError
 
 log = logging.getLogger("anml")
 
-VERSION = "1: upright, on white, 28x28 LANCZOS"
-"""Part of the cache's key: change it with whatever happens to a picture on its way to the cache."""
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # of Pillow's, some of which start other programs
 LITTER = ("thumbs.db", "desktop.ini", "icon\r", "__macosx")  # of systems, beside what begins with a dot
 OTHER_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLITS = ("background", "evaluation")
-THREADS = 2  # Pillow lets others work while it decodes, which pays for files that are
-LARGE = 2**15  # bytes in the mean
 SHOWN = 3  # files or folders named in a message
 
 
@@ -101,16 +95,19 @@ def load(
         pictures = [
             picture for picture in pictures if any(picture.label in names for names in splits.values())
         ]
-    key = hashlib.sha256(f"{VERSION}\n{channels}\n".encode())
-    for picture in pictures:
-        key.update(repr((picture.label, picture.name, picture.stamp)).encode())
-    pixels = cached(
-        cache_dir,
-        re.sub(r"[^\w.]", "_", root.resolve().name) or "folder",
-        key.hexdigest(),
-        (len(pictures), None, SIZE, SIZE),
-        lambda: _decode_all(root, pictures, channels),
-    )
+
+    def make(positions: Sequence[int]) -> NDArray[np.uint8]:
+        images = np.empty((len(positions), channels or 3, SIZE, SIZE), np.uint8)
+        for image, position in zip(images, positions, strict=True):
+            image[:] = _decode(pictures[position], channels)
+        return images
+
+    key = hashlib.sha256(repr((channels, [(p.label, p.name, p.stamp) for p in pictures])).encode())
+    name = re.sub(r"[^\w.]", "_", root.resolve().name)
+    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+    pixels = cached(cache_dir, f"{name}-{place}", key.hexdigest(), len(pictures), make)
+    if channels is None and np.array_equal(pixels, pixels[:, :1].repeat(3, 1)):
+        pixels = pixels[:, :1]
     _report_leaks(root, pictures, pixels, splits)
     if not splits[split]:
         raise UserError(f"{root} has no pictures in {split}/")
@@ -126,7 +123,7 @@ def load(
     sizes = tuple(map(len, classes.values()))
     notes = {"evaluation_classes": list(splits["evaluation"].values())} if evaluation_classes else {}
     name = f"folder {root.resolve().name} {split}"
-    return ImageSet.hashed(name, images, sizes, tuple(classes), notes=notes)
+    return ImageSet(name, images, sizes, tuple(classes), notes=notes)
 
 
 def _scan(root: Path) -> list[Picture]:
@@ -253,36 +250,6 @@ def _report_leaks(
         )
 
 
-def _decode_all(root: Path, pictures: Sequence[Picture], channels: int | None) -> NDArray[np.uint8]:
-    """Decode pictures to uint8 [N, C, 28, 28]."""
-    log.info("reading %d pictures of %s, once", len(pictures), root)
-    images = np.empty((len(pictures), channels or 1, SIZE, SIZE), np.uint8)
-    animations = []
-
-    def read(picture: Picture) -> tuple[NDArray[np.uint8], bool]:
-        try:
-            return _decode(_content(picture), channels)
-        except DAMAGE as error:
-            raise UserError(f"{picture.path}: {reason(error)}; restore the file or remove it") from error
-
-    large = sum(picture.stamp[0] for picture in pictures) > LARGE * len(pictures)
-    with ThreadPool(THREADS if large else 1) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
-        decoded = pool.imap(read, pictures, 32) if large else map(read, pictures)
-        for k, (image, animated) in enumerate(progress(decoded, len(pictures))):
-            if len(image) > images.shape[1]:  # the first colour among grey ones
-                images = np.repeat(images, len(image), 1)
-            images[k] = image
-            if animated:
-                animations.append(os.path.relpath(pictures[k].path, root))
-    if animations:
-        log.warning(
-            "%s: of %d files with several pictures the first counts: %s",
-            *(root, len(animations), _some(animations)),
-        )
-    return images
-
-
 def _content(picture: Picture) -> bytes:
     try:
         return Path(picture.path).read_bytes()
@@ -290,32 +257,38 @@ def _content(picture: Picture) -> bytes:
         raise UserError(f"cannot read {picture.path}: {error.strerror or error}") from error
 
 
-def _decode(content: bytes, channels: int | None) -> tuple[NDArray[np.uint8], bool]:
-    """Decode a file to uint8 [C, 28, 28], C as asked for or as it shows a colour; and if it is an animation.
+def _decode(file: Picture, channels: int | None) -> NDArray[np.uint8]:
+    """Decode a picture to uint8 [C, 28, 28], C = `channels`; a grey one has one channel where that is None.
 
-    Raises one of DAMAGE.
+    Raises:
+        UserError: the file is no picture, is damaged or has too many bits.
     """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
+            picture = _flat(_content(file))
+            if channels != 3 and picture.mode in ("1", "L"):
+                return shrink(picture)[None]
+            return shrink(picture.convert("L"))[None] if channels == 1 else shrink(picture.convert("RGB"))
+    except DAMAGE as error:
+        raise UserError(f"{file.path}: {reason(error)}; restore the file or remove it") from error
+
+
+def _flat(content: bytes) -> Image.Image:
+    """The picture in a file, upright and on white. Raises one of DAMAGE."""
     picture = Image.open(io.BytesIO(content), formats=FORMATS)
     if picture.format == "PNG":
         picture.verify()  # decoding alone ignores checksums, and this uses the picture up
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    animated = picture.format not in ("JPEG", "MPO") and getattr(picture, "is_animated", False)
     picture.load()
     if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
         raise ValueError("its pixels have 32 bits; save it with 8 or 16")
     if picture.info or picture.format != "PNG":
         with suppress(*DAMAGE):  # a picture with damaged metadata is a picture
             ImageOps.exif_transpose(picture, in_place=True)
-    flat: Image.Image = picture
     if picture.mode.startswith("I"):
-        flat = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.has_transparency_data:
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
         transparent = picture.convert("RGBA")
-        flat = Image.alpha_composite(Image.new("RGBA", transparent.size, "white"), transparent)
-    if channels != 3 and flat.mode in ("1", "L"):
-        return shrink(flat)[None], animated
-    if channels == 1:
-        return shrink(flat.convert("L"))[None], animated
-    colours = shrink(flat.convert("RGB"))
-    grey = channels is None and bool((colours == colours[:1]).all())
-    return colours[:1] if grey else colours, animated
+        return Image.alpha_composite(Image.new("RGBA", transparent.size, "white"), transparent)
+    return picture

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,8 @@ from PIL import Image
 
 from datasets.cache import cached
 from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
-from datasets.images import OMNIGLOT, SIZE, ImageSet, shrink
+from datasets.images import OMNIGLOT, ImageSet, shrink
 from datasets.options import Option
-
-VERSION = 1
-"""Part of the cache's key and of the manifest: raise it with every change of what is drawn."""
 
 ALPHABETS = {"background": 30, "evaluation": 20}
 
@@ -64,15 +61,20 @@ def load(
         cache_dir: see :func:`datasets.cache.cached`.
         glyph_seed: other seeds are other characters.
     """
-    identity = manifest(split, glyph_seed)
-    shape = (CLASSES[split], DRAWINGS, SIZE, SIZE)
-    images = cached(cache_dir, f"glyphs-{split}", identity, shape, lambda: draw(split, glyph_seed))
+    shapes = strokes(split, glyph_seed)
+    key = hashlib.sha256(b"".join(part.tobytes() for part in shapes))
+    images = cached(
+        cache_dir,
+        f"glyphs-{split}",
+        key.hexdigest(),
+        CLASSES[split] * DRAWINGS,
+        lambda positions: _render(shapes, list(positions)),
+    )
     return ImageSet(
         f"glyphs {split} (seed {glyph_seed})",
-        torch.from_numpy(images).reshape(-1, 1, SIZE, SIZE),
+        torch.from_numpy(images),
         (DRAWINGS,) * CLASSES[split],
         names(split),
-        identity,
         OMNIGLOT,
         DEFAULT_CLASSES[split],
     )
@@ -93,34 +95,31 @@ def names(split: str) -> tuple[str, ...]:
     )
 
 
-def manifest(split: str, seed: int) -> str:
-    """Identify what :func:`draw` returns by a sha256 hex digest, without drawing it."""
-    return hashlib.sha256(f"glyphs {VERSION} {split} {seed}\n".encode()).hexdigest()
+class Strokes(NamedTuple):
+    """What drawings are made of, one row for each drawing, class after class.
 
-
-def draw(split: str, seed: int) -> NDArray[np.uint8]:
-    """Draw every character of `split`, the same ones for the same `seed` (a non-negative integer).
-
-    Returns:
-        uint8 `[C, 20, 28, 28]`, 0 (ink) to 255 (paper), classes in the order of :func:`names`.
+    Attributes:
+        knots: [N, STROKES, KNOTS, 2], in pixels of the canvas.
+        present: bool [N, STROKES], which strokes exist.
+        radius: [N] of the pen, in pixels of the canvas.
     """
+
+    knots: Floats
+    present: NDArray[np.bool_]
+    radius: Floats
+
+
+def strokes(split: str, seed: int) -> Strokes:
+    """The strokes of all drawings of `split`, the same ones for the same `seed` (a non-negative integer)."""
     alphabets = [name.partition("/")[0] for name in names(split)]
-    return np.concatenate(
-        [
-            # Each alphabet has its own generator: the splits are independent of each other.
-            _draw_alphabet(
-                np.random.default_rng([seed, int(alphabet.removeprefix("Glyphs"))]),
-                alphabets.count(alphabet),
-            )
-            for alphabet in dict.fromkeys(alphabets)
-        ]
-    )
-
-
-def _draw_alphabet(rng: np.random.Generator, characters: int) -> NDArray[np.uint8]:
-    """Draw `[characters, 20, 28, 28]`: prototypes from one pool of strokes, then each drawing."""
-    knots, present = _prototypes(rng, _stroke_pool(rng), characters)
-    return _render(rng, _drawings(rng, knots), present)
+    drawn = []
+    for alphabet in dict.fromkeys(alphabets):
+        # Each alphabet has its own generator: the splits are independent of each other.
+        rng = np.random.default_rng([seed, int(alphabet.removeprefix("Glyphs"))])
+        characters, present = _prototypes(rng, _stroke_pool(rng), alphabets.count(alphabet))
+        knots = _drawings(rng, characters)
+        drawn.append((knots, np.repeat(present, DRAWINGS, axis=0), rng.uniform(*PEN_RADIUS, len(knots))))
+    return Strokes(*map(np.concatenate, zip(*drawn, strict=True)))
 
 
 def _stroke_pool(rng: np.random.Generator) -> Floats:
@@ -177,7 +176,7 @@ def _prototypes(rng: np.random.Generator, pool: Floats, characters: int) -> tupl
 
 
 def _drawings(rng: np.random.Generator, knots: Floats) -> Floats:
-    """Vary `[C, STROKES, KNOTS, 2]` prototypes into `[C, DRAWINGS, STROKES, KNOTS, 2]`."""
+    """Vary `[C, STROKES, KNOTS, 2]` prototypes into `[C * DRAWINGS, STROKES, KNOTS, 2]`."""
     characters = len(knots)
     each = (characters, DRAWINGS)
     varied = knots[:, None] + EXTENT * (
@@ -192,7 +191,7 @@ def _drawings(rng: np.random.Generator, knots: Floats) -> Floats:
     affine = slant @ rotation.reshape(*each, 2, 2)
     place = CANVAS / 2 + EXTENT * rng.normal(0.0, TRANSLATION, (*each, 1, 1, 2))
     drawings: Floats = varied @ affine[:, :, None] + place
-    return drawings
+    return drawings.reshape(-1, STROKES, KNOTS, 2)
 
 
 def _spline() -> Floats:
@@ -217,22 +216,19 @@ def _spline() -> Floats:
     return weights[:, 1:-1]
 
 
-def _render(rng: np.random.Generator, knots: Floats, present: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Draw `[C, DRAWINGS, STROKES, KNOTS, 2]` with a round pen, then shrink to 28 x 28."""
-    characters = len(knots)
-    points = _spline() @ knots
-    drawing, stroke = np.nonzero(np.repeat(present, DRAWINGS, axis=0))
-    points = points.reshape(-1, STROKES, SAMPLES, 2)[drawing, stroke]
+def _render(strokes: Strokes, positions: list[int]) -> NDArray[np.uint8]:
+    """Draw the drawings at N positions with a round pen, then shrink them to uint8 `[N, 1, 28, 28]`."""
+    drawing, stroke = np.nonzero(strokes.present[positions])
+    points = (_spline() @ strokes.knots[positions])[drawing, stroke]
+    radius = strokes.radius[positions][drawing]
     reach = int(max(PEN_RADIUS))
     side = CANVAS + 2 * BORDER
     pixel = np.clip(np.rint(points).astype(np.intp) + BORDER, reach, side - 1 - reach)
     index = (drawing[:, None] * side + pixel[..., 1]) * side + pixel[..., 0]
-    radius = rng.uniform(*PEN_RADIUS, characters * DRAWINGS)[drawing]
-    canvas = np.full((characters * DRAWINGS, side, side), 255, np.uint8)
+    canvas = np.full((len(positions), side, side), 255, np.uint8)
     ink = canvas.reshape(-1)
     for down in range(-reach, reach + 1):
         for right in range(-reach, reach + 1):
             ink[index[radius >= np.hypot(down, right)] + down * side + right] = 0
     inside = slice(BORDER, BORDER + CANVAS)
-    small = np.stack([shrink(Image.fromarray(picture[inside, inside])) for picture in canvas])
-    return small.reshape(characters, DRAWINGS, SIZE, SIZE)
+    return np.stack([shrink(Image.fromarray(picture[inside, inside]))[None] for picture in canvas])

@@ -19,6 +19,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 SIZE = 28  # pixels, side of what the networks see
+FILTER = Image.Resampling.LANCZOS  # as in the released code
 
 
 @dataclass(frozen=True)
@@ -129,20 +130,20 @@ class ImageSet:
         images: uint8 [N, C, 28, 28] on the CPU, one channel or three, 0 to 255.
         sizes: images of each class, N in all.
         classes: names of the classes; a class id is a position in here.
-        manifest: sha256 hex digest: two sets of equal manifest hold the same images in the same order.
         normalisation: of pixels; None for mean and standard deviation of the background split.
         default_classes: classes in use, the first ones, where nobody asks for others; None for all.
-        notes: what `config.json` says of the set beside its name and manifest.
+        notes: what `config.json` says of the set beside its name and data hash.
+        data_hash: sha256, hexadecimal, of class names, sizes, shape and pixels, computed where none is given.
     """
 
     name: str
     images: Tensor
     sizes: tuple[int, ...]
     classes: tuple[str, ...]
-    manifest: str
     normalisation: Normalisation | None = None
     default_classes: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    data_hash: str = ""
 
     def __post_init__(self) -> None:
         images = self.images
@@ -153,22 +154,17 @@ class ImageSet:
             raise ValueError(f"{len(self.classes)} classes of {sum(self.sizes)} images; {len(images)} images")
         if min(self.sizes) < 1 or len(set(self.classes)) < len(self.classes):
             raise ValueError("a class has no images, or two have the same name")
+        if not self.data_hash:
+            digest = hashlib.sha256(repr((self.classes, self.sizes, list(images.shape))).encode())
+            digest.update(images.contiguous().numpy().data)
+            object.__setattr__(self, "data_hash", digest.hexdigest())
 
     @classmethod
     def of(cls, name: str, classes: Mapping[str, Tensor | NDArray[np.uint8]], **fields: Any) -> ImageSet:
         """A set of images by the name of their class: uint8 [D, 28, 28], or [D, C, 28, 28]."""
         parts = [torch.as_tensor(part) for part in classes.values()]
         images = torch.cat([part.unsqueeze(1) if part.ndim == 3 else part for part in parts])
-        return cls.hashed(name, images, tuple(map(len, parts)), tuple(classes), **fields)
-
-    @classmethod
-    def hashed(
-        cls, name: str, images: Tensor, sizes: tuple[int, ...], classes: tuple[str, ...], **fields: Any
-    ) -> ImageSet:
-        """A set whose manifest is a hash of class names, sizes and pixels."""
-        digest = hashlib.sha256(repr((classes, sizes, list(images.shape))).encode())
-        digest.update(images.contiguous().numpy().data)
-        return cls(name, images, sizes, classes, digest.hexdigest(), **fields)
+        return cls(name, images, tuple(map(len, parts)), tuple(classes), **fields)
 
     def __len__(self) -> int:
         """Number of classes."""
@@ -200,7 +196,7 @@ class ImageSet:
         return self.first(wanted)
 
     def first(self, classes: int) -> ImageSet:
-        """The set without the classes after the first `classes`; manifest and notes are those of all."""
+        """The set without the classes after the first `classes`; data hash and notes are those of all."""
         sizes = self.sizes[:classes]
         return replace(self, images=self.images[: sum(sizes)], sizes=sizes, classes=self.classes[:classes])
 
@@ -237,7 +233,7 @@ class ImageSet:
 
     def about(self) -> dict[str, Any]:
         """What `config.json` says of it; a run is resumed with data of the same."""
-        return {"data": self.name, "manifest": self.manifest, **self.notes}
+        return {"data": self.name, "data_hash": self.data_hash, **self.notes}
 
     def pool(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pool:
         """All images on `device` as network inputs, [N, C, 28, 28], normalised."""
@@ -287,6 +283,6 @@ def shrink(picture: Image.Image) -> NDArray[np.uint8]:
     to this one, as the filter treats each channel alone.
     """
     grey = picture.mode != "RGB"
-    small = (picture.convert("L") if grey else picture).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    small = (picture.convert("L") if grey else picture).resize((SIZE, SIZE), FILTER)
     pixels = np.array(small, dtype=np.uint8)
     return pixels if grey else pixels.transpose(2, 0, 1)

@@ -431,7 +431,7 @@ def test_what_would_change_numbers_is_refused_by_name(
     Path("ANML.net").write_bytes((models / "ANML.net").read_bytes())
     config = json.loads((folder / "config.json").read_text())
     for damage, message in (
-        ({"manifest": "0" * 64}, "manifest"),
+        ({"data_hash": "0" * 64}, "data_hash"),
         ({"models": None}, "--model"),
         ({"models": [5]}, "ANML.net is another file"),
         ({"arguments": {"steps": 5}}, "unknown key 'steps'"),
