@@ -29,10 +29,16 @@ import numpy as np
 import torch
 
 from datasets import ImageSet, Pool, load_images
+from datasets.task_sampler import (
+    check_episode,
+    check_trajectory,
+    longest_share,
+    sample_episode,
+    sample_trajectory,
+)
 from evaluation.monitor import gate_statistics, validate
 from flags.training import Training
 from model.check import check_network
-from model.episodes import check_episode, check_trajectory, longest_share, sample_episode, sample_trajectory
 from model.fast import Backend, capture, meta_loss, use_backend
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore

@@ -24,9 +24,9 @@ from functools import partial
 import torch
 
 from datasets import Pool, load_images
+from datasets.task_sampler import shuffled_batches
 from flags.pretraining import Pretraining
 from model.check import check_network
-from model.episodes import shuffled_batches
 from model.fast import meta_loss, use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, build, restore

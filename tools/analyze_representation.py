@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from datasets import ImageSet, Pool, load_images
+from datasets.task_sampler import Task, sample_task
 from evaluation.plots import (
     activations_figure,
     class_gates_figure,
@@ -31,7 +32,6 @@ from evaluation.plots import (
 )
 from evaluation.targets import REPRESENTATION, read_targets
 from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
-from model.episodes import Task, sample_task
 from model.fast import use_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, restore_model

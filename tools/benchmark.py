@@ -40,9 +40,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.characters import DRAWINGS
 from datasets.images import SIZE, normalise
+from datasets.task_sampler import sample_task, sample_trajectory
 from flags.evaluation import SCHEDULE, Evaluation
 from flags.training import Training
-from model.episodes import sample_task, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather

@@ -23,7 +23,7 @@ import pretrain_classification
 from datasets import DATASETS, OMNIGLOT, ImageSet, Normalisation, Pool, Source, load_images
 from datasets.characters import CLASSES
 from datasets.images import shrink
-from model.episodes import sample_episode, sample_task, sample_trajectory, shuffled_batches
+from datasets.task_sampler import sample_episode, sample_task, sample_trajectory, shuffled_batches
 from model.meta_test import CHUNK, FrozenOutputs
 from model.modelfactory import build, load_network, trained_parameters
 from tests.conftest import TINY, assert_same_run

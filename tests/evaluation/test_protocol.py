@@ -21,10 +21,10 @@ from torch import Tensor
 
 import evaluate_classification
 import model.meta_test
+from datasets.task_sampler import Task, sample_task
 from evaluation.journal import Journal, Key, columns
 from evaluation.results import read_results
 from flags.evaluation import Evaluation
-from model.episodes import Task, sample_task
 from model.fast import Backend, learner, use_backend
 from model.meta_test import FrozenOutputs, MetaTest
 from model.modelfactory import Network, build

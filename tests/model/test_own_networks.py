@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import evaluate_classification
 import mrcl_classification
 import pretrain_classification
+from datasets.task_sampler import sample_trajectory
 from model.check import check_network
-from model.episodes import sample_trajectory
 from model.fast import meta_loss, use_backend
 from model.layers import ConvBlock
 from model.learner import Settings

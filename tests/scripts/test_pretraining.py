@@ -19,8 +19,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pretrain_classification
+from datasets.task_sampler import shuffled_batches
 from flags.pretraining import Pretraining
-from model.episodes import shuffled_batches
 from model.modelfactory import build
 from model.optimizer import Adam
 from model.supervised import Batch, supervised_step

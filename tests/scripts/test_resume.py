@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mrcl_classification
-from model.episodes import Trajectory, sample_trajectory
+from datasets.task_sampler import Trajectory, sample_trajectory
 from model.modelfactory import load_network
 from model.training_state import load_state, save_state
 from tests.conftest import EDITORS, Trainer, assert_same_run, rows
