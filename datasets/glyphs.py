@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.cache import cached
-from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
 from datasets.images import OMNIGLOT, ImageSet, shrink
+from datasets.omniglot import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
 from datasets.options import Option
 
 ALPHABETS = {"background": 30, "evaluation": 20}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import math
+import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,11 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UserError
 
+# What zipfile and Pillow raise on damaged input, beside UserError's own causes.
+DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+SPLITS = ("background", "evaluation")  # for meta-training and for meta-test, without a common class
 SIZE = 28  # pixels, side of what the networks see
 FILTER = Image.Resampling.LANCZOS  # as in the released code
 
@@ -81,12 +100,10 @@ class Pool:
     Attributes:
         rows: [N, ...].
         sizes: images of each class, N in all.
-        names: of the classes, where somebody knows them.
     """
 
     rows: Tensor
     sizes: tuple[int, ...]
-    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, images: Pool | Tensor) -> Pool:
@@ -238,7 +255,7 @@ class ImageSet:
     def pool(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pool:
         """All images on `device` as network inputs, [N, C, 28, 28], normalised."""
         normalise = self.normalisation or OMNIGLOT
-        return Pool(normalise(self.images.to(device)).to(dtype), self.sizes, self.classes)
+        return Pool(normalise(self.images.to(device)).to(dtype), self.sizes)
 
 
 IMAGE_SHAPES = [(channels, SIZE, SIZE) for channels in (1, 3)]
@@ -286,3 +303,12 @@ def shrink(picture: Image.Image) -> NDArray[np.uint8]:
     small = (picture.convert("L") if grey else picture).resize((SIZE, SIZE), FILTER)
     pixels = np.array(small, dtype=np.uint8)
     return pixels if grey else pixels.transpose(2, 0, 1)
+
+
+def reason(error: BaseException, kind: str = "") -> str:
+    """Say what went wrong, without the addresses and paths in some libraries' messages."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a {kind} picture".replace("  ", " ")
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import io
 import logging
 import os
 import re
-import socket
-import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -27,24 +26,33 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.cache import cached
-from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
-from datasets.decoding import DAMAGE, reason
-from datasets.images import OMNIGLOT, SIZE, ImageSet, shrink
+from datasets.images import DAMAGE, OMNIGLOT, SIZE, ImageSet, reason, shrink
 from utils.errors import UserError
+from utils.files import atomic_write
 
 log = logging.getLogger("anml")
 
+CLASSES = {"background": 964, "evaluation": 659}
+"""Characters of each split of Omniglot (Lake et al. 2015)."""
+
+DEFAULT_CLASSES = {"background": 963, "evaluation": 650}
+"""Characters that the paper meta-trains on, and that the released code draws meta-tests from."""
+
+DRAWINGS = 20  # of each character, each by another person
+CANVAS = 105  # pixels, side of a drawing as published
 DRAWING_NAME = re.compile(r"[^/]+/character\d\d/\d{4}_\d\d\.png")
-NETWORK_TIMEOUT = 30.0  # seconds without a byte
+
+URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+"""Where the authors' zips are."""
+
+MD5 = {"background": "68d2efa1b9178cc56df9314c21c6e718", "evaluation": "6b91aef0f799c5bb55b94e3f2daec811"}
+TIMEOUT = 30.0  # seconds without a byte
 
 
 class Drawing(NamedTuple):
-    """One PNG file.
+    """One PNG file: its name, such as `Alphabet/character01/0709_01.png`, and its path in the folder or zip.
 
-    Attributes:
-        name: `Alphabet/character01/0709_01.png`.
-        member: its path in the folder or zip.
-        stamp: its size, and its modification time (ns) in a folder or its CRC-32 in a zip.
+    Its stamp is its size with its modification time (ns) in a folder, or with its CRC-32 in a zip.
     """
 
     name: str
@@ -54,8 +62,6 @@ class Drawing(NamedTuple):
 
 def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
     """Omniglot, which is downloaded where it is missing.
-
-    It comes from `images_<split>/`, else its zip, in :func:`_places`, else a download.
 
     Args:
         split: `background` or `evaluation`; nothing of the other split is touched.
@@ -71,8 +77,7 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
     place = _find(split, root)
     try:
         with contextlib.nullcontext() if place.is_dir() else zipfile.ZipFile(place) as archive:
-            found = _of_folder(place) if archive is None else _of_zip(archive)
-            drawings = sorted(found, key=lambda drawing: drawing.name.split("/"))
+            drawings = sorted(_scan(place, archive), key=lambda drawing: drawing.name.split("/"))
             classes = _check(place, drawings, CLASSES[split])
 
             def make(positions: Sequence[int]) -> NDArray[np.uint8]:
@@ -129,92 +134,58 @@ def _places(root: Path) -> list[Path]:
 
 
 def _download(split: str, archive: Path) -> None:
-    """Download and md5-check a split's official zip; `archive` appears complete or not at all."""
-    # Only here: torchvision takes a second to import, and a start from the cache does without.
-    import torchvision.datasets
-
-    # Whatever is unfinished stays in a temporary folder on the same disk, and goes with it.
-    nearest = next(parent for parent in archive.absolute().parents if parent.exists())
+    """Download a split's official zip; `archive` appears complete or not at all."""
     log.info("downloading Omniglot's %s split to %s", split, archive)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
-        with (
-            tempfile.TemporaryDirectory(
-                prefix=".omniglot-", dir=nearest, ignore_cleanup_errors=True
-            ) as temporary,
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            torchvision.datasets.Omniglot(temporary, background=split == "background", download=True)
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            Path(temporary, "omniglot-py", archive.name).replace(archive)
-    except (*DAMAGE, http.client.HTTPException) as error:
+        with urlopen(f"{URL}/images_{split}.zip", timeout=TIMEOUT) as reply:  # noqa: S310 (a fixed address)
+            content = reply.read()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[split]:
+            raise ValueError(f"{URL} sent another file than the published one")
+    except (*DAMAGE, HTTPException) as error:
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
         raise UserError(
             f"{archive} is missing and cannot be downloaded ({reason(error)}); connect to the "
             "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    with atomic_write(archive) as file:
+        file.write(content)
 
 
-def _of_folder(place: Path) -> Iterator[Drawing]:
-    """The drawings of an extracted split.
+def _scan(place: Path, archive: zipfile.ZipFile | None) -> Iterator[Drawing]:
+    """All PNG files of a folder, or of the zip `archive` at `place`; hidden ones are left out.
 
-    Any folders may lie between `place` and the alphabets: "Extract All" of `images_background.zip` makes
-    `images_background/images_background`.
+    Any folders may lead to the alphabets: a zip may be packed anew, and "Extract All" of
+    `images_background.zip` makes `images_background/images_background`.
     """
-    for folder, _, files in os.walk(place, followlinks=True):
-        for file in filter(_is_drawing, files):
-            path = Path(folder, file)
-            status = path.stat()
-            member = path.relative_to(place).as_posix()
-            yield Drawing("/".join(path.parts[-3:]), member, (status.st_size, status.st_mtime_ns))
-
-
-def _of_zip(archive: zipfile.ZipFile) -> Iterator[Drawing]:
-    """The drawings of a zip, official or packed anew: any path may lead to `<alphabet>/`."""
-    for info in archive.infolist():
-        parts = info.filename.replace("\\", "/").split("/")  # some programs write backslashes
-        if _is_drawing(parts[-1]):
-            yield Drawing("/".join(parts[-3:]), info.filename, (info.file_size, info.CRC))
-
-
-def _is_drawing(file_name: str) -> bool:
-    """Tell pictures from the notes, thumbnails and hidden files that people and systems add."""
-    return file_name.lower().endswith(".png") and not file_name.startswith(".")
+    if archive is None:
+        status = [(path.relative_to(place).as_posix(), path.stat()) for path in place.rglob("*.png")]
+        found = [(member, (now.st_size, now.st_mtime_ns)) for member, now in status]
+    else:
+        found = [(info.filename, (info.file_size, info.CRC)) for info in archive.infolist()]
+    for member, stamp in found:
+        parts = member.replace("\\", "/").split("/")  # some programs write backslashes
+        if parts[-1].lower().endswith(".png") and not parts[-1].startswith("."):
+            yield Drawing("/".join(parts[-3:]), member, stamp)
 
 
 def _check(place: Path, drawings: list[Drawing], classes: int) -> tuple[str, ...]:
-    """Check names and counts of the sorted drawings, and return the classes' names, sorted."""
-    files: defaultdict[str, list[Drawing]] = defaultdict(list)
+    """The names of the classes, sorted as the drawings are. Raises UserError for a wrong name or number."""
+    members: defaultdict[str, list[str]] = defaultdict(list)
     for drawing in drawings:
         if not DRAWING_NAME.fullmatch(drawing.name):
             raise _fault(place, "not named ALPHABET/characterNN/NNNN_NN.png as in Omniglot", drawing.member)
-        files[drawing.name.rpartition("/")[0]].append(drawing)
-    for members in files.values():
-        if len(members) != DRAWINGS:
-            numbers = {int(drawing.name[-6:-4]) for drawing in members}
-            absent = [f"_{k:02d}.png" for k in range(1, DRAWINGS + 1) if k not in numbers]
-            raise _fault(
-                place,
-                f"{len(members)} drawings instead of {DRAWINGS}"
-                + (f", {', '.join(absent)} missing" if absent else ""),
-                members[0].member.rpartition("/")[0],
-            )
-    for character in files:
-        before = f"{character[:-2]}{int(character[-2:]) - 1:02d}"
-        if not before.endswith("00") and before not in files:
-            raise _fault(place, f"{before} is missing or has no drawings")
-    if len(files) != classes:
-        alphabets = len({character.partition("/")[0] for character in files})
+        members[drawing.name.rpartition("/")[0]].append(drawing.member)
+    for files in members.values():
+        if len(files) != DRAWINGS:
+            folder = files[0].rpartition("/")[0]
+            raise _fault(place, f"{len(files)} drawings instead of {DRAWINGS}", folder)
+    if len(members) != classes:
+        alphabets = len({name.partition("/")[0] for name in members})
         raise _fault(
-            place,
-            f"{len(files)} characters in {alphabets} alphabets instead of {classes} characters",
+            place, f"{len(members)} characters in {alphabets} alphabets instead of {classes} characters"
         )
-    return tuple(files)
+    return tuple(members)
 
 
 def _decode(content: bytes) -> NDArray[np.uint8]:

@@ -38,8 +38,8 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.characters import DRAWINGS
 from datasets.images import SIZE, normalise
+from datasets.omniglot import DRAWINGS
 from datasets.task_sampler import sample_task, sample_trajectory
 from flags.evaluation import SCHEDULE, Evaluation
 from flags.training import Training

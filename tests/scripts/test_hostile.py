@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import Source, omniglot
-from datasets.characters import CLASSES
+from datasets.omniglot import CLASSES
 from evaluation.journal import Journal
 from evaluation.results import read_results, write_results
 from flags.common import DataFlags, RunFlags
