@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from datasets import ImageSet, Pool, load_images
+from datasets import ImageSet, Pool
 from evaluation.journal import Journal
 from evaluation.models import (
     Model,
@@ -134,11 +134,11 @@ def main() -> None:
     source = args.source()
     warn_of_other_data(models, source)
     normalisation = None if args.scratch else net.normalisation
-    images = group.one_before_others(lambda: load_images(source, "evaluation", normalisation))
+    images = group.one_before_others(lambda: source.load("evaluation", normalisation))
     sets = {"evaluation": images.limited(args.test_classes, "--test_classes")}
     data = images.about()
     if kind.fit or (args.lr is None and args.lr_search_split == "background"):
-        background = group.one_before_others(lambda: load_images(source, "background", normalisation))
+        background = group.one_before_others(lambda: source.load("background", normalisation))
         most = FITTED if kind.fit else net.num_outputs if kind.takes_steps else len(background)
         sets["background"] = background.first(most)
         data |= {"search_data": background.name, "search_data_hash": background.data_hash}

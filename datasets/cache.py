@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import sys
@@ -13,29 +14,31 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from utils.errors import UserError
 from utils.files import atomic_write
 
 log = logging.getLogger("anml")
 
 PART = 500  # images made at a time
-SECONDS = 0.03  # for comparing images with those of the cache; four are compared however long they take
+SECONDS = 0.03  # for images made anew before a cache is used; four are made however long they take
 Make = Callable[[Sequence[int]], NDArray[np.uint8]]
 
 
-def cached(folder: Path, name: str, key: str, count: int, make: Make) -> NDArray[np.uint8]:
+def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> NDArray[np.uint8]:
     """The images `make(range(count))`, uint8 [count, ...], from `folder / NAME.npz` if it holds them.
 
     Before the file is used, up to 20 of its images from the first to the last are made anew. Where one of
-    them differs, the code that prepares images has changed. The file is then built again, as it is where it
-    is damaged or has another key. One line of the log says why.
+    them differs, the code that prepares images has changed, and the file is built again. So is a file that
+    is damaged or of another origin. One line of the log says why.
 
     Args:
         name: of the data set; a folder keeps one file for each name.
-        key: hash of what the images are made of, such as names, sizes and times of files.
+        origin: what the images are made of, such as names, sizes and times of files.
         make: gives the images at some positions, uint8 [N, ...]. Its exceptions pass through.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    path = folder / f"{name}.npz"
+    path, key = folder / f"{name}.npz", hashlib.sha256(origin).hexdigest()
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             images, found = np.asarray(file["images"], np.uint8), str(file["key"])
@@ -44,22 +47,17 @@ def cached(folder: Path, name: str, key: str, count: int, make: Make) -> NDArray
         end = time.perf_counter() + SECONDS
         for number in range(20):  # the last image, those near a third and two thirds, the first, then others
             k = (19 + 7 * number) % 20 * (count - 1) // 19
-            if number > 3 and time.perf_counter() > end:
-                break
-            if not np.array_equal(make([k]), images[k : k + 1]):
+            if (number < 4 or time.perf_counter() < end) and not np.array_equal(make([k]), images[k : k + 1]):
                 raise ValueError("the code that prepares images has changed")
         return images
     except (FileNotFoundError, NotADirectoryError):
         log.info("%s: preparing %d images, once", name, count)
     except Exception as error:  # NumPy and zipfile raise many kinds on damaged bytes
         log.warning("%s: the cache %s is built again: %s", name, path, str(error) or type(error).__name__)
-    parts = tqdm(range(0, count, PART), name, leave=False, disable=not sys.stderr.isatty())
-    images = np.concatenate([make(range(count)[start : start + PART]) for start in parts])
-    try:
-        content = io.BytesIO()
-        np.savez(content, key=np.array(key), images=images)
-        with atomic_write(path) as file:
-            file.write(content.getbuffer())
-    except UserError as error:
-        log.warning("%s; without this cache (--cache_dir) every start prepares the images again", error)
+    bar = tqdm(range(0, count, PART), name, leave=False, disable=not sys.stderr.isatty())
+    images = np.concatenate([make(range(count)[start : start + PART]) for start in bar])
+    content = io.BytesIO()
+    np.savez(content, key=np.array(key), images=images)
+    with atomic_write(path) as target:
+        target.write(content.getbuffer())
     return images

@@ -91,10 +91,10 @@ def load(
             image[:] = _decode(pictures[position], channels)
         return images
 
-    key = hashlib.sha256(repr((channels, [(p.label, p.name, p.stamp) for p in pictures])).encode())
+    origin = repr((channels, [(p.label, p.name, p.stamp) for p in pictures])).encode()
     home = root.resolve()
     name = re.sub(r"[^\w.]", "_", home.name) + "-" + hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-    pixels = cached(cache_dir, name, key.hexdigest(), len(pictures), make)
+    pixels = cached(cache_dir, name, origin, len(pictures), make)
     if channels is None and np.array_equal(pixels, pixels[:, :1].repeat(3, 1)):
         pixels = pixels[:, :1]
     _report_leaks(root, pictures, pixels, placed)

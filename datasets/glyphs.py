@@ -10,7 +10,6 @@ nearest of 15 examples per class.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -61,15 +60,11 @@ def load(
         cache_dir: see :func:`datasets.cache.cached`.
         glyph_seed: other seeds are other characters.
     """
-    shapes = strokes(split, glyph_seed)
-    key = hashlib.sha256(b"".join(part.tobytes() for part in shapes))
-    images = cached(
-        cache_dir,
-        f"glyphs-{split}",
-        key.hexdigest(),
-        CLASSES[split] * DRAWINGS,
-        lambda positions: _render(shapes, list(positions)),
-    )
+    drawn = _strokes(split, glyph_seed)
+    # Few images may differ where a constant has changed, so the cache belongs to the strokes of all images.
+    origin = b"".join(part.tobytes() for part in drawn)
+    count = CLASSES[split] * DRAWINGS
+    images = cached(cache_dir, f"glyphs-{split}", origin, count, lambda some: _render(drawn, list(some)))
     return ImageSet(
         f"glyphs {split} (seed {glyph_seed})",
         torch.from_numpy(images),
@@ -95,7 +90,7 @@ def names(split: str) -> tuple[str, ...]:
     )
 
 
-class Strokes(NamedTuple):
+class _Strokes(NamedTuple):
     """What drawings are made of, one row for each drawing, class after class.
 
     Attributes:
@@ -109,7 +104,7 @@ class Strokes(NamedTuple):
     radius: Floats
 
 
-def strokes(split: str, seed: int) -> Strokes:
+def _strokes(split: str, seed: int) -> _Strokes:
     """The strokes of all drawings of `split`, the same ones for the same `seed` (a non-negative integer)."""
     alphabets = [name.partition("/")[0] for name in names(split)]
     drawn = []
@@ -119,7 +114,7 @@ def strokes(split: str, seed: int) -> Strokes:
         characters, present = _prototypes(rng, _stroke_pool(rng), alphabets.count(alphabet))
         knots = _drawings(rng, characters)
         drawn.append((knots, np.repeat(present, DRAWINGS, axis=0), rng.uniform(*PEN_RADIUS, len(knots))))
-    return Strokes(*map(np.concatenate, zip(*drawn, strict=True)))
+    return _Strokes(*map(np.concatenate, zip(*drawn, strict=True)))
 
 
 def _stroke_pool(rng: np.random.Generator) -> Floats:
@@ -216,7 +211,7 @@ def _spline() -> Floats:
     return weights[:, 1:-1]
 
 
-def _render(strokes: Strokes, positions: list[int]) -> NDArray[np.uint8]:
+def _render(strokes: _Strokes, positions: list[int]) -> NDArray[np.uint8]:
     """Draw the drawings at N positions with a round pen, then shrink them to uint8 `[N, 1, 28, 28]`."""
     drawing, stroke = np.nonzero(strokes.present[positions])
     points = (_spline() @ strokes.knots[positions])[drawing, stroke]

@@ -90,8 +90,8 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
                         raise _fault(place, reason(error, "PNG"), member) from error
                 return images
 
-            key = hashlib.sha256(repr([(drawing.name, drawing.stamp) for drawing in drawings]).encode())
-            images = cached(cache_dir, f"omniglot-{split}", key.hexdigest(), len(drawings), make)
+            origin = repr([(drawing.name, drawing.stamp) for drawing in drawings]).encode()
+            images = cached(cache_dir, f"omniglot-{split}", origin, len(drawings), make)
     except DAMAGE as error:
         raise _fault(place, reason(error, "PNG")) from error
     return ImageSet(

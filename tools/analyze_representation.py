@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from datasets import ImageSet, Pool, load_images
+from datasets import ImageSet, Pool
 from datasets.task_sampler import Task, sample_task
 from evaluation.plots import (
     activations_figure,
@@ -155,7 +155,7 @@ def main() -> None:
     device = choose_device(args.device, args.threads)
     net, step = network(args)
     backend = use_backend(net, args.backend, device)
-    images = load_images(args.source(), "evaluation", net.normalisation)
+    images = args.source().load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     args.test_classes = len(images)
     images.require(

@@ -8,11 +8,8 @@ import logging
 import os
 import re
 import shutil
-import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from datasets import DATASETS, OMNIGLOT, ImageSet, Source, folder, glyphs, images, load_images, omniglot
+from datasets import DATASETS, OMNIGLOT, ImageSet, Source, folder, glyphs, images, omniglot
 from datasets.cache import Make, cached
 from datasets.omniglot import CLASSES
 from utils.errors import UserError
@@ -75,14 +72,15 @@ def archive_of(root: Path) -> Path:
     return root / "omniglot-py" / "images_background.zip"
 
 
-def pack(
-    folder: Path, archive: Path, *, prefix: str = "images_background/", directories: bool = False
-) -> None:
+def pack(folder: Path, archive: Path, *, prefix: str = "images_background/") -> None:
     """Zip a split, in reversed order so that nothing relies on the order of entries."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted(folder.rglob("*"), reverse=True):
-            if directories or path.is_file():
-                file.write(path, prefix + path.relative_to(folder).as_posix())
+            info = zipfile.ZipInfo()  # as its constructor is given a name, it takes backslashes out
+            info.filename = prefix + path.relative_to(folder).as_posix() + "/" * path.is_dir()
+            if "\\" in prefix:
+                info.filename = info.filename.replace("/", "\\")
+            file.writestr(info, path.read_bytes() if path.is_file() else b"")
 
 
 def to_zip(root: Path) -> Path:
@@ -93,7 +91,7 @@ def to_zip(root: Path) -> Path:
 
 
 def load(root: Path, cache_dir: Path | None = None) -> ImageSet:
-    return load_images(Source("omniglot", root, cache_dir or root.parent / "cache"), "background")
+    return Source("omniglot", root, cache_dir or root.parent / "cache").load("background")
 
 
 def refused(root: Path) -> str:
@@ -124,15 +122,12 @@ def test_folders(root: Path, template: Path, caplog: pytest.LogCaptureFixture) -
     assert f"6 classes of 20 grey images, data hash {characters.data_hash}" in caplog.text
 
 
-@pytest.mark.parametrize("directories", [False, True])
-@pytest.mark.parametrize("prefix", ["images_background/", "", "python/images_background/"])
-def test_a_zip_however_packed_equals_the_folders(root: Path, prefix: str, directories: bool) -> None:
+@pytest.mark.parametrize("prefix", ["", "python/images_background/", "images_background\\"])
+def test_a_zip_however_packed_equals_the_folders(root: Path, prefix: str) -> None:
     from_folders = load(root)
-    pack(folder_of(root), archive_of(root), prefix=prefix, directories=directories)
+    pack(folder_of(root), archive_of(root), prefix=prefix)
     shutil.rmtree(folder_of(root))
-    from_zip = load(root)
-    assert torch.equal(from_zip.images, from_folders.images)
-    assert from_zip.data_hash == from_folders.data_hash
+    assert load(root).data_hash == from_folders.data_hash
     assert not folder_of(root).exists(), "a zip is read in memory"
 
 
@@ -158,10 +153,6 @@ def test_the_data_hash_is_one_of_names_sizes_and_pixels() -> None:
     assert len({images.data_hash, *(one.data_hash for one in others)}) == 5
 
 
-def garbage(file: Path) -> None:
-    file.write_bytes(b"not a picture")
-
-
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-30])
 
@@ -172,34 +163,32 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def small(file: Path) -> None:
-    Image.new("1", (28, 28)).save(file)
+def with_another(file: Path) -> None:
+    shutil.copytree(file.parent, file.parent.with_name("character04"))
 
 
-def nameless(file: Path) -> None:
-    file.rename(file.with_name("drawing.png"))
-
-
-def without_character(file: Path) -> None:
-    shutil.rmtree(file.parent)
-
-
-def without_alphabet(file: Path) -> None:
-    shutil.rmtree(file.parent.parent)
+def empty(file: Path) -> None:
+    for alphabet in file.parents[2].iterdir():
+        shutil.rmtree(alphabet)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
 @pytest.mark.parametrize(
     ("damage", "where", "what"),
     [
-        (garbage, "/Beta/character02/0005_07.png", "not a PNG picture"),
+        (lambda file: file.write_text("x"), "/Beta/character02/0005_07.png", "not a PNG picture"),
         (cut, "/Beta/character02/0005_07.png", ""),
         (flip, "/Beta/character02/0005_07.png", ""),
-        (small, "/Beta/character02/0005_07.png", "28 x 28 pixels instead of 105 x 105"),
-        (nameless, "/Beta/character02/drawing.png", "not named"),
+        (
+            Image.new("1", (28, 28)).save,
+            "/Beta/character02/0005_07.png",
+            "28 x 28 pixels instead of 105",
+        ),
+        (lambda file: file.rename(file.with_name("x.png")), "/Beta/character02/x.png", "not named"),
         (Path.unlink, "/Beta/character02:", "19 drawings instead of 20"),
-        (without_character, "", "5 characters in 2 alphabets instead of 6"),
-        (without_alphabet, "", "3 characters in 1 alphabets instead of 6"),
+        (lambda file: shutil.rmtree(file.parent), "", "5 characters in 2 alphabets instead of 6"),
+        (with_another, "", "7 characters in 2 alphabets instead of 6"),
+        (empty, "", "0 characters in 0 alphabets instead of 6"),
     ],
 )
 def test_a_fault_is_named_with_its_file(
@@ -214,46 +203,21 @@ def test_a_fault_is_named_with_its_file(
     assert "restore it" in message
 
 
-def test_wrong_number_of_characters(root: Path) -> None:
-    extra = folder_of(root) / "Beta" / "character04"
-    shutil.copytree(folder_of(root) / "Beta" / "character03", extra)
-    assert "7 characters in 2 alphabets instead of 6" in refused(root)
-
-
-def test_an_empty_folder_is_not_replaced_by_a_download(tmp_path: Path) -> None:
-    folder_of(tmp_path / "root").mkdir(parents=True)
-    assert "0 characters" in refused(tmp_path / "root")
-
-
-def test_unreadable_drawings(root: Path) -> None:
-    victim = folder_of(root) / "Alpha" / "character01" / "0001_01.png"
-    victim.unlink()
-    victim.symlink_to("nowhere")
-    assert f"{folder_of(root)}: No such file" in refused(root)
-
-
-def test_damaged_zips(root: Path) -> None:
-    archive = to_zip(root)
-    whole = archive.read_bytes()
-    archive.write_bytes(whole[: len(whole) // 2])
-    assert f"{archive}: " in refused(root)
-    assert archive.stat().st_size == len(whole) // 2, "what is there is never downloaded over"
-    archive.write_bytes(b"")
-    assert f"{archive}: " in refused(root)
-
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("readme.txt", "no drawings")
-    assert "0 characters" in refused(root)
-
-
-def test_a_wrong_checksum_in_a_zip(root: Path) -> None:
-    archive = to_zip(root)
+def wrong_checksum(archive: Path) -> None:
     with zipfile.ZipFile(archive) as file:
         victim = file.infolist()[50]
     content = bytearray(archive.read_bytes())
-    content[victim.header_offset + 30 + len(victim.filename) + victim.compress_size // 2] ^= 255
+    content[victim.header_offset + 30 + len(victim.filename) + victim.file_size // 2] ^= 255
     archive.write_bytes(content)
-    assert f"{archive}:{victim.filename}: " in refused(root)
+
+
+@pytest.mark.parametrize("damage", [cut, wrong_checksum, lambda archive: archive.write_bytes(b"")])
+def test_a_damaged_zip_is_not_replaced_by_a_download(root: Path, damage: Callable[[Path], None]) -> None:
+    archive = to_zip(root)
+    damage(archive)
+    damaged = archive.read_bytes()
+    assert str(archive) in refused(root)
+    assert archive.read_bytes() == damaged
 
 
 def test_other_content_of_the_same_size_does_not_meet_the_old_cache(root: Path) -> None:
@@ -281,7 +245,7 @@ def load_own(split: str, root: Path, cache_dir: Path) -> ImageSet:
         return np.array([np.full((1, 28, 28), OWN.light - k % 5, np.uint8) for k in positions])
 
     return ImageSet(
-        f"own {split}", torch.from_numpy(cached(cache_dir, "own", "", 50, make)), (25, 25), ("a", "b")
+        f"own {split}", torch.from_numpy(cached(cache_dir, "own", b"", 50, make)), (25, 25), ("a", "b")
     )
 
 
@@ -342,10 +306,10 @@ def test_a_cache_is_used_where_it_holds_the_same(tmp_path: Path) -> None:
         made.extend(positions)
         return np.arange(1200, dtype=np.uint16).astype(np.uint8)[list(positions), None]
 
-    first = cached(tmp_path, "x", "k", 1200, make)
+    first = cached(tmp_path, "x", b"k", 1200, make)
     assert made == list(range(1200))
     made.clear()
-    assert np.array_equal(cached(tmp_path, "x", "k", 1200, make), first)
+    assert np.array_equal(cached(tmp_path, "x", b"k", 1200, make), first)
     assert {0, 1199} <= set(made)
     assert len(made) <= 20
 
@@ -386,44 +350,17 @@ def test_a_damaged_cache_is_built_again(
     assert warnings_of(caplog) == []
 
 
-@pytest.mark.parametrize("below", ["", "deeper"])
-def test_a_cache_that_cannot_be_written_only_warns(
-    root: Path, below: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    blocked = root.parent / "file"
-    blocked.write_text("in the way")
-    images = load(root, blocked / below).images
-    (warning,) = warnings_of(caplog)
-    assert str(blocked) in warning
-    assert torch.equal(images, load(root).images)
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def mirror(
-    tmp_path: Path, template: Path, few_classes: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
-    """A server on this machine in place of Omniglot's; its folder, with one zip."""
+def mirror(tmp_path: Path, template: Path, few_classes: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in place of the address of Omniglot's zips, with one of them."""
     served = tmp_path / "served"
     served.mkdir()
     archive = served / "images_background.zip"
     pack(template, archive)
-    handler = partial(QuietHandler, directory=str(served))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(omniglot, "URL", url)
-        md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-        monkeypatch.setitem(omniglot.MD5, "background", md5)
-        yield served
-        server.shutdown()
-        thread.join()
+    monkeypatch.setattr(omniglot, "URL", served.as_uri())
+    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(omniglot.MD5, "background", md5)
+    return served
 
 
 def test_download(tmp_path: Path, mirror: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -436,26 +373,17 @@ def test_download(tmp_path: Path, mirror: Path, capfd: pytest.CaptureFixture[str
 
     (mirror / "images_background.zip").unlink()
     assert torch.equal(load(root, tmp_path / "elsewhere").images, images)
+    assert "is missing and cannot be downloaded" in refused(tmp_path / "omniglot-py")
 
 
-@pytest.mark.parametrize("fault", ["damaged", "absent"])
-def test_a_failed_download_leaves_nothing(tmp_path: Path, mirror: Path, fault: str) -> None:
-    if fault == "damaged":
-        cut(mirror / "images_background.zip")
-    else:
-        (mirror / "images_background.zip").unlink()
+@pytest.mark.parametrize("fault", [cut, Path.unlink])
+def test_a_failed_download_leaves_nothing(
+    tmp_path: Path, mirror: Path, fault: Callable[[Path], None]
+) -> None:
+    fault(mirror / "images_background.zip")
     message = refused(tmp_path / "new" / "root")
     assert f"{archive_of(tmp_path / 'new' / 'root')} is missing" in message
     assert "root that has omniglot-py/" in message
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool) -> None:
-    monkeypatch.setattr(omniglot, "URL", (tmp_path / "no-server").as_uri())
-    root = tmp_path / "root"
-    if exists:
-        root.mkdir()
-    assert f"{archive_of(root)} is missing and cannot be downloaded" in refused(root)
 
 
 def test_a_root_that_is_a_file(tmp_path: Path) -> None:
@@ -499,12 +427,7 @@ def test_folders_that_unpacking_adds(root: Path, deeper: str) -> None:
     folder_of(root).rename(root / "unpacked")
     (folder_of(root) / deeper).parent.mkdir(parents=True)
     (root / "unpacked").rename(folder_of(root) / deeper)
-    beside = folder_of(root) / "__MACOSX/images_background/Alpha/character01/._0001_01.png"
-    beside.parent.mkdir(parents=True)
-    beside.touch()
-    after = load(root, root.parent / "other")
-    assert after.data_hash == before.data_hash
-    for point_at in (folder_of(root), folder_of(root) / "images_background"):
+    for point_at in (root, folder_of(root), folder_of(root) / "images_background"):
         assert load(point_at).data_hash == before.data_hash
     (folder_of(root) / deeper / "Beta/character02/0005_07.png").unlink()
     message = refused(root)
@@ -512,65 +435,36 @@ def test_folders_that_unpacking_adds(root: Path, deeper: str) -> None:
     assert f"remove {folder_of(root)} to have" in message
 
 
-def test_a_zip_with_backslashes(root: Path) -> None:
-    before = load(root)
-    with zipfile.ZipFile(archive_of(root), "w") as file:
-        for path in sorted(folder_of(root).rglob("*.png")):
-            info = zipfile.ZipInfo()
-            info.filename = str(path.relative_to(folder_of(root).parent)).replace("/", "\\")
-            file.writestr(info, path.read_bytes())
-    shutil.rmtree(folder_of(root))
-    assert load(root).data_hash == before.data_hash
-
-
 def test_a_download_goes_to_the_folder_pointed_at(tmp_path: Path, mirror: Path) -> None:
     load(tmp_path / "omniglot-py", tmp_path / "cache")
     assert archive_of(tmp_path).exists()
 
 
-@pytest.mark.parametrize(
-    ("dataset", "split"),
-    [("mnist", "background"), ("glyphs", "test")],
-)
-def test_wrong_arguments(tmp_path: Path, dataset: str, split: str) -> None:
-    with pytest.raises(UserError, match="choose"):
-        Source(dataset, tmp_path, tmp_path).load(split)
-
-
 def test_normalised() -> None:
-    images = torch.arange(256, dtype=torch.uint8).repeat(2 * 20 * 28 * 28 // 256 + 1)
-    images = images[: 2 * 20 * 28 * 28].reshape(40, 1, 28, 28)
-    characters = ImageSet("test", images, (20, 20), ("a", "b"), OMNIGLOT)
+    images = torch.arange(4 * 28 * 28).reshape(4, 1, 28, 28).to(torch.uint8)
+    characters = ImageSet("test", images, (2, 2), ("a", "b"), OMNIGLOT)
     exact = (images.numpy().astype(np.float64) - 0.92206 * 256) / (0.08426 * 256 * 256)
     mean, scale = np.float32(0.92206 * 256), np.float32(0.08426 * 256 * 256)
     expected = (images.numpy().astype(np.float32) - mean) / scale
     double = characters.pool("cpu", torch.float64).rows
-    assert double.shape == (40, 1, 28, 28)
+    assert double.dtype == torch.float64
     assert np.array_equal(double.numpy(), expected)
     single = characters.pool("cpu").rows
     assert single.dtype == torch.float32
     assert np.array_equal(single.numpy(), expected)
     assert np.allclose(expected, exact, rtol=1e-6, atol=1e-8)
-    assert characters.pool("meta").rows.shape == double.shape
     assert images.dtype == torch.uint8, "the set keeps its own images"
 
 
 def test_glyphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(cache: str = "cache", seed: int = 0) -> ImageSet:
-        return Source("glyphs", tmp_path / "absent", tmp_path / cache, {"glyph_seed": seed}).load(
-            "background"
-        )
+        return Source("glyphs", tmp_path, tmp_path / cache, {"glyph_seed": seed}).load("background")
 
     monkeypatch.setitem(CLASSES, "background", 30)
     first = load()
     assert first.images.shape == (30 * 20, 1, 28, 28)
-    assert first.images.dtype == torch.uint8
-    assert len(first) == 30
-    again = load("new")
-    assert torch.equal(first.images, again.images)
-    assert first.data_hash == again.data_hash
-    other = load(seed=1)
-    assert not torch.equal(first.images, other.images)
+    assert load("new").data_hash == first.data_hash
+    assert load(seed=1).data_hash != first.data_hash == load().data_hash
 
 
 def test_glyphs_look_like_omniglot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,12 +485,10 @@ def test_glyphs_look_like_omniglot(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_glyph_names() -> None:
     background, evaluation = glyphs.names("background"), glyphs.names("evaluation")
-    assert (len(background), len(evaluation)) == (964, 659)
-    assert list(background) == sorted(background)
-    assert list(evaluation) == sorted(evaluation)
+    for names, classes, alphabets in ((background, 964, 30), (evaluation, 659, 20)):
+        assert list(names) == sorted(set(names))
+        assert (len(names), len({name.partition("/")[0] for name in names})) == (classes, alphabets)
     assert not set(background) & set(evaluation)
-    for names, alphabets in ((background, 30), (evaluation, 20)):
-        assert len({name.partition("/")[0] for name in names}) == alphabets
 
 
 @pytest.mark.skipif(
@@ -607,7 +499,7 @@ def test_glyph_names() -> None:
 def test_real_omniglot(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = slice(None, None, 400)
 
-    def sample(_: Path, __: str, ___: str, count: int, make: Make) -> NDArray[np.uint8]:
+    def sample(_: Path, __: str, ___: bytes, count: int, make: Make) -> NDArray[np.uint8]:
         return make(range(count)[some]).repeat(400, 0)[:count]
 
     # All names and counts are checked; decoding all of it is left to the scripts.
