@@ -7,14 +7,13 @@ characters in alphabets: each folder that holds pictures is a class, named by it
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import re
 import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from datasets.cache import cached
-from datasets.images import DAMAGE, SIZE, SPLITS, ImageSet, reason, shrink
+from datasets.images import DAMAGE, SIZE, SPLITS, ImageSet, open_picture, reason, shrink
 from datasets.options import Option
 from utils.errors import UserError
 
@@ -36,8 +35,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other formats make Pi
 OTHER_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SHOWN = 3  # files or folders named in a message
 
-Label = tuple[str, ...]
-"""The path of a class folder below the root."""
+Label = tuple[str, ...]  # the path of a class folder below the root
+Placed = dict[Label, tuple[str, str]]  # the split and the name of each class
 
 
 class Picture(NamedTuple):
@@ -80,10 +79,12 @@ def load(
     """
     if channels == 2:
         raise UserError("--channels 2: choose 1 or 3")
-    found = _scan(root)
+    found, others = _scan(root)
     placed = _split_classes(root, sorted({picture.label for picture in found}), evaluation_classes, data_seed)
     pictures = [picture for picture in found if picture.label in placed]
-    _notice(root, "lie outside background/ and evaluation/", [p.path for p in found if p.label not in placed])
+    others += [picture.path.relative_to(root) for picture in found if picture.label not in placed]
+    if others:
+        log.warning("%s: %d files are no picture of a class: %s", root, len(others), _some(others))
 
     def make(positions: Sequence[int]) -> NDArray[np.uint8]:
         images = np.empty((len(positions), channels or 3, SIZE, SIZE), np.uint8)
@@ -119,8 +120,8 @@ def load(
     return sets
 
 
-def _scan(root: Path) -> list[Picture]:
-    """All pictures in folders below `root`, sorted by path; of other files there is a notice."""
+def _scan(root: Path) -> tuple[list[Picture], list[Path]]:
+    """All pictures in folders below `root`, sorted by path, and all other files."""
     pictures: list[Picture] = []
     others: list[Path] = []
 
@@ -138,14 +139,13 @@ def _scan(root: Path) -> list[Picture]:
                 stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
                 pictures.append(Picture(label, _readable(path.name), path, stamp))
             else:
-                others.append(path)
-    _notice(root, "are no pictures or in no class folder", others)
+                others.append(path.relative_to(root))
     if not pictures:
         raise UserError(
             f"{root} holds no pictures ({', '.join(SUFFIXES)}) in class folders: it takes "
             "background/CLASS/ and evaluation/CLASS/, or CLASS/ with --evaluation_classes"
         )
-    return sorted(pictures, key=lambda picture: (picture.label, picture.name))
+    return sorted(pictures, key=lambda picture: (picture.label, picture.name)), others
 
 
 def _leads_back(folder: Path) -> bool:
@@ -158,20 +158,12 @@ def _readable(name: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="backslashreplace"))
 
 
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
+def _some(names: Iterable[object]) -> str:
+    names = sorted(map(str, names))
     return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 
-def _notice(root: Path, why: str, files: Sequence[Path]) -> None:
-    if files:
-        names = _some(path.relative_to(root).as_posix() for path in files)
-        log.warning("%s: %d files do not count, since they %s: %s", root, len(files), why, names)
-
-
-def _split_classes(
-    root: Path, labels: Sequence[Label], evaluation_classes: int | None, seed: int
-) -> dict[Label, tuple[str, str]]:
+def _split_classes(root: Path, labels: Sequence[Label], evaluation_classes: int | None, seed: int) -> Placed:
     """The split and the name of each class, by folders called `background` and `evaluation` or by a draw."""
     inside = {label: (label[0], "/".join(label[1:])) for label in labels if label[0] in SPLITS and label[1:]}
     if inside:
@@ -194,33 +186,22 @@ def _split_classes(
         )
 
     # A hash ranks the classes: the draw is the same everywhere, and classes that join later change no other.
-    def rank(label: Label) -> bytes:
-        return hashlib.sha256(f"{seed} {'/'.join(label)}".encode()).digest()
-
-    drawn = set(sorted(labels, key=rank)[:evaluation_classes])
+    ranked = sorted(labels, key=lambda label: hashlib.sha256(f"{seed} {'/'.join(label)}".encode()).digest())
+    drawn = set(ranked[:evaluation_classes])
     return {label: ("evaluation" if label in drawn else "background", "/".join(label)) for label in labels}
 
 
-def _report_leaks(
-    root: Path,
-    pictures: Sequence[Picture],
-    pixels: NDArray[np.uint8],
-    placed: Mapping[Label, tuple[str, str]],
-) -> None:
-    """Name files of one split that are byte for byte files of the other. Such files have equal pixels."""
-    alike: defaultdict[int, dict[str, list[Picture]]] = defaultdict(lambda: {split: [] for split in SPLITS})
+def _report_leaks(root: Path, pictures: Sequence[Picture], pixels: NDArray[np.uint8], placed: Placed) -> None:
+    """Name pictures of one split whose pixels are those of a picture of the other."""
+    hashes: dict[str, dict[int, str]] = {split: {} for split in SPLITS}
     for picture, image in zip(pictures, pixels, strict=True):
-        alike[hash(image.tobytes())][placed[picture.label][0]].append(picture)
-    leaks = []
-    for sides in alike.values():
-        if all(sides.values()):
-            background = {picture.path.read_bytes(): picture for picture in sides["background"]}
-            for picture in sides["evaluation"]:
-                if same := background.get(picture.path.read_bytes()):
-                    leaks.append(f"{picture.path.relative_to(root)} is {same.path.relative_to(root)}")
+        split = placed[picture.label][0]
+        hashes[split][hash(image.tobytes())] = picture.path.relative_to(root).as_posix()
+    background, evaluation = hashes.values()
+    leaks = [f"{evaluation[same]} is {background[same]}" for same in evaluation.keys() & background.keys()]
     if leaks:
         log.warning(
-            "%s: a leak, %d files of meta-test classes are byte for byte files of meta-training classes: %s",
+            "%s: a leak, %d pictures of meta-test classes are pictures of meta-training classes: %s",
             *(root, len(leaks), _some(leaks)),
         )
 
@@ -244,11 +225,7 @@ def _decode(file: Picture, channels: int | None) -> NDArray[np.uint8]:
 
 def _flat(content: bytes) -> Image.Image:
     """The picture in a file, upright and on white. Raises one of DAMAGE."""
-    picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    if picture.format == "PNG":
-        picture.verify()  # decoding alone ignores checksums, and verifying uses the picture up
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    picture.load()
+    picture = open_picture(content, FORMATS)
     if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
         raise ValueError("its pixels have 32 bits; save it with 8 or 16")
     with suppress(*DAMAGE):  # a picture with damaged metadata is a picture

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.cache import cached
-from datasets.images import OMNIGLOT, ImageSet, shrink
-from datasets.omniglot import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
+from datasets.images import ImageSet, shrink
+from datasets.omniglot import CANVAS, CLASSES, DRAWINGS, characters
 from datasets.options import Option
 
 ALPHABETS = {"background": 30, "evaluation": 20}
@@ -65,14 +64,7 @@ def load(
     origin = b"".join(part.tobytes() for part in drawn)
     count = CLASSES[split] * DRAWINGS
     images = cached(cache_dir, f"glyphs-{split}", origin, count, lambda some: _render(drawn, list(some)))
-    return ImageSet(
-        f"glyphs {split} (seed {glyph_seed})",
-        torch.from_numpy(images),
-        (DRAWINGS,) * CLASSES[split],
-        names(split),
-        OMNIGLOT,
-        DEFAULT_CLASSES[split],
-    )
+    return characters(f"glyphs {split} (seed {glyph_seed})", split, images, names(split))
 
 
 def names(split: str) -> tuple[str, ...]:
@@ -111,8 +103,8 @@ def _strokes(split: str, seed: int) -> _Strokes:
     for alphabet in dict.fromkeys(alphabets):
         # Each alphabet has its own generator: the splits are independent of each other.
         rng = np.random.default_rng([seed, int(alphabet.removeprefix("Glyphs"))])
-        characters, present = _prototypes(rng, _stroke_pool(rng), alphabets.count(alphabet))
-        knots = _drawings(rng, characters)
+        prototypes, present = _prototypes(rng, _stroke_pool(rng), alphabets.count(alphabet))
+        knots = _drawings(rng, prototypes)
         drawn.append((knots, np.repeat(present, DRAWINGS, axis=0), rng.uniform(*PEN_RADIUS, len(knots))))
     return _Strokes(*map(np.concatenate, zip(*drawn, strict=True)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import lzma
 import math
 import struct
@@ -24,6 +25,7 @@ from utils.errors import UserError
 
 SPLITS = ("background", "evaluation")  # for meta-training and for meta-test; the two share no class
 SIZE = 28  # pixels, side of the images that networks see
+IMAGE_SHAPES = [(channels, SIZE, SIZE) for channels in (1, 3)]
 FILTER = Image.Resampling.LANCZOS  # as in the released code
 
 DAMAGE = (
@@ -154,7 +156,7 @@ class ImageSet:
     data_hash: str = ""
 
     def __post_init__(self) -> None:
-        _check_shape(self.images, self.images)
+        _check_shape(self.images)
         if not self.classes or len(self.classes) != len(self.sizes) or sum(self.sizes) != len(self.images):
             counts = f"{len(self.classes)} classes of {sum(self.sizes)} images"
             raise ValueError(f"{counts}; {len(self.images)} images")
@@ -213,10 +215,8 @@ class ImageSet:
             UserError: all pixels of a channel are equal.
         """
         # Counts are whole numbers: the result does not depend on the order of additions.
-        counts = np.zeros((self.images.shape[1], 256), np.int64)
-        for part in self.images.split(1000):
-            for count, channel in zip(counts, part.unbind(1), strict=True):
-                count += np.bincount(channel.reshape(-1).numpy(), minlength=256)
+        channels = self.images.unbind(1)
+        counts = np.stack([torch.bincount(channel.flatten(), minlength=256).numpy() for channel in channels])
         weights = counts / counts.sum(1, keepdims=True)
         mean = weights @ np.arange(256)
         std = np.sqrt((weights * (np.arange(256) - mean[:, None]) ** 2).sum(1))
@@ -247,19 +247,11 @@ class ImageSet:
         return Pool(normalise(self.images.to(device)).to(dtype), self.sizes)
 
 
-def _check_shape(images: Tensor, given: Tensor) -> None:
-    """Raise ValueError for `images` that networks cannot read, with the shape of the images as `given`."""
-    if (
-        images.dtype != torch.uint8
-        or images.ndim != 4
-        or images.shape[1:]
-        not in (
-            (1, SIZE, SIZE),
-            (3, SIZE, SIZE),
-        )
-    ):
+def _check_shape(images: Tensor) -> None:
+    """Raise ValueError for images that networks cannot read."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] not in IMAGE_SHAPES:
         raise ValueError(
-            f"images are {str(given.dtype).removeprefix('torch.')} {list(given.shape)}, not uint8 "
+            f"images are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}, not uint8 "
             f"[B, C, {SIZE}, {SIZE}] from 0 to 255 with one channel or three: scale pictures down to "
             f"{SIZE} x {SIZE}, as datasets.images.shrink does"
         )
@@ -278,15 +270,25 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
         UserWarning: images that look like light ink on dark paper, for a network trained on Omniglot.
     """
     pixels = torch.as_tensor(pixels)
-    wide = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels
-    _check_shape(wide, pixels)
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels
+    _check_shape(pixels)
     if normalisation == OMNIGLOT and len(pixels) and pixels.float().mean() < 128:
         warnings.warn(
             "most pixels are dark: the networks have seen dark ink (0) on light paper (255); 255 - images "
             "turns the one into the other",
             stacklevel=2,
         )
-    return normalisation(wide)
+    return normalisation(pixels)
+
+
+def open_picture(content: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """The picture in a file of one of Pillow's `formats`. Raises one of DAMAGE."""
+    picture = Image.open(io.BytesIO(content), formats=formats)
+    if picture.format == "PNG":
+        picture.verify()  # decoding alone ignores checksums, and verifying uses the picture up
+        picture = Image.open(io.BytesIO(content), formats=formats)
+    picture.load()
+    return picture
 
 
 def shrink(picture: Image.Image) -> NDArray[np.uint8]:

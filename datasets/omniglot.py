@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import re
@@ -23,10 +22,9 @@ from urllib.request import urlopen
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from datasets.cache import cached
-from datasets.images import DAMAGE, OMNIGLOT, SIZE, ImageSet, reason, shrink
+from datasets.images import DAMAGE, OMNIGLOT, SIZE, ImageSet, open_picture, reason, shrink
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -94,14 +92,13 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
             images = cached(cache_dir, f"omniglot-{split}", origin, len(drawings), make)
     except DAMAGE as error:
         raise _fault(place, reason(error, "PNG")) from error
-    return ImageSet(
-        f"omniglot {split}",
-        torch.from_numpy(images),
-        (DRAWINGS,) * len(classes),
-        classes,
-        OMNIGLOT,
-        DEFAULT_CLASSES[split],
-    )
+    return characters(f"omniglot {split}", split, images, classes)
+
+
+def characters(name: str, split: str, images: NDArray[np.uint8], classes: tuple[str, ...]) -> ImageSet:
+    """The set of `images`, `[20 * C, 1, 28, 28]`, normalised and used as Omniglot's `split` is by default."""
+    sizes = (DRAWINGS,) * len(classes)
+    return ImageSet(name, torch.from_numpy(images), sizes, classes, OMNIGLOT, DEFAULT_CLASSES[split])
 
 
 def _find(split: str, root: Path) -> Path:
@@ -109,15 +106,12 @@ def _find(split: str, root: Path) -> Path:
     try:
         places = _places(root)
         for place in places:
-            if (folder := place / f"images_{split}").is_dir():
-                return folder
-            if os.path.lexists(archive := place / f"images_{split}.zip"):
-                return archive
-        archive = places[0] / f"images_{split}.zip"
-        _download(split, archive)
+            for found in (place / f"images_{split}", place / f"images_{split}.zip"):
+                if os.path.lexists(found):
+                    return found
     except OSError as error:
         raise UserError(f"cannot look into {root}: {error.strerror}; choose another root") from error
-    return archive
+    return _download(split, places[0] / f"images_{split}.zip")
 
 
 def _places(root: Path) -> list[Path]:
@@ -133,8 +127,8 @@ def _places(root: Path) -> list[Path]:
     return [home, root, *(place for pattern in others for place in sorted(root.glob(pattern)))]
 
 
-def _download(split: str, archive: Path) -> None:
-    """Download a split's official zip; `archive` appears complete or not at all."""
+def _download(split: str, archive: Path) -> Path:
+    """Download a split's official zip to `archive`, which appears whole or not at all; returns `archive`."""
     log.info("downloading Omniglot's %s split to %s", split, archive)
     try:
         with urlopen(f"{URL}/images_{split}.zip", timeout=TIMEOUT) as reply:  # noqa: S310 (a fixed address)
@@ -150,6 +144,7 @@ def _download(split: str, archive: Path) -> None:
         ) from error
     with atomic_write(archive) as file:
         file.write(content)
+    return archive
 
 
 def _scan(place: Path, archive: zipfile.ZipFile | None) -> Iterator[Drawing]:
@@ -190,14 +185,11 @@ def _check(place: Path, drawings: list[Drawing], classes: int) -> tuple[str, ...
 
 def _decode(content: bytes) -> NDArray[np.uint8]:
     """Decode one PNG file to uint8 `[28, 28]`. Raises one of DAMAGE."""
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-        if picture.size != (CANVAS, CANVAS):
-            width, height = picture.size
-            raise ValueError(f"{width} x {height} pixels instead of {CANVAS} x {CANVAS}")
-        # Decoding alone ignores checksums, and verifying uses the picture up.
-        picture.verify()
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-        return shrink(picture)
+    picture = open_picture(content, ("PNG",))
+    if picture.size != (CANVAS, CANVAS):
+        width, height = picture.size
+        raise ValueError(f"{width} x {height} pixels instead of {CANVAS} x {CANVAS}")
+    return shrink(picture)
 
 
 def _fault(place: Path, what: str, member: str = "") -> UserError:

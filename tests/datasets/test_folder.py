@@ -257,9 +257,8 @@ def test_what_does_not_count_is_said_once(root: Path, caplog: pytest.LogCaptureF
     assert images.sizes == (3, 2, 2)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [re.sub(r"^\S+: ", "", line) for line in warnings] == [
-        "1 files do not count, since they are no pictures or in no class folder: background/ab/notes.txt",
-        "1 files do not count, since they lie outside background/ and evaluation/: other/0.png",
-        "a leak, 1 files of meta-test classes are byte for byte files of meta-training classes: "
+        "2 files are no picture of a class: background/ab/notes.txt, other/0.png",
+        "a leak, 1 pictures of meta-test classes are pictures of meta-training classes: "
         "evaluation/ae/copy.png is background/cb/1.png",
     ]
 
