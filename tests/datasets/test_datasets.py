@@ -136,6 +136,14 @@ def test_the_other_split_is_not_touched(root: Path) -> None:
     load(root)
 
 
+def test_omniglot_as_a_folder_is_omniglot(root: Path) -> None:
+    (root / "own").mkdir()
+    (root / "own/background").symlink_to(folder_of(root))
+    (folder_of(root) / "loop").symlink_to(folder_of(root))
+    own = Source("folder", root / "own", root.parent / "cache").load("background")
+    assert own.data_hash == load(root).data_hash
+
+
 def test_the_data_hash_is_one_of_names_sizes_and_pixels() -> None:
     pixels = np.zeros((5, 1, 28, 28), np.uint8)
     images = ImageSet("x", torch.from_numpy(pixels), (2, 3), ("a", "b"))
@@ -363,9 +371,10 @@ def mirror(tmp_path: Path, template: Path, few_classes: None, monkeypatch: pytes
     return served
 
 
-def test_download(tmp_path: Path, mirror: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("pointed_at", ["", "omniglot-py"])
+def test_download(tmp_path: Path, mirror: Path, pointed_at: str, capfd: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "new" / "root"
-    images = load(root, tmp_path / "cache").images
+    images = load(root / pointed_at, tmp_path / "cache").images
     assert sorted(root.rglob("*")) == [root / "omniglot-py", archive_of(root)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "new", "served"]
     assert archive_of(root).read_bytes() == (mirror / "images_background.zip").read_bytes()
@@ -435,11 +444,6 @@ def test_folders_that_unpacking_adds(root: Path, deeper: str) -> None:
     assert f"remove {folder_of(root)} to have" in message
 
 
-def test_a_download_goes_to_the_folder_pointed_at(tmp_path: Path, mirror: Path) -> None:
-    load(tmp_path / "omniglot-py", tmp_path / "cache")
-    assert archive_of(tmp_path).exists()
-
-
 def test_normalised() -> None:
     images = torch.arange(4 * 28 * 28).reshape(4, 1, 28, 28).to(torch.uint8)
     characters = ImageSet("test", images, (2, 2), ("a", "b"), OMNIGLOT)
@@ -465,6 +469,12 @@ def test_glyphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.images.shape == (30 * 20, 1, 28, 28)
     assert load("new").data_hash == first.data_hash
     assert load(seed=1).data_hash != first.data_hash == load().data_hash
+    monkeypatch.undo()
+    background, evaluation = glyphs.names("background"), glyphs.names("evaluation")
+    for names, classes, alphabets in ((background, 964, 30), (evaluation, 659, 20)):
+        assert list(names) == sorted(set(names))
+        assert (len(names), len({name.partition("/")[0] for name in names})) == (classes, alphabets)
+    assert not set(background) & set(evaluation)
 
 
 def test_glyphs_look_like_omniglot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,14 +491,6 @@ def test_glyphs_look_like_omniglot(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     distance = (train**2).sum(1) - 2 * test @ train.T
     right = distance.argmin(1) // 15 == np.arange(300) // 5
     assert 0.3 < right.mean() < 0.65, "nearest neighbour on Omniglot, 50 classes: 0.50"
-
-
-def test_glyph_names() -> None:
-    background, evaluation = glyphs.names("background"), glyphs.names("evaluation")
-    for names, classes, alphabets in ((background, 964, 30), (evaluation, 659, 20)):
-        assert list(names) == sorted(set(names))
-        assert (len(names), len({name.partition("/")[0] for name in names})) == (classes, alphabets)
-    assert not set(background) & set(evaluation)
 
 
 @pytest.mark.skipif(
