@@ -1,8 +1,8 @@
 """Characters made from random strokes: Omniglot's shapes and counts without Omniglot's files.
 
-What makes Omniglot hard is kept. The characters of an alphabet share a small pool of strokes, so
-they are easy to confuse, and no two of the 20 drawings of a character agree in shape, slant, size,
-place or pen. Drawings are made like Omniglot's, black on white at 105 x 105, and shrunk in the same
+Glyphs are hard for the reasons that Omniglot is. The characters of an alphabet share a small pool of
+strokes, so they are easy to confuse, and no two of the 20 drawings of a character agree in shape, slant,
+size, place or pen. Drawings are made like Omniglot's, black on white at 105 x 105, and shrunk in the same
 way. Ink, stroke thickness and the accuracy of nearest neighbours on pixels are close to Omniglot's:
 50% of the images of 50 background classes and 34% of 200 (Omniglot: 50% and 36%) are right by the
 nearest of 15 examples per class.
@@ -68,18 +68,22 @@ def load(
 
 
 def names(split: str) -> tuple[str, ...]:
-    """Name the split's characters, `Glyphs01/character01` and so on, in sorted order.
-
-    The evaluation alphabets are numbered after the background ones, so the splits share no name.
-    """
-    alphabets = ALPHABETS[split]
-    first = 1 if split == "background" else 1 + ALPHABETS["background"]
-    smaller, larger = divmod(CLASSES[split], alphabets)
+    """The names of the split's characters, `Glyphs01/character01` and so on, in sorted order."""
     return tuple(
-        f"Glyphs{first + alphabet:02d}/character{character:02d}"
-        for alphabet in range(alphabets)
-        for character in range(1, smaller + (alphabet < larger) + 1)
+        f"Glyphs{alphabet:02d}/character{character:02d}"
+        for alphabet, count in _alphabets(split).items()
+        for character in range(1, count + 1)
     )
+
+
+def _alphabets(split: str) -> dict[int, int]:
+    """The number of characters in each alphabet of `split`, by the number of the alphabet.
+
+    The evaluation alphabets are numbered after the background ones, so the splits share none.
+    """
+    first = 1 if split == "background" else 1 + ALPHABETS["background"]
+    smaller, larger = divmod(CLASSES[split], ALPHABETS[split])
+    return {first + k: smaller + (k < larger) for k in range(ALPHABETS[split])}
 
 
 class _Strokes(NamedTuple):
@@ -98,12 +102,11 @@ class _Strokes(NamedTuple):
 
 def _strokes(split: str, seed: int) -> _Strokes:
     """The strokes of all drawings of `split`, the same ones for the same `seed` (a non-negative integer)."""
-    alphabets = [name.partition("/")[0] for name in names(split)]
     drawn = []
-    for alphabet in dict.fromkeys(alphabets):
+    for alphabet, count in _alphabets(split).items():
         # Each alphabet has its own generator: the splits are independent of each other.
-        rng = np.random.default_rng([seed, int(alphabet.removeprefix("Glyphs"))])
-        prototypes, present = _prototypes(rng, _stroke_pool(rng), alphabets.count(alphabet))
+        rng = np.random.default_rng([seed, alphabet])
+        prototypes, present = _prototypes(rng, _stroke_pool(rng), count)
         knots = _drawings(rng, prototypes)
         drawn.append((knots, np.repeat(present, DRAWINGS, axis=0), rng.uniform(*PEN_RADIUS, len(knots))))
     return _Strokes(*map(np.concatenate, zip(*drawn, strict=True)))

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import numpy as np
@@ -136,8 +135,6 @@ def _download(split: str, archive: Path) -> Path:
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[split]:
             raise ValueError(f"{URL} sent another file than the published one")
     except (*DAMAGE, HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()  # it holds the connection
         raise UserError(
             f"{archive} is missing and cannot be downloaded ({reason(error)}); connect to the "
             "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
