@@ -442,12 +442,10 @@ def test_normalised() -> None:
     exact = (images.numpy().astype(np.float64) - 0.92206 * 256) / (0.08426 * 256 * 256)
     mean, scale = np.float32(0.92206 * 256), np.float32(0.08426 * 256 * 256)
     expected = (images.numpy().astype(np.float32) - mean) / scale
-    double = characters.pool("cpu", torch.float64).rows
-    assert double.dtype == torch.float64
-    assert np.array_equal(double.numpy(), expected)
-    single = characters.pool("cpu").rows
-    assert single.dtype == torch.float32
-    assert np.array_equal(single.numpy(), expected)
+    for dtype in (torch.float64, torch.float32):
+        rows = characters.pool("cpu", dtype).rows
+        assert rows.dtype == dtype
+        assert np.array_equal(rows.numpy(), expected)
     assert np.allclose(expected, exact, rtol=1e-6, atol=1e-8)
     assert images.dtype == torch.uint8, "the set keeps its own images"
 

@@ -222,10 +222,6 @@ def test_a_single_level_is_drawn_apart(tmp_path: Path) -> None:
         drawn[count] = set(kept.classes)
     assert drawn[2] < drawn[5]
     assert set(load(root, "evaluation", evaluation_classes=5, data_seed=1).classes) != drawn[5]
-    before = load(root, evaluation_classes=2)
-    assert before.data_hash == load(root, evaluation_classes=2).data_hash
-    picture(99).save(root / before.classes[0] / "0.png")
-    assert before.data_hash != load(root, evaluation_classes=2).data_hash
 
 
 def test_what_does_not_count_is_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -296,20 +292,6 @@ def test_refusals(root: Path, damage: Callable[[Path], None], options: dict[str,
             load(root, **options)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-def test_no_permission_to_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests may run as a user whom no permission stops, so the system's answer is put in its place."""
-    scandir, secret = os.scandir, root / "background/bb"
-
-    def refuse(path: Any) -> Any:
-        if str(path) == str(secret):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=rf"cannot read {re.escape(str(secret))}: Permission denied"):
-        load(root)
 
 
 def test_a_cache_belongs_to_its_content(root: Path) -> None:
