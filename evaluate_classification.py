@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from datasets import ImageSet, Pool, load_images
+from datasets import ImageSet, Pool
 from evaluation.models import Model, match_earlier, models_to_test, warn_of_other_data
 from evaluation.plots import accuracy_figure, save_png
 from evaluation.results import summarise, table
@@ -74,7 +74,7 @@ def main() -> None:
     backend, why = choose_backend(args.backend, [model.net for model in models], device, use)
     data = sets["evaluation"].about()
     if "background" in sets:
-        data |= {"search_data": sets["background"].name, "search_manifest": sets["background"].manifest}
+        data |= {"search_data": sets["background"].name, "search_data_hash": sets["background"].data_hash}
     if args.resume is not None:
         decided = {key: value for key, value in asdict(plan).items() if key != "schedule"}
         models = match_earlier(models, decided | data, args.resume)
@@ -212,10 +212,10 @@ def images(args: Evaluation, net: Network, group: Group) -> dict[str, ImageSet]:
     search of the learning rate needs them."""
     kind, normalisation = LEARNERS[args.learner], None if args.scratch else net.normalisation
     source = args.source()
-    found = group.one_before_others(lambda: load_images(source, "evaluation", normalisation))
+    found = group.one_before_others(lambda: source.load("evaluation", normalisation))
     sets = {"evaluation": found.limited(args.test_classes, "--test_classes")}
     if kind.fit or (args.lr is None and args.lr_search_split == "background"):
-        found = group.one_before_others(lambda: load_images(source, "background", normalisation))
+        found = group.one_before_others(lambda: source.load("background", normalisation))
         most = FITTED if kind.fit else net.num_outputs if kind.takes_steps else len(found)
         sets["background"] = found.first(most)
     return sets

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from datasets.images import Pool
-from model.episodes import sample_task
+from datasets.task_sampler import sample_task
 from model.heads import NearestClassMean, NormalMAP, StreamingLDA, fit_prior
 from model.layers import FrozenOutput, Inputs
 from model.learner import Fit, Learner, LearnerKind, MakeLearner, Prior, Settings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.images import Pool
-from model.episodes import Task
+from datasets.task_sampler import Task
 from model.meta_learner import active_fraction, fraction, gather
 from model.modelfactory import Network, shared_copy
 

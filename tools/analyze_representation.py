@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datasets import ImageSet, Pool, load_images
+from datasets import ImageSet, Pool
+from datasets.task_sampler import Task, sample_task
 from evaluation.plots import STYLES, default_style, new_figure, save_png
 from evaluation.results import aligned
 from evaluation.targets import REPRESENTATION, read_targets
 from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
-from model.episodes import Task, sample_task
 from model.fast.guard import Use, choose_backend
 from model.meta_learner import gather
 from model.modelfactory import restore_model
@@ -242,7 +242,7 @@ def main() -> None:
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
     net, step = restore_model(saved, args.model), saved.step
     backend, _ = choose_backend(args.backend, [net], device, Use(net))
-    images = load_images(args.source(), "evaluation", net.normalisation)
+    images = args.source().load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     images.require(
         args.train_images + args.test_images,

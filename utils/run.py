@@ -219,7 +219,7 @@ class Run:
         """Make `runs_dir/<name>_<k>` with the smallest free k, and record what is run and where.
 
         `config.json` gets the arguments, versions, machine, git commit, start time and `extra`
-        (say the manifest hash and the device chosen); TensorBoard gets the arguments as a table.
+        (say the data hash and the device chosen); TensorBoard gets the arguments as a table.
         Notices among the arguments are logged as warnings.
 
         Raises:
@@ -260,20 +260,21 @@ class Run:
 
         Raises:
             UserError: the folder cannot be read or written, another process is at work in it, or
-                `extra["manifest"]` is not that of the run: it would go on with other data.
+                `extra["data_hash"]` is not that of the run: it would go on with other data.
         """
         if not is_first():
             return _Bystander(folder)
         config = read_config(folder)
-        manifest = (extra or {}).get("manifest")
-        if config.get("manifest") != manifest:
-            raise UserError(
-                f"the data is not that of {folder}: manifest {manifest}, then {config.get('manifest')}"
-            )
+        data_hash = (extra or {}).get("data_hash")
+        earlier_hash = config.get("data_hash", data_hash)  # absent in runs of commit d362890
+        if earlier_hash != data_hash:
+            raise UserError(f"the data is not that of {folder}: data hash {data_hash}, then {earlier_hash}")
         run = cls(folder, done)
+        if data_hash and "data_hash" not in config:
+            log.warning("%s records no data hash, so its images are not compared with those in use", folder)
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
-        config |= {"name": folder.name, **place_of(folder)}
+        config = {**(extra or {}), **config, "name": folder.name, **place_of(folder)}
         config |= {"arguments": recorded(arguments), "resumed": resumed}
         try:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -319,7 +319,7 @@ def test_what_would_change_numbers_is_refused_by_name(
     Path("ANML.net").write_bytes((models / "ANML.net").read_bytes())
     config = json.loads((folder / "config.json").read_text())
     for damage, message in (
-        ({"manifest": "0" * 64}, "manifest"),
+        ({"data_hash": "0" * 64}, "data_hash"),
         ({"models": None}, "--model"),
         ({"models": [5]}, "ANML.net is another file"),
         ({"arguments": {"steps": 5}}, "unknown key 'steps'"),
@@ -327,6 +327,11 @@ def test_what_would_change_numbers_is_refused_by_name(
     ):
         (folder / "config.json").write_text(json.dumps({**config, **damage}))
         assert message in refused(lambda: evaluate(f"--resume {folder}"), capsys)
+    # Evaluations of commit d362890 have no data hash.
+    data_hash = config.pop("data_hash")
+    (folder / "config.json").write_text(json.dumps(config))
+    evaluate(f"--resume {folder}")
+    assert json.loads((folder / "config.json").read_text())["data_hash"] == data_hash
     assert (folder / "scores.csv").read_bytes() == before
 
 

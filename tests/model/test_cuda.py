@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from model.episodes import sample_episode, sample_trajectory
+from datasets.task_sampler import sample_episode, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import model.meta_test
+from datasets.task_sampler import Task, sample_task
 from evaluation.runs import by_class
-from model.episodes import Task, sample_task
 from model.fast import Backend, learner, use_backend
 from model.meta_test import FrozenOutputs, MetaTest
 from model.method import classify

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from datasets.task_sampler import Trajectory, sample_task, sample_trajectory
 from model import method
-from model.episodes import Trajectory, sample_task, sample_trajectory
 from model.fast import Backend, meta_loss, use_backend
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import evaluate_classification
 import mrcl_classification
 import pretrain_classification
+from datasets.task_sampler import sample_trajectory
 from model import method
 from model.check import check_network
-from model.episodes import sample_trajectory
 from model.layers import ConvBlock
 from model.learner import Settings
 from model.meta_learner import MetaLearner

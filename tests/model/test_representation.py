@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from datasets.images import Pool
-from model.episodes import Task, sample_task
+from datasets.task_sampler import Task, sample_task
 from model.modelfactory import build
 from model.representation import (
     Representation,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
 
-from model.episodes import sample_trajectory
+from datasets.task_sampler import sample_trajectory
 from model.inner_rules import MetaSGD
 from model.learner import Settings
 from model.meta_learner import MetaLearner

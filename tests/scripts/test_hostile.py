@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import Source, omniglot
-from datasets.characters import CLASSES
+from datasets.omniglot import CLASSES
 from evaluation.results import read_results, write_results
 from evaluation.runs import Journal
 from flags.common import DataFlags, RunFlags
@@ -213,7 +213,7 @@ def test_configs(content: bytes, training: bool) -> None:
 
 
 def run_config(**settings_of_run: object) -> bytes:
-    return json.dumps({"arguments": settings_of_run, "manifest": "0"}).encode()
+    return json.dumps({"arguments": settings_of_run, "data_hash": "0"}).encode()
 
 
 METRICS = b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2.0,0,1,0.1\n2,1.5,1,1,0.1\n"
@@ -240,7 +240,7 @@ def test_run_folders(config: bytes, metrics: bytes, done: int) -> None:
             arguments = parse(Training, [])
         assert isinstance(arguments, Training)
         settings_of_run = arguments
-        run = refused_or(lambda: Run.resume(place, settings_of_run, done, {"manifest": "0"}))
+        run = refused_or(lambda: Run.resume(place, settings_of_run, done, {"data_hash": "0"}))
         if isinstance(run, Run):
             run.close()
             lines = (place / "metrics.csv").read_bytes().splitlines()[1:]

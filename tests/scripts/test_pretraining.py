@@ -19,8 +19,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pretrain_classification
+from datasets.task_sampler import shuffled_batches
 from flags.pretraining import Pretraining
-from model.episodes import shuffled_batches
 from model.modelfactory import build
 from model.optimizer import Adam
 from model.supervised import Batch, supervised_step
@@ -97,7 +97,7 @@ def test_it_learns_and_says_so(cache: Path, tmp_path: Path, monkeypatch: pytest.
     assert (saved.network, saved.step, saved.arguments["weights"]) == ("OML", 101, "pretrained")
     again = load_checkpoint(folder / "model.net")
     assert all(torch.equal(saved.state_dict[name], again.state_dict[name]) for name in saved.state_dict)
-    assert len(json.loads((folder / "config.json").read_text())["manifest"]) == 64
+    assert len(json.loads((folder / "config.json").read_text())["data_hash"]) == 64
     reader = EventAccumulator(str(folder))
     reader.Reload()
     scalars = {"pretrain/loss", "pretrain/accuracy", "pretrain/images_per_second"}
