@@ -34,44 +34,8 @@ class GroupNorm(Network):
         return torch.sigmoid(self.gating(images))
 
 
-class TwoViews(Network):
-    """(b) An image and its mirror image through one trunk: each kernel is used twice."""
-
-    def __init__(self, width: int = 6, num_classes: int = 20) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(
-            *(nn.Conv2d(3, width, 3), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(width, width, 3), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
-        )
-        self.head = nn.Linear(2 * 4 * width, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        views = [self.trunk(images), self.trunk(images.flip(3))]
-        logits: Tensor = self.head(torch.cat(views, 1))
-        return logits
-
-
-class Skipped(Network):
-    """(c) A kernel that a switch skips."""
-
-    no_effect = ("skipped.weight", "skipped.bias")
-
-    def __init__(self, width: int = 6, skip: bool = True, num_classes: int = 20) -> None:
-        super().__init__()
-        self.skip = skip
-        self.first = nn.Conv2d(3, width, 5, stride=3)
-        self.skipped = nn.Conv2d(width, width, 3, padding=1)
-        self.head = nn.Linear(64 * width, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.first(images))
-        x = x if self.skip else F.relu(self.skipped(x))
-        logits: Tensor = self.head(x.flatten(1))
-        return logits
-
-
 class Tied(Network):
-    """(d) One module in two places, and one parameter in two modules."""
+    """(b) One module in two places, and one parameter in two modules."""
 
     def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
@@ -101,7 +65,7 @@ class CosineHead(nn.Module):
 
 
 class Cosine(Network):
-    """(e) A cosine head with a temperature."""
+    """(c) A cosine head with a temperature."""
 
     def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
@@ -114,7 +78,7 @@ class Cosine(Network):
 
 
 class BatchNorm(Network):
-    """(f) Batch norm and dropout: buffers, and another thing in training than afterwards."""
+    """(d) Batch norm and dropout: buffers, and another thing in training than afterwards."""
 
     def __init__(self, width: int = 6, dropout: float = 0.3, num_classes: int = 20) -> None:
         super().__init__()
@@ -130,14 +94,16 @@ class BatchNorm(Network):
 
 
 class OddLayers(Network):
-    """(g) Layers with one parameter, with parameters of their own shapes, and initial values of their own."""
+    """(e) Layers with one parameter, with parameters of their own shapes, and initial values of their own."""
 
     rln_training = 1
     rln_meta_test = 3
 
-    def __init__(self, width: int = 6, slope: float = 0.25, num_classes: int = 20) -> None:
+    def __init__(
+        self, width: int = 6, slope: float = 0.25, bias: bool = False, num_classes: int = 20
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, stride=3, bias=False)
+        self.conv = nn.Conv2d(3, width, 3, stride=3, bias=bias)
         self.prelu = nn.PReLU(init=slope)
         self.norm = nn.LayerNorm([width, 9, 9])
         nn.init.constant_(self.norm.weight, 0.5)
@@ -150,7 +116,7 @@ class OddLayers(Network):
 
 
 class FiLM(Network):
-    """(h) Feature-wise linear modulation: an inner gate with a shift, from a network of its own."""
+    """(f) Feature-wise linear modulation: an inner gate with a shift, from a network of its own."""
 
     def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
@@ -175,5 +141,5 @@ class FiLM(Network):
 
 
 OWN: dict[str, type[Network]] = {
-    kind.__name__: kind for kind in (GroupNorm, TwoViews, Skipped, Tied, Cosine, BatchNorm, OddLayers, FiLM)
+    kind.__name__: kind for kind in (GroupNorm, Tied, Cosine, BatchNorm, OddLayers, FiLM)
 }
