@@ -295,16 +295,6 @@ def test_meta_test_learns(iid: bool) -> None:
     assert score.above_chance >= 2
 
 
-def test_draws_repeat_and_differ() -> None:
-    net, _ = network("ANML")
-    scores = [
-        MetaTest(net, images(8, 20), 13, seed).score(8, 0.001, purpose, draw)  # type: ignore[arg-type]
-        for seed, purpose, draw in ((1, "report", 0), (1, "report", 0), (1, "search", 0))
-    ]
-    assert scores[0] == scores[1]
-    assert scores[0] != scores[2]
-
-
 def searched(table: Mapping[float, Sequence[float]]) -> dict[Draw, dict[float, float]]:
     """Values of rates on draws, from those of each rate."""
     draws = zip(*table.values(), strict=True)
