@@ -187,8 +187,8 @@ def models_of(args: Evaluation) -> list[Model]:
     models = load_models(args.model) if args.model else []
     if args.scratch:
         shape = models[0].net if models else None
-        network, widths = (shape.network, shape.widths) if shape else (args.treatment or "ANML", args.widths)
-        models = [new_model(network, widths, args.seed)]
+        new = (shape.network, shape.widths) if shape else (args.treatment or "ANML", args.constructor)
+        models = [new_model(*new, args.seed)]
     check_preset(models[0], args.treatment_preset)
     return models if args.resume else distinct(models)
 

@@ -56,7 +56,7 @@ def initial_network(args: Training, state: TrainingState | None) -> Network:
     """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
     source = args.saved_model if state is None else args.resume
     if source is None:
-        return build(args.treatment, args.widths, torch.Generator().manual_seed(args.seed))
+        return build(args.treatment, args.constructor, torch.Generator().manual_seed(args.seed))
     saved = load_checkpoint(source) if state is None else state
     if saved.network != args.treatment:
         raise UserError(f"{source} holds {saved.network}: add --treatment {saved.network}")

@@ -101,7 +101,7 @@ def main() -> None:
     if state:
         net = restore(state.network, state.widths, state.state_dict, str(args.resume))
     else:
-        net = build(args.treatment, args.widths, torch.Generator().manual_seed(args.seed))
+        net = build(args.treatment, args.constructor, torch.Generator().manual_seed(args.seed))
     check_writable(args.model_name, "--model_name")
     images = load_images(args.source(), "background")
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)

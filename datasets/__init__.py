@@ -10,8 +10,8 @@ from typing import Any
 
 from datasets import folder, glyphs, omniglot
 from datasets.images import OMNIGLOT, ImageSet, Normalisation, Pool, normalise
-from datasets.options import loader_options
 from utils.errors import UserError
+from utils.signature import arguments
 
 __all__ = [
     "DATASETS",
@@ -31,7 +31,7 @@ DATASETS: dict[str, Callable[..., ImageSet]] = {
     "folder": folder.load,
 }
 """The registry: `load(split, root, cache_dir, *, option=default, ...)` by the name that `--dataset` takes.
-Its docstring's first line and its options, see `datasets.options`, are its part of `--help`."""
+Its docstring's first line and its options, see `utils.signature`, are its part of `--help`."""
 
 SPLITS = ("background", "evaluation")
 
@@ -65,12 +65,11 @@ class Source:
             if name not in known:
                 raise UserError(f"no {kind} {name!r}; choose one of {', '.join(known)}")
         loader = DATASETS[self.dataset]
+        options = arguments(loader, skip=3)
         for name, value in self.options.items():
-            _, low, high = loader_options(loader)[name].option
-            if isinstance(value, int) and (value < low or (high is not None and value > high)):
-                raise UserError(
-                    f"--{name} {value}: choose {low} or greater" + (f", at most {high}" if high else "")
-                )
+            fault = options[name].fault(value)
+            if fault is not None:
+                raise UserError(f"--{name} {value}: {fault}")
         try:
             return loader(split, Path(self.root), Path(self.cache_dir), **self.options)
         except ValueError as error:

@@ -22,7 +22,7 @@ from PIL import Image
 from datasets.cache import cached
 from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
 from datasets.images import OMNIGLOT, SIZE, ImageSet, shrink
-from datasets.options import Option
+from utils.signature import Range
 
 VERSION = 1
 """Part of the cache's key and of the manifest: raise it with every change of what is drawn."""
@@ -54,7 +54,7 @@ def load(
     root: Path,
     cache_dir: Path,
     *,
-    glyph_seed: Annotated[int, Option("seed of the generated characters", high=2**32 - 1)] = 0,
+    glyph_seed: Annotated[int, "seed of the generated characters", Range(0, 2**32 - 1)] = 0,
 ) -> ImageSet:
     """Characters generated from random strokes, which need no file.
 

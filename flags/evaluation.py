@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -49,13 +49,6 @@ LEARNING_RATES = (
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 
 
-def _known_preset(text: str) -> str:
-    by_name = {name.lower(): name for name in TABLE}
-    if text.lower() not in by_name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(TABLE)}")
-    return by_name[text.lower()]
-
-
 @dataclass(kw_only=True)
 class MethodFlags(Flags):
     """What is tested."""
@@ -69,6 +62,7 @@ class MethodFlags(Flags):
         "each is tested on draws of its own, and all of them are one row of the results",
         shown="none: give it, or --scratch",
         nargs="+",
+        action="extend",
         metavar="FILE",
     )
     scratch: bool = switch(
@@ -78,12 +72,9 @@ class MethodFlags(Flags):
     )
     learner: str = choice(
         "adam",
-        lambda: tuple(LEARNERS),
-        lambda: (
-            "what learns the stream: adam takes one step of --optimizer on each image; heads that need no "
-            "gradient sum features up: "
-            + ", ".join(f"{name} ({kind.title})" for name, kind in LEARNERS.items() if not kind.takes_steps)
-        ),
+        LEARNERS,
+        "what learns the stream: adam takes one step of --optimizer on each image; the others are heads that "
+        "need no gradient, which sum features up",
     )
 
 
@@ -93,9 +84,9 @@ class StepFlags(Flags):
 
     group = "steps of --learner adam"
 
-    treatment_preset: str | None = flag(
+    treatment_preset: str | None = choice(
         None,
-        _known_preset,
+        tuple(TABLE),
         f"treatment of the paper, which sets --rln, --scratch, --iid and --epoch: {', '.join(TABLE)}",
         name="--treatment-preset",
         metavar="NAME",
@@ -158,16 +149,6 @@ class SearchFlags(Flags):
     )
 
 
-def _of_each_learner(option: str) -> str:
-    """The defaults of an option of heads: `0.5`, or `gated for ncm, map, both for slda`."""
-    names: dict[object, list[str]] = {}
-    for name, kind in LEARNERS.items():
-        if option in (kind.options or {}):
-            names.setdefault((kind.options or {})[option], []).append(name)
-    texts = [f"{value} for {', '.join(of)}" for value, of in names.items()]
-    return "; ".join(texts) if len(texts) > 1 else str(next(iter(names), "none"))
-
-
 @dataclass(kw_only=True)
 class HeadFlags(Flags):
     """Options of heads. None is the learner's default, which may depend on the network."""
@@ -178,19 +159,19 @@ class HeadFlags(Flags):
         None,
         VIEWS,
         "what is seen of the network: the input of its head, its gate, or both side by side",
-        shown=lambda: _of_each_learner("features") + "; gated in a network without a gate",
+        shown="both for slda, gated for the others and in a network without a gate",
     )
     power: float | None = flag(
         None,
         positive,
         "exponent that features are raised to before they get unit length; 1 leaves them as they are",
-        shown=lambda: _of_each_learner("power"),
+        shown="0.5",
     )
     shrinkage: float | None = flag(
         None,
         share,
         "part of the covariance that is replaced by a multiple of the identity",
-        shown=lambda: _of_each_learner("shrinkage"),
+        shown="0.5",
     )
 
 
@@ -281,9 +262,13 @@ class Evaluation(
         **NO_COMMIT,
     }
 
+    def idle(self) -> Mapping[str, str]:
+        options = LEARNERS[self.learner].options
+        others = OF_HEADS if options is None else OF_STEPS | (OF_HEADS - options.keys())
+        of_scratch = own_flags(ScratchFlags) | own_flags(NetworkFlags) if self.model else frozenset()
+        return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
+
     def check(self) -> None:
-        self.notice_other_data()
-        self._check_learner()
         self._apply_preset()
         if self.model is None and not self.scratch:
             raise UserError("give --model FILE, which mrcl_classification.py writes, or --scratch")
@@ -314,18 +299,6 @@ class Evaluation(
             )
         if self.model is None:
             self.treatment = self.treatment or "ANML"
-            self.fill_in_widths(self.treatment)
-            return
-        for name in ("treatment", *sorted(self.widths)):
-            if name in self.given:
-                self.notice(f"--{name} has no effect: the model file says which network it is")
-        self.treatment, self.widths = None, {}
-
-    def _check_learner(self) -> None:
-        """Refuse flags that mean nothing to `--learner`."""
-        options = LEARNERS[self.learner].options
-        self.idle = OF_HEADS if options is None else OF_STEPS | (OF_HEADS - options.keys())
-        self.refuse_idle(f"--learner {self.learner}")
 
     def _apply_preset(self) -> None:
         """Set what `--no-freeze` and `--treatment-preset` stand for, and refuse what says otherwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -78,7 +79,7 @@ class TrajectoryFlags(Flags):
         whole(0),
         "layers frozen in the inner loop, counted from the input (7: the whole neuromodulatory "
         "network of ANML; 6: the convolutions of OML); the outer step trains all",
-        shown=lambda: ", ".join(f"{kind.rln_training} for {name}" for name, kind in NETWORKS.items()),
+        shown="7 for ANML, 6 for OML, 0 for sANML; `rln_training` of another",
     )
     update_lr: float = flag(0.1, positive, "learning rate of the inner SGD")
     update_step: int = flag(20, whole(1), "inner steps, that is images, per trajectory")
@@ -171,7 +172,7 @@ class TrainingRunFlags(RunFlags):
         None,  # by the treatment
         file_path,
         "file for the trained weights",
-        shown=lambda: ", ".join(f"{default_model_name(name)} for {name}" for name in NETWORKS),
+        shown="Neuromodulation_Model.net for ANML, NAME_Model.net for another",
         metavar="FILE",
     )
     resume: Path | None = resume_flag(MAY_CHANGE)
@@ -209,17 +210,17 @@ class Training(
         # The schedule of episodes is as long as they are many, which makes their numbers.
         return self.may_change - {"steps"} if self.learner == "prototypes" else self.may_change
 
+    def idle(self) -> Mapping[str, str]:
+        others = frozenset().union(*OF_LEARNER.values()) - OF_LEARNER[self.learner]
+        return dict.fromkeys(others, f"--learner {self.learner}")
+
     def check(self) -> None:
-        self.notice_other_data()
-        self.idle = frozenset().union(*OF_LEARNER.values()) - OF_LEARNER[self.learner]
-        self.refuse_idle(f"--learner {self.learner}")
         if self.checkpoint and self.saved_model is None:
             raise UserError("--checkpoint needs --saved_model FILE, the weights to start from")
         if self.saved_model is not None and not self.checkpoint:
             raise UserError("--saved_model needs --checkpoint as well to start from those weights")
         if self.reset_copy and not self.reset:
             raise UserError("--reset_copy says where rows are drawn anew: drop it or --no-reset")
-        self.fill_in_widths(self.treatment)
         self._check_sizes()
         if self.first_order and self.second_order_steps:
             raise UserError(
@@ -233,10 +234,10 @@ class Training(
     def _check_sizes(self) -> None:
         """Raise UserError where more is asked for than there is."""
         sizes = {
-            "tasks": None if "tasks" in self.idle else self.tasks,
+            "tasks": self.tasks if self.learner == "sgd" else None,
             "update_step": self.update_step,
             "train_classes": self.train_classes,
-            "num_classes": self.widths.get("num_classes"),
+            "num_classes": self.constructor.get("num_classes"),
             "eval_classes": self.eval_classes if self.eval_every else None,
         }
         for smaller, larger in (

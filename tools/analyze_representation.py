@@ -86,7 +86,6 @@ class Analysis(AnalysisFlags, DataFlags, AnalysisRunFlags):
     """
 
     def check(self) -> None:
-        self.notice_other_data()
         if "model" not in self.given:
             raise UserError("give --model FILE, which mrcl_classification.py writes")
 

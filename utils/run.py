@@ -38,7 +38,7 @@ from tqdm import tqdm
 from utils.command_line import Flags, read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
-from utils.files import atomic_write, place_of, remove_drafts, sync, write_text
+from utils.files import atomic_write, remove_drafts, sync, write_text
 
 if sys.platform != "win32":
     import fcntl
@@ -233,8 +233,7 @@ class Run:
         folder = _new_folder(Path(runs_dir), name)
         config = {
             "name": folder.name,
-            **place_of(folder),
-            "arguments": settings,
+            "arguments": recorded(arguments, absolute=True),
             **_circumstances(),
             **(extra or {}),
         }
@@ -275,8 +274,7 @@ class Run:
         run = cls(folder, done)
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
-        config |= {"name": folder.name, **place_of(folder)}
-        config |= {"arguments": recorded(arguments), "resumed": resumed}
+        config |= {"name": folder.name, "arguments": recorded(arguments, absolute=True), "resumed": resumed}
         try:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         except UserError:

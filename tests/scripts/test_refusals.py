@@ -76,7 +76,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{EVALUATE} --runs_dir file/runs": "file/runs",
         f"{EVALUATE} --track_every 2 --iid": "--track_every",
         f"{EVALUATE} --track_every 2 --epoch 2": "--track_every",
-        f"{GLYPHS} --model m n m": "m twice",
+        f"{GLYPHS} --model m n --model m": "m twice",
         f"{GLYPHS} --model m n --scratch": "--scratch",
         f"{PRESET} ANML --rln 6": "ANML means --rln 13, not --rln 6",
         f"{EVALUATE} --rln 13 --treatment-preset OML-Oracle": "OML-Oracle means --rln 6, not --rln 13",
@@ -101,7 +101,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{EVALUATE} --power 1": "--power",
         f"{EVALUATE} --learner svm": "--learner",
         **{
-            f"{EVALUATE} --model sANML.net --learner ncm --features {seen}": (
+            f"{GLYPHS} --model sANML.net --learner ncm --features {seen}": (
                 f"--features {seen}: sANML has no gate"
             )
             for seen in ("gate", "both")

@@ -72,34 +72,35 @@ def test_released_train_command_gives_the_defaults() -> None:
 def test_every_released_flag_is_accepted() -> None:
     training = train(RELEASED_TRAIN)
     assert (training.treatment, training.reset, training.rln) == ("ANML", False, 7)
-    assert [notice.split()[0] for notice in training.notices] == ["--seeds", "--commit", "--model"]
+    assert [notice.split()[0] for notice in training.notices] == ["--seeds", "--model", "--commit"]
     arguments = evaluate(RELEASED_EVALUATE)
     assert (arguments.schedule, arguments.model) == ([10, 50], [Path("m.net")])
     assert arguments.iid
     assert arguments.test
     noticed = [notice.split()[0] for notice in arguments.notices]
-    assert noticed == ["--memory", "--commit", "--neuromodulation"]
+    assert noticed == ["--memory", "--neuromodulation", "--commit"]
 
 
 @pytest.mark.parametrize("kind", [Training, Evaluation])
 def test_both_spellings_of_every_flag(kind: type[Flags]) -> None:
-    parser = Parser(kind)
-    for action in parser.flags.values():
+    spelled = {option: action.dest for action in Parser(kind)._actions for option in action.option_strings}
+    for action in Parser(kind).flags.values():
         for option in action.option_strings:
             for spelling in (option.replace("_", "-"), "--" + option[2:].replace("-", "_")):
-                assert parser.canonical(spelling + "=a_b-c") == option + "=a_b-c"
-    assert train("--no_reset --dataset_path=a_b-c").dataset_path == Path("a_b-c")
+                assert spelled[spelling] == action.dest
+    assert not train("--no_reset").reset
+    assert not train("--no-first-order --first-order --no_first_order").first_order
+    assert train("--dataset_path=a_b-c").dataset_path == Path("a_b-c")
 
 
 def test_defaults_follow_the_treatment() -> None:
     oml = train("--treatment oml")
     assert (oml.treatment, oml.rln, oml.model_name) == ("OML", 6, Path("OML_Model.net"))
     # With a model file, the network is unknown until the file is read.
-    known = evaluate("--model m --treatment OML")
-    assert (known.rln, known.treatment) == (None, None)
-    assert known.notices == ("--treatment has no effect: the model file says which network it is",)
+    known = evaluate("--model m")
+    assert (known.rln, known.treatment, known.constructor) == (None, None, {})
     scratch = evaluate("--scratch --pln-channels 8")
-    assert (scratch.rln, scratch.treatment, scratch.widths["pln_channels"]) == (0, "ANML", 8)
+    assert (scratch.rln, scratch.treatment, scratch.constructor["pln_channels"]) == (0, "ANML", 8)
     assert evaluate("--model m --no-freeze").rln == 0
 
 
@@ -156,7 +157,7 @@ def test_wrong_evaluate_flags(typed: str, named: str, capsys: pytest.CaptureFixt
 
 def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text('steps = 7\nmeta_lr = 1\nreset = false\ntreatment = "oml"\nseed = 3\n')
+    file.write_text('steps = 7\nmeta-lr = 1\nreset = false\ntreatment = "oml"\nseed = 3\n')
     arguments = train(f"--config {file} --seed 9 --treatment ANML")
     assert (arguments.steps, arguments.meta_lr, arguments.reset) == (7, 1.0, False)
     # 9 and ANML are the defaults: typed, they count all the same.
@@ -176,14 +177,14 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
         ("notices = 'x'", "notices"),
         ("seeds = [1]", "seeds"),
         ("steps = 0", "steps"),
-        ("steps = '5'", "steps"),
         ("steps = true", "steps"),
         ("steps = 5.0", "steps"),
         ("steps = [5]", "steps"),
         ("first_order = 1", "first_order"),
-        ("first_order = 'true'", "first_order"),
-        ("name = 5", "name"),
-        ("meta_lr = '0.1'", "meta_lr"),
+        ("first_order = 'true'", "'true' is not true or false"),
+        ("name = true", "name"),
+        ("name = [1]", "name"),
+        ("name = 2026-01-01", "name"),
         ("meta_lr = inf", "meta_lr"),
         ("dataset = 'cifar'", "dataset"),
         ("[method]\nsteps = 5", "method"),
