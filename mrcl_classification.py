@@ -86,7 +86,6 @@ def make_learner(args: Training, net: Network, images: Pool, group: Group, backe
             shots=args.shots,
             leave_one_out=args.leave_one_out,
             augment=args.augment,
-            average=args.average,
         )
     return MetaLearner(
         net,
@@ -148,13 +147,11 @@ def train(
                 statistics = gate_statistics(net, gather(images, shown)[0])
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
             if args.eval_every and step % args.eval_every == 0 and group.first:
-                with learner.averaged():
-                    head = "ncm" if args.learner == "prototypes" else "adam"
-                    validate(run, net, images, step, args.eval_classes, head)
+                head = "ncm" if args.learner == "prototypes" else "adam"
+                validate(run, net, images, step, args.eval_classes, head)
             if args.keep_every and step % args.keep_every == 0 and group.first:
                 state = TrainingState.of(net, learner.optimizer, generator, step, learner.rule)
-                with learner.averaged():
-                    save_model(run.folder / f"model_{step}.net", state, recorded(args))
+                save_model(run.folder / f"model_{step}.net", state, recorded(args))
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
             if interrupt.agree(group):
@@ -202,7 +199,7 @@ def save(args: Training, run: Run, learner: OuterLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
     if is_first():
         state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
-        save_progress(run, args.model_name, state, recorded(args), learner.averaged())
+        save_progress(run, args.model_name, state, recorded(args))
 
 
 def main() -> None:

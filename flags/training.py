@@ -28,7 +28,6 @@ from utils.command_line import (
     choice,
     file_path,
     flag,
-    fraction,
     non_negative,
     own_flags,
     positive,
@@ -139,12 +138,6 @@ class EpisodeFlags(Flags):
         non_negative,
         "strength of a random turn, stretch, shear and shift of every other image; 1 for up to 12 degrees, "
         "15 %, 0.15 and 2 pixels",
-    )
-    average: float = flag(
-        0.0,
-        fraction,
-        "decay of the moving average of the weights that is checked and written as the model; 0 for the "
-        "weights themselves",
     )
 
 

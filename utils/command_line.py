@@ -655,7 +655,6 @@ def real(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
 finite = real("a finite number", lambda number: True)
 non_negative = real("a finite number of 0 or more", lambda number: number >= 0)
 positive = real("a finite number above 0", lambda number: number > 0)
-fraction = real("a number from 0 to below 1", lambda number: 0 <= number < 1)
 share = real("a number from 0.000001 to 1", lambda number: 1e-6 <= number <= 1)
 
 

@@ -57,7 +57,6 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PROTOTYPES} --ways 90": "--ways 90 classes",
         f"{PROTOTYPES} --shots 19": "21 of each class",
         f"{PROTOTYPES} --symmetries 3": "invalid choice: 3",
-        f"{PROTOTYPES} --average 1": "'1' is not a number from 0 to below 1",
         f"{PROTOTYPES} --augment -1": "'-1' is not a finite number of 0 or more",
     },
     pretrain_classification: {
