@@ -93,7 +93,6 @@ class DataFlags(Flags):
         Path("data"),
         file_path,
         "folder of the images; of Omniglot, that holds its zips or folders or that they are downloaded to",
-        name="--dataset-path",
         metavar="DIR",
     )
     cache_dir: Path = flag(Path("data/cache"), file_path, "folder for the decoded images", metavar="DIR")
@@ -135,7 +134,6 @@ class RunFlags(Flags):
         None,
         file_path,
         "TOML file of flags, which flags typed here override",
-        in_config=False,
         metavar="FILE",
     )
 
@@ -174,6 +172,5 @@ def resume_flag(may_change: frozenset[str]) -> Any:
         "run folder of an interrupted run, to go on from its last training state with its own "
         "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
         f"flags only these may change: {', '.join(f'--{name}' for name in sorted(may_change))}",
-        in_config=False,
         metavar="RUN",
     )

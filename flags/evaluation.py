@@ -31,10 +31,10 @@ from utils.command_line import (
     choice,
     file_path,
     flag,
+    number,
     own_flags,
     positive,
     several,
-    share,
     switch,
     whole,
 )
@@ -88,7 +88,6 @@ class StepFlags(Flags):
         None,
         tuple(TABLE),
         f"treatment of the paper, which sets --rln, --scratch, --iid and --epoch: {', '.join(TABLE)}",
-        name="--treatment-preset",
         metavar="NAME",
     )
     rln: int | None = flag(
@@ -169,7 +168,7 @@ class HeadFlags(Flags):
     )
     shrinkage: float | None = flag(
         None,
-        share,
+        number(1e-6, 1),
         "part of the covariance that is replaced by a multiple of the identity",
         shown="0.5",
     )
@@ -237,7 +236,6 @@ class EvaluationRunFlags(RunFlags):
         file_path,
         "go on with an evaluation that was interrupted, in its run folder and with its arguments: "
         "what it measured is not measured again; --runs and --schedule may ask for more",
-        in_config=False,
         metavar="RUN_FOLDER",
     )
 
@@ -268,7 +266,7 @@ class Evaluation(
         of_scratch = own_flags(ScratchFlags) | own_flags(NetworkFlags) if self.model else frozenset()
         return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
 
-    def check(self) -> None:
+    def validate(self) -> None:
         self._apply_preset()
         if self.model is None and not self.scratch:
             raise UserError("give --model FILE, which mrcl_classification.py writes, or --scratch")

@@ -62,7 +62,7 @@ class Pretraining(MethodFlags, NetworkFlags, DataFlags, ReportFlags, Pretraining
 
     may_change: ClassVar = MAY_CHANGE
 
-    def check(self) -> None:
+    def validate(self) -> None:
         outputs, classes = self.constructor.get("num_classes"), self.train_classes
         if outputs is not None and classes is not None and classes > outputs:
             raise UserError(f"--train_classes {classes} must not be larger than --num_classes {outputs}")

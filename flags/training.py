@@ -28,7 +28,7 @@ from utils.command_line import (
     choice,
     file_path,
     flag,
-    non_negative,
+    number,
     own_flags,
     positive,
     switch,
@@ -135,7 +135,7 @@ class EpisodeFlags(Flags):
     )
     augment: float = flag(
         0.0,
-        non_negative,
+        number(0),
         "strength of a random turn, stretch, shear and shift of every other image; 1 for up to 12 degrees, "
         "15 %, 0.15 and 2 pixels",
     )
@@ -207,7 +207,7 @@ class Training(
         others = frozenset().union(*OF_LEARNER.values()) - OF_LEARNER[self.learner]
         return dict.fromkeys(others, f"--learner {self.learner}")
 
-    def check(self) -> None:
+    def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:
             raise UserError("--checkpoint needs --saved_model FILE, the weights to start from")
         if self.saved_model is not None and not self.checkpoint:

@@ -85,7 +85,7 @@ class Analysis(AnalysisFlags, DataFlags, AnalysisRunFlags):
     python -m tools.analyze_representation --model Neuromodulation_Model.net
     """
 
-    def check(self) -> None:
+    def validate(self) -> None:
         if "model" not in self.given:
             raise UserError("give --model FILE, which mrcl_classification.py writes")
 

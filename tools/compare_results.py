@@ -51,7 +51,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def results_flag(name: str) -> Any:
     text = "run folder of an evaluation, or its results.csv or results.json"
-    return flag(MISSING, file_path, text, name=name.lower(), metavar=name)
+    return flag(MISSING, file_path, text, metavar=name)
 
 
 @dataclass(kw_only=True)

@@ -232,9 +232,7 @@ class Ledger(Flags):
     python -m tools.ledger
     """
 
-    check_only: bool = switch(
-        False, "change nothing; exit code 1 if the page is not what would be written", name="--check"
-    )
+    check: bool = switch(False, "change nothing; exit code 1 if the page is not what would be written")
     results: Path = flag(
         ROOT / "results",
         file_path,
@@ -258,7 +256,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {args.page}: {error}") from None
     current = inserted(text, ledger(args.results), args.page)
-    if not args.check_only:
+    if not args.check:
         write_text(args.page, current)
         say(f"{args.page} says what {args.results} holds")
     elif text != current:

@@ -112,7 +112,6 @@ class Plot(Flags):
         str,
         "run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
         "or their results.csv or metrics.csv; LABEL names one in the figures",
-        name="results",
         nargs="+",
         metavar="[LABEL=]RESULTS",
     )

@@ -63,12 +63,13 @@ class Argument(NamedTuple):
         Raises:
             ValueError: the text spells no value of this type and range.
         """
-        value: Any = text
+        value: Any
         try:
+            text.encode()  # no stray bytes, which no log and no file could hold
             value = self.kind(text)
         except ValueError:
             value = math.nan
-        if isinstance(value, float) and not math.isfinite(value):
+        if (isinstance(value, float) and not math.isfinite(value)) or "\0" in text:
             raise ValueError(f"{text!r} is not {KINDS[self.kind]}")
         fault = self.fault(value)
         if fault is not None:

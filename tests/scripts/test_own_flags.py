@@ -195,12 +195,12 @@ def test_one_name_for_the_arguments_of_two_networks_and_two_data_sets(call: Call
         ("--glyph_seed 8", "--glyph_seed means nothing with --dataset Noise: it belongs to --dataset glyphs"),
         ("--config c.toml", "c.toml: --hidden means nothing with --treatment ANML"),
         ("--treatment Taken --channels 8", "--channels means nothing with --dataset Noise"),
-        ("--nm_channels 0", "--nm_channels: '0': choose 1 or greater"),
+        ("--nm_channels 0", "--nm_channels/--net_nm_channels: '0': choose 1 or greater"),
         ("--data_seed 0.5", "'0.5' is not a whole number"),
         ("--data_lr nan", "'nan' is not a finite number"),
         ("--treatment Mine --kind relu", "--treatment Mine needs --width"),
         ("--treatment Mine --kind relu --width 2 --shift -6", "choose -5 or greater, at most 5"),
-        ("--treatment Mine --kind=\udcff --width 2", "is no text"),
+        ("--treatment Mine --kind=\udcff --width 2", "is not a text"),
         (
             "--treatment Tuple",
             "Tuple: its argument `sizes: tuple[int, ...] = (3, 4)` can be no flag",
@@ -230,9 +230,9 @@ def test_help_is_that_of_the_chosen_network(call: Callable[..., Called]) -> None
     assert "--hidden" in shown["OML"]
     assert "--nm_channels" not in shown["OML"]
     assert "what is added (default: 0)" in shown["Mine"]
-    assert "--width WIDTH         (default: none, it must be given)" in shown["Mine"]
+    assert "--width N, --net_width N (default: none, it must be given)" in " ".join(shown["Mine"].split())
     for name, text in shown.items():
-        said = f"among them those of --treatment {name}; --treatment NAME --help shows those of another"
+        said = f"those of --treatment {name} among them; --treatment NAME --help shows another's"
         assert said in " ".join(text.split())
 
 

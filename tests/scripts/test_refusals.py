@@ -57,7 +57,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PROTOTYPES} --ways 90": "--ways 90 classes",
         f"{PROTOTYPES} --shots 19": "21 of each class",
         f"{PROTOTYPES} --symmetries 3": "invalid choice: 3",
-        f"{PROTOTYPES} --augment -1": "'-1' is not a finite number of 0 or more",
+        f"{PROTOTYPES} --augment -1": "'-1': choose 0 or greater",
     },
     pretrain_classification: {
         f"{PRETRAIN} --images 0": "--images",
@@ -88,7 +88,9 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PRESET} Scratch --no-scratch": "--scratch, not --no-scratch",
         f"{PRESET} MAML": ("MAML", *TABLE),
         **{
-            f"{EVALUATE} --learner slda {flag}": flag.split()[0].removeprefix("--no-")
+            f"{EVALUATE} --learner slda {flag}": flag.split()[0]
+            .removeprefix("--no-")
+            .replace("treatment-", "treatment_")
             for flag in (
                 *("--lr 0.1", "--lrs 0.1", "--lr_search_runs 10", "--lr_search_split evaluation", "--test"),
                 *("--rln 13", "--no-freeze", "--reset", "--iid", "--epoch 1", "--optimizer adam"),

@@ -81,16 +81,17 @@ def test_every_released_flag_is_accepted() -> None:
     assert noticed == ["--memory", "--neuromodulation", "--commit"]
 
 
-@pytest.mark.parametrize("kind", [Training, Evaluation])
-def test_both_spellings_of_every_flag(kind: type[Flags]) -> None:
-    spelled = {option: action.dest for action in Parser(kind)._actions for option in action.option_strings}
-    for action in Parser(kind).flags.values():
-        for option in action.option_strings:
-            for spelling in (option.replace("_", "-"), "--" + option[2:].replace("-", "_")):
-                assert spelled[spelling] == action.dest
-    assert not train("--no_reset").reset
-    assert not train("--no-first-order --first-order --no_first_order").first_order
-    assert train("--dataset_path=a_b-c").dataset_path == Path("a_b-c")
+def test_both_spellings_of_every_flag() -> None:
+    typed = "--no-reset --first-order --no_first-order --meta-lr 0.5 --dataset-path=a_b-c --net-nm-channels=3"
+    for spelled in (
+        typed,
+        typed.replace("dataset-path", "dataset_path"),
+        typed.replace("-", "_").replace("__", "--"),
+    ):
+        found = train(spelled.replace("=a_b_c", "=a_b-c"))
+        assert (found.reset, found.first_order, found.meta_lr) == (False, False, 0.5)
+        assert (found.dataset_path, found.constructor["nm_channels"]) == (Path("a_b-c"), 3)
+    assert all("-" not in option[2:] for kind in (Training, Evaluation) for option in Parser(kind).flags)
 
 
 def test_defaults_follow_the_treatment() -> None:
