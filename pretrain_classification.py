@@ -68,7 +68,7 @@ def train(
     steps = math.ceil(args.images / args.batch_size)
 
     def save(step: int) -> None:
-        arguments = {**recorded(args), "weights": "pretrained"}
+        arguments = {**recorded(args), "train_classes": len(images.sizes), "weights": "pretrained"}
         save_progress(run, args.model_name, TrainingState.of(net, optimizer, generator, step), arguments)
 
     with run.progress(steps, every=args.log_every, done=done) as progress:
@@ -105,7 +105,6 @@ def main() -> None:
     check_writable(args.model_name, "--model_name")
     images = load_images(args.source(), "background")
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
-    args.train_classes = len(images)
     net.normalisation = images.normalisation or net.normalisation
     backend = use_backend(net, args.backend, device)
     check_network(
@@ -115,7 +114,8 @@ def main() -> None:
         meta_loss=meta_loss(backend),
         channels=images.channels,
     )
-    extra = {"device": str(device), "backend": backend, **images.about()}
+    plan = {"train_classes": len(images)}
+    extra = {"plan": plan, "device": str(device), "backend": backend, **images.about()}
     with (
         Interrupt() as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, state.step if state else 0) as run,

@@ -48,11 +48,6 @@ class NetworkFlags(Flags):
     constructor: dict[str, Any] = arguments_of("treatment", NETWORKS, "net")
 
 
-def default_model_name(network: str) -> str:
-    """The model file that a network's training writes by default."""
-    return NETWORKS[network].model_name or f"{network}_Model.net"
-
-
 def train_classes_flag(text: str) -> Any:
     """The field of `--train_classes`."""
     return flag(None, whole(1), f"{text}, the first of the data", shown="all; 963 of Omniglot's 964")

@@ -14,7 +14,6 @@ from flags.common import (
     NetworkFlags,
     ReportFlags,
     RunFlags,
-    default_model_name,
     name_flag,
     processes_flag,
     resume_flag,
@@ -73,8 +72,8 @@ class TrajectoryFlags(Flags):
 
     group = "trajectories of --learner sgd"
 
-    rln: int = flag(
-        None,  # by the treatment
+    rln: int | None = flag(
+        None,
         whole(0),
         "layers frozen in the inner loop, counted from the input (7: the whole neuromodulatory "
         "network of ANML; 6: the convolutions of OML); the outer step trains all",
@@ -161,8 +160,8 @@ class TrainingRunFlags(RunFlags):
         whole(0),
         "steps between models that stay in the run folder, as model_<step>.net; 0 for none",
     )
-    model_name: Path = flag(
-        None,  # by the treatment
+    model_name: Path | None = flag(
+        None,
         file_path,
         "file for the trained weights",
         shown="Neuromodulation_Model.net for ANML, NAME_Model.net for another",
@@ -219,10 +218,6 @@ class Training(
             raise UserError(
                 "--first_order differentiates through no inner step: drop it or --second_order_steps"
             )
-        if "rln" not in self.given:
-            self.rln = NETWORKS[self.treatment].rln_training
-        if "model_name" not in self.given:
-            self.model_name = Path(default_model_name(self.treatment))
 
     def _check_sizes(self) -> None:
         """Raise UserError where more is asked for than there is."""
@@ -242,3 +237,28 @@ class Training(
             low, high = sizes[smaller], sizes[larger]
             if low is not None and high is not None and low > high:
                 raise UserError(f"--{smaller} {low} must not be larger than --{larger} {high}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a meta-training does where its flags leave it open.
+
+    Attributes:
+        rln: layers frozen in the inner loop.
+        train_classes: classes to train on.
+        model_name: file for the trained weights.
+    """
+
+    rln: int
+    train_classes: int
+    model_name: Path
+
+    @classmethod
+    def of(cls, args: Training, classes: int) -> Plan:
+        """The plan for what is asked, on so many classes."""
+        network = NETWORKS[args.treatment]
+        return cls(
+            rln=network.rln_training if args.rln is None else args.rln,
+            train_classes=classes,
+            model_name=args.model_name or Path(network.model_name or f"{args.treatment}_Model.net"),
+        )

@@ -156,7 +156,6 @@ def main() -> None:
     backend = use_backend(net, args.backend, device)
     images = load_images(args.source(), "evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
-    args.test_classes = len(images)
     images.require(
         args.train_images + args.test_images,
         f"--train_images {args.train_images} and --test_images {args.test_images}",
@@ -174,6 +173,7 @@ def main() -> None:
         class_order="dataset",
         split=args.split,
     )
+    arguments = {**recorded(args), "test_classes": len(images)}
     about: dict[str, Any] = {"device": str(device), "backend": backend, "network": net.network, "step": step}
     about |= images.about()
     with Run.create(args.runs_dir, args.name, args, about) as run:
@@ -182,7 +182,7 @@ def main() -> None:
         measured = measure(representation, task)
         run.metrics(measured)
         run.scalars(step, {f"representation/{key}": value for key, value in measured.items()})
-        content = {**about, "arguments": recorded(args), "measured": measured}
+        content = {**about, "arguments": arguments, "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")
         for name, figure in pictures(args, representation, task, images).items():
             run.image(f"representation/{name}", save_png(figure, run.folder / f"{name}.png"), step)

@@ -172,7 +172,7 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
             generator,
             meta_lr=defaults.meta_lr,
             update_lr=defaults.update_lr,
-            rln=defaults.rln,
+            rln=ANML.rln_training,
             first_order=ORDERS[part],
             meta_loss=meta_loss(used),
             capture=capture(used),
@@ -186,7 +186,7 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
         trajectory = sample_trajectory([DRAWINGS] * len(setup.images), generator)
         query, labels = gather(setup.images, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
-        settings = len(trajectory.support), defaults.update_lr, defaults.rln, not ORDERS[part]
+        settings = len(trajectory.support), defaults.update_lr, ANML.rln_training, not ORDERS[part]
         reference.meta_gradient(weights, grey, classes, *settings)
 
     for _ in range(2):  # Adam's moments, the allocator, kernel choices

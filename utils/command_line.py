@@ -546,6 +546,11 @@ def recorded(flags: Flags, *, absolute: bool = False) -> dict[str, Any]:
     return {key: plain(value, absolute) for key, value in sorted(found.items())}
 
 
+def decided(plan: Any, *, absolute: bool = False) -> dict[str, Any]:
+    """What a plan, a dataclass, decides, as plain values; see `recorded`."""
+    return {part.name: plain(getattr(plan, part.name), absolute) for part in fields(plan)}
+
+
 def plain(value: object, absolute: bool = False) -> Any:
     """A value with paths as texts."""
     if isinstance(value, list | tuple):

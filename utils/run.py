@@ -221,7 +221,7 @@ class Run:
         """Make `runs_dir/<name>_<k>` with the smallest free k, and record what is run and where.
 
         `config.json` gets the arguments, versions, machine, git commit, start time and `extra`
-        (say the manifest hash and the device chosen); TensorBoard gets the arguments as a table.
+        (say the plan, the manifest hash and the device chosen); TensorBoard gets the settings as a table.
         Notices among the arguments are logged as warnings.
 
         Raises:
@@ -229,13 +229,14 @@ class Run:
         """
         if not is_first():
             return _Bystander(Path(runs_dir))
-        settings = recorded(arguments)
+        extra = extra or {}
+        settings = {**recorded(arguments), **extra.get("plan", {})}
         folder = _new_folder(Path(runs_dir), name)
         config = {
             "name": folder.name,
             "arguments": recorded(arguments, absolute=True),
             **_circumstances(),
-            **(extra or {}),
+            **extra,
         }
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         run = cls(folder)
@@ -275,6 +276,7 @@ class Run:
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
         config |= {"name": folder.name, "arguments": recorded(arguments, absolute=True), "resumed": resumed}
+        config |= {key: value for key, value in (extra or {}).items() if key == "plan"}
         try:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         except UserError:

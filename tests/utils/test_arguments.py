@@ -12,7 +12,7 @@ import pytest
 
 from flags.evaluation import Evaluation
 from flags.pretraining import Pretraining
-from flags.training import Training
+from flags.training import Plan, Training
 from tools import plot_results
 from tools.analyze_representation import Analysis
 from tools.benchmark import Benchmark
@@ -66,7 +66,8 @@ def test_released_train_command_gives_the_defaults() -> None:
         "--rln 7 --meta_lr 0.001 --update_lr 0.1 --name mrcl_omniglot --steps 20000 --seed 9 "
         "--model_name Neuromodulation_Model.net"
     )
-    assert train(command) == train("")
+    assert Plan.of(train(command), 963) == Plan.of(train(""), 963)
+    assert recorded(train(command)) | {"rln": None, "model_name": None} == recorded(train(""))
 
 
 def test_every_released_flag_is_accepted() -> None:
@@ -96,7 +97,8 @@ def test_both_spellings_of_every_flag() -> None:
 
 def test_defaults_follow_the_treatment() -> None:
     oml = train("--treatment oml")
-    assert (oml.treatment, oml.rln, oml.model_name) == ("OML", 6, Path("OML_Model.net"))
+    assert (oml.treatment, Plan.of(oml, 9)) == ("OML", Plan(6, 9, Path("OML_Model.net")))
+    assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"))
     # With a model file, the network is unknown until the file is read.
     known = evaluate("--model m")
     assert (known.rln, known.treatment, known.constructor) == (None, None, {})
@@ -162,7 +164,7 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
     arguments = train(f"--config {file} --seed 9 --treatment ANML")
     assert (arguments.steps, arguments.meta_lr, arguments.reset) == (7, 1.0, False)
     # 9 and ANML are the defaults: typed, they count all the same.
-    assert (arguments.seed, arguments.treatment, arguments.rln) == (9, "ANML", 7)
+    assert (arguments.seed, arguments.treatment, Plan.of(arguments, 9).rln) == (9, "ANML", 7)
     assert train(f"--config {file} --reset").reset
     file.write_text("schedule = [2, 3]\nscratch = true\nlrs = [1, 0.5]\n")
     evaluation = evaluate(f"--config {file}")
@@ -250,8 +252,9 @@ def test_presets_are_valid(preset: Path) -> None:
 
 
 def test_paper_preset_is_the_default() -> None:
-    preset = recorded(train(f"--config {CONFIGS / 'anml.toml'}"))
-    assert {**preset, "config": None} == recorded(train(""))
+    preset, default = train(f"--config {CONFIGS / 'anml.toml'}"), train("")
+    assert Plan.of(preset, 963) == Plan.of(default, 963)
+    assert recorded(preset) | {"config": None, "rln": None, "model_name": None} == recorded(default)
 
 
 @pytest.mark.parametrize("kind", [Training, Evaluation])
