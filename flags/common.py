@@ -9,17 +9,7 @@ from typing import Any, Literal
 from datasets import DATASETS, Source
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS
-from utils.command_line import (
-    SEED,
-    Flags,
-    arguments_of,
-    choice,
-    device_name,
-    file_path,
-    flag,
-    folder_name,
-    whole,
-)
+from utils.flag import SEED, Flags, arguments_of, choice, device_name, file_path, flag, folder_name, whole
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
@@ -28,11 +18,9 @@ ALIASES = {"Neuromodulation": "ANML"}  # the released code's name
 NO_COMMIT = {"commit": "nothing is committed; the run folder records the current git commit"}
 
 
-def treatment_flag(default: str | None) -> Any:
+def treatment_flag(default: str) -> Any:
     """The field of `--treatment`."""
-    return choice(
-        default, NETWORKS, "network (Neuromodulation: ANML)", aliases=ALIASES, shown=default or "ANML"
-    )
+    return choice(default, NETWORKS, "network (Neuromodulation: ANML)", aliases=ALIASES)
 
 
 @dataclass(kw_only=True)

@@ -24,10 +24,11 @@ from model.learner import VIEWS, View
 from model.meta_test import LEARNERS
 from model.optimizer import OPTIMIZERS
 from model.treatments import TABLE
-from utils.command_line import (
+from utils.command_line import as_typed
+from utils.errors import UserError
+from utils.flag import (
     Flags,
     Flat,
-    as_typed,
     choice,
     file_path,
     flag,
@@ -38,7 +39,6 @@ from utils.command_line import (
     switch,
     whole,
 )
-from utils.errors import UserError
 
 # The published grid, and four rates more at its upper end, where replications find the best one.
 LEARNING_RATES = (
@@ -184,7 +184,7 @@ class ScratchFlags(NetworkFlags):
 
     group = "network, for --scratch without --model"
 
-    treatment: str | None = treatment_flag(None)
+    treatment: str = treatment_flag("ANML")
 
 
 @dataclass(kw_only=True)
@@ -249,16 +249,17 @@ class Evaluation(
     python evaluate_classification.py --model Neuromodulation_Model.net --nested
     """
 
-    # None of these changes a number: more runs or class counts add to what there is, and models are
-    # compared by content.
-    may_change: ClassVar = frozenset(
-        ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend", *PLACES)
-    )
     no_effect: ClassVar = {
         "memory": "no image is kept or replayed at meta-test",
         "neuromodulation": "the model file says which network it is",
         **NO_COMMIT,
     }
+
+    def changeable(self) -> frozenset[str]:
+        # None of these changes a number: more runs or class counts add to what there is, and models are
+        # compared by content.
+        changeable = ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend")
+        return frozenset((*changeable, *PLACES))
 
     def idle(self) -> Mapping[str, str]:
         options = LEARNERS[self.learner].options
@@ -267,7 +268,6 @@ class Evaluation(
         return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
 
     def validate(self) -> None:
-        self._apply_preset()
         if self.model is None and not self.scratch:
             raise UserError("give --model FILE, which mrcl_classification.py writes, or --scratch")
         if self.model is not None:
@@ -276,8 +276,6 @@ class Evaluation(
                 raise UserError(f"--model names {twice[0]} twice")
             if self.scratch and len(self.model) > 1:
                 raise UserError("--scratch takes the network of one --model, not of several")
-        if self.scratch and self.rln is None and LEARNERS[self.learner].takes_steps:
-            self.rln = 0
         shuffled_or_repeated = self.iid or self.epoch > 1
         if self.track_every and shuffled_or_repeated:
             raise UserError(
@@ -288,36 +286,33 @@ class Evaluation(
                 "--nested tests on its way through classes learned one after another, once, in random order: "
                 "drop --iid, --epoch and --class_order"
             )
-        # What is there twice would be done twice.
-        self.schedule, self.lrs = list(dict.fromkeys(self.schedule)), list(dict.fromkeys(self.lrs))
         if self.test_classes is not None and max(self.schedule, default=0) > self.test_classes:
             raise UserError(
                 f"--schedule asks for {max(self.schedule)} classes of the {self.test_classes} that "
                 "--test_classes allows: lower the one or raise the other"
             )
-        if self.model is None:
-            self.treatment = self.treatment or "ANML"
 
-    def _apply_preset(self) -> None:
-        """Set what `--no-freeze` and `--treatment-preset` stand for, and refuse what says otherwise."""
-        typed: dict[str, Any] = {name: getattr(self, name) for name in ("rln", "scratch", "iid", "epoch")}
-        typed = {name: value for name, value in typed.items() if name in self.given}
-        if not self.freeze:
-            if self.rln:
-                raise UserError(f"--no-freeze means --rln 0: drop it, or drop --rln {self.rln}")
-            self.rln = typed["rln"] = 0
-        if self.treatment_preset is None:
-            return
-        row = TABLE[self.treatment_preset]
-        if self.reset and not row.scratch:
-            raise UserError(f"--treatment-preset {row.name} keeps the weights it starts from: drop --reset")
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        typed = {name: given[name] for name in ("rln", "scratch", "iid", "epoch") if name in given}
+        if not given.get("freeze", True):
+            if given.get("rln"):
+                raise UserError(f"--no-freeze means --rln 0: drop it, or drop --rln {given['rln']}")
+            typed["rln"] = 0
+        preset = given.get("treatment_preset")
+        if preset is None:
+            steps = LEARNERS[given.get("learner", cls.learner)].takes_steps
+            return {"rln": 0, **typed} if typed.get("scratch") and steps else typed
+        row = TABLE[preset]
+        if given.get("reset") and not row.scratch:
+            raise UserError(f"--treatment-preset {preset} keeps the weights it starts from: drop --reset")
         # The paper gives Oracles of 1 and of 20 passes: their number is the user's.
         epochs = typed.get("epoch", row.epochs) if row.iid else row.epochs
         means = {"rln": row.rln, "scratch": row.scratch, "iid": row.iid, "epoch": epochs}
         for name, value in typed.items():
             if value != means[name]:
                 raise UserError(
-                    f"--treatment-preset {row.name} means {as_typed(name, means[name])}, not "
+                    f"--treatment-preset {preset} means {as_typed(name, means[name])}, not "
                     f"{as_typed(name, value)}: drop one of them"
                 )
-        self.rln, self.scratch, self.iid, self.epoch = row.rln, row.scratch, row.iid, epochs
+        return means

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from flags.common import (
     PLACES,
@@ -18,8 +17,8 @@ from flags.common import (
     train_classes_flag,
     treatment_flag,
 )
-from utils.command_line import Flags, file_path, flag, positive, whole
 from utils.errors import UserError
+from utils.flag import Flags, file_path, flag, positive, whole
 
 MAY_CHANGE = frozenset(("log_every", "save_every", "device", "threads", "backend", "model_name", *PLACES))
 
@@ -60,7 +59,8 @@ class Pretraining(MethodFlags, NetworkFlags, DataFlags, ReportFlags, Pretraining
     python pretrain_classification.py --images 420000
     """
 
-    may_change: ClassVar = MAY_CHANGE
+    def changeable(self) -> frozenset[str]:
+        return MAY_CHANGE
 
     def validate(self) -> None:
         outputs, classes = self.constructor.get("num_classes"), self.train_classes

@@ -22,18 +22,8 @@ from flags.common import (
     treatment_flag,
 )
 from model.modelfactory import NETWORKS
-from utils.command_line import (
-    Flags,
-    choice,
-    file_path,
-    flag,
-    number,
-    own_flags,
-    positive,
-    switch,
-    whole,
-)
 from utils.errors import UserError
+from utils.flag import Flags, choice, file_path, flag, number, own_flags, positive, switch, whole
 
 # How long, how often and where: none of these changes a number.
 MAY_CHANGE = frozenset(
@@ -191,7 +181,6 @@ class Training(
     python mrcl_classification.py --config configs/anml.toml
     """
 
-    may_change: ClassVar = MAY_CHANGE
     no_effect: ClassVar = {
         "seeds": "give one seed with --seed",
         "model": "choose the network with --treatment, weights with --saved_model",
@@ -200,7 +189,7 @@ class Training(
 
     def changeable(self) -> frozenset[str]:
         # The schedule of episodes is as long as they are many, which makes their numbers.
-        return self.may_change - {"steps"} if self.learner == "prototypes" else self.may_change
+        return MAY_CHANGE - {"steps"} if self.learner == "prototypes" else MAY_CHANGE
 
     def idle(self) -> Mapping[str, str]:
         others = frozenset().union(*OF_LEARNER.values()) - OF_LEARNER[self.learner]

@@ -37,11 +37,12 @@ from model.meta_learner import gather
 from model.modelfactory import Network, restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from utils.checkpoint import load_checkpoint
-from utils.command_line import file_path, flag, parse, recorded, whole
+from utils.command_line import parse, recorded
 from utils.device import choose_device
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
 from utils.files import write_text
+from utils.flag import file_path, flag, whole
 from utils.run import Run, log_to_terminal
 
 if TYPE_CHECKING:

@@ -50,10 +50,11 @@ from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, build, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
-from utils.command_line import Flags, choice, file_path, flag, parse, whole
+from utils.command_line import parse
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, write_text
+from utils.flag import Flags, choice, file_path, flag, whole
 from utils.run import cpu_name
 from utils.signature import arguments
 

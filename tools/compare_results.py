@@ -17,8 +17,9 @@ from typing import Any
 
 from evaluation.results import Results, compare, known, read_results
 from model.scores import accuracies
-from utils.command_line import Flags, file_path, flag, parse, switch
+from utils.command_line import parse
 from utils.errors import UserError, run_script, say
+from utils.flag import Flags, file_path, flag, switch
 
 
 def describe(path: Path, results: Results) -> str:

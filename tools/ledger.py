@@ -26,9 +26,10 @@ from typing import Any
 
 from evaluation.results import FEW, read_results, summarise
 from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
-from utils.command_line import Flags, file_path, flag, parse, switch
+from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import read_text, write_text
+from utils.flag import Flags, file_path, flag, switch
 
 MANIFEST = ("result", "training", "command")
 NOT_RESULTS = ("targets.csv", "manifest.csv")

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, steps_figure, training_figure
 from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
-from utils.command_line import Flags, choice, file_path, flag, folder_name, parse, switch
+from utils.command_line import parse
 from utils.errors import UserError, run_script, say
 from utils.files import expand
+from utils.flag import Flags, choice, file_path, flag, folder_name, switch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

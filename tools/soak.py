@@ -18,8 +18,9 @@ from pathlib import Path
 
 import mrcl_classification
 from tests.conftest import TINY
-from utils.command_line import HelpFirst, whole
+from utils.command_line import HelpFirst
 from utils.errors import run_script
+from utils.flag import whole
 from utils.run import Run
 
 STEPS = 2000

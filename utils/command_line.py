@@ -21,18 +21,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from textwrap import indent
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from utils.errors import UserError, try_to_write
-from utils.files import expand, read_text
-from utils.signature import REQUIRED, Argument, Range, arguments
+from utils.files import read_text
+from utils.flag import FlagInfo, Flags, FlagsT, Registry
+from utils.signature import REQUIRED, arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,152 +40,6 @@ else:
 
 
 NOT_IN_CONFIG = {"config", "resume"}  # flags that stand in no config file
-
-
-@dataclass(kw_only=True)
-class Flags:
-    """Base of a script's arguments and of parts of them, whose fields `flag`, `switch` and others make.
-
-    A script's own class has as docstring what its `--help` begins with, a sentence and an example. Where a
-    part redefines a field of its base, the flag keeps its place in the help.
-
-    Attributes:
-        group: heading in `--help` of the flags that a class adds.
-        may_change: flags that `--resume` takes other values of.
-        no_effect: flags that are accepted, with or without values, and what to do instead.
-        given: the flags that were typed or stand in a config file or the run that is resumed.
-        places: by flag, field and argument of the flags that `arguments_of` made.
-    """
-
-    group: ClassVar[str] = "options"
-    may_change: ClassVar[frozenset[str]] = frozenset()
-    no_effect: ClassVar[Mapping[str, str]] = {}
-
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-    places: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
-
-    def idle(self) -> Mapping[str, str]:
-        """The fields that mean nothing beside another flag, by that flag as it is typed.
-
-        A field of these that is given is refused. The others are recorded as None.
-        """
-        return {}
-
-    def validate(self) -> None:
-        """Raise UserError where flags contradict each other."""
-
-    def changeable(self) -> frozenset[str]:
-        """The flags that a run of these may be resumed with other values of."""
-        return self.may_change
-
-    @property
-    def notices(self) -> list[str]:
-        """Lines for the user about flags given without effect."""
-        given = self.no_effect.keys() & {key.removeprefix("*") for key in self.given if key.startswith("*")}
-        return [f"--{key} has no effect: {self.no_effect[key]}" for key in self.no_effect if key in given]
-
-
-FlagsT = TypeVar("FlagsT", bound=Flags)
-Reader = Callable[[str], Any]
-"""Makes a value of a text, or raises what argparse catches."""
-
-
-class _Flag(NamedTuple):
-    """How a field of `Flags`, or an argument of a registry's entry, is typed; see `flag` and `choice`."""
-
-    default: Any
-    read: Reader | None  # None of a switch
-    text: str
-    shown: str | None
-    names: Collection[str] | None
-    options: Mapping[str, Any]
-
-
-class _Registry(NamedTuple):
-    """Where a field of `arguments_of` finds its arguments; see there."""
-
-    chooser: str
-    table: Mapping[str, Callable[..., Any]]
-    prefix: str
-    skip: int
-
-    def names(self) -> Iterator[tuple[str, str]]:
-        """Entry and argument, of all arguments of all entries that can be read."""
-        for entry, function in self.table.items():
-            with suppress(UserError):
-                yield from ((entry, argument) for argument in arguments(function, self.skip))
-
-
-def flag(
-    default: Any,
-    read: Reader | None,
-    text: str,
-    *,
-    shown: str | None = None,
-    names: Collection[str] | None = None,
-    **options: Any,
-) -> Any:
-    """A field for a flag with a value.
-
-    Args:
-        default: its value where nobody gives it; MISSING of a value that is typed without a flag.
-        read: makes a value of what is typed; None of a switch.
-        text: what it is, for `--help`.
-        shown: the default as `--help` gives it.
-        names: the words that it takes, for `--help`; if a registry, with what each entry says of itself.
-        options: of `argparse.ArgumentParser.add_argument`.
-    """
-    metadata = {"flag": _Flag(default, read, text, shown, names, options)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def switch(default: bool, text: str) -> Any:
-    """A field for the pair `--name` and `--no_name`."""
-    return flag(default, None, text)
-
-
-def choice(
-    default: str | None,
-    names: Collection[str],
-    text: str,
-    *,
-    aliases: Mapping[str, str] | None = None,
-    **options: Any,
-) -> Any:
-    """A field for a flag with one of several words, in any case that leaves no doubt.
-
-    Args:
-        names: the words. A registry is looked at when a word is read.
-        aliases: other words, with the word that each stands for.
-    """
-
-    def read(text: str) -> str:
-        known = {**(aliases or {}), **{name: name for name in names}}
-        alike = [text] if text in known else [name for name in known if name.lower() == text.lower()]
-        if len(alike) != 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-        return known[alike[0]]
-
-    return flag(default, read, text, names=names, **options)
-
-
-def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str, skip: int = 0) -> Any:
-    """A field for a dict of arguments of the registry entry that another flag names.
-
-    Args:
-        chooser: the field that names the entry.
-        table: the registry. It is looked at when the parser is made.
-        prefix: what always makes a flag of an argument's name.
-        skip: first arguments of the entries that are no flags.
-    """
-    return field(default_factory=dict, metadata={"registry": _Registry(chooser, table, prefix, skip)})
-
-
-def own_flags(kind: type[Flags]) -> frozenset[str]:
-    """The names of the flags that a part adds to its base."""
-    return frozenset(inspect.get_annotations(kind))
 
 
 def _groups(kind: type[Flags]) -> dict[str, str]:
@@ -244,7 +97,7 @@ class Parser(HelpFirst):
         )
         self.flags: dict[str, argparse.Action] = {}
         self.places: dict[str, tuple[str, str]] = {}
-        self.chosen: dict[str, tuple[_Registry, str]] = {}
+        self.chosen: dict[str, tuple[Registry, str]] = {}
         self._taken = {"help", *kind.no_effect}
         parts = {part.name: part for part in fields(kind) if only is None or part.name in only}
         headings: dict[str, argparse._ActionsContainer] = {Flags.group: self}
@@ -260,7 +113,7 @@ class Parser(HelpFirst):
                 group.add_argument(f"--{key}", nargs="*", dest=f"*{key}", metavar="VALUE", help=text)
         for name, part in parts.items():
             if "registry" in part.metadata:
-                registry: _Registry = part.metadata["registry"]
+                registry: Registry = part.metadata["registry"]
                 default = parts[registry.chooser].default or next(iter(registry.table))
                 self.chosen[name] = registry, str((chosen or {}).get(registry.chooser, default))
                 self._add_arguments(headings[_groups(kind)[name]], name)
@@ -281,15 +134,15 @@ class Parser(HelpFirst):
             spelled = [full] if self._is_taken(argument) else [argument, full]
             self.places[spelled[0]] = name, argument
             shown = "none, it must be given" if made.default is REQUIRED else _shown(made.default)
-            read = None if made.kind is bool else reader(made)
+            read = None if made.kind is bool else made.read
             metavar = {int: "N", float: "X", str: "TEXT"}.get(made.kind)
-            self._add(group, spelled, _Flag(None, read, made.text, shown, None, {"metavar": metavar}))
+            self._add(group, spelled, FlagInfo(None, read, made.text, shown, None, {"metavar": metavar}))
         self._taken |= {argument for _, argument in registry.names()}
 
     def _is_taken(self, name: str) -> bool:
         return not {name, f"no_{name}"}.isdisjoint(self._taken)
 
-    def _add(self, group: argparse._ActionsContainer, names: list[str], made: _Flag) -> None:
+    def _add(self, group: argparse._ActionsContainer, names: list[str], made: FlagInfo) -> None:
         """Make a flag, whose values are kept under the first of its names."""
         text = made.text
         if isinstance(made.names, Mapping):
@@ -348,7 +201,8 @@ class Parser(HelpFirst):
         Raises:
             UserError: a flag is given that means nothing beside the others, or an argument is missing.
         """
-        values: dict[str, Any] = {part.name: given[part.name] for part in fields(kind) if part.name in given}
+        found = {**kind.implied(given), **given}
+        values: dict[str, Any] = {part.name: found[part.name] for part in fields(kind) if part.name in found}
         for name, (registry, entry) in self.chosen.items():
             made = arguments(registry.table[entry], registry.skip)
             values[name] = {argument: made[argument].default for argument in made}
@@ -572,79 +426,3 @@ class _Switch(argparse.Action):
 
     def __call__(self, _: object, kept: argparse.Namespace, values: Any, name: str | None = None) -> None:
         setattr(kept, self.dest, name in self.option_strings[: len(self.option_strings) // 2])
-
-
-class Flat(argparse.Action):
-    """Joins the lists of a flag's values: `10 50`, `10,50` and `"10 50"` give the same list.
-
-    A flag that is typed again adds to the list.
-    """
-
-    def __call__(self, _: object, kept: argparse.Namespace, values: Any, name: str | None = None) -> None:
-        setattr(kept, self.dest, [*getattr(kept, self.dest, []), *(item for part in values for item in part)])
-
-
-def reader(argument: Argument) -> Reader:
-    """A reader of values of an argument's type and range."""
-
-    def read(text: str) -> Any:
-        try:
-            return argument.read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read
-
-
-def whole(low: int | None = None, high: int | None = None) -> Reader:
-    """A reader of whole numbers from `low` to `high` (`None`: no limit)."""
-    return reader(Argument(int, span=Range(low, high)))
-
-
-def number(low: float | None = None, high: float | None = None) -> Reader:
-    """A reader of finite numbers from `low` to `high` (`None`: no limit)."""
-    return reader(Argument(float, span=Range(low, high)))
-
-
-SEED = whole(0, 2**32 - 1)  # what every generator in use can be seeded with
-
-
-def positive(text: str) -> float:
-    """The finite number above 0 that a text spells."""
-    found: float = number()(text)
-    if found <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return found
-
-
-def several(read: Reader) -> Callable[[str], list[Any]]:
-    """A reader of one or more numbers with commas or spaces between."""
-
-    def read_all(text: str) -> list[Any]:
-        parts = text.replace(",", " ").split()
-        if not parts:
-            raise argparse.ArgumentTypeError("expected at least one number")
-        return [read(part) for part in parts]
-
-    return read_all
-
-
-def device_name(text: str) -> str:
-    """The name of a device that a text spells, in lower case."""
-    device = text.lower()
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
-    return device
-
-
-def file_path(text: str) -> Path:
-    """The path that a text spells, `~` at its beginning being a home folder."""
-    return expand(str(reader(Argument(str))(text)))
-
-
-def folder_name(text: str) -> str:
-    """The name of a folder, without those above it, that a text spells."""
-    name = str(reader(Argument(str))(text))
-    if not name.strip(". ") or re.search(r"[/\\]", name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
-    return name

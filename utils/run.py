@@ -35,10 +35,11 @@ from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
-from utils.command_line import Flags, read_config, recorded
+from utils.command_line import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
 from utils.files import atomic_write, remove_drafts, sync, write_text
+from utils.flag import Flags
 
 if sys.platform != "win32":
     import fcntl

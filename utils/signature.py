@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from utils.errors import UserError
 
-KINDS: dict[type, str] = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    str: "a text",
-}
+KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 REQUIRED = inspect.Parameter.empty  # the default of an argument that has none
 
 
@@ -50,7 +46,7 @@ class Argument(NamedTuple):
     def fault(self, value: object) -> str | None:
         """What is wrong with a value of this argument's type; None if nothing is."""
         low, high = self.span
-        if not isinstance(value, int | float) or (low is None and high is None):
+        if not isinstance(value, int | float):
             return None
         if (low is None or value >= low) and (high is None or value <= high):
             return None
@@ -58,22 +54,18 @@ class Argument(NamedTuple):
         return f"choose {', '.join(limits)}"
 
     def read(self, text: str) -> Any:
-        """The value that a text spells, of every type but bool.
-
-        Raises:
-            ValueError: the text spells no value of this type and range.
-        """
+        """The value, of every type but bool, that a text spells; ArgumentTypeError if there is none."""
         value: Any
         try:
-            text.encode()  # no stray bytes, which no log and no file could hold
+            text.encode()  # stray bytes could not be written into a log or a file
             value = self.kind(text)
         except ValueError:
             value = math.nan
         if (isinstance(value, float) and not math.isfinite(value)) or "\0" in text:
-            raise ValueError(f"{text!r} is not {KINDS[self.kind]}")
+            raise ArgumentTypeError(f"{text!r} is not {KINDS[self.kind]}")
         fault = self.fault(value)
         if fault is not None:
-            raise ValueError(f"{text!r}: {fault}")
+            raise ArgumentTypeError(f"{text!r}: {fault}")
         return value
 
 
@@ -95,15 +87,14 @@ def arguments(function: Callable[..., Any], skip: int = 0) -> dict[str, Argument
         raise UserError(f"{name}: cannot read its arguments: {error}") from error
     found = {}
     for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise UserError(f"{name}: its argument `{parameter}` can be no flag: name each argument")
         kind, extras = _unwrapped(parameter.annotation)
         if kind is parameter.empty:
             kind = type(parameter.default)
-        if kind not in KINDS or parameter.kind is parameter.POSITIONAL_ONLY:
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if kind not in KINDS or not named:
             raise UserError(
                 f"{name}: its argument `{parameter}` can be no flag, which gives int, float, bool or str, "
-                "or None in place of one"
+                "or None in place of one, to an argument of its name"
             )
         text = next((extra for extra in extras if isinstance(extra, str)), "")
         span = next((extra for extra in extras if isinstance(extra, Range)), Range())

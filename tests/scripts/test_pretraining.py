@@ -30,7 +30,7 @@ from utils.command_line import parse
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TINY = "--dataset glyphs --pln_channels 6 --nm_channels 6 --train_classes 5 --num_classes 8 --threads 1"
+TINY = "--dataset glyphs --pln_channels 6 --train_classes 5 --num_classes 8 --threads 1"
 
 
 def pretrain(flags: str, cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from tools.benchmark import Benchmark
 from tools.compare_results import Comparison
 from tools.ledger import Ledger
 from tools.plot_results import Plot
-from utils.command_line import Flags, Parser, parse, recorded
+from utils.command_line import Parser, parse, recorded
+from utils.flag import Flags
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ALL: list[type[Flags]] = [
@@ -101,7 +102,7 @@ def test_defaults_follow_the_treatment() -> None:
     assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"))
     # With a model file, the network is unknown until the file is read.
     known = evaluate("--model m")
-    assert (known.rln, known.treatment, known.constructor) == (None, None, {})
+    assert (known.rln, recorded(known)["treatment"], known.constructor) == (None, None, {})
     scratch = evaluate("--scratch --pln-channels 8")
     assert (scratch.rln, scratch.treatment, scratch.constructor["pln_channels"]) == (0, "ANML", 8)
     assert evaluate("--model m --no-freeze").rln == 0
