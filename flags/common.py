@@ -15,6 +15,17 @@ PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which ma
 
 ALIASES = {"Neuromodulation": "ANML"}  # the released code's name
 
+NAME = "name of the run folder, which a number is added to"
+SEEDED = "seed of all random draws, 0 to 2**32-1"
+PROCESSES = (
+    "processes on this machine that share the work, each with its part of the threads or a GPU of its own; "
+    "under torchrun there are as many as it starts"
+)
+RESUME = (
+    "run folder of an interrupted run, to go on from its last training state with its own arguments: on the "
+    "CPU with the same --threads, to the same weights bit for bit. Of other flags only these may change: "
+)
+
 NO_COMMIT = {"commit": "nothing is committed; the run folder records the current git commit"}
 
 
@@ -34,16 +45,6 @@ class NetworkFlags(Flags):
     group = "network"
 
     constructor: dict[str, Any] = arguments_of("treatment", NETWORKS, "net")
-
-
-def train_classes_flag(text: str) -> Any:
-    """The field of `--train_classes`."""
-    return flag(None, whole(1), f"{text}, the first of the data", shown="all; 963 of Omniglot's 964")
-
-
-def test_classes_flag(text: str) -> Any:
-    """The field of `--test_classes`."""
-    return flag(None, whole(1), f"{text}, the first of the data", shown="all; 650 of Omniglot's 659")
 
 
 @dataclass(kw_only=True)
@@ -86,25 +87,15 @@ class DataFlags(Flags):
         return Source(self.dataset, self.dataset_path, self.cache_dir, self.options)
 
 
-def name_flag(default: str) -> Any:
-    """The field of `--name`."""
-    return flag(default, folder_name, "name of the run folder, which a number is added to")
-
-
-def seed_flag(default: int) -> Any:
-    """The field of `--seed`."""
-    return flag(default, SEED, "seed of all random draws, 0 to 2**32-1")
-
-
 @dataclass(kw_only=True)
 class RunFlags(Flags):
     """Where a run is recorded, and what it runs on. Each script has a name and a seed of its own."""
 
     group = "run"
 
-    name: str = name_flag("run")
+    name: str = flag("run", folder_name, NAME)
     runs_dir: Path = flag(Path("runs"), file_path, "folder of run folders", metavar="DIR")
-    seed: int = seed_flag(0)
+    seed: int = flag(0, SEED, SEEDED)
     device: str = flag("auto", device_name, "auto (the best available), cpu, cuda, cuda:N or mps")
     threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
     backend: str = choice(
@@ -114,21 +105,7 @@ class RunFlags(Flags):
         "fast on the CPU and on CUDA, plain elsewhere",
     )
     config: Path | None = flag(
-        None,
-        file_path,
-        "TOML file of flags, which flags typed here override",
-        metavar="FILE",
-    )
-
-
-def processes_flag(work: str) -> Any:
-    """The field of `--processes`."""
-    return flag(
-        1,
-        whole(1),
-        f"processes on this machine, each with its part of the threads or a GPU of its own, for {work}; "
-        "under torchrun there are as many as it starts",
-        metavar="N",
+        None, file_path, "TOML file of flags, which flags typed here override", metavar="FILE"
     )
 
 
@@ -144,16 +121,4 @@ class ReportFlags(Flags):
         whole(1),
         "steps between writes of --model_name and of the training state that --resume goes on from, "
         "which the last step always writes",
-    )
-
-
-def resume_flag(may_change: frozenset[str]) -> Any:
-    """The field of a training's `--resume`."""
-    return flag(
-        None,
-        file_path,
-        "run folder of an interrupted run, to go on from its last training state with its own "
-        "arguments: on the CPU with the same --threads, to the same weights bit for bit. Of other "
-        f"flags only these may change: {', '.join(f'--{name}' for name in sorted(may_change))}",
-        metavar="RUN",
     )

@@ -7,19 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from flags.common import (
-    NO_COMMIT,
-    PLACES,
-    DataFlags,
-    NetworkFlags,
-    RunFlags,
-    SplitFlags,
-    name_flag,
-    processes_flag,
-    seed_flag,
-    test_classes_flag,
-    treatment_flag,
-)
+from flags import common
+from flags.common import DataFlags
 from model.learner import VIEWS, View
 from model.meta_test import LEARNERS
 from model.optimizer import OPTIMIZERS
@@ -27,11 +16,13 @@ from model.treatments import TABLE
 from utils.command_line import as_typed
 from utils.errors import UserError
 from utils.flag import (
+    SEED,
     Flags,
     Flat,
     choice,
     file_path,
     flag,
+    folder_name,
     number,
     own_flags,
     positive,
@@ -179,16 +170,16 @@ OF_HEADS = own_flags(HeadFlags)
 
 
 @dataclass(kw_only=True)
-class ScratchFlags(NetworkFlags):
+class ScratchFlags(common.NetworkFlags):
     """The network that nobody has trained."""
 
     group = "network, for --scratch without --model"
 
-    treatment: str = treatment_flag("ANML")
+    treatment: str = common.treatment_flag("ANML")
 
 
 @dataclass(kw_only=True)
-class DrawFlags(SplitFlags):
+class DrawFlags(common.SplitFlags):
     """What is learned and measured."""
 
     group = "evaluation"
@@ -210,7 +201,12 @@ class DrawFlags(SplitFlags):
         "classes test on these n, and go on. A quarter of the work with the default schedule. Each point of "
         "a curve has the same distribution as without, but the points are not independent of each other",
     )
-    test_classes: int | None = test_classes_flag("meta-test classes that draws are made from")
+    test_classes: int | None = flag(
+        None,
+        whole(1),
+        "meta-test classes to draw from, the first of the data",
+        shown="650 of Omniglot, else all",
+    )
     class_order: Literal["random", "dataset"] = choice(
         "random",
         ("random", "dataset"),
@@ -225,12 +221,12 @@ class DrawFlags(SplitFlags):
 
 
 @dataclass(kw_only=True)
-class EvaluationRunFlags(RunFlags):
+class EvaluationRunFlags(common.RunFlags):
     """Where an evaluation is recorded, and what it runs on."""
 
-    name: str = name_flag("Omni_test_traj")
-    seed: int = seed_flag(222)
-    processes: int = processes_flag("class draws and learning rates")
+    name: str = flag("Omni_test_traj", folder_name, common.NAME)
+    seed: int = flag(222, SEED, common.SEEDED)
+    processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
     resume: Path | None = flag(
         None,
         file_path,
@@ -242,7 +238,14 @@ class EvaluationRunFlags(RunFlags):
 
 @dataclass(kw_only=True)
 class Evaluation(
-    MethodFlags, StepFlags, SearchFlags, HeadFlags, ScratchFlags, DrawFlags, DataFlags, EvaluationRunFlags
+    MethodFlags,
+    StepFlags,
+    SearchFlags,
+    HeadFlags,
+    ScratchFlags,
+    DrawFlags,
+    DataFlags,
+    EvaluationRunFlags,
 ):
     """Meta-test a model: learn unseen classes one after another, then measure accuracy.
 
@@ -252,19 +255,19 @@ class Evaluation(
     no_effect: ClassVar = {
         "memory": "no image is kept or replayed at meta-test",
         "neuromodulation": "the model file says which network it is",
-        **NO_COMMIT,
+        **common.NO_COMMIT,
     }
 
     def changeable(self) -> frozenset[str]:
         # None of these changes a number: more runs or class counts add to what there is, and models are
         # compared by content.
         changeable = ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend")
-        return frozenset((*changeable, *PLACES))
+        return frozenset((*changeable, *common.PLACES))
 
     def idle(self) -> Mapping[str, str]:
         options = LEARNERS[self.learner].options
         others = OF_HEADS if options is None else OF_STEPS | (OF_HEADS - options.keys())
-        of_scratch = own_flags(ScratchFlags) | own_flags(NetworkFlags) if self.model else frozenset()
+        of_scratch = own_flags(ScratchFlags) | own_flags(common.NetworkFlags) if self.model else frozenset()
         return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
 
     def validate(self) -> None:

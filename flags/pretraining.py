@@ -5,22 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flags.common import (
-    PLACES,
-    DataFlags,
-    NetworkFlags,
-    ReportFlags,
-    RunFlags,
-    name_flag,
-    resume_flag,
-    seed_flag,
-    train_classes_flag,
-    treatment_flag,
-)
+from flags import common
+from flags.common import DataFlags, NetworkFlags
 from utils.errors import UserError
-from utils.flag import Flags, file_path, flag, positive, whole
+from utils.flag import SEED, Flags, file_path, flag, folder_name, positive, whole
 
-MAY_CHANGE = frozenset(("log_every", "save_every", "device", "threads", "backend", "model_name", *PLACES))
+MAY_CHANGE = frozenset(
+    ("log_every", "save_every", "device", "threads", "backend", "model_name", *common.PLACES)
+)
 
 
 @dataclass(kw_only=True)
@@ -29,7 +21,7 @@ class MethodFlags(Flags):
 
     group = "method"
 
-    treatment: str = treatment_flag("OML")
+    treatment: str = common.treatment_flag("OML")
     images: int = flag(
         1680000,
         whole(1),
@@ -37,23 +29,27 @@ class MethodFlags(Flags):
     )
     batch_size: int = flag(84, whole(1), "images per step")
     lr: float = flag(0.0001, positive, "learning rate of Adam")
-    train_classes: int | None = train_classes_flag("classes to train on")
+    train_classes: int | None = flag(
+        None, whole(1), "classes to train on, the first of the data", shown="963 of Omniglot, else all"
+    )
 
 
 @dataclass(kw_only=True)
-class PretrainingRunFlags(RunFlags):
+class PretrainingRunFlags(common.RunFlags):
     """Where the model goes."""
 
-    name: str = name_flag("pretrain")
-    seed: int = seed_flag(9)
+    name: str = flag("pretrain", folder_name, common.NAME)
+    seed: int = flag(9, SEED, common.SEEDED)
     model_name: Path = flag(
         Path("Pretrain_Model.net"), file_path, "file for the trained weights", metavar="FILE"
     )
-    resume: Path | None = resume_flag(MAY_CHANGE)
+    resume: Path | None = flag(
+        None, file_path, common.RESUME + ", ".join(f"--{name}" for name in sorted(MAY_CHANGE)), metavar="RUN"
+    )
 
 
 @dataclass(kw_only=True)
-class Pretraining(MethodFlags, NetworkFlags, DataFlags, ReportFlags, PretrainingRunFlags):
+class Pretraining(MethodFlags, NetworkFlags, DataFlags, common.ReportFlags, PretrainingRunFlags):
     """Train a network on shuffled images of all meta-training classes.
 
     python pretrain_classification.py --images 420000

@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from flags.common import (
-    NO_COMMIT,
-    PLACES,
-    DataFlags,
-    NetworkFlags,
-    ReportFlags,
-    RunFlags,
-    name_flag,
-    processes_flag,
-    resume_flag,
-    seed_flag,
-    train_classes_flag,
-    treatment_flag,
-)
+from flags import common
+from flags.common import DataFlags, NetworkFlags
 from model.modelfactory import NETWORKS
 from utils.errors import UserError
-from utils.flag import Flags, choice, file_path, flag, number, own_flags, positive, switch, whole
+from utils.flag import (
+    SEED,
+    Flags,
+    choice,
+    file_path,
+    flag,
+    folder_name,
+    number,
+    own_flags,
+    positive,
+    switch,
+    whole,
+)
 
 # How long, how often and where: none of these changes a number.
 MAY_CHANGE = frozenset(
     (
         *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
-        *("device", "threads", "processes", "backend", "model_name", *PLACES),
+        *("device", "threads", "processes", "backend", "model_name", *common.PLACES),
     )
 )
 
@@ -40,7 +40,7 @@ class MethodFlags(Flags):
 
     group = "method"
 
-    treatment: str = treatment_flag("ANML")
+    treatment: str = common.treatment_flag("ANML")
     learner: Literal["sgd", "prototypes"] = choice(
         "sgd",
         ("sgd", "prototypes"),
@@ -53,7 +53,9 @@ class MethodFlags(Flags):
     meta_lr: float = flag(
         0.001, positive, "learning rate of the outer Adam; with prototypes, of its first step"
     )
-    train_classes: int | None = train_classes_flag("classes to meta-train on")
+    train_classes: int | None = flag(
+        None, whole(1), "classes to meta-train on, the first of the data", shown="963 of Omniglot, else all"
+    )
 
 
 @dataclass(kw_only=True)
@@ -131,7 +133,7 @@ class EpisodeFlags(Flags):
 
 
 @dataclass(kw_only=True)
-class CheckFlags(ReportFlags):
+class CheckFlags(common.ReportFlags):
     """Small meta-tests of the network that is being trained."""
 
     eval_every: int = flag(0, whole(0), "steps between small meta-tests on meta-training classes; 0 for none")
@@ -139,16 +141,14 @@ class CheckFlags(ReportFlags):
 
 
 @dataclass(kw_only=True)
-class TrainingRunFlags(RunFlags):
+class TrainingRunFlags(common.RunFlags):
     """What a meta-training starts from and leaves."""
 
-    name: str = name_flag("mrcl_omniglot")
-    seed: int = seed_flag(9)
-    processes: int = processes_flag("the trajectories of --meta_batch")
+    name: str = flag("mrcl_omniglot", folder_name, common.NAME)
+    seed: int = flag(9, SEED, common.SEEDED)
+    processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
     keep_every: int = flag(
-        0,
-        whole(0),
-        "steps between models that stay in the run folder, as model_<step>.net; 0 for none",
+        0, whole(0), "steps between models that stay in the run folder, as model_<step>.net; 0 for none"
     )
     model_name: Path | None = flag(
         None,
@@ -157,7 +157,9 @@ class TrainingRunFlags(RunFlags):
         shown="Neuromodulation_Model.net for ANML, NAME_Model.net for another",
         metavar="FILE",
     )
-    resume: Path | None = resume_flag(MAY_CHANGE)
+    resume: Path | None = flag(
+        None, file_path, common.RESUME + ", ".join(f"--{name}" for name in sorted(MAY_CHANGE)), metavar="RUN"
+    )
     checkpoint: bool = switch(
         False,
         "start a new run from the weights in --saved_model; its draws follow from --seed and these weights, "
@@ -174,7 +176,13 @@ OF_LEARNER = {"sgd": own_flags(TrajectoryFlags), "prototypes": own_flags(Episode
 
 @dataclass(kw_only=True)
 class Training(
-    MethodFlags, TrajectoryFlags, EpisodeFlags, NetworkFlags, DataFlags, CheckFlags, TrainingRunFlags
+    MethodFlags,
+    TrajectoryFlags,
+    EpisodeFlags,
+    NetworkFlags,
+    DataFlags,
+    CheckFlags,
+    TrainingRunFlags,
 ):
     """Meta-train ANML or another network and write the initial weights found.
 
@@ -184,7 +192,7 @@ class Training(
     no_effect: ClassVar = {
         "seeds": "give one seed with --seed",
         "model": "choose the network with --treatment, weights with --saved_model",
-        **NO_COMMIT,
+        **common.NO_COMMIT,
     }
 
     def changeable(self) -> frozenset[str]:

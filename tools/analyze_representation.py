@@ -30,7 +30,7 @@ from evaluation.plots import (
     save_png,
 )
 from evaluation.targets import REPRESENTATION, read_targets
-from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
+from flags import common
 from model.episodes import Task, sample_task
 from model.fast import use_backend
 from model.meta_learner import gather
@@ -42,7 +42,7 @@ from utils.device import choose_device
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
 from utils.files import write_text
-from utils.flag import file_path, flag, whole
+from utils.flag import SEED, file_path, flag, folder_name, whole
 from utils.run import Run, log_to_terminal
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ CLASSES_SHOWN = 6  # of each alphabet in the embedding: more would hide each oth
 
 
 @dataclass(kw_only=True)
-class AnalysisFlags(SplitFlags):
+class AnalysisFlags(common.SplitFlags):
     """What is looked at."""
 
     group = "analysis"
@@ -66,21 +66,26 @@ class AnalysisFlags(SplitFlags):
         shown="none: it must be given",
         metavar="FILE",
     )
-    test_classes: int | None = test_classes_flag("meta-test classes to look at")
+    test_classes: int | None = flag(
+        None,
+        whole(1),
+        "meta-test classes to look at, the first of the data",
+        shown="650 of Omniglot, else all",
+    )
     samples: int = flag(6, whole(1, 20), "images whose activations are drawn, of different classes")
     alphabets: int = flag(5, whole(1), "alphabets in the picture of the embedding, the first of the data")
 
 
 @dataclass(kw_only=True)
-class AnalysisRunFlags(RunFlags):
+class AnalysisRunFlags(common.RunFlags):
     """Where the analysis is recorded."""
 
-    name: str = name_flag("representation")
-    seed: int = seed_flag(222)
+    name: str = flag("representation", folder_name, common.NAME)
+    seed: int = flag(222, SEED, common.SEEDED)
 
 
 @dataclass(kw_only=True)
-class Analysis(AnalysisFlags, DataFlags, AnalysisRunFlags):
+class Analysis(AnalysisFlags, common.DataFlags, AnalysisRunFlags):
     """Measure and draw a model's features and gate on classes it has never seen.
 
     python -m tools.analyze_representation --model Neuromodulation_Model.net
