@@ -24,7 +24,7 @@ import utils.start  # noqa: F401 (before torch)
 import logging
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, trained_parameters
 from model.treatments import describe
-from utils.command_line import parse, recorded
+from utils.command_line import decided, parse, recorded
 from utils.device import choose_device
 from utils.distributed import Group, join, run_as
 from utils.errors import UserError, run_script
@@ -76,10 +76,9 @@ def main() -> None:
     if "background" in sets:
         data |= {"search_data": sets["background"].name, "search_data_hash": sets["background"].data_hash}
     if args.resume is not None:
-        decided = {key: value for key, value in asdict(plan).items() if key != "schedule"}
-        models = match_earlier(models, decided | data, args.resume)
+        fixed = {key: value for key, value in decided(plan).items() if key != "schedule"}
+        models = match_earlier(models, fixed | data, args.resume)
     about = {
-        **asdict(plan),
         "network": net.network,
         "models": [model.about() for model in models],
         "device": str(device),
@@ -89,14 +88,14 @@ def main() -> None:
         **data,
     }
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}
-    run = Run.open(args.runs_dir, args.name, args.resume, args, about)
+    run = Run.open(args.runs_dir, args.name, args.resume, args, {"plan": decided(plan), **about})
     with run, closing(Journal(run.folder / "scores.csv")) if group.first else nullcontext() as journal:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
         make = partial(meta_test, args, plan, backend, pools)
         runs = Runs(args, run, journal, models, make, group)
-        rows = evaluate(args, plan.schedule, runs, {**about, "arguments": recorded(args)})
+        rows = evaluate(args, plan.schedule, runs, {**decided(plan), **about, "arguments": recorded(args)})
         group.leave()
         if not group.first:
             return

@@ -37,7 +37,7 @@ from datasets.task_sampler import (
     sample_trajectory,
 )
 from evaluation.monitor import gate_statistics, validate
-from flags.training import Training
+from flags.training import Plan, Training
 from model.check import check_network
 from model.fast import Backend, capture, meta_loss
 from model.fast.guard import Use, choose_backend
@@ -46,7 +46,7 @@ from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import TrainingState, load_state, save_model, save_progress
 from utils.checkpoint import load_checkpoint
-from utils.command_line import parse, recorded
+from utils.command_line import decided, parse, recorded
 from utils.device import choose_device, seed_layers
 from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
 from utils.errors import UserError, run_script
@@ -63,7 +63,7 @@ def initial_network(args: Training, state: TrainingState | None) -> Network:
     """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
     source = args.saved_model if state is None else args.resume
     if source is None:
-        return build(args.treatment, args.widths, torch.Generator().manual_seed(args.seed))
+        return build(args.treatment, args.constructor, torch.Generator().manual_seed(args.seed))
     saved = load_checkpoint(source) if state is None else state
     if saved.network != args.treatment:
         raise UserError(f"{source} holds {saved.network}: add --treatment {saved.network}")
@@ -80,7 +80,9 @@ def first_seed(args: Training, net: Network) -> int:
     return int(sequence.generate_state(1)[0])
 
 
-def make_learner(args: Training, net: Network, images: Pool, group: Group, backend: Backend) -> OuterLearner:
+def make_learner(
+    args: Training, plan: Plan, net: Network, images: Pool, group: Group, backend: Backend
+) -> OuterLearner:
     """What takes the outer steps of `--learner`."""
     generator = torch.Generator().manual_seed(first_seed(args, net))
     if args.learner == "prototypes":
@@ -93,7 +95,6 @@ def make_learner(args: Training, net: Network, images: Pool, group: Group, backe
             shots=args.shots,
             leave_one_out=args.leave_one_out,
             augment=args.augment,
-            average=args.average,
         )
     return MetaLearner(
         net,
@@ -101,7 +102,7 @@ def make_learner(args: Training, net: Network, images: Pool, group: Group, backe
         generator,
         meta_lr=args.meta_lr,
         update_lr=args.update_lr,
-        rln=args.rln,
+        rln=plan.rln,
         first_order=args.first_order,
         second_order_steps=args.second_order_steps,
         learn_update_lr=args.learn_update_lr,
@@ -133,7 +134,7 @@ def differentiate(args: Training, learner: OuterLearner) -> tuple[torch.Tensor, 
 
 
 def train(
-    args: Training, run: Run, learner: OuterLearner, group: Group, interrupt: Interrupt, done: int
+    args: Training, plan: Plan, run: Run, learner: OuterLearner, group: Group, interrupt: Interrupt, done: int
 ) -> int:
     """Meta-train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     net, images, generator = learner.net, learner.images, learner.generator
@@ -147,7 +148,7 @@ def train(
             values = {key: value.item() for key, value in result._asdict().items() if value.ndim == 0}
             if not (math.isfinite(values["loss"]) and learner.finite()):
                 generator.set_state(before)
-                stop_diverged(args, run, learner, step, values["loss"])
+                stop_diverged(args, plan, run, learner, step, values["loss"])
             learner.update()
             run.metrics({"step": step, **values, "seconds": time.perf_counter() - start})
             run.scalars(step, {f"meta_train/{key}": value for key, value in values.items()})
@@ -155,15 +156,13 @@ def train(
                 statistics = gate_statistics(net, gather(images, shown)[0])
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
             if args.eval_every and step % args.eval_every == 0 and group.first:
-                with learner.averaged():
-                    head = "ncm" if args.learner == "prototypes" else "adam"
-                    validate(run, net, images, step, args.eval_classes, head)
+                head = "ncm" if args.learner == "prototypes" else "adam"
+                validate(run, net, images, step, args.eval_classes, head)
             if args.keep_every and step % args.keep_every == 0 and group.first:
                 state = TrainingState.of(net, learner.optimizer, generator, step, learner.rule)
-                with learner.averaged():
-                    save_model(run.folder / f"model_{step}.net", state, recorded(args))
+                save_model(run.folder / f"model_{step}.net", state, recorded(args) | decided(plan))
             if step % args.save_every == 0 and step < args.steps:
-                save(args, run, learner, step)
+                save(args, plan, run, learner, step)
             if interrupt.agree(group):
                 break
     return progress.step
@@ -171,7 +170,6 @@ def train(
 
 def check_images(args: Training, images: ImageSet) -> None:
     """Raise UserError where the images are too few for the trajectories and checks that are asked for."""
-    args.train_classes = len(images)
     if args.learner == "prototypes":
         drawn = args.shots + args.queries
         images.require(drawn, f"--shots {args.shots} and --queries {args.queries}")
@@ -187,12 +185,14 @@ def check_images(args: Training, images: ImageSet) -> None:
             )
 
 
-def stop_diverged(args: Training, run: Run, learner: OuterLearner, step: int, loss: float) -> NoReturn:
+def stop_diverged(
+    args: Training, plan: Plan, run: Run, learner: OuterLearner, step: int, loss: float
+) -> NoReturn:
     """Keep the weights before `step`, whose loss or gradient is not finite, and end the run."""
     if not is_first():
         sys.exit(2)  # rank 0 says why
     try:
-        save(args, run, learner, step - 1)
+        save(args, plan, run, learner, step - 1)
         kept = f"the state before it is in {run.folder}"
     except UserError as error:
         kept = f"the state before it is not kept: {error}"
@@ -205,11 +205,11 @@ def stop_diverged(args: Training, run: Run, learner: OuterLearner, step: int, lo
     )
 
 
-def save(args: Training, run: Run, learner: OuterLearner, step: int) -> None:
+def save(args: Training, plan: Plan, run: Run, learner: OuterLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
     if is_first():
         state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
-        save_progress(run, args.model_name, state, recorded(args), learner.averaged())
+        save_progress(run, plan.model_name, state, recorded(args) | decided(plan))
 
 
 def main() -> None:
@@ -227,18 +227,19 @@ def main() -> None:
     if done > args.steps:
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
-    if group.first:
-        check_writable(args.model_name, "--model_name")
     images = group.one_before_others(lambda: args.source().load("background"))
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     check_images(args, images)
+    plan = Plan.of(args, len(images))
+    if group.first:
+        check_writable(plan.model_name, "--model_name")
     net.normalisation = images.normalisation or net.normalisation
     sgd = args.learner == "sgd"
     order = {"first_order": args.first_order, "second_order_steps": args.second_order_steps} if sgd else {}
     check_network(
         net.network,
         net.widths,
-        args.rln if sgd else None,
+        plan.rln if sgd else None,
         second_order=sgd and not args.first_order and args.second_order_steps != 0,
         channels=images.channels,
     )
@@ -246,25 +247,26 @@ def main() -> None:
     if sgd:
         use = replace(
             use,
-            rln=args.rln,
+            rln=plan.rln,
             inner={"inner_lr": args.update_lr, **order},
             update_step=args.update_step,
             learn_update_lr=args.learn_update_lr,
         )
     backend, why = choose_backend(args.backend, [net], device, use)
-    learner = make_learner(args, net.to(device).train(), images.pool(device), group, backend)
+    learner = make_learner(args, plan, net.to(device).train(), images.pool(device), group, backend)
     if state:
         state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
     group.check_same("weights", fingerprint(net))
-    extra = {"device": str(device), "backend": backend, "backend_why": why, **images.about()}
+    extra = {"plan": decided(plan, absolute=True), "device": str(device), **images.about()}
+    extra |= {"backend": backend, "backend_why": why}
     with (
         Interrupt(patient=launched()) as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
     ):
         log.info("run folder %s, device %s", run.folder, device)
-        step = train(args, run, learner, group, interrupt, done)
-        save(args, run, learner, step)
-        log.info("step %d of %d: model written to %s", step, args.steps, args.model_name)
+        step = train(args, plan, run, learner, group, interrupt, done)
+        save(args, plan, run, learner, step)
+        log.info("step %d of %d: model written to %s", step, args.steps, plan.model_name)
         group.leave()
     if step < args.steps:
         sys.exit(interrupt.exit_code)

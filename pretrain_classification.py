@@ -67,7 +67,7 @@ def train(
     steps = math.ceil(args.images / args.batch_size)
 
     def save(step: int) -> None:
-        arguments = {**recorded(args), "weights": "pretrained"}
+        arguments = {**recorded(args), "train_classes": len(images.sizes), "weights": "pretrained"}
         save_progress(run, args.model_name, TrainingState.of(net, optimizer, generator, step), arguments)
 
     with run.progress(steps, every=args.log_every, done=done) as progress:
@@ -100,15 +100,15 @@ def main() -> None:
     if state:
         net = restore(state.network, state.widths, state.state_dict, str(args.resume))
     else:
-        net = build(args.treatment, args.widths, torch.Generator().manual_seed(args.seed))
+        net = build(args.treatment, args.constructor, torch.Generator().manual_seed(args.seed))
     check_writable(args.model_name, "--model_name")
     images = args.source().load("background")
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
-    args.train_classes = len(images)
     net.normalisation = images.normalisation or net.normalisation
     check_network(net.network, net.widths, second_order=False, channels=images.channels)
     backend, why = choose_backend(args.backend, [net], device, Use(net, channels=images.channels))
-    extra = {"device": str(device), "backend": backend, "backend_why": why, **images.about()}
+    plan = {"train_classes": len(images)}
+    extra = {"plan": plan, "device": str(device), "backend": backend, "backend_why": why, **images.about()}
     with (
         Interrupt() as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, state.step if state else 0) as run,

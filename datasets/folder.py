@@ -25,8 +25,8 @@ from PIL import Image, ImageOps
 
 from datasets.cache import cached
 from datasets.images import DAMAGE, SIZE, SPLITS, ImageSet, open_picture, reason, shrink
-from datasets.options import Option
 from utils.errors import UserError
+from utils.signature import Range
 
 log = logging.getLogger("anml")
 
@@ -55,13 +55,15 @@ def load(
     *,
     channels: Annotated[
         int | None,
-        Option("1 to have all pictures grey, 3 to have them in colour; else as the files are", 1, 3),
+        "1 to have all pictures grey, 3 to have them in colour; else as the files are",
+        Range(1, 3),
     ] = None,
     evaluation_classes: Annotated[
         int | None,
-        Option("classes kept for meta-test, drawn by --data_seed, of a folder without splits of its own", 2),
+        "classes kept for meta-test, drawn by --data_seed, of a folder without splits of its own",
+        Range(2),
     ] = None,
-    data_seed: Annotated[int, Option("seed of that draw", high=2**32 - 1)] = 0,
+    data_seed: Annotated[int, "seed of that draw", Range(0, 2**32 - 1)] = 0,
 ) -> dict[str, ImageSet]:
     """A folder of pictures in class folders, in `background/` and `evaluation/` or drawn apart.
 

@@ -20,7 +20,7 @@ from PIL import Image
 from datasets.cache import cached
 from datasets.images import ImageSet, shrink
 from datasets.omniglot import CANVAS, CLASSES, DRAWINGS, characters
-from datasets.options import Option
+from utils.signature import Range
 
 ALPHABETS = {"background": 30, "evaluation": 20}
 
@@ -49,7 +49,7 @@ def load(
     root: Path,
     cache_dir: Path,
     *,
-    glyph_seed: Annotated[int, Option("seed of the generated characters", high=2**32 - 1)] = 0,
+    glyph_seed: Annotated[int, "seed of the generated characters", Range(0, 2**32 - 1)] = 0,
 ) -> ImageSet:
     """Characters generated from random strokes, which need no file.
 

@@ -73,7 +73,7 @@ def models_to_test(args: Evaluation) -> list[Model]:
             )
     if args.scratch:
         shape = models[0].net if models else None
-        network, widths = (shape.network, shape.widths) if shape else (args.treatment or "ANML", args.widths)
+        network, widths = (shape.network, shape.widths) if shape else (args.treatment, args.constructor)
         models = [
             Model("scratch", build(network, widths, torch.Generator().manual_seed(args.seed)), "random")
         ]
@@ -121,20 +121,22 @@ def match_earlier(models: list[Model], decided: Mapping[str, Any], folder: Path)
         UserError: models, by content, or something decided are not those of the folder.
     """
     config = read_config(folder)
+    plan = config.get("plan")
+    before = {**config, **(plan if isinstance(plan, dict) else {})}
     for key, value in decided.items():
-        if config.get(key, value) != value:  # runs of commit d362890 have no data hash
-            raise UserError(f"--resume {folder}: its {key} was {config.get(key)}, and is now {value}")
+        if before.get(key, value) != value:  # runs of commit d362890 have no data hash
+            raise UserError(f"--resume {folder}: its {key} was {before.get(key)}, and is now {value}")
     earlier = config.get("models")
     if not isinstance(earlier, list) or len(earlier) != len(models):
         raise UserError(f"--resume {folder}: --model names {len(models)} models, not those it was begun with")
     matched = []
-    for model, before in zip(models, earlier, strict=True):
-        if not isinstance(before, dict) or before.get("sha256") != model.sha256:
+    for model, known in zip(models, earlier, strict=True):
+        if not isinstance(known, dict) or known.get("sha256") != model.sha256:
             raise UserError(
                 f"--resume {folder}: --model {model.name} is another file than the one it was begun with, "
                 f"or has changed since: its sha256 is {model.sha256}"
             )
-        matched.append(model._replace(name=str(before.get("name"))))
+        matched.append(model._replace(name=str(known.get("name"))))
     return matched
 
 
@@ -145,7 +147,7 @@ def warn_of_other_data(models: Sequence[Model], source: Source) -> None:
         if model.arguments.get("dataset") != source.dataset:
             continue
         for name, value in source.options.items():
-            before = model.arguments.get(name, value)
+            before = model.arguments.get(f"data_{name}", model.arguments.get(name, value))
             if before != value:
                 log.warning(
                     "%s was trained with --%s %s, and this is %s: make sure that no class tested here was "

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from flags.common import (
-    NO_COMMIT,
-    PLACES,
-    DataFlags,
-    NetworkFlags,
-    RunFlags,
-    SplitFlags,
-    name_flag,
-    processes_flag,
-    seed_flag,
-    test_classes_flag,
-    treatment_flag,
-)
+from flags import common
+from flags.common import DataFlags
 from model.learner import VIEWS, View
 from model.meta_test import LEARNERS
 from model.optimizer import OPTIMIZERS
 from model.treatments import TABLE
-from utils.command_line import (
+from utils.command_line import as_typed
+from utils.errors import UserError
+from utils.flag import (
+    SEED,
     Flags,
     Flat,
-    as_typed,
     choice,
     file_path,
     flag,
+    folder_name,
+    number,
     own_flags,
     positive,
     several,
-    share,
     switch,
     whole,
 )
-from utils.errors import UserError
 
 # The published grid, and four rates more at its upper end, where replications find the best one.
 LEARNING_RATES = (
@@ -49,14 +40,7 @@ LEARNING_RATES = (
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 
 
-def _known_preset(text: str) -> str:
-    by_name = {name.lower(): name for name in TABLE}
-    if text.lower() not in by_name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(TABLE)}")
-    return by_name[text.lower()]
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodFlags(Flags):
     """What is tested."""
 
@@ -69,6 +53,7 @@ class MethodFlags(Flags):
         "each is tested on draws of its own, and all of them are one row of the results",
         shown="none: give it, or --scratch",
         nargs="+",
+        action="extend",
         metavar="FILE",
     )
     scratch: bool = switch(
@@ -78,26 +63,22 @@ class MethodFlags(Flags):
     )
     learner: str = choice(
         "adam",
-        lambda: tuple(LEARNERS),
-        lambda: (
-            "what learns the stream: adam takes one step of --optimizer on each image; heads that need no "
-            "gradient sum features up: "
-            + ", ".join(f"{name} ({kind.title})" for name, kind in LEARNERS.items() if not kind.takes_steps)
-        ),
+        LEARNERS,
+        "what learns the stream: adam takes one step of --optimizer on each image; the others are heads that "
+        "need no gradient, which sum features up",
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepFlags(Flags):
     """Which weights the steps of a meta-test change, and how."""
 
     group = "steps of --learner adam"
 
-    treatment_preset: str | None = flag(
+    treatment_preset: str | None = choice(
         None,
-        _known_preset,
+        tuple(TABLE),
         f"treatment of the paper, which sets --rln, --scratch, --iid and --epoch: {', '.join(TABLE)}",
-        name="--treatment-preset",
         metavar="NAME",
     )
     rln: int | None = flag(
@@ -119,7 +100,7 @@ class StepFlags(Flags):
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchFlags(Flags):
     """The choice of the steps' learning rate."""
 
@@ -158,17 +139,7 @@ class SearchFlags(Flags):
     )
 
 
-def _of_each_learner(option: str) -> str:
-    """The defaults of an option of heads: `0.5`, or `gated for ncm, map, both for slda`."""
-    names: dict[object, list[str]] = {}
-    for name, kind in LEARNERS.items():
-        if option in (kind.options or {}):
-            names.setdefault((kind.options or {})[option], []).append(name)
-    texts = [f"{value} for {', '.join(of)}" for value, of in names.items()]
-    return "; ".join(texts) if len(texts) > 1 else str(next(iter(names), "none"))
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadFlags(Flags):
     """Options of heads. None is the learner's default, which may depend on the network."""
 
@@ -178,19 +149,19 @@ class HeadFlags(Flags):
         None,
         VIEWS,
         "what is seen of the network: the input of its head, its gate, or both side by side",
-        shown=lambda: _of_each_learner("features") + "; gated in a network without a gate",
+        shown="both for slda, gated for the others and in a network without a gate",
     )
     power: float | None = flag(
         None,
         positive,
         "exponent that features are raised to before they get unit length; 1 leaves them as they are",
-        shown=lambda: _of_each_learner("power"),
+        shown="0.5",
     )
     shrinkage: float | None = flag(
         None,
-        share,
+        number(1e-6, 1),
         "part of the covariance that is replaced by a multiple of the identity",
-        shown=lambda: _of_each_learner("shrinkage"),
+        shown="0.5",
     )
 
 
@@ -198,17 +169,17 @@ OF_STEPS = own_flags(StepFlags) | own_flags(SearchFlags) - {"full_search"}  # wh
 OF_HEADS = own_flags(HeadFlags)
 
 
-@dataclass(kw_only=True)
-class ScratchFlags(NetworkFlags):
+@dataclass(frozen=True, kw_only=True)
+class ScratchFlags(common.NetworkFlags):
     """The network that nobody has trained."""
 
     group = "network, for --scratch without --model"
 
-    treatment: str | None = treatment_flag(None)
+    treatment: str = common.treatment_flag("ANML")
 
 
-@dataclass(kw_only=True)
-class DrawFlags(SplitFlags):
+@dataclass(frozen=True, kw_only=True)
+class DrawFlags(common.SplitFlags):
     """What is learned and measured."""
 
     group = "evaluation"
@@ -230,7 +201,12 @@ class DrawFlags(SplitFlags):
         "classes test on these n, and go on. A quarter of the work with the default schedule. Each point of "
         "a curve has the same distribution as without, but the points are not independent of each other",
     )
-    test_classes: int | None = test_classes_flag("meta-test classes that draws are made from")
+    test_classes: int | None = flag(
+        None,
+        whole(1),
+        "meta-test classes to draw from, the first of the data",
+        shown="650 of Omniglot, else all",
+    )
     class_order: Literal["random", "dataset"] = choice(
         "random",
         ("random", "dataset"),
@@ -244,47 +220,58 @@ class DrawFlags(SplitFlags):
     )
 
 
-@dataclass(kw_only=True)
-class EvaluationRunFlags(RunFlags):
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRunFlags(common.RunFlags):
     """Where an evaluation is recorded, and what it runs on."""
 
-    name: str = name_flag("Omni_test_traj")
-    seed: int = seed_flag(222)
-    processes: int = processes_flag("class draws and learning rates")
+    name: str = flag("Omni_test_traj", folder_name, common.NAME)
+    seed: int = flag(222, SEED, common.SEEDED)
+    processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
     resume: Path | None = flag(
         None,
         file_path,
         "go on with an evaluation that was interrupted, in its run folder and with its arguments: "
         "what it measured is not measured again; --runs and --schedule may ask for more",
-        in_config=False,
         metavar="RUN_FOLDER",
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(
-    MethodFlags, StepFlags, SearchFlags, HeadFlags, ScratchFlags, DrawFlags, DataFlags, EvaluationRunFlags
+    MethodFlags,
+    StepFlags,
+    SearchFlags,
+    HeadFlags,
+    ScratchFlags,
+    DrawFlags,
+    DataFlags,
+    EvaluationRunFlags,
 ):
     """Meta-test a model: learn unseen classes one after another, then measure accuracy.
 
     python evaluate_classification.py --model Neuromodulation_Model.net --nested
     """
 
-    # None of these changes a number: more runs or class counts add to what there is. Models are compared by
-    # content, and what the others decide by the evaluation's plan.
-    may_change: ClassVar = frozenset(
-        ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend", *PLACES)
-    ) | {"rln", "test_classes", "features", "power", "shrinkage"}
     no_effect: ClassVar = {
         "memory": "no image is kept or replayed at meta-test",
         "neuromodulation": "the model file says which network it is",
-        **NO_COMMIT,
+        **common.NO_COMMIT,
     }
 
-    def check(self) -> None:
-        self.notice_other_data()
-        self._check_learner()
-        self._apply_preset()
+    def changeable(self) -> frozenset[str]:
+        # None of these changes a number: more runs or class counts add to what there is. Models are compared
+        # by content, and what the last ones decide by the evaluation's plan.
+        changeable = ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend")
+        decided = ("rln", "test_classes", "features", "power", "shrinkage")
+        return frozenset((*changeable, *common.PLACES, *decided))
+
+    def idle(self) -> Mapping[str, str]:
+        options = LEARNERS[self.learner].options
+        others = OF_HEADS if options is None else OF_STEPS | (OF_HEADS - options.keys())
+        of_scratch = own_flags(ScratchFlags) | own_flags(common.NetworkFlags) if self.model else frozenset()
+        return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
+
+    def validate(self) -> None:
         if self.model is None and not self.scratch:
             raise UserError("give --model FILE, which mrcl_classification.py writes, or --scratch")
         if self.model is not None:
@@ -293,8 +280,6 @@ class Evaluation(
                 raise UserError(f"--model names {twice[0]} twice")
             if self.scratch and len(self.model) > 1:
                 raise UserError("--scratch takes the network of one --model, not of several")
-        if self.scratch and self.rln is None and LEARNERS[self.learner].takes_steps:
-            self.rln = 0
         shuffled_or_repeated = self.iid or self.epoch > 1
         if self.track_every and shuffled_or_repeated:
             raise UserError(
@@ -305,48 +290,33 @@ class Evaluation(
                 "--nested tests on its way through classes learned one after another, once, in random order: "
                 "drop --iid, --epoch and --class_order"
             )
-        # What is there twice would be done twice.
-        self.schedule, self.lrs = list(dict.fromkeys(self.schedule)), list(dict.fromkeys(self.lrs))
         if self.test_classes is not None and max(self.schedule, default=0) > self.test_classes:
             raise UserError(
                 f"--schedule asks for {max(self.schedule)} classes of the {self.test_classes} that "
                 "--test_classes allows: lower the one or raise the other"
             )
-        if self.model is None:
-            self.treatment = self.treatment or "ANML"
-            self.fill_in_widths(self.treatment)
-            return
-        for name in ("treatment", *sorted(self.widths)):
-            if name in self.given:
-                self.notice(f"--{name} has no effect: the model file says which network it is")
-        self.treatment, self.widths = None, {}
 
-    def _check_learner(self) -> None:
-        """Refuse flags that mean nothing to `--learner`."""
-        options = LEARNERS[self.learner].options
-        self.idle = OF_HEADS if options is None else OF_STEPS | (OF_HEADS - options.keys())
-        self.refuse_idle(f"--learner {self.learner}")
-
-    def _apply_preset(self) -> None:
-        """Set what `--no-freeze` and `--treatment-preset` stand for, and refuse what says otherwise."""
-        typed: dict[str, Any] = {name: getattr(self, name) for name in ("rln", "scratch", "iid", "epoch")}
-        typed = {name: value for name, value in typed.items() if name in self.given}
-        if not self.freeze:
-            if self.rln:
-                raise UserError(f"--no-freeze means --rln 0: drop it, or drop --rln {self.rln}")
-            self.rln = typed["rln"] = 0
-        if self.treatment_preset is None:
-            return
-        row = TABLE[self.treatment_preset]
-        if self.reset and not row.scratch:
-            raise UserError(f"--treatment-preset {row.name} keeps the weights it starts from: drop --reset")
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        typed = {name: given[name] for name in ("rln", "scratch", "iid", "epoch") if name in given}
+        if not given.get("freeze", True):
+            if given.get("rln"):
+                raise UserError(f"--no-freeze means --rln 0: drop it, or drop --rln {given['rln']}")
+            typed["rln"] = 0
+        preset = given.get("treatment_preset")
+        if preset is None:
+            steps = LEARNERS[given.get("learner", cls.learner)].takes_steps
+            return {"rln": 0, **typed} if typed.get("scratch") and steps else typed
+        row = TABLE[preset]
+        if given.get("reset") and not row.scratch:
+            raise UserError(f"--treatment-preset {preset} keeps the weights it starts from: drop --reset")
         # The paper gives Oracles of 1 and of 20 passes: their number is the user's.
         epochs = typed.get("epoch", row.epochs) if row.iid else row.epochs
         means = {"rln": row.rln, "scratch": row.scratch, "iid": row.iid, "epoch": epochs}
         for name, value in typed.items():
             if value != means[name]:
                 raise UserError(
-                    f"--treatment-preset {row.name} means {as_typed(name, means[name])}, not "
+                    f"--treatment-preset {preset} means {as_typed(name, means[name])}, not "
                     f"{as_typed(name, value)}: drop one of them"
                 )
-        self.rln, self.scratch, self.iid, self.epoch = row.rln, row.scratch, row.iid, epochs
+        return means

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from flags.common import (
-    PLACES,
-    DataFlags,
-    NetworkFlags,
-    ReportFlags,
-    RunFlags,
-    name_flag,
-    resume_flag,
-    seed_flag,
-    train_classes_flag,
-    treatment_flag,
-)
-from utils.command_line import Flags, file_path, flag, positive, whole
+from flags import common
+from flags.common import DataFlags, NetworkFlags
 from utils.errors import UserError
+from utils.flag import SEED, Flags, file_path, flag, folder_name, positive, whole
 
-MAY_CHANGE = frozenset(("log_every", "save_every", "device", "threads", "backend", "model_name", *PLACES))
+MAY_CHANGE = frozenset(
+    ("log_every", "save_every", "device", "threads", "backend", "model_name", *common.PLACES)
+)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodFlags(Flags):
     """What is trained, and for how long; the default budget is what meta-training sees."""
 
     group = "method"
 
-    treatment: str = treatment_flag("OML")
+    treatment: str = common.treatment_flag("OML")
     images: int = flag(
         1680000,
         whole(1),
@@ -38,33 +29,36 @@ class MethodFlags(Flags):
     )
     batch_size: int = flag(84, whole(1), "images per step")
     lr: float = flag(0.0001, positive, "learning rate of Adam")
-    train_classes: int | None = train_classes_flag("classes to train on")
+    train_classes: int | None = flag(
+        None, whole(1), "classes to train on, the first of the data", shown="963 of Omniglot, else all"
+    )
 
 
-@dataclass(kw_only=True)
-class PretrainingRunFlags(RunFlags):
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRunFlags(common.RunFlags):
     """Where the model goes."""
 
-    name: str = name_flag("pretrain")
-    seed: int = seed_flag(9)
+    name: str = flag("pretrain", folder_name, common.NAME)
+    seed: int = flag(9, SEED, common.SEEDED)
     model_name: Path = flag(
         Path("Pretrain_Model.net"), file_path, "file for the trained weights", metavar="FILE"
     )
-    resume: Path | None = resume_flag(MAY_CHANGE)
+    resume: Path | None = flag(
+        None, file_path, common.RESUME + ", ".join(f"--{name}" for name in sorted(MAY_CHANGE)), metavar="RUN"
+    )
 
 
-@dataclass(kw_only=True)
-class Pretraining(MethodFlags, NetworkFlags, DataFlags, ReportFlags, PretrainingRunFlags):
+@dataclass(frozen=True, kw_only=True)
+class Pretraining(MethodFlags, NetworkFlags, DataFlags, common.ReportFlags, PretrainingRunFlags):
     """Train a network on shuffled images of all meta-training classes.
 
     python pretrain_classification.py --images 420000
     """
 
-    may_change: ClassVar = MAY_CHANGE
+    def changeable(self) -> frozenset[str]:
+        return MAY_CHANGE
 
-    def check(self) -> None:
-        self.notice_other_data()
-        self.fill_in_widths(self.treatment)
-        outputs, classes = self.widths.get("num_classes"), self.train_classes
+    def validate(self) -> None:
+        outputs, classes = self.constructor.get("num_classes"), self.train_classes
         if outputs is not None and classes is not None and classes > outputs:
             raise UserError(f"--train_classes {classes} must not be larger than --num_classes {outputs}")

@@ -2,56 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from flags.common import (
-    NO_COMMIT,
-    PLACES,
-    DataFlags,
-    NetworkFlags,
-    ReportFlags,
-    RunFlags,
-    default_model_name,
-    name_flag,
-    processes_flag,
-    resume_flag,
-    seed_flag,
-    train_classes_flag,
-    treatment_flag,
-)
+from flags import common
+from flags.common import DataFlags, NetworkFlags
 from model.modelfactory import NETWORKS
-from utils.command_line import (
+from utils.errors import UserError
+from utils.flag import (
+    SEED,
     Flags,
     choice,
     file_path,
     flag,
-    fraction,
-    non_negative,
+    folder_name,
+    number,
     own_flags,
     positive,
     switch,
     whole,
 )
-from utils.errors import UserError
 
 # How long, how often and where: none of these changes a number.
 MAY_CHANGE = frozenset(
     (
         *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
-        *("device", "threads", "processes", "backend", "model_name", *PLACES),
+        *("device", "threads", "processes", "backend", "model_name", *common.PLACES),
     )
 )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodFlags(Flags):
     """What is trained for what, and for how long."""
 
     group = "method"
 
-    treatment: str = treatment_flag("ANML")
+    treatment: str = common.treatment_flag("ANML")
     learner: Literal["sgd", "prototypes"] = choice(
         "sgd",
         ("sgd", "prototypes"),
@@ -64,21 +53,23 @@ class MethodFlags(Flags):
     meta_lr: float = flag(
         0.001, positive, "learning rate of the outer Adam; with prototypes, of its first step"
     )
-    train_classes: int | None = train_classes_flag("classes to meta-train on")
+    train_classes: int | None = flag(
+        None, whole(1), "classes to meta-train on, the first of the data", shown="963 of Omniglot, else all"
+    )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrajectoryFlags(Flags):
     """The inner loop of the paper."""
 
     group = "trajectories of --learner sgd"
 
-    rln: int = flag(
-        None,  # by the treatment
+    rln: int | None = flag(
+        None,
         whole(0),
         "layers frozen in the inner loop, counted from the input (7: the whole neuromodulatory "
         "network of ANML; 6: the convolutions of OML); the outer step trains all",
-        shown=lambda: ", ".join(f"{kind.rln_training} for {name}" for name, kind in NETWORKS.items()),
+        shown="7 for ANML, 6 for OML, 0 for sANML; `rln_training` of another",
     )
     update_lr: float = flag(0.1, positive, "learning rate of the inner SGD")
     update_step: int = flag(20, whole(1), "inner steps, that is images, per trajectory")
@@ -114,7 +105,7 @@ class TrajectoryFlags(Flags):
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EpisodeFlags(Flags):
     """The episodes that a head of class means is trained on."""
 
@@ -135,46 +126,40 @@ class EpisodeFlags(Flags):
     )
     augment: float = flag(
         0.0,
-        non_negative,
+        number(0),
         "strength of a random turn, stretch, shear and shift of every other image; 1 for up to 12 degrees, "
         "15 %, 0.15 and 2 pixels",
     )
-    average: float = flag(
-        0.0,
-        fraction,
-        "decay of the moving average of the weights that is checked and written as the model; 0 for the "
-        "weights themselves",
-    )
 
 
-@dataclass(kw_only=True)
-class CheckFlags(ReportFlags):
+@dataclass(frozen=True, kw_only=True)
+class CheckFlags(common.ReportFlags):
     """Small meta-tests of the network that is being trained."""
 
     eval_every: int = flag(0, whole(0), "steps between small meta-tests on meta-training classes; 0 for none")
     eval_classes: int = flag(20, whole(1), "classes in each of those meta-tests")
 
 
-@dataclass(kw_only=True)
-class TrainingRunFlags(RunFlags):
+@dataclass(frozen=True, kw_only=True)
+class TrainingRunFlags(common.RunFlags):
     """What a meta-training starts from and leaves."""
 
-    name: str = name_flag("mrcl_omniglot")
-    seed: int = seed_flag(9)
-    processes: int = processes_flag("the trajectories of --meta_batch")
+    name: str = flag("mrcl_omniglot", folder_name, common.NAME)
+    seed: int = flag(9, SEED, common.SEEDED)
+    processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
     keep_every: int = flag(
-        0,
-        whole(0),
-        "steps between models that stay in the run folder, as model_<step>.net; 0 for none",
+        0, whole(0), "steps between models that stay in the run folder, as model_<step>.net; 0 for none"
     )
-    model_name: Path = flag(
-        None,  # by the treatment
+    model_name: Path | None = flag(
+        None,
         file_path,
         "file for the trained weights",
-        shown=lambda: ", ".join(f"{default_model_name(name)} for {name}" for name in NETWORKS),
+        shown="Neuromodulation_Model.net for ANML, NAME_Model.net for another",
         metavar="FILE",
     )
-    resume: Path | None = resume_flag(MAY_CHANGE)
+    resume: Path | None = flag(
+        None, file_path, common.RESUME + ", ".join(f"--{name}" for name in sorted(MAY_CHANGE)), metavar="RUN"
+    )
     checkpoint: bool = switch(
         False,
         "start a new run from the weights in --saved_model; its draws follow from --seed and these weights, "
@@ -189,54 +174,55 @@ OF_LEARNER = {"sgd": own_flags(TrajectoryFlags), "prototypes": own_flags(Episode
 """The flags that a learner of meta-training has alone."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Training(
-    MethodFlags, TrajectoryFlags, EpisodeFlags, NetworkFlags, DataFlags, CheckFlags, TrainingRunFlags
+    MethodFlags,
+    TrajectoryFlags,
+    EpisodeFlags,
+    NetworkFlags,
+    DataFlags,
+    CheckFlags,
+    TrainingRunFlags,
 ):
     """Meta-train ANML or another network and write the initial weights found.
 
     python mrcl_classification.py --config configs/anml.toml
     """
 
-    may_change: ClassVar = MAY_CHANGE
     no_effect: ClassVar = {
         "seeds": "give one seed with --seed",
         "model": "choose the network with --treatment, weights with --saved_model",
-        **NO_COMMIT,
+        **common.NO_COMMIT,
     }
 
     def changeable(self) -> frozenset[str]:
         # The schedule of episodes is as long as they are many, which makes their numbers.
-        return self.may_change - {"steps"} if self.learner == "prototypes" else self.may_change
+        return MAY_CHANGE - {"steps"} if self.learner == "prototypes" else MAY_CHANGE
 
-    def check(self) -> None:
-        self.notice_other_data()
-        self.idle = frozenset().union(*OF_LEARNER.values()) - OF_LEARNER[self.learner]
-        self.refuse_idle(f"--learner {self.learner}")
+    def idle(self) -> Mapping[str, str]:
+        others = frozenset().union(*OF_LEARNER.values()) - OF_LEARNER[self.learner]
+        return dict.fromkeys(others, f"--learner {self.learner}")
+
+    def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:
             raise UserError("--checkpoint needs --saved_model FILE, the weights to start from")
         if self.saved_model is not None and not self.checkpoint:
             raise UserError("--saved_model needs --checkpoint as well to start from those weights")
         if self.reset_copy and not self.reset:
             raise UserError("--reset_copy says where rows are drawn anew: drop it or --no-reset")
-        self.fill_in_widths(self.treatment)
         self._check_sizes()
         if self.first_order and self.second_order_steps:
             raise UserError(
                 "--first_order differentiates through no inner step: drop it or --second_order_steps"
             )
-        if "rln" not in self.given:
-            self.rln = NETWORKS[self.treatment].rln_training
-        if "model_name" not in self.given:
-            self.model_name = Path(default_model_name(self.treatment))
 
     def _check_sizes(self) -> None:
         """Raise UserError where more is asked for than there is."""
         sizes = {
-            "tasks": None if "tasks" in self.idle else self.tasks,
+            "tasks": self.tasks if self.learner == "sgd" else None,
             "update_step": self.update_step,
             "train_classes": self.train_classes,
-            "num_classes": self.widths.get("num_classes"),
+            "num_classes": self.constructor.get("num_classes"),
             "eval_classes": self.eval_classes if self.eval_every else None,
         }
         for smaller, larger in (
@@ -248,3 +234,28 @@ class Training(
             low, high = sizes[smaller], sizes[larger]
             if low is not None and high is not None and low > high:
                 raise UserError(f"--{smaller} {low} must not be larger than --{larger} {high}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a meta-training does where its flags leave it open.
+
+    Attributes:
+        rln: layers frozen in the inner loop.
+        train_classes: classes to train on.
+        model_name: file for the trained weights.
+    """
+
+    rln: int
+    train_classes: int
+    model_name: Path
+
+    @classmethod
+    def of(cls, args: Training, classes: int) -> Plan:
+        """The plan for what is asked, on so many classes."""
+        network = NETWORKS[args.treatment]
+        return cls(
+            rln=network.rln_training if args.rln is None else args.rln,
+            train_classes=classes,
+            model_name=args.model_name or Path(network.model_name or f"{args.treatment}_Model.net"),
+        )

@@ -5,8 +5,7 @@ The method itself is `model.method`. No step here reads a value back from the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from model import method
 from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters
-from model.optimizer import Adam, AveragedAdam
+from model.optimizer import Adam
 
 T = TypeVar("T")
 
@@ -84,18 +83,6 @@ class OuterLoop:
         self.optimizer = optimizer
         self.rule = rule
         self.grads: Sequence[Tensor] = ()
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The weights are their averages within, where the optimizer keeps some."""
-        if not isinstance(self.optimizer, AveragedAdam):
-            yield
-            return
-        self.optimizer.swap()
-        try:
-            yield
-        finally:
-            self.optimizer.swap()
 
     def finite(self) -> bool:
         """Whether the gradient in `grads` is; waits for the device."""

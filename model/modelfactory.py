@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,14 @@ from model.layers import Inputs, colour, conv_blocks, run_frozen, run_rest
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.device import seed_layers
 from utils.errors import UserError
+from utils.signature import Range
 
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
+
+PLNChannels = Annotated[int, "channels of each convolution of the prediction network", Range(1)]
+NumClasses = Annotated[
+    int, "outputs of the head, no fewer than classes to train on or to learn in a meta-test", Range(1)
+]
 
 
 def _as_read(net: Network, images: Tensor) -> Tensor:
@@ -59,7 +65,7 @@ def _on_colour(method: Callable[..., Any]) -> Callable[..., Any]:
 class Network(nn.Module):
     """What all networks have in common, with its defaults.
 
-    `__init__` takes whole numbers, floats and booleans, which become flags of the scripts. Images come
+    `__init__` takes whole numbers, floats, booleans and texts, which become flags of the scripts. Images come
     as [B, 1, 28, 28] or [B, 3, 28, 28], normalised; grey ones reach its methods with as many equal
     channels as the first convolution reads.
 
@@ -98,6 +104,20 @@ class Network(nn.Module):
             given = list(bound.arguments.items())[1:]
             net.__dict__["widths"] = {name: value for name, value in given if value is not None}
         return net
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would hide a method or property of this class, or be hidden by one.
+
+        Raises:
+            UserError: the name is taken.
+        """
+        used = getattr(Network, name, None)
+        hidden = hasattr(Network, name) and isinstance(value, nn.Module | nn.Parameter)
+        if name == "widths" or inspect.isroutine(used) or isinstance(used, property) or hidden:
+            raise UserError(
+                f"{type(self).__name__}: the name `self.{name}` is taken, Network uses it: call it otherwise"
+            )
+        super().__setattr__(name, value)
 
     def __init_subclass__(cls) -> None:
         for name in ("forward", "frozen", "features", "gate", "features_before_gate"):
@@ -190,7 +210,12 @@ class ANML(Network):
     no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in (1, 2, 3))
     renamed = ((r"^(nm|pln)\.(conv|norm)(\d)\.", r"\1.block\3.\2."),)
 
-    def __init__(self, nm_channels: int = 112, pln_channels: int = 256, num_classes: int = 1000) -> None:
+    def __init__(
+        self,
+        nm_channels: Annotated[int, "channels of each convolution of the NM", Range(1)] = 112,
+        pln_channels: PLNChannels = 256,
+        num_classes: NumClasses = 1000,
+    ) -> None:
         super().__init__()
         features = pln_channels * SPATIAL
         self.nm = nn.Sequential(conv_blocks(nm_channels))
@@ -214,8 +239,9 @@ class ANML(Network):
 
 
 class SANML(Network):
-    """ANML without its neuromodulatory network: the prediction network alone, all of which the inner loop
-    trains.
+    """ANML without its neuromodulatory network: the prediction network alone.
+
+    The inner loop trains all of it.
 
     Frati et al., *Reset it and forget it: relearning last-layer weights improves continual and transfer
     learning* (2024), where it is called sANML.
@@ -225,7 +251,7 @@ class SANML(Network):
     chains = ("pln",)
     no_effect = tuple(f"pln.block{k}.conv.bias" for k in (1, 2, 3))
 
-    def __init__(self, pln_channels: int = 256, num_classes: int = 1000) -> None:
+    def __init__(self, pln_channels: PLNChannels = 256, num_classes: NumClasses = 1000) -> None:
         super().__init__()
         self.pln = nn.Sequential(conv_blocks(pln_channels))
         self.head = nn.Linear(pln_channels * SPATIAL, num_classes)
@@ -249,7 +275,12 @@ class OML(Network):
     kaiming = True
     chains = ("body",)
 
-    def __init__(self, pln_channels: int = 256, num_classes: int = 1000, hidden: int | None = None) -> None:
+    def __init__(
+        self,
+        pln_channels: PLNChannels = 256,
+        num_classes: NumClasses = 1000,
+        hidden: Annotated[int | None, "outputs of the first linear layer", Range(1)] = None,
+    ) -> None:
         super().__init__()
         hidden = 4 * pln_channels if hidden is None else hidden
         self.body = nn.Sequential()
@@ -272,30 +303,6 @@ class OML(Network):
 
 NETWORKS: dict[str, type[Network]] = {"ANML": ANML, "sANML": SANML, "OML": OML}
 """The registry: network names as model files and `--treatment` spell them."""
-
-
-def constructor_arguments(kind: type[Network]) -> dict[str, tuple[type, Any]]:
-    """Type (int, float or bool) and default of what a network's constructor takes, by name.
-
-    A default of `inspect.Parameter.empty` means that there is none.
-
-    Raises:
-        TypeError: an argument is of another type.
-    """
-    found = {}
-    for name, parameter in list(inspect.signature(kind.__init__, eval_str=True).parameters.items())[1:]:
-        annotation = parameter.annotation
-        if annotation is parameter.empty:
-            annotation = type(parameter.default)
-        if get_origin(annotation) is Union or isinstance(annotation, type(int | None)):
-            annotation = next(part for part in get_args(annotation) if part is not type(None))
-        if annotation not in (int, float, bool) or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-            raise TypeError(
-                f"{kind.__name__}: its argument {name!r} is no int, float or bool, which a flag and a "
-                "model file could hold"
-            )
-        found[name] = annotation, parameter.default
-    return found
 
 
 def build(name: str, widths: Mapping[str, Any], generator: torch.Generator) -> Network:

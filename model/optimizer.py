@@ -76,39 +76,6 @@ class Adam:
         )
 
 
-class AveragedAdam(Adam):
-    """Adam that keeps an exponential moving average of the weights, which differ less from step to step than
-    the weights do and are better than they.
-
-    Args:
-        weights, lr: see `Adam`.
-        decay: weight of the average in the next one; less at first, when the average is of few steps.
-    """
-
-    def __init__(self, weights: Iterable[Tensor], lr: float, decay: float) -> None:
-        super().__init__(weights, lr)
-        self.decay = decay
-        self.averages = [weight.clone() for weight in self.weights]
-
-    def state_dict(self) -> dict[str, list[Tensor]]:
-        return {**super().state_dict(), "averages": self.averages}
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        super().step(gradients)
-        steps = self.steps[0].item()
-        kept = min(self.decay, steps / (steps + 10))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - kept)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the weights and their averages, in place."""
-        for average, weight in zip(self.averages, self.weights, strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
-
-
 class SGD:
     """Plain gradient descent, which the paper speaks of at meta-test; as `Adam`."""
 

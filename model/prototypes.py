@@ -20,7 +20,7 @@ from datasets.images import Pool
 from datasets.task_sampler import Episode
 from model.meta_learner import OuterLoop, gather
 from model.modelfactory import Network
-from model.optimizer import Adam, AveragedAdam
+from model.optimizer import Adam
 
 
 def prototype_logits(features: Tensor, shots: int, leave_one_out: bool = False) -> Tensor:
@@ -80,7 +80,6 @@ class PrototypeLearner(OuterLoop):
         steps: length of the schedule, at whose end the step size is 0.
         shots, leave_one_out: see `prototype_logits`.
         augment: strength of `distort` on every image.
-        average: decay of the moving average of the weights, see `AveragedAdam`; 0 for none.
     """
 
     def __init__(
@@ -94,14 +93,12 @@ class PrototypeLearner(OuterLoop):
         shots: int,
         leave_one_out: bool = False,
         augment: float = 0,
-        average: float = 0,
     ) -> None:
         self.scale = Scale().to(images.device)
         head = {id(weight) for weight in net.head.parameters()}
         learned = [weight for weight in net.parameters() if weight.requires_grad and id(weight) not in head]
         learned += self.scale.parameters()
-        optimizer = AveragedAdam(learned, meta_lr, average) if average else Adam(learned, meta_lr)
-        super().__init__(net, images, generator, learned, optimizer, self.scale)
+        super().__init__(net, images, generator, learned, Adam(learned, meta_lr), self.scale)
         self.meta_lr, self.steps, self.augment = meta_lr, steps, augment
         self.shots, self.leave_one_out = shots, leave_one_out
 

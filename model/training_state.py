@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,10 @@ def save_progress(
     model_name: Path,
     state: TrainingState,
     arguments: Mapping[str, Any],
-    averaged: AbstractContextManager[None] | None = None,
 ) -> None:
     """Write a training state to the run folder, then its model there and to `model_name`.
 
     What another run wrote to `model_name` is kept under another name. Its own is what is in the folder.
-
-    Args:
-        averaged: within it, the tensors of `state` are those of the model.
 
     Raises:
         UserError: one cannot be written, or the weights are not finite; what was there stays.
@@ -116,9 +111,8 @@ def save_progress(
     kept = keep_earlier(model_name, own)
     if kept is not None:
         log.warning("%s is the model of another training, and is kept as %s", model_name, kept)
-    with averaged or nullcontext():
-        for path in (own, model_name):
-            save_model(path, state, arguments)
+    for path in (own, model_name):
+        save_model(path, state, arguments)
 
 
 def save_model(path: Path, state: TrainingState, arguments: Mapping[str, Any]) -> None:

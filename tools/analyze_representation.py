@@ -31,17 +31,18 @@ from datasets.task_sampler import Task, sample_task
 from evaluation.plots import STYLES, default_style, new_figure, save_png
 from evaluation.results import aligned
 from evaluation.targets import REPRESENTATION, read_targets
-from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
+from flags import common
 from model.fast.guard import Use, choose_backend
 from model.meta_learner import gather
 from model.modelfactory import restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from utils.checkpoint import load_checkpoint
-from utils.command_line import file_path, flag, parse, recorded, whole
+from utils.command_line import parse, recorded
 from utils.device import choose_device
 from utils.distributed import refuse_several
 from utils.errors import UserError, run_script
 from utils.files import write_text
+from utils.flag import SEED, file_path, flag, folder_name, whole
 from utils.run import Run, log_to_terminal
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ LABELS = 60  # names along an axis, beyond which none is readable
 CLASSES_SHOWN = 6  # of each alphabet in the embedding: more would hide each other
 
 
-@dataclass(kw_only=True)
-class AnalysisFlags(SplitFlags):
+@dataclass(frozen=True, kw_only=True)
+class AnalysisFlags(common.SplitFlags):
     """What is looked at."""
 
     group = "analysis"
@@ -66,28 +67,32 @@ class AnalysisFlags(SplitFlags):
         shown="none: it must be given",
         metavar="FILE",
     )
-    test_classes: int | None = test_classes_flag("meta-test classes to look at")
+    test_classes: int | None = flag(
+        None,
+        whole(1),
+        "meta-test classes to look at, the first of the data",
+        shown="650 of Omniglot, else all",
+    )
     samples: int = flag(6, whole(1, 20), "images whose activations are drawn, of different classes")
     alphabets: int = flag(5, whole(1), "alphabets in the picture of the embedding, the first of the data")
 
 
-@dataclass(kw_only=True)
-class AnalysisRunFlags(RunFlags):
+@dataclass(frozen=True, kw_only=True)
+class AnalysisRunFlags(common.RunFlags):
     """Where the analysis is recorded."""
 
-    name: str = name_flag("representation")
-    seed: int = seed_flag(222)
+    name: str = flag("representation", folder_name, common.NAME)
+    seed: int = flag(222, SEED, common.SEEDED)
 
 
-@dataclass(kw_only=True)
-class Analysis(AnalysisFlags, DataFlags, AnalysisRunFlags):
+@dataclass(frozen=True, kw_only=True)
+class Analysis(AnalysisFlags, common.DataFlags, AnalysisRunFlags):
     """Measure and draw a model's features and gate on classes it has never seen.
 
     python -m tools.analyze_representation --model Neuromodulation_Model.net
     """
 
-    def check(self) -> None:
-        self.notice_other_data()
+    def validate(self) -> None:
         if "model" not in self.given:
             raise UserError("give --model FILE, which mrcl_classification.py writes")
 

@@ -48,21 +48,23 @@ from model.fast.memory import keep_freed_memory
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
-from model.modelfactory import ANML, build, constructor_arguments, trained_parameters
+from model.modelfactory import ANML, build, trained_parameters
 from tests import reference
 from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
-from utils.command_line import Flags, choice, file_path, flag, parse, whole
+from utils.command_line import parse
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, write_text
+from utils.flag import Flags, choice, file_path, flag, whole
 from utils.run import cpu_name
+from utils.signature import arguments
 
 ORDERS = {"first-order": True, "second-order": False}
 TREATMENTS = {"anml-13": ("ANML", 13), "anml-7": ("ANML", 7), "anml-0": ("ANML", 0), "oml-6": ("OML", 6)}
 PARTS = (*ORDERS, *TREATMENTS)
 BACKENDS: tuple[Backend, ...] = ("fast", "plain")
 
-WIDTHS = {name: constructor_arguments(ANML)[name][1] for name in ("nm_channels", "pln_channels")}
+WIDTHS = {name: arguments(ANML)[name].default for name in ("nm_channels", "pln_channels")}
 TRAIN_IMAGES = 15  # of a class at meta-test
 TEXTBOOK_IMAGES = 3  # in a turn of the textbook's meta-test
 ADAM_BYTES = 4 * 7  # a weight, its gradient and two moments read; all but the gradient written
@@ -172,7 +174,7 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
             generator,
             meta_lr=defaults.meta_lr,
             update_lr=defaults.update_lr,
-            rln=defaults.rln,
+            rln=ANML.rln_training,
             first_order=ORDERS[part],
             meta_loss=meta_loss(backend),
             capture=capture(backend),
@@ -186,7 +188,7 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
         trajectory = sample_trajectory([DRAWINGS] * len(setup.images), generator)
         query, labels = gather(setup.images, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
-        settings = len(trajectory.support), defaults.update_lr, defaults.rln, not ORDERS[part]
+        settings = len(trajectory.support), defaults.update_lr, ANML.rln_training, not ORDERS[part]
         reference.meta_gradient(weights, grey, classes, *settings)
 
     for _ in range(2):  # Adam's moments, the allocator, kernel choices
@@ -338,11 +340,11 @@ def busy(rates: Sequence[Rate], device: torch.device) -> str | None:
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark(Flags):
     __doc__ = (__doc__ or "").partition("No data")[0]
 
-    only: list[str] = flag(PARTS, str, "parts to run", shown="all", nargs="+", choices=PARTS)
+    only: list[str] = flag(PARTS, str, "parts to run", shown="all", nargs="+", choices=PARTS, action="extend")
     repeats: int = flag(7, whole(1), "turns, of which the median is shown")
     nm_channels: int = flag(WIDTHS["nm_channels"], whole(1), "channels of NM")
     pln_channels: int = flag(WIDTHS["pln_channels"], whole(1), "channels of the PLN, and of OML")

@@ -17,8 +17,9 @@ from typing import Any
 
 from evaluation.results import Results, aligned, compare, read_results
 from model.scores import accuracies
-from utils.command_line import Flags, file_path, flag, parse, switch
+from utils.command_line import parse
 from utils.errors import UserError, run_script, say
+from utils.flag import Flags, file_path, flag, switch
 
 
 def describe(path: Path, results: Results) -> str:
@@ -50,10 +51,10 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def results_flag(name: str) -> Any:
     text = "run folder of an evaluation, or its results.csv or results.json"
-    return flag(MISSING, file_path, text, name=name.lower(), metavar=name)
+    return flag(MISSING, file_path, text, metavar=name)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison(Flags):
     """Test whether two evaluations differ, at each class count that both have.
 

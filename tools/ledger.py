@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 from evaluation.results import FEW, read_json, read_results, read_table, summarise
 from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_targets
-from utils.command_line import Flags, parse, switch
+from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import write_text
+from utils.flag import Flags, switch
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "<!-- ledger: `python -m tools.ledger` writes what is between these two lines -->"
@@ -195,16 +196,14 @@ def inserted(text: str, tables: str, source: Path) -> str:
     return f"{before}{START}\n\n{tables}\n\n{END}{after}"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Ledger(Flags):
     """Write published numbers beside ours into docs/results.md.
 
     python -m tools.ledger
     """
 
-    check_only: bool = switch(
-        False, "change nothing; exit code 1 if the page is not what would be written", name="--check"
-    )
+    check: bool = switch(False, "change nothing; exit code 1 if the page is not what would be written")
 
 
 def main() -> None:
@@ -215,7 +214,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {page}: {error}") from None
     current = inserted(text, ledger(ROOT / "results"), page)
-    if not args.check_only:
+    if not args.check:
         write_text(page, current)
         say(f"{page} says what results/ holds")
     elif text != current:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, training_figure
 from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
-from utils.command_line import Flags, choice, file_path, flag, folder_name, parse, switch
+from utils.command_line import parse
 from utils.errors import UserError, run_script, say
 from utils.files import expand
+from utils.flag import Flags, choice, file_path, flag, folder_name, switch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +101,7 @@ def on_the_way(results: dict[str, Results]) -> dict[str, list[dict[str, Any]]]:
     return curves
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plot(Flags):
     """Draw accuracy against the number of classes, and the final accuracy as bars.
 
@@ -112,7 +113,6 @@ class Plot(Flags):
         str,
         "run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
         "or their results.csv or metrics.csv; LABEL names one in the figures",
-        name="results",
         nargs="+",
         metavar="[LABEL=]RESULTS",
     )

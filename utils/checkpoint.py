@@ -205,9 +205,9 @@ def model_fault(content: object, format_name: str = FORMAT) -> str | None:
     if not isinstance(network, str):
         return "it does not name its network"
     if not isinstance(widths, dict) or not all(
-        isinstance(name, str) and type(value) in (int, float, bool) for name, value in widths.items()
+        isinstance(name, str) and type(value) in (int, float, bool, str) for name, value in widths.items()
     ):
-        return "its widths are not numbers"
+        return "its widths are not numbers or texts"
     if not isinstance(arguments, dict) or not _is_plain(arguments):
         return "its arguments are not plain values"
     if type(step) is not int or step < 0:

@@ -2,14 +2,18 @@
 
 A script's arguments are a subclass of `Flags`: each field is a flag, with default, reader and help.
 
-    @dataclass(kw_only=True)
+    @dataclass(frozen=True, kw_only=True)
     class Training(DataFlags, RunFlags):
         steps: int = flag(20000, whole(1), "outer (meta) steps")
 
-`-` and `_` may stand for each other in a flag's name. A config file (TOML) holds flags under their
-field's name (`--dataset-path` is `dataset_path`, `--no-reset` is `reset = false`) and passes through
-the same parser as the command line, ahead of it: so both have the same ranges, and what is typed wins. So do
-the arguments of a run that is resumed; there, what is typed must not change its numbers.
+A flag, and a key of a config file (TOML), can be spelled with `-` in place of `_`; `--no_reset` is
+`reset = false`. Values of a config file and of a run that is resumed pass through the readers of the command
+line. What is typed wins over a config file, and must not change the numbers of a run that is resumed.
+
+A field made by `arguments_of` holds the arguments of one entry of a registry, say of the network that
+`--treatment` names. The arguments of the chosen entry alone are flags. The registry's prefix before an
+argument's name always makes its flag (`--net_width`). The name alone does so where neither the script nor an
+entry of a registry that is read before has a flag of that name.
 """
 
 from __future__ import annotations
@@ -17,191 +21,45 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import math
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from textwrap import indent
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from utils.errors import UserError, try_to_write
-from utils.files import expand, place_of, read_text
+from utils.files import read_text
+from utils.flag import FlagInfo, Flags, FlagsT, Registry
+from utils.signature import REQUIRED, arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_NOTICES = "*notices"  # among what was read: a name that no flag has
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-}
+
+NOT_IN_CONFIG = {"config", "resume"}  # flags that stand in no config file
 
 
-@dataclass(kw_only=True)
-class Flags:
-    """Base of a script's arguments and of parts of them, whose fields `flag`, `switch` and `flags_of` make.
-
-    A script's own class has as docstring what its `--help` begins with, a sentence and an example. Where a
-    part redefines a field of its base, the flag keeps its place in the help.
-
-    Attributes:
-        group: heading in `--help` of the flags that a class adds.
-        may_change: flags that `--resume` takes other values of.
-        no_effect: flags that are accepted, with or without values, and what to do instead.
-        notices: lines for the user about flags typed without effect.
-        given: the flags that were typed or stand in a config file or the run that is resumed.
-        idle: flags that mean nothing beside the others; they are recorded as None.
-    """
-
-    group: ClassVar[str] = "options"
-    may_change: ClassVar[frozenset[str]] = frozenset()
-    no_effect: ClassVar[Mapping[str, str]] = {}
-
-    notices: tuple[str, ...] = ()
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-    idle: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-
-    def check(self) -> None:
-        """Fill in defaults that depend on other flags.
-
-        Raises:
-            UserError: flags contradict each other.
-        """
-
-    def changeable(self) -> frozenset[str]:
-        """The flags that a run of these may be resumed with other values of."""
-        return self.may_change
-
-    def notice(self, line: str) -> None:
-        """Add a line to `notices`."""
-        self.notices = (*self.notices, line)
-
-    def refuse_idle(self, beside: str) -> None:
-        """Raise UserError where a flag is given that means nothing beside another one."""
-        for part in fields(self):
-            if part.name in self.idle & self.given:
-                name = part.metadata["flag"].name
-                typed = as_typed(part.name, getattr(self, part.name))
-                typed = typed if name is None else f"{name} {getattr(self, part.name)}"
-                raise UserError(f"{typed} means nothing with {beside}: drop one of them")
-
-
-FlagsT = TypeVar("FlagsT", bound=Flags)
-
-
-@dataclass(frozen=True)
-class _Flag:
-    """How a field of `Flags` is typed. A text may be a function, called when the parser is made: what a
-    registry holds is not known before."""
-
-    default: Any
-    read: Callable[[str], Any] | None  # None of a switch
-    text: str | Callable[[], str]
-    shown: str | Callable[[], str] | None  # the default as the help gives it; None: by its value
-    name: str | None  # None: the field's
-    in_config: bool
-    options: Mapping[str, Any]  # of argparse's `add_argument`
-
-
-def flag(
-    default: Any,
-    read: Callable[[str], Any],
-    text: str | Callable[[], str],
-    *,
-    shown: str | Callable[[], str] | None = None,
-    name: str | None = None,
-    in_config: bool = True,
-    **options: Any,
-) -> Any:
-    """A field for a flag with a value, or a positional argument if its `name` has no dashes.
-
-    Args:
-        default: its value where nobody gives it; MISSING if it must be given.
-        read: makes a value of what is typed, or raises what argparse catches.
-        text: what it is, for `--help`.
-        shown: the default as `--help` gives it.
-        name: with dashes, where it is not the field's.
-        in_config: whether it may stand in a config file.
-        options: of `argparse.ArgumentParser.add_argument`.
-    """
-    metadata = {"flag": _Flag(default, read, text, shown, name, in_config, options)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def switch(default: bool | None, text: str, *, shown: str | None = None, name: str | None = None) -> Any:
-    """A field for the pair `--name` and `--no-name`."""
-    return field(default=default, metadata={"flag": _Flag(default, None, text, shown, name, True, {})})
-
-
-def choice(
-    default: str | None,
-    choices: Sequence[str] | Callable[[], Sequence[str]],
-    text: str | Callable[[], str],
-    *,
-    shown: str | Callable[[], str] | None = None,
-) -> Any:
-    """A field for a flag with one of several words, in whatever case."""
-    return flag(default, str.lower, text, shown=shown, choices=choices)
-
-
-def flags_of(made: Callable[[], Mapping[str, Any]]) -> Any:
-    """A field for a dict of flags that are known only when the parser is made, from a registry.
-
-    Args:
-        made: the fields by name. One whose default is None is missing in the dict unless it is given.
-    """
-    return field(default_factory=dict, metadata={"flags": made})
-
-
-def _parts(kind: type[Flags]) -> Iterator[tuple[str, dict[str, _Flag]]]:
-    """The groups of the help: heading, and flags by name."""
-    by_name = {part.name: part for part in fields(kind)}
+def _groups(kind: type[Flags]) -> dict[str, str]:
+    """The heading in `--help` of each field, in the order of the help."""
+    known = {part.name for part in fields(kind) if part.metadata}
     order = [base for base in kind.__mro__ if issubclass(base, Flags)]
-    done: set[str] = set()
+    found: dict[str, str] = {}
     for group in dict.fromkeys(base.group for base in order):
-        found: dict[str, _Flag] = {}
         for base in reversed([base for base in order if base.group == group]):
-            for name in inspect.get_annotations(base):
-                if name in by_name and name not in done:
-                    done.add(name)
-                    found |= _flags_of_field(name, by_name[name].metadata)
-        if found:
-            yield group, found
-
-
-def _flags_of_field(name: str, metadata: Mapping[str, Any]) -> dict[str, _Flag]:
-    if "flags" in metadata:
-        return {key: made.metadata["flag"] for key, made in metadata["flags"]().items()}
-    return {name: metadata["flag"]} if "flag" in metadata else {}
-
-
-def own_flags(kind: type[Flags]) -> frozenset[str]:
-    """The names of the flags that a part adds to its base."""
-    return frozenset(inspect.get_annotations(kind))
-
-
-def _now(value: Any) -> Any:
-    return value() if callable(value) else value
+            found |= {name: group for name in inspect.get_annotations(base) if name in known - found.keys()}
+    return found
 
 
 class HelpFirst(argparse.ArgumentParser):
     """An argument parser whose help begins with its description, a sentence and an example, as it is, and
     whose errors are one line."""
 
-    def format_help(self) -> str:
-        about, self.description = self.description, None
-        try:
-            return f"{(about or '').strip()}\n\n{super().format_help()}"
-        finally:
-            self.description = about
+    def __init__(self, **options: Any) -> None:
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage=argparse.SUPPRESS, formatter_class=style, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """End the process with exit code 2 and one line on stderr, without the usage."""
@@ -210,84 +68,210 @@ class HelpFirst(argparse.ArgumentParser):
 
 
 class Parser(HelpFirst):
-    """The parser of a script's arguments.
+    """The parser of a script's arguments, all of whose flags are spelled with `_`.
+
+    Args:
+        kind: the script's arguments.
+        chosen: entry of each registry by the field that names it; without it the field's default, else the
+            first.
+        only: fields that are flags; default all.
 
     Attributes:
-        flags: by field, those that may stand in a config file.
+        flags: by every name, those that may stand in a config file.
+        places: field and argument of the flags that are arguments of registries' entries.
+        chosen: registry and chosen entry by field.
+
+    Raises:
+        UserError: an argument of a chosen entry can be no flag.
     """
 
-    def __init__(self, kind: type[Flags]) -> None:
+    def __init__(
+        self, kind: type[Flags], chosen: Mapping[str, str] | None = None, only: Collection[str] | None = None
+    ) -> None:
         about, _, example = (inspect.getdoc(kind) or "").partition("\n\n")
         super().__init__(
             description=f"{about}\n\n{indent(example, '    ')}",
-            allow_abbrev=False,
             exit_on_error=False,
             argument_default=argparse.SUPPRESS,
+            add_help=only is None,
         )
         self.flags: dict[str, argparse.Action] = {}
-        self._spellings: dict[str, str] = {}
-        for heading, found in _parts(kind):
-            group = self if heading == Flags.group else self.add_argument_group(heading)
-            for key, made in found.items():
-                self._add(group, key, made)
-        if kind.no_effect:
+        self.places: dict[str, tuple[str, str]] = {}
+        self.chosen: dict[str, tuple[Registry, str]] = {}
+        self._taken = {"help", *kind.no_effect, *(part.name for part in fields(kind))}
+        parts = {part.name: part for part in fields(kind) if only is None or part.name in only}
+        headings: dict[str, argparse._ActionsContainer] = {Flags.group: self}
+        for name, heading in _groups(kind).items():
+            if name in parts and heading not in headings:
+                headings[heading] = self.add_argument_group(heading)
+            if name in parts and "flag" in parts[name].metadata:
+                self._add(headings[heading], [name], parts[name].metadata["flag"])
+        if only is None and kind.no_effect:
             group = self.add_argument_group("flags of the released code, accepted without effect")
             for key, instead in kind.no_effect.items():
                 text = f"no effect: {instead}"
-                self._know(
-                    group.add_argument(
-                        f"--{key}",
-                        action=_WithoutEffect,
-                        dest=argparse.SUPPRESS,
-                        nargs="*",
-                        metavar="VALUE",
-                        help=text,
-                    )
-                )
+                group.add_argument(f"--{key}", nargs="*", dest=f"*{key}", metavar="VALUE", help=text)
+        for name, part in parts.items():
+            if "registry" in part.metadata:
+                registry: Registry = part.metadata["registry"]
+                default = parts[registry.chooser].default or next(iter(registry.table))
+                self.chosen[name] = registry, str((chosen or {}).get(registry.chooser, default))
+                self._add_arguments(headings[_groups(kind)[name]], name)
 
-    def _add(self, group: argparse._ActionsContainer, key: str, made: _Flag) -> None:
-        text, shown = _now(made.text).replace("%", "%%"), _now(made.shown)
-        if made.default is not MISSING:
-            text += f" (default: {_shown(made.default) if shown is None else shown})".replace("%", "%%")
-        if made.read is None:
-            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        else:
-            lazy = {name: _now(value) for name, value in made.options.items() if name != "action"}
-            options = {"type": made.read, **made.options, **lazy}
-        name = made.name or f"--{key}"
-        if name.startswith("-"):
-            options["dest"] = key
+    def _add_arguments(self, group: argparse._ActionsContainer, name: str) -> None:
+        """Make flags of the arguments of the entry that is chosen for a field."""
+        registry, entry = self.chosen[name]
+        choosing = f"--{registry.chooser}"
+        group.description = f"those of {choosing} {entry} among them; {choosing} NAME --help shows another's"
         try:
-            action = group.add_argument(name, help=text, **options)
-        except argparse.ArgumentError as error:  # of a network or data set of the user's
-            self.error(f"two arguments of networks and data sets are called {name}: {error.message}")
-        action.help = text  # some versions of argparse add to that of a switch
-        self._know(action)
-        if made.in_config:
-            self.flags[key] = action
+            found = arguments(registry.table[entry], registry.skip)
+        except UserError as error:
+            raise UserError(f"{choosing} {entry}: {error}") from error
+        for argument, made in found.items():
+            full = f"{registry.prefix}_{argument}"
+            if full in found or self._is_taken(full):
+                raise UserError(f"{choosing} {entry}: --{full} is taken: rename its argument {argument!r}")
+            spelled = [full] if self._is_taken(argument) else [argument, full]
+            self.places[spelled[0]] = name, argument
+            shown = "none, it must be given" if made.default is REQUIRED else _shown(made.default)
+            read = None if made.kind is bool else made.read
+            metavar = {int: "N", float: "X", str: "TEXT"}.get(made.kind)
+            self._add(group, spelled, FlagInfo(None, read, made.text, shown, None, {"metavar": metavar}))
+        self._taken |= {argument for _, argument in registry.names()}
 
-    def _know(self, action: argparse.Action) -> None:
-        self._spellings |= {_plain(option): option for option in action.option_strings}
+    def _is_taken(self, name: str) -> bool:
+        return not {name, f"no_{name}"}.isdisjoint(self._taken)
 
-    def canonical(self, token: str) -> str:
-        """The token with its flag, if it is one, in the registered spelling."""
-        name, equals, value = token.partition("=")
-        return self._spellings.get(_plain(name), name) + equals + value
+    def _add(self, group: argparse._ActionsContainer, names: list[str], made: FlagInfo) -> None:
+        """Make a flag, whose values are kept under the first of its names."""
+        text = made.text
+        if isinstance(made.names, Mapping):
+            lines = [f"{name}: {_first_line(entry)}" for name, entry in made.names.items() if callable(entry)]
+            text = "; ".join([text, *lines])
+        if made.default is not MISSING:
+            text += f" (default: {_shown(made.default) if made.shown is None else made.shown})"
+        options: dict[str, Any] = {"help": text.strip().replace("%", "%%"), **made.options}
+        if made.names is not None:
+            options.setdefault("metavar", f"{{{','.join(made.names)}}}")
+        options |= {"type": made.read} if made.read else {"action": _Switch, "nargs": 0}
+        if made.default is MISSING:
+            group.add_argument(names[0], **options)
+            return
+        spelled = names if made.read else [*names, *(f"no_{name}" for name in names)]
+        action = group.add_argument(*(f"--{name}" for name in spelled), dest=names[0], **options)
+        self._taken |= set(spelled)
+        self.flags |= dict.fromkeys({*names} - NOT_IN_CONFIG, action)
 
     def read(self, tokens: Sequence[str]) -> dict[str, Any]:
-        """What canonical tokens give, by field; a wrong one ends the process as :meth:`error` does."""
-        try:
-            return vars(self.parse_args(tokens))
-        except argparse.ArgumentError as error:
-            self.error(str(error))
+        """What tokens give, by field or argument; raises UserError or ArgumentError where one is wrong."""
+        found, unknown = self.parse_known_args(tokens)
+        if unknown:
+            _, fault = self._of_another(unknown[0].partition("=")[0].removeprefix("--"))
+            raise UserError(fault or f"unrecognized arguments: {' '.join(unknown)}")
+        return vars(found)
+
+    def values(
+        self, settings: Mapping[str, object], path: Path, skip: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """What the settings that `path` holds give, by field or argument.
+
+        Args:
+            skip: choosers of registries, arguments of whose other entries are left out.
+
+        Raises:
+            UserError: a setting is none of a flag that may stand in a config file, or has a wrong value.
+        """
+        found: dict[str, Any] = {}
+        for key, value in settings.items():
+            name = key.replace("-", "_")
+            if name not in self.flags:
+                chooser, fault = self._of_another(name)
+                if chooser in skip:
+                    continue
+                raise UserError(f"{path}: {fault or f'unknown key {key!r}; --help lists the flags'}")
+            try:
+                found |= vars(self.parse_args(_spelled(self.flags[name], value)))
+            except argparse.ArgumentError as error:
+                raise UserError(f"{path}: {key}: {error.message}") from error
+        return found
+
+    def filled(self, kind: type[FlagsT], given: Mapping[str, Any]) -> FlagsT:
+        """Arguments of which some are given, the others at their defaults.
+
+        Raises:
+            UserError: a flag is given that means nothing beside the others, or an argument is missing.
+        """
+        found = {**kind.implied(given), **given}
+        values: dict[str, Any] = {part.name: found[part.name] for part in fields(kind) if part.name in found}
+        for name, (registry, entry) in self.chosen.items():
+            made = arguments(registry.table[entry], registry.skip)
+            values[name] = {argument: made[argument].default for argument in made}
+        for key, (name, argument) in self.places.items():
+            values[name][argument] = given.get(key, values[name][argument])
+        flags = kind(**values, given=frozenset(given), places=self.places)
+        idle = flags.idle()
+        for key, action in self.flags.items():
+            name, argument = self.places.get(key, (key, ""))
+            if name in idle and key in given:
+                typed = _spelled(action, plain(given[key]))[0].replace("=", " ")
+                raise UserError(f"{typed} means nothing with {idle[name]}: drop one of them")
+            if name not in idle and argument and values[name][argument] is REQUIRED:
+                registry, entry = self.chosen[name]
+                raise UserError(f"--{registry.chooser} {entry} needs --{key}")
+        without: dict[str, Any] = {name: {} for name in self.chosen.keys() & idle.keys()}
+        return replace(flags, **without)
+
+    def _of_another(self, key: str) -> tuple[str, str]:
+        """The chooser of the registry that has an entry, not the chosen one, with this argument, and what is
+        wrong with the argument; empty if there is none."""
+        for registry, chosen in self.chosen.values():
+            for entry, argument in registry.names():
+                if key.removeprefix("no_") in (argument, f"{registry.prefix}_{argument}"):
+                    choosing = f"--{registry.chooser}"
+                    fault = (
+                        f"--{key} means nothing with {choosing} {chosen}: it belongs to {choosing} {entry}"
+                    )
+                    return registry.chooser, fault
+        return "", ""
+
+
+def _first_line(function: object) -> str:
+    """The first line of a docstring, without its full stop."""
+    return (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
 
 
 def _shown(default: Any) -> str:
+    """A default as the help gives it."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, list | tuple):
         return " ".join(map(_shown, default))
     return "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _underscored(token: str) -> str:
+    """A token whose flag, if it is one, is spelled with `_`."""
+    name, equals, value = token.partition("=")
+    return (name[:2] + name[2:].replace("-", "_") if name.startswith("--") else name) + equals + value
+
+
+def _spelled(action: argparse.Action, value: object) -> list[str]:
+    """The tokens that say the same as a setting.
+
+    A value shares a token with its flag, since it may begin with a dash.
+
+    Raises:
+        argparse.ArgumentError: no token can say it.
+    """
+    if isinstance(action, _Switch):
+        if not isinstance(value, bool):
+            raise argparse.ArgumentError(action, f"{value!r} is not true or false")
+        return [action.option_strings[0 if value else len(action.option_strings) // 2]]
+    values = value if isinstance(value, list) and action.nargs else [value]
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise argparse.ArgumentError(action, f"{item!r} is no number and no text")
+    return [f"{action.option_strings[0]}={item}" for item in values] or [action.option_strings[0]]
 
 
 def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
@@ -298,42 +282,40 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     With `--resume`, arguments are those of the run, and what is given must agree with them but for
     the flags that may change.
     """
-    parser = Parser(kind)
-    tokens = [parser.canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
-    typed = parser.read(tokens)
-    config, resume = typed.get("config"), typed.get("resume")
-    if config is not None:
-        tokens = [*_config_tokens(parser, config), *tokens]
-    if resume is not None:
-        settings = _settings_of_run(parser, resume)
-        earlier_config = settings.pop("config", None)
-        before = _tokens(parser, settings, resume / "config.json")
-        _refuse_contradictions(parser, kind, resume, before, tokens)
-        tokens = [*before, *tokens]
-        if config is None and isinstance(earlier_config, str):
-            config = Path(earlier_config)
-    given = parser.read(tokens)
-    if config is not None:
-        given["config"] = config
-    flags = _filled(kind, given)
     try:
-        flags.check()
-    except UserError as error:
-        parser.error(str(error))
+        return _parse(kind, sys.argv[1:] if argv is None else argv)
+    except (UserError, argparse.ArgumentError) as error:
+        HelpFirst().error(str(error))
+
+
+def _parse(kind: type[FlagsT], tokens: Sequence[str]) -> FlagsT:
+    """The arguments that tokens give; raises UserError or ArgumentError where one is wrong."""
+    tokens = [_underscored(token) for token in tokens]
+    choosers = {part.metadata["registry"].chooser for part in fields(kind) if "registry" in part.metadata}
+    first = Parser(kind, only={"config", "resume", *choosers})
+    typed = vars(first.parse_known_args(tokens)[0])
+    config, resume = typed.get("config"), typed.get("resume")
+    of_config, of_run = Path(str(config)), Path(str(resume), "config.json")
+    settings = {} if config is None else _settings_of_config(config)
+    run, plan = ({}, {}) if resume is None else _settings_of_run(resume)
+    earlier_config = run.pop("config", None)
+    chosen: dict[str, str] = {}
+    for source, path in ((settings, of_config), (typed, of_config), (run, of_run)):
+        chosen |= first.values({key: source[key] for key in choosers & source.keys()}, path)
+    parser = Parser(kind, chosen)
+    before = parser.values(run, of_run, skip=choosers)
+    given = parser.values(settings, of_config, skip=choosers & typed.keys()) | parser.read(tokens)
+    if resume is not None:
+        open_to_plan = (
+            plan.keys() & parser.flags.keys() - before.keys() - parser.filled(kind, before).idle().keys()
+        )
+        before |= parser.values({key: plan[key] for key in open_to_plan}, of_run)
+        _refuse_contradictions(parser, parser.filled(kind, before), resume, given)
+        if config is None and isinstance(earlier_config, str):
+            given["config"] = Path(earlier_config)
+    flags = parser.filled(kind, before | given)
+    flags.validate()
     return flags
-
-
-def _filled(kind: type[FlagsT], given: Mapping[str, Any]) -> FlagsT:
-    """Arguments of which some are given, the others at their defaults."""
-    values: dict[str, Any] = {"given": frozenset(given) - {_NOTICES}, "notices": given.get(_NOTICES, ())}
-    for part in fields(kind):
-        if "flag" in part.metadata and part.name in given:
-            values[part.name] = given[part.name]
-        elif "flags" in part.metadata:
-            defaults = _flags_of_field(part.name, part.metadata)
-            found = {key: given.get(key, made.default) for key, made in defaults.items()}
-            values[part.name] = {key: value for key, value in found.items() if value is not None}
-    return kind(**values)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -356,69 +338,84 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _settings_of_run(parser: Parser, folder: Path) -> dict[str, Any]:
-    """The arguments that a run folder records, but for flags that had no value."""
+def _settings_of_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the run in a folder was asked for, and what it decided."""
     try:
         config = read_config(folder)
     except UserError as error:
-        parser.error(f"--resume: {error}")
-    settings = {key: value for key, value in config["arguments"].items() if value is not None}
-    here, cwd = place_of(folder), config.get("cwd")
-    # Where the run is still in its place, so is what it named from where it was started. A folder that
-    # was moved knows no better than the user, who moved it.
-    if here and config.get("folder") == here["folder"] and isinstance(cwd, str) and cwd != here["cwd"]:
-        for key, value in settings.items():
-            if key in parser.flags and parser.flags[key].type is file_path:
-                several = isinstance(value, list)
-                paths = [str(Path(cwd, str(path))) for path in (value if several else [value])]
-                settings[key] = paths if several else paths[0]
-    return settings
+        raise UserError(f"--resume: {error}") from error
+    plan = config.get("plan")
+    parts = config["arguments"], plan if isinstance(plan, dict) else {}
+    asked, decided = ({key: part[key] for key in part if part[key] not in (None, [])} for part in parts)
+    return asked, decided
 
 
-def _refuse_contradictions(
-    parser: Parser, kind: type[Flags], folder: Path, before: list[str], tokens: list[str]
-) -> None:
-    """End the process if `tokens` ask for another run than that of the tokens `before`."""
-    of_run, given = _filled(kind, parser.read(before)), parser.read(tokens)
-    earlier, changeable = recorded(of_run, plain=False), of_run.changeable()
+def _settings_of_config(path: Path) -> dict[str, Any]:
+    """The settings that a TOML file holds."""
+    try:
+        settings: dict[str, Any] = tomllib.loads(read_text(path))
+        return settings
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from error
+    except ValueError as error:  # also what TOML and UTF-8 decoding raise
+        raise UserError(f"--config {path}: not a TOML file: {error}") from error
+
+
+def _refuse_contradictions(parser: Parser, of_run: Flags, folder: Path, given: Mapping[str, Any]) -> None:
+    """Raise UserError where what is given asks for another run than that of a folder."""
+    earlier, compared = (
+        recorded(of_run, absolute=True),
+        parser.flags.keys() & given.keys() - of_run.changeable(),
+    )
+    asked = {key: plain(given[key], absolute=True) for key in sorted(compared)}
     contradictions = [
-        f"{parser.flags[key].option_strings[0]} is {value} and was {earlier[key]}"
-        for key, value in given.items()
-        if key in parser.flags and key not in changeable and value != earlier[key]
+        f"--{key} is {value} and was {earlier[key]}" for key, value in asked.items() if value != earlier[key]
     ]
     if contradictions:
-        parser.error(
+        raise UserError(
             f"--resume {folder} goes on as it began: {'; '.join(contradictions)}; drop these flags, or "
             "start a new run without --resume"
         )
-    places = [("model", path, path) for path in earlier.get("model") or ()]
-    if "model_name" in earlier and earlier["model_name"] is not None:
-        places.append(("model_name", earlier["model_name"], earlier["model_name"].parent))
-    for key, path, place in places:
-        if key not in given and not os.access(place, os.F_OK):
-            parser.error(
-                f"--resume {folder}: its --{key} is {path}, and there is no {place} (any more); give "
-                f"--{key} FILE as it is today"
-            )
+    for key in ("model", "model_name"):
+        found = earlier.get(key) or []
+        for path in [found] if isinstance(found, str) else found:
+            place = Path(path) if key == "model" else Path(path).parent
+            if key not in given and not place.exists():
+                raise UserError(
+                    f"--resume {folder}: its --{key} is {path}, and there is no {place} (any more); give "
+                    f"--{key} FILE as it is today"
+                )
 
 
-def recorded(flags: Flags, *, plain: bool = True) -> dict[str, Any]:
-    """The arguments by flag, None where there is none, as plain values (JSON, and loadable with
-    `weights_only=True`) to be stored."""
-    found: dict[str, Any] = {}
-    for part in fields(flags):
-        value = getattr(flags, part.name)
-        if "flags" in part.metadata:
-            found |= dict.fromkeys(_flags_of_field(part.name, part.metadata)) | value
-        elif "flag" in part.metadata and part.name != "resume":
-            found[part.name] = None if part.name in flags.idle else value
-    return {key: _plain_value(value) if plain else value for key, value in sorted(found.items())}
+def recorded(flags: Flags, *, absolute: bool = False) -> dict[str, Any]:
+    """What was asked for, by flag, None where nothing was, as plain values (JSON, and loadable with
+    `weights_only=True`) to be stored.
+
+    Args:
+        absolute: make paths absolute, without links.
+    """
+    idle = flags.idle()
+    found = {
+        part.name: None if part.name in idle else getattr(flags, part.name)
+        for part in fields(flags)
+        if "flag" in part.metadata and part.name != "resume"
+    }
+    found |= {key: getattr(flags, name).get(argument) for key, (name, argument) in flags.places.items()}
+    return {key: plain(value, absolute) for key, value in sorted(found.items())}
 
 
-def _plain_value(value: object) -> object:
-    if isinstance(value, list):
-        return [_plain_value(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def decided(plan: Any, *, absolute: bool = False) -> dict[str, Any]:
+    """What a plan, a dataclass, decides, as plain values; see `recorded`."""
+    return {part.name: plain(getattr(plan, part.name), absolute) for part in fields(plan)}
+
+
+def plain(value: object, absolute: bool = False) -> Any:
+    """A value with paths as texts."""
+    if isinstance(value, list | tuple):
+        return [plain(item, absolute) for item in value]
+    if isinstance(value, Path):
+        return str(value.resolve() if absolute else value)
+    return value
 
 
 def as_typed(name: str, value: object) -> str:
@@ -428,170 +425,8 @@ def as_typed(name: str, value: object) -> str:
     return f"--{name} {value}"
 
 
-def _config_tokens(parser: Parser, path: Path) -> list[str]:
-    """The settings of a TOML file as the command-line tokens that say the same."""
-    try:
-        settings = tomllib.loads(read_text(path))
-    except OSError as error:
-        parser.error(f"--config {path}: {error.strerror or error}")
-    except ValueError as error:  # also what TOML and UTF-8 decoding raise
-        parser.error(f"--config {path}: not a TOML file: {error}")
-    return _tokens(parser, settings, path)
+class _Switch(argparse.Action):
+    """Keeps True after one of the first half of a flag's names, False after one of the others."""
 
-
-def _tokens(parser: Parser, settings: Mapping[str, object], path: Path) -> list[str]:
-    """The settings that `path` holds as the command-line tokens that say the same."""
-    tokens = []
-    for key, value in settings.items():
-        if key not in parser.flags:
-            parser.error(f"{path}: unknown key {key!r}; --help lists the flags")
-        spelled = _spelled(parser.flags[key], value)
-        try:
-            parsed = vars(parser.parse_args(spelled))[key]
-        except argparse.ArgumentError as error:
-            parser.error(f"{path}: {key}: {error.message}")
-        if not _same_kind(value, parsed):
-            kind = type(parsed[0]) if isinstance(parsed, list) else type(parsed)
-            several = "one or more of " if isinstance(parsed, list) else ""
-            parser.error(f"{path}: {key}: {value!r} is not {several}{_KINDS.get(kind, 'a text in quotes')}")
-        tokens += spelled
-    return tokens
-
-
-def _spelled(action: argparse.Action, value: object) -> list[str]:
-    """One token if it can be, so that a value which starts with a dash cannot be taken for a flag."""
-    option = action.option_strings[0]
-    if isinstance(action, argparse.BooleanOptionalAction):
-        return [action.option_strings[1 if value is False else 0]]
-    if isinstance(value, list):
-        if action.nargs:
-            return [option, *map(str, value)]
-        value = ",".join(map(str, value))
-    return [f"{option}={value}"]
-
-
-def _same_kind(given: object, parsed: object) -> bool:
-    """Whether a TOML value is of its flag's type: 1 may stand for 1.0, "1" and true may not."""
-    if isinstance(parsed, list):  # of which one value alone is one as well
-        return all(map(_same_kind, given if isinstance(given, list) else [given], parsed))
-    if isinstance(given, bool) or isinstance(parsed, bool):
-        return given is parsed
-    if isinstance(parsed, float):
-        return isinstance(given, int | float)
-    if isinstance(parsed, int):
-        return isinstance(given, int)
-    return isinstance(given, str)
-
-
-class Flat(argparse.Action):
-    """Join the lists of a flag's values: `10 50`, `10,50` and `"10 50"` are the same."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, [number for part in values or () for number in part])
-
-
-class _WithoutEffect(argparse.Action):
-    """Leave the namespace alone but for a notice."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        notice = f"{option_string} has {self.help}"
-        setattr(namespace, _NOTICES, (*getattr(namespace, _NOTICES, ()), notice))
-
-
-def _plain(option: str) -> str:
-    """A flag's name with `-` and `_` made the same; anything else as it is."""
-    return "--" + option[2:].replace("-", "_") if option.startswith("--") else option
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A reader of whole numbers from `low` to `high` (`None`: no limit)."""
-    span = f"of {low} or more" if high is None else f"from {low} to {high}"
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if number < low or (high is not None and number > high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {span}")
-        return number
-
-    return read
-
-
-SEED = whole(0, 2**32 - 1)  # what every generator in use can be seeded with
-
-
-def real(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """A reader of finite numbers for which `holds`; others are said to be not `wanted`."""
-
-    def read(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and holds(number)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return number
-
-    return read
-
-
-finite = real("a finite number", lambda number: True)
-non_negative = real("a finite number of 0 or more", lambda number: number >= 0)
-positive = real("a finite number above 0", lambda number: number > 0)
-fraction = real("a number from 0 to below 1", lambda number: 0 <= number < 1)
-share = real("a number from 0.000001 to 1", lambda number: 1e-6 <= number <= 1)
-
-
-def several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A reader of one or more numbers with commas or spaces between."""
-
-    def read_all(text: str) -> list[Any]:
-        parts = text.replace(",", " ").split()
-        if not parts:
-            raise argparse.ArgumentTypeError("expected at least one number")
-        return [read(part) for part in parts]
-
-    return read_all
-
-
-def device_name(text: str) -> str:
-    device = text.lower()
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
-    return device
-
-
-def file_path(text: str) -> Path:
-    path = expand(text)
-    if not _is_text(str(path)):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a file's name")
-    return path
-
-
-def _is_text(text: str) -> bool:
-    """Whether a name can be given to the system and written in a log: no NUL, no stray bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
-
-
-def folder_name(text: str) -> str:
-    if not _is_text(text) or not text.strip(". ") or re.search(r"[/\\\0]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
-    return text
+    def __call__(self, _: object, kept: argparse.Namespace, values: Any, name: str | None = None) -> None:
+        setattr(kept, self.dest, name in self.option_strings[: len(self.option_strings) // 2])

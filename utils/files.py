@@ -24,14 +24,6 @@ def expand(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib takes ./~ for ~, and fails without a user)
 
 
-def place_of(folder: Path) -> dict[str, str]:
-    """Where a `folder` is, and `cwd`, which relative paths start from; empty where that was removed."""
-    try:
-        return {"folder": str(folder.resolve()), "cwd": str(Path.cwd())}
-    except OSError:
-        return {}
-
-
 @contextmanager
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path`, complete and on disk, when the block ends well.

@@ -35,10 +35,11 @@ from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
-from utils.command_line import Flags, read_config, recorded
+from utils.command_line import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
-from utils.files import atomic_write, place_of, remove_drafts, sync, write_text
+from utils.files import atomic_write, remove_drafts, sync, write_text
+from utils.flag import Flags
 
 if sys.platform != "win32":
     import fcntl
@@ -219,7 +220,7 @@ class Run:
         """Make `runs_dir/<name>_<k>` with the smallest free k, and record what is run and where.
 
         `config.json` gets the arguments, versions, machine, git commit, start time and `extra`
-        (say the data hash and the device chosen); TensorBoard gets the arguments as a table.
+        (say the plan, the data hash and the device chosen); TensorBoard gets the settings as a table.
         Notices among the arguments are logged as warnings.
 
         Raises:
@@ -227,14 +228,14 @@ class Run:
         """
         if not is_first():
             return _Bystander(Path(runs_dir))
-        settings = recorded(arguments)
+        extra = extra or {}
+        settings = {**recorded(arguments), **extra.get("plan", {})}
         folder = _new_folder(Path(runs_dir), name)
         config = {
             "name": folder.name,
-            **place_of(folder),
-            "arguments": settings,
+            "arguments": recorded(arguments, absolute=True),
             **_circumstances(),
-            **(extra or {}),
+            **extra,
         }
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         run = cls(folder)
@@ -274,8 +275,9 @@ class Run:
             log.warning("%s records no data hash, so its images are not compared with those in use", folder)
         earlier = config.get("resumed")
         resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
-        config = {**(extra or {}), **config, "name": folder.name, **place_of(folder)}
-        config |= {"arguments": recorded(arguments), "resumed": resumed}
+        config = {**(extra or {}), **config, "name": folder.name}
+        config |= {key: value for key, value in (extra or {}).items() if key == "plan"}
+        config |= {"arguments": recorded(arguments, absolute=True), "resumed": resumed}
         try:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         except UserError:

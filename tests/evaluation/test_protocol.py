@@ -277,7 +277,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(
     assert len(made) == len(table(whole)) - len(known)
     for name in ("results.csv", "forgetting_2.csv", "forgetting_3.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    assert len(json.loads((killed / "config.json").read_text())["resumed"]) == 2
+    config = json.loads((killed / "config.json").read_text())
+    assert (len(config["resumed"]), config["arguments"]["schedule"]) == (2, [2, 3])
+    assert config["plan"]["schedule"] == [2, 3]
     assert not list(killed.glob("metrics.csv"))
     for curve in ("meta_test/accuracy_test", "meta_test/lr"):  # each point once
         points = [[(p.step, p.value) for p in events(run).Scalars(curve)] for run in (killed, whole)]
@@ -290,6 +292,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(
     assert not made
     evaluate(f"--resume {killed} --runs 5 --schedule 2 --model {Path.cwd()}/ANML.net ANML1.net")
     assert len(made) == 2
+    assert json.loads((killed / "config.json").read_text())["plan"]["schedule"] == [2]
     rows = read_results(killed).rows
     assert [row for row in rows if row["run"] < 4] == [
         row for row in numbers(whole)[0] if row["classes"] == 2

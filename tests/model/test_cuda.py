@@ -76,15 +76,13 @@ def test_episodes(backend: Backend) -> None:
             shots=3,
             leave_one_out=True,
             augment=1,
-            average=0.9,
         )
         for _ in range(3):
             learner.differentiate(
                 sample_episode([20] * CLASSES, learner.generator, ways=6, images=5, symmetries=8)
             )
             learner.update()
-        with learner.averaged():
-            return [weight.detach().clone() for weight in learner.learned]
+        return [weight.detach().clone() for weight in learner.learned]
 
     assert_as_on_the_cpu(weights)
 

@@ -21,7 +21,7 @@ from tests.model.test_method import CLASSES, images, network
 FLAGS = [
     *("--learner", "prototypes", "--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
     *("--nm_channels", "2", "--pln_channels", "2", "--ways", "5", "--symmetries", "4", "--augment", "1"),
-    *("--average", "0.9", "--steps", "4", "--name", "p", "--model_name", "p.net"),
+    *("--steps", "4", "--name", "p", "--model_name", "p.net"),
 ]
 
 

@@ -114,8 +114,8 @@ def test_a_config_file_names_models_and_presets(tmp_path: Path, capsys: pytest.C
     arguments = evaluate(f"--config {file}")
     assert arguments.model == [Path("a, b.net"), Path("c.net")]
     assert (arguments.treatment_preset, arguments.rln, arguments.schedule) == ("OML", 6, [5])
-    file.write_text("model = 5\n")
-    assert "model: 5 is not one or more of a text" in refused(Evaluation, ["--config", str(file)], capsys)
+    file.write_text("model = [true]\n")
+    assert "model: True is no number and no text" in refused(Evaluation, ["--config", str(file)], capsys)
 
 
 def test_the_docs_say_the_same() -> None:

@@ -31,9 +31,10 @@ from model.optimizer import Adam
 from model.training_state import DIGEST_BYTES, TrainingState, load_state, save_state
 from tools.convert_released import convert
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.command_line import Flags, Parser, parse
+from utils.command_line import Parser, parse
 from utils.errors import UserError
 from utils.files import check_writable
+from utils.flag import Flags
 from utils.run import Run
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -23,7 +23,8 @@ from tools.analyze_representation import Analysis
 from tools.compare_results import Comparison
 from tools.ledger import Ledger, ledger
 from tools.plot_results import Plot
-from utils.command_line import Flags, parse
+from utils.command_line import parse
+from utils.flag import Flags
 
 ROOT = Path(__file__).parents[2]
 KINDS: dict[str, type[Flags]] = {

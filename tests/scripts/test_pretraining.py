@@ -30,7 +30,7 @@ from utils.command_line import parse
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TINY = "--dataset glyphs --pln_channels 6 --nm_channels 6 --train_classes 5 --num_classes 8 --threads 1"
+TINY = "--dataset glyphs --pln_channels 6 --train_classes 5 --num_classes 8 --threads 1"
 
 
 def pretrain(flags: str, cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_the_same_seed_and_another_network(
 ) -> None:
     states = []
     for flags in ("--seed 1", "--seed 1", "--seed 2"):
-        pretrain(f"{TINY} --images 40 --treatment ANML {flags}", cache, tmp_path, monkeypatch)
+        pretrain(f"{TINY} --nm_channels 6 --images 40 --treatment ANML {flags}", cache, tmp_path, monkeypatch)
         states.append(load_checkpoint(tmp_path / "Pretrain_Model.net").state_dict["head.weight"])
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])

@@ -57,8 +57,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PROTOTYPES} --ways 90": "--ways 90 classes",
         f"{PROTOTYPES} --shots 19": "21 of each class",
         f"{PROTOTYPES} --symmetries 3": "invalid choice: 3",
-        f"{PROTOTYPES} --average 1": "'1' is not a number from 0 to below 1",
-        f"{PROTOTYPES} --augment -1": "'-1' is not a finite number of 0 or more",
+        f"{PROTOTYPES} --augment -1": "'-1': choose 0 or greater",
     },
     pretrain_classification: {
         f"{PRETRAIN} --images 0": "--images",
@@ -76,7 +75,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{EVALUATE} --runs_dir file/runs": "file/runs",
         f"{EVALUATE} --track_every 2 --iid": "--track_every",
         f"{EVALUATE} --track_every 2 --epoch 2": "--track_every",
-        f"{GLYPHS} --model m n m": "m twice",
+        f"{GLYPHS} --model m n --model m": "m twice",
         f"{GLYPHS} --model m n --scratch": "--scratch",
         f"{PRESET} ANML --rln 6": "ANML means --rln 13, not --rln 6",
         f"{EVALUATE} --rln 13 --treatment-preset OML-Oracle": "OML-Oracle means --rln 6, not --rln 13",
@@ -89,7 +88,9 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PRESET} Scratch --no-scratch": "--scratch, not --no-scratch",
         f"{PRESET} MAML": ("MAML", *TABLE),
         **{
-            f"{EVALUATE} --learner slda {flag}": flag.split()[0].removeprefix("--no-")
+            f"{EVALUATE} --learner slda {flag}": flag.split()[0]
+            .removeprefix("--no-")
+            .replace("treatment-", "treatment_")
             for flag in (
                 *("--lr 0.1", "--lrs 0.1", "--lr_search_runs 10", "--lr_search_split evaluation", "--test"),
                 *("--rln 13", "--no-freeze", "--reset", "--iid", "--epoch 1", "--optimizer adam"),
@@ -101,7 +102,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{EVALUATE} --power 1": "--power",
         f"{EVALUATE} --learner svm": "--learner",
         **{
-            f"{EVALUATE} --model sANML.net --learner ncm --features {seen}": (
+            f"{GLYPHS} --model sANML.net --learner ncm --features {seen}": (
                 f"--features {seen}: sANML has no gate"
             )
             for seen in ("gate", "both")

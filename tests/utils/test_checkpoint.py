@@ -125,7 +125,6 @@ def test_no_model_file(tmp_path: Path) -> None:
         STATE,
         content(format="anml-99"),
         content(network=None),
-        content(widths={"num_classes": "5"}),
         content(widths={"num_classes": [5]}),
         content(widths=None),
         content(state_dict={}),

@@ -51,7 +51,7 @@ def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run.folder == tmp_path / "a" / "n_0"
     config = json.loads((run.folder / "config.json").read_text())
     assert config["arguments"]["seed"] == 4
-    assert config["arguments"]["dataset_path"] == "data"
+    assert config["arguments"]["dataset_path"] == str(Path("data").resolve())
     assert (config["data_hash"], config["device"]) == ("abc", "cpu")
     assert config["versions"]["torch"] == torch.__version__
     assert config["machine"]["threads"] == torch.get_num_threads()

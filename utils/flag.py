@@ -1,0 +1,239 @@
+"""How the flags of a script are declared: fields of a dataclass, each with default, reader and help.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Training(DataFlags, RunFlags):
+        steps: int = flag(20000, whole(1), "outer (meta) steps")
+
+`utils.command_line` makes a parser of such a class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from utils.errors import UserError
+from utils.files import expand
+from utils.signature import Argument, Range, arguments
+
+Reader = Callable[[str], Any]
+"""Makes a value of a text, or raises ArgumentTypeError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Base of a script's arguments and of parts of them, whose fields `flag`, `switch` and others make.
+
+    A script's own class has as docstring what its `--help` begins with, a sentence and an example. Where a
+    part redefines a field of its base, the flag keeps its place in the help.
+
+    Attributes:
+        group: heading in `--help` of the flags that a class adds.
+        no_effect: flags that are accepted, with or without values, and what to do instead.
+        given: the flags that were typed or stand in a config file or the run that is resumed.
+        places: by flag, field and argument of the flags that `arguments_of` made.
+    """
+
+    group: ClassVar[str] = "options"
+    no_effect: ClassVar[Mapping[str, str]] = {}
+
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
+
+    def idle(self) -> Mapping[str, str]:
+        """The fields that mean nothing beside another flag, by that flag as it is typed.
+
+        A field of these that is given is refused. The others are recorded as None.
+        """
+        return {}
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What given flags say of others; raises UserError where these are given with another value."""
+        return {}
+
+    def validate(self) -> None:
+        """Raise UserError where flags contradict each other."""
+
+    def changeable(self) -> frozenset[str]:
+        """The flags that a run of these may be resumed with other values of."""
+        return frozenset()
+
+    @property
+    def notices(self) -> list[str]:
+        """Lines for the user about flags given without effect."""
+        unused = [key for key in self.no_effect if f"*{key}" in self.given]
+        return [f"--{key} has no effect: {self.no_effect[key]}" for key in unused]
+
+
+FlagsT = TypeVar("FlagsT", bound=Flags)
+
+
+class FlagInfo(NamedTuple):
+    """How a field of `Flags`, or an argument of a registry's entry, is typed; see `flag` and `choice`."""
+
+    default: Any
+    read: Reader | None  # None of a switch
+    text: str
+    shown: str | None
+    names: Collection[str] | None
+    options: Mapping[str, Any]
+
+
+class Registry(NamedTuple):
+    """Where a field of `arguments_of` finds its arguments; see there."""
+
+    chooser: str
+    table: Mapping[str, Callable[..., Any]]
+    prefix: str
+    skip: int
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Entry and argument, of all arguments of all entries that can be read."""
+        for entry, function in self.table.items():
+            with suppress(UserError):
+                yield from ((entry, argument) for argument in arguments(function, self.skip))
+
+
+def flag(
+    default: Any,
+    read: Reader | None,
+    text: str,
+    *,
+    shown: str | None = None,
+    names: Collection[str] | None = None,
+    **options: Any,
+) -> Any:
+    """A field for a flag with a value.
+
+    Args:
+        default: its value where nobody gives it; MISSING of a value that is typed without a flag.
+        read: makes a value of what is typed; None of a switch.
+        text: what it is, for `--help`.
+        shown: the default as `--help` gives it.
+        names: the words that it takes, for `--help`; if a registry, with what each entry says of itself.
+        options: of `argparse.ArgumentParser.add_argument`.
+    """
+    metadata = {"flag": FlagInfo(default, read, text, shown, names, options)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def switch(default: bool, text: str) -> Any:
+    """A field for the pair `--name` and `--no_name`."""
+    return flag(default, None, text)
+
+
+def choice(
+    default: str | None,
+    names: Collection[str],
+    text: str,
+    *,
+    aliases: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Any:
+    """A field for a flag with one of several words, in any case that leaves no doubt.
+
+    Args:
+        names: the words. A registry is looked at when a word is read.
+        aliases: other words, with the word that each stands for.
+    """
+
+    def read(text: str) -> str:
+        known = {**(aliases or {}), **{name: name for name in names}}
+        alike = [text] if text in known else [name for name in known if name.lower() == text.lower()]
+        if len(alike) != 1:
+            raise ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return known[alike[0]]
+
+    return flag(default, read, text, names=names, **options)
+
+
+def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str, skip: int = 0) -> Any:
+    """A field for a dict of arguments of the registry entry that another flag names.
+
+    Args:
+        chooser: the field that names the entry.
+        table: the registry. It is looked at when the parser is made.
+        prefix: what always makes a flag of an argument's name.
+        skip: first arguments of the entries that are no flags.
+    """
+    return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix, skip)})
+
+
+def own_flags(kind: type[Flags]) -> frozenset[str]:
+    """The names of the flags that a part adds to its base."""
+    return frozenset(inspect.get_annotations(kind))
+
+
+class Flat(argparse.Action):
+    """Joins the lists of a flag's values: `10 50`, `10,50` and `"10 50"` give the same list.
+
+    A flag that is typed again adds to the list. A value that is there twice counts once.
+    """
+
+    def __call__(self, _: object, kept: argparse.Namespace, values: Any, name: str | None = None) -> None:
+        found = [*getattr(kept, self.dest, []), *(item for part in values for item in part)]
+        setattr(kept, self.dest, list(dict.fromkeys(found)))
+
+
+def whole(low: int | None = None, high: int | None = None) -> Reader:
+    """A reader of whole numbers from `low` to `high` (`None`: no limit)."""
+    return Argument(int, span=Range(low, high)).read
+
+
+def number(low: float | None = None, high: float | None = None) -> Reader:
+    """A reader of finite numbers from `low` to `high` (`None`: no limit)."""
+    return Argument(float, span=Range(low, high)).read
+
+
+SEED = whole(0, 2**32 - 1)  # what every generator in use can be seeded with
+
+
+def positive(text: str) -> float:
+    """The finite number above 0 that a text spells."""
+    found: float = number()(text)
+    if found <= 0:
+        raise ArgumentTypeError(f"{text!r} is not a number above 0")
+    return found
+
+
+def several(read: Reader) -> Callable[[str], list[Any]]:
+    """A reader of one or more numbers with commas or spaces between."""
+
+    def read_all(text: str) -> list[Any]:
+        parts = text.replace(",", " ").split()
+        if not parts:
+            raise ArgumentTypeError("expected at least one number")
+        return [read(part) for part in parts]
+
+    return read_all
+
+
+def device_name(text: str) -> str:
+    """The name of a device that a text spells, in lower case."""
+    device = text.lower()
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
+def file_path(text: str) -> Path:
+    """The path that a text spells, `~` at its beginning being a home folder."""
+    return expand(str(Argument(str).read(text)))
+
+
+def folder_name(text: str) -> str:
+    """The name of a folder, without those above it, that a text spells."""
+    name = str(Argument(str).read(text))
+    if not name.strip(". ") or re.search(r"[/\\]", name):
+        raise ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
+    return name
