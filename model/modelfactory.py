@@ -12,7 +12,6 @@ import functools
 import hashlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -73,7 +72,6 @@ class Network(nn.Module):
             they are those of the constructor, drawn from the run's generator.
         chains: names of the `nn.Sequential`s that images enter, whose stages `frozen` may run.
         no_effect: names of trained parameters that are known to have no effect.
-        renamed: pairs of pattern and replacement that turn names in older model files into today's.
         widths: the constructor's arguments, as a model file stores them.
         normalisation: of the images that it was trained on.
     """
@@ -87,7 +85,6 @@ class Network(nn.Module):
     kaiming: ClassVar[bool] = False
     chains: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[tuple[str, ...]] = ()
-    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Network:
         """Note the constructor's arguments (a copy comes without, and with `widths` of its own)."""
@@ -188,7 +185,6 @@ class ANML(Network):
     kaiming = True
     chains = ("nm", "pln")
     no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in (1, 2, 3))
-    renamed = ((r"^(nm|pln)\.(conv|norm)(\d)\.", r"\1.block\3.\2."),)
 
     def __init__(self, nm_channels: int = 112, pln_channels: int = 256, num_classes: int = 1000) -> None:
         super().__init__()
@@ -404,7 +400,7 @@ def restore(name: str, widths: Mapping[str, Any], weights: Mapping[str, Tensor],
     Args:
         name: its entry in `NETWORKS`.
         widths: arguments of its class.
-        weights: state dict, by today's names or those of older files.
+        weights: state dict.
         source: where all this comes from, for the error message.
 
     Raises:
@@ -413,8 +409,6 @@ def restore(name: str, widths: Mapping[str, Any], weights: Mapping[str, Tensor],
     if name not in NETWORKS:
         raise UserError(f"{source} holds a network {name!r}; known are {', '.join(NETWORKS)}")
     kind = NETWORKS[name]
-    for pattern, replacement in kind.renamed:
-        weights = {re.sub(pattern, replacement, key): value for key, value in weights.items()}
     try:
         if kind.kaiming:  # whether all fits, before memory is taken for what a damaged file may ask for
             with torch.device("meta"):

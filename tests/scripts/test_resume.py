@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,10 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mrcl_classification
 from model.episodes import Trajectory, sample_trajectory
-from model.modelfactory import load_network
 from model.training_state import load_state, save_state
 from tests.conftest import EDITORS, Trainer, assert_same_run, rows
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
 from utils.run import Run
@@ -404,19 +402,3 @@ def test_a_run_that_ended_before_its_first_state(trainer: Trainer, tmp_path: Pat
         (trainer.run / name).unlink()
     trainer.resume()
     assert_same_run(trainer.run, tmp_path / "runs/smoke_1")
-
-
-def test_a_state_of_before_parameters_were_renamed(trainer: Trainer) -> None:
-    """`nm.conv1.weight` is `nm.block1.conv.weight` now; older runs go on, and their models load."""
-    trainer("--steps=4", "--name=whole")
-    trainer("--steps=2")
-    trainer.run = Path("runs/smoke_0")
-    state = trainer.state()
-    older = {re.sub(r"block(\d)\.(conv|norm)", r"\2\1", key): x for key, x in state.state_dict.items()}
-    assert "nm.conv1.weight" in older
-    config = json.loads((trainer.run / "config.json").read_text())["arguments"]
-    save_state(trainer.run, replace(state, state_dict=older), config)
-    save_checkpoint(Path("older.net"), "ANML", state.widths, older, {}, 2)
-    torch.testing.assert_close(dict(load_network("older.net").state_dict()), state.state_dict, rtol=0, atol=0)
-    trainer.resume("--steps=4")
-    assert_same_run(Path("runs/whole_0"), trainer.run)
