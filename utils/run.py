@@ -7,20 +7,19 @@ in one process at a time.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
 import logging
 import os
 import platform
-import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
@@ -29,19 +28,17 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
-from tensorboardX.summary import hparams
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from utils.command_line import Flags, read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, try_to_write
-from utils.files import atomic_write, place_of, remove_drafts, sync, write_text
-
-if sys.platform != "win32":
-    import fcntl
+from utils.files import place_of, remove_drafts, sync, write_text
 
 log = logging.getLogger("anml")
 
@@ -80,30 +77,15 @@ def log_to_terminal() -> _Terminal:
 
 
 class _LogFile(logging.FileHandler):
-    """`log.txt`, which reports a full disk instead of printing a traceback and going on.
-
-    Whoever has it open has the run folder: two processes would cut and write each other's files.
-
-    Raises:
-        UserError: another process has it.
-    """
+    """`log.txt`. A full disk ends the run; logging's own handler would print a traceback and go on."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         self.folder = folder
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        if sys.platform != "win32":
-            assert self.stream is not None  # it is open from the start
-            try:  # the system unlocks it when the process ends, however it ends
-                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self.close()
-                raise UserError(f"{folder} is in use: another process is at work on this run") from error
-            except OSError:
-                pass  # not every file system has locks
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802 (logging's name)
-        """Called within the except block of whatever went wrong."""
+        """Raise what went wrong: logging calls this method within its except block."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             raise _unwritable(self.folder, error) from error
@@ -111,82 +93,81 @@ class _LogFile(logging.FileHandler):
 
 
 class _EventFile:
-    """The file of TensorBoard events, which tensorboardX writes in a thread of its own.
+    """A new file of TensorBoard events in a run folder, written in the thread that calls `write`.
 
-    An error would end that thread, and a run without it waits for ever as soon as its queue is full.
-    So the error is kept here for the thread that can report it, and nothing more is written.
+    (tensorboardX's `SummaryWriter` writes in a second thread. A full disk ends that thread without a word,
+    and the run hangs as soon as the queue between the threads is full.)
+
+    Args:
+        done: tell TensorBoard to drop the points that earlier files of the folder have after this step.
     """
 
-    PREFIX = "run"  # of a path, tells tensorboardX to open files here
+    def __init__(self, folder: Path, done: int | None) -> None:
+        # TensorBoard reads the files of a folder in the order of their names.
+        path = folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
+        self._file = path.open("xb", buffering=0)  # without a buffer, a killed run keeps its curves
+        self.close = self._file.close
+        self.write(0, file_version="brain.Event:2")
+        # A reader takes the first START of a folder for that of the first run. So there are two.
+        for _ in range(0 if done is None else 2):
+            self.write((done or 0) + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def __init__(self) -> None:
-        self.error: OSError | None = None
+    def write(self, step: int, **content: Any) -> None:
+        """Append one event: its length, its content, and a checksum of each.
 
-    def directory_check(self, path: str) -> None:
-        """The run folder exists."""
-
-    def open(self, path: str) -> _EventFile:
-        # Without a buffer, so that a killed run keeps its curves.
-        self._file = io.FileIO(path.removeprefix(f"{self.PREFIX}:"), "w")
-        return self
-
-    def _attempt(self, action: Callable[..., object], *values: bytes) -> None:
-        if self.error is None:
-            try:
-                action(*values)
-            except OSError as error:
-                self.error = error
-
-    def write(self, data: bytes) -> None:
-        self._attempt(self._file.write, data)
-
-    def flush(self) -> None:
-        """Nothing waits to be written."""
-
-    def close(self) -> None:
-        self._attempt(self._file.close)
+        Raises:
+            OSError: the event is not in the file, or not all of it.
+        """
+        data = Event(wall_time=time.time(), step=step, **content).SerializeToString()
+        parts = (struct.pack("<Q", len(data)), data)
+        record = b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts)
+        while record:  # a disk that is nearly full takes a part, and raises at the next call
+            record = record[self._file.write(record) :]
 
 
 class Run:
     """One run's folder, log, metrics and TensorBoard events; a context manager.
 
-    Of several processes the first alone writes; `create` and `resume` see to that.
+    Scripts use :meth:`open`. Of several processes rank 0 alone writes; in the others, all methods do nothing.
 
     Attributes:
-        folder: the run folder, made by :meth:`create`.
+        folder: the run folder; in processes other than rank 0 the one to resume, or the folder of all runs.
+        started: when the run began, which tells it from other runs.
     """
 
-    def __init__(self, folder: Path, done: int | None = None):
-        """Open the writers in an existing folder; scripts use :meth:`open`.
-
-        Args:
-            done: cut what an earlier process wrote back to this many steps, and go on after them.
-        """
+    def __init__(
+        self, folder: Path, started: str = "", *, done: int | None = None, writes: bool = True
+    ) -> None:
         self.folder = folder
-        self._event_file = _EventFile()
-        register_writer_factory(_EventFile.PREFIX, self._event_file)
+        self.started = started
+        self._columns: tuple[str, ...] | None = None
+        self._opened = ExitStack()
+        self._writes = writes
+        if not writes:
+            return
         try:
             with ExitStack() as opened:
-                self._log_file = opened.enter_context(closing(_LogFile(folder)))
-                self._columns = None if done is None else _cut_back(folder, done)
+                opened.enter_context(_locked(folder))
+                log_file = _LogFile(folder)
+                opened.callback(log_file.close)
+                if done is not None:
+                    self._columns = _cut_back(folder, done)
                 # Line-buffered, so that a killed run keeps its rows.
                 metrics = (folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
                 self._metrics = opened.enter_context(metrics)
-                self._events = SummaryWriter(
-                    f"{_EventFile.PREFIX}:{folder}",
-                    flush_secs=10,
-                    purge_step=None if done is None else done + 1,
-                    filename_suffix="" if done is None else f".{done}",
-                )
-                opened.pop_all()  # all are open: `close` closes them
+                self._events = _EventFile(folder, done)
+                opened.callback(self._events.close)
+                terminal = log_to_terminal()
+                opened.callback(log.removeHandler, log_file)
+                opened.callback(setattr, terminal, "in_run", False)
+                terminal.in_run = True
+                for record in terminal.earlier:
+                    log_file.handle(record)
+                terminal.earlier.clear()
+                log.addHandler(log_file)
+                self._opened = opened.pop_all()  # `close` closes them
         except OSError as error:
             raise _unwritable(folder, error) from error
-        self._terminal = log_to_terminal()
-        self._terminal.in_run = True
-        for record in self._terminal.earlier:
-            self._log_file.handle(record)
-        self._terminal.earlier.clear()
-        log.addHandler(self._log_file)
 
     @classmethod
     def open(
@@ -198,93 +179,67 @@ class Run:
         extra: Mapping[str, Any] | None = None,
         done: int = 0,
     ) -> Run:
-        """The run in the folder `resume`, after step `done`, or a new one.
+        """A new run in `runs_dir/<name>_<k>` with the smallest free k, or that in `resume` after step `done`.
+
+        `config.json` gets the arguments, versions, machine, git commit, start time and `extra` (say the
+        manifest hash and the device chosen); TensorBoard gets the arguments as a table and as a line of its
+        HPARAMS tab. Notices among the arguments are logged as warnings.
+
+        At a resume, rows of `metrics.csv` and points of TensorBoard after step `done` go. `config.json` gets
+        the arguments as they are now, and under `resumed` when, where and at which step.
 
         Raises:
-            UserError: as :meth:`create` and :meth:`resume` do.
+            UserError: the folder cannot be made, read or written, another process is at work in it, or
+                `extra["manifest"]` is not that of the run: it would go on with other data.
         """
+        extra = dict(extra or {})
+        if not is_first():
+            return cls(resume or runs_dir, writes=False)
+        settings, now = recorded(arguments), _circumstances()
         if resume is None:
-            return cls.create(runs_dir, name, arguments, extra)
-        run = cls.resume(resume, arguments, done, extra)
+            folder = _new_folder(runs_dir, name)
+            config = {"name": folder.name, **place_of(folder), "arguments": settings, **now, **extra}
+            run = cls(folder, now["started"])
+        else:
+            folder = resume
+            config = read_config(folder)
+            if config.get("manifest") != extra.get("manifest"):
+                raise UserError(
+                    f"the data is not that of {folder}: manifest {extra.get('manifest')}, then "
+                    f"{config.get('manifest')}"
+                )
+            earlier = config.get("resumed")
+            resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **now}]
+            config |= {"name": folder.name, **place_of(folder), "arguments": settings, "resumed": resumed}
+            run = cls(folder, str(config.get("started")), done=done)
+        try:
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            if resume is None:
+                run._describe(settings)
+        except UserError:
+            run._opened.close()
+            raise
+        for notice in arguments.notices:
+            log.warning(notice)
         if done:
             log.info("going on after step %d", done)
         return run
 
-    @classmethod
-    def create(
-        cls,
-        runs_dir: Path,
-        name: str,
-        arguments: Flags,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Make `runs_dir/<name>_<k>` with the smallest free k, and record what is run and where.
+    def _describe(self, settings: Mapping[str, Any]) -> None:
+        """Add the arguments to TensorBoard's TEXT and HPARAMS tabs.
 
-        `config.json` gets the arguments, versions, machine, git commit, start time and `extra`
-        (say the manifest hash and the device chosen); TensorBoard gets the arguments as a table.
-        Notices among the arguments are logged as warnings.
-
-        Raises:
-            UserError: the folder cannot be made or written.
+        HPARAMS itself finds the arguments that differ between runs, and shows the last value of each curve.
+        A list of columns would be that of all runs, and is left out.
         """
-        if not is_first():
-            return _Bystander(Path(runs_dir))
-        settings = recorded(arguments)
-        folder = _new_folder(Path(runs_dir), name)
-        config = {
-            "name": folder.name,
-            **place_of(folder),
-            "arguments": settings,
-            **_circumstances(),
-            **(extra or {}),
-        }
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        run = cls(folder)
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        run.text("arguments", f"| argument | value |\n|---|---|\n{table}")
-        run.hyperparameters(settings)
-        for notice in arguments.notices:
-            log.warning(notice)
-        return run
-
-    @classmethod
-    def resume(
-        cls,
-        folder: Path,
-        arguments: Flags,
-        done: int,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Go on in the folder of a run that was interrupted, as if it ended after step `done`.
-
-        Rows of `metrics.csv` and points of TensorBoard after that step go. `config.json` gets the
-        arguments as they are now, and under `resumed` when, where and at which step.
-
-        Raises:
-            UserError: the folder cannot be read or written, another process is at work in it, or
-                `extra["manifest"]` is not that of the run: it would go on with other data.
-        """
-        if not is_first():
-            return _Bystander(folder)
-        config = read_config(folder)
-        manifest = (extra or {}).get("manifest")
-        if config.get("manifest") != manifest:
-            raise UserError(
-                f"the data is not that of {folder}: manifest {manifest}, then {config.get('manifest')}"
-            )
-        run = cls(folder, done)
-        earlier = config.get("resumed")
-        resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
-        config |= {"name": folder.name, **place_of(folder)}
-        config |= {"arguments": recorded(arguments), "resumed": resumed}
-        try:
-            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        except UserError:
-            run.close()
-            raise
-        for notice in arguments.notices:
-            log.warning(notice)
-        return run
+        self._write_event(0, summary.text("arguments", f"| argument | value |\n|---|---|\n{table}"))
+        values = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in settings.items()
+            if value is not None
+        }
+        _, start, _ = summary.hparams(values, {})
+        self._write_event(0, start)
 
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`; the first row's keys are its columns.
@@ -293,6 +248,8 @@ class Run:
             UserError: the file cannot be written.
             ValueError: the keys differ from the first row's.
         """
+        if not self._writes:
+            return
         try:
             if self._columns is None:
                 self._columns = tuple(row)
@@ -309,6 +266,8 @@ class Run:
         Raises:
             UserError: the disk is full.
         """
+        if not self._writes:
+            return
         try:
             sync(self._metrics.fileno())
         except OSError as error:
@@ -318,34 +277,24 @@ class Run:
         """Add one point to the TensorBoard curve of each tag in `values`.
 
         Raises:
-            UserError: an earlier point could not be written.
+            UserError: the points cannot be written.
         """
-        if self._event_file.error is not None:
-            raise _unwritable(self.folder, self._event_file.error)
+        points = summary.Summary()
         for tag, value in values.items():
-            self._events.add_scalar(tag, value, step)
-
-    def text(self, tag: str, markdown: str) -> None:
-        """Add a text to TensorBoard."""
-        self._events.add_text(tag, markdown, 0)
-
-    def hyperparameters(self, settings: Mapping[str, object]) -> None:
-        """Make this run a line of TensorBoard's HPARAMS tab.
-
-        No list of columns stands beside it, which would be that of all runs: TensorBoard finds the arguments
-        that differ between runs by itself, and shows the last value of each curve.
-        """
-        values = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in settings.items()
-            if value is not None
-        }
-        _, start, _ = hparams(values, {})
-        self._events.file_writer.add_summary(start, 0)
+            points.MergeFrom(summary.scalar(tag, value))
+        self._write_event(step, points)
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard."""
-        self._events.add_image(tag, pixels, step, dataformats="HWC")
+        """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard; raises UserError as :meth:`scalars`."""
+        self._write_event(step, summary.image(tag, pixels, dataformats="HWC"))
+
+    def _write_event(self, step: int, content: Any) -> None:
+        if not self._writes:
+            return
+        try:
+            self._events.write(step, summary=content)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
 
     @contextmanager
     def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
@@ -356,26 +305,20 @@ class Run:
         Args:
             done: steps of them that an earlier process did.
         """
-        with tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
+        hidden = not (self._writes and sys.stderr.isatty())
+        with tqdm(total=total, initial=done, unit=unit, disable=hidden, leave=False) as bar:
             yield Progress(bar, total, every, unit, done)
 
     def close(self) -> None:
-        """Write everything out; the run takes no more.
+        """Close all files; the run takes no more.
 
         Raises:
             UserError: something could not be written.
         """
-        log.removeHandler(self._log_file)
-        self._terminal.in_run = False
-        failed = None
-        for close in (self._events.close, self._log_file.close, self._metrics.close):
-            try:
-                close()
-            except OSError as error:
-                failed = error
-        failed = failed or self._event_file.error
-        if failed is not None:
-            raise _unwritable(self.folder, failed) from failed
+        try:
+            self._opened.close()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
 
     def __enter__(self) -> Run:
         return self
@@ -393,33 +336,6 @@ class Run:
             log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
         with suppress(UserError):
             self.close()
-
-
-class _Bystander(Run):
-    """What processes other than the first have for a run: it takes everything and writes nothing."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def metrics(self, row: Mapping[str, float | int | str]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
-        pass
-
-    @contextmanager
-    def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
-        with tqdm(total=total, disable=True) as bar:
-            yield Progress(bar, total, every, unit, done)
-
-    def close(self) -> None:
-        pass
 
 
 class Progress:
@@ -497,37 +413,60 @@ def _new_folder(runs_dir: Path, name: str) -> Path:
     raise AssertionError("count() does not end")
 
 
-def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
-    """Cut `metrics.csv` back to the steps 1 to `done`, and return its columns.
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder: two would cut and write each other's files.
 
-    What goes are rows of steps that will be done again, the last one if it is torn, and the drafts of
-    files that a killed process left.
+    The system unlocks the folder when this process ends, however it ends.
+
+    Raises:
+        UserError: another process is at work in the folder.
     """
-    for name in ("config.json", "metrics.csv", "model.net", "model_*.net", "state.pt"):
-        remove_drafts(folder / name)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder} is in use: another process is at work on this run") from error
+    except OSError:
+        pass  # not every file system has locks
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
+    """Cut `metrics.csv` back to one row for each of the steps 1 to `done`; returns its columns.
+
+    A last row without an end is torn, and goes as well. So do the drafts of files that a killed process left.
+    """
+    remove_drafts(folder / "*")
     path = folder / "metrics.csv"
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
+        text = path.read_bytes().decode("utf-8-sig", "replace").replace("\0", "")
     except FileNotFoundError:
-        lines = []
+        text = ""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    header, *rows = lines or [b""]
-    if not header.startswith(b"step,") or not header.endswith(b"\n"):
-        header, rows = b"", []
-    kept = {int(row.partition(b",")[0]): row for row in rows if re.match(rb"\d{1,15},.*\n", row)}
-    wanted = [kept[step] for step in range(1, done + 1) if step in kept]
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
+    try:
+        header, *rows = csv.reader(map(str.strip, whole), quoting=csv.QUOTE_NONE)
+    except (ValueError, csv.Error):
+        header, rows = [], []
+    kept = {row[0]: row for row in rows if len(row) == len(header) and header[0] == "step"}
+    wanted = [kept[str(step)] for step in range(1, done + 1) if str(step) in kept]
     if len(wanted) < done:
         log.warning("%s lacks %d of the %d steps done", path, done - len(wanted), done)
-    with atomic_write(path) as file:
-        file.writelines([header, *wanted])
-    return tuple(header.decode("utf-8", "replace").strip().split(",")) if header else None
+    content = io.StringIO(newline="")
+    csv.writer(content).writerows([header, *wanted] if kept else [])
+    write_text(path, content.getvalue())
+    return tuple(header) if kept else None
 
 
 def _circumstances() -> dict[str, Any]:
     """When, where and with what code a process works on a run."""
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(timezone.utc).isoformat(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

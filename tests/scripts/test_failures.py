@@ -52,7 +52,7 @@ def test_a_full_disk_keeps_the_last_good_state(size: int, trainer: Trainer) -> N
         trainer.resume("--steps=500", "--save_every=100")
     assert same(trainer.state(), good)
     assert load_checkpoint(trainer.run / "model.net").step == 5
-    assert not list(trainer.run.glob(".*"))
+    assert not list(trainer.run.glob(".*.*"))
     trainer.resume("--steps=7")
     assert trainer.state().step == 7
 
@@ -164,7 +164,7 @@ def test_a_model_of_another_training_is_kept(
 
 def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
     """A writing thread that died would block the run for ever."""
-    run = Run.create(tmp_path, "n", parse(Training, []))
+    run = Run.open(tmp_path, "n", None, parse(Training, []))
 
     def write() -> None:
         with run:
@@ -176,7 +176,7 @@ def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
-    run = Run.create(tmp_path, "n", parse(Training, []))
+    run = Run.open(tmp_path, "n", None, parse(Training, []))
     with (run.folder / "log.txt").open("ab") as file:
         file.write(b"\n" * 2_000_000)
     with largest_file(1_000_000), pytest.raises(UserError, match="File too large"), run:

@@ -125,7 +125,7 @@ def use(arguments: Training, place: Path) -> None:
         path = place / str(name).lstrip("/")
         refused_or(lambda path=path: check_writable(path, "--model_name"))  # type: ignore[misc]
         refused_or(lambda path=path: load_checkpoint(path))  # type: ignore[misc]
-    run = refused_or(lambda: Run.create(place / "runs", arguments.name, arguments))
+    run = refused_or(lambda: Run.open(place / "runs", arguments.name, None, arguments))
     if isinstance(run, Run):
         run.close()
 
@@ -240,7 +240,7 @@ def test_run_folders(config: bytes, metrics: bytes, done: int) -> None:
             arguments = parse(Training, [])
         assert isinstance(arguments, Training)
         settings_of_run = arguments
-        run = refused_or(lambda: Run.resume(place, settings_of_run, done, {"manifest": "0"}))
+        run = refused_or(lambda: Run.open(place, "n", place, settings_of_run, {"manifest": "0"}, done))
         if isinstance(run, Run):
             run.close()
             lines = (place / "metrics.csv").read_bytes().splitlines()[1:]

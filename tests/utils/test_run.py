@@ -39,7 +39,7 @@ def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     log_to_terminal()
     log.info("before the run")
     asked = arguments("--seed 4 --seeds 1")
-    with Run.create(tmp_path / "a", "n", asked, {"manifest": "abc", "device": "cpu"}) as run:
+    with Run.open(tmp_path / "a", "n", None, asked, {"manifest": "abc", "device": "cpu"}) as run:
         log.info("within")
         run.metrics({"step": 1, "loss": 0.5})
         run.metrics({"step": 2, "loss": 0.25})
@@ -83,7 +83,7 @@ def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_crash_keeps_what_there_is(tmp_path: Path) -> None:
     def crash() -> None:
-        with Run.create(tmp_path, "n", arguments()) as run:
+        with Run.open(tmp_path, "n", None, arguments()) as run:
             run.metrics({"step": 1})
             run.scalars(1, {"loss": 2.0})
             raise RuntimeError("lost power")
@@ -97,7 +97,7 @@ def test_a_crash_keeps_what_there_is(tmp_path: Path) -> None:
 
 
 def test_rows_are_on_disk_before_the_end(tmp_path: Path) -> None:
-    with Run.create(tmp_path, "n", arguments()) as run:
+    with Run.open(tmp_path, "n", None, arguments()) as run:
         run.metrics({"step": 1})
         assert (run.folder / "metrics.csv").read_text().split() == ["step", "1"]
         with pytest.raises(ValueError, match="columns"):
@@ -108,7 +108,7 @@ def test_the_smallest_free_number(tmp_path: Path) -> None:
     (tmp_path / "n_0").mkdir()
     (tmp_path / "n_1").write_text("a file takes a name as well")
     (tmp_path / "n_3").mkdir()
-    with Run.create(tmp_path, "n", arguments()) as run:
+    with Run.open(tmp_path, "n", None, arguments()) as run:
         assert run.folder.name == "n_2"
 
 
@@ -122,7 +122,7 @@ def test_a_file_in_place_of_the_runs_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     for place in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
         with pytest.raises(UserError, match="--runs_dir"):
-            Run.create(place, "n", arguments())
+            Run.open(place, "n", None, arguments())
 
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Run.create(tmp_path, "n", arguments()) as run, run.progress(5, every=2) as progress:
+    with Run.open(tmp_path, "n", None, arguments()) as run, run.progress(5, every=2) as progress:
         for loss in (1, 2, 3, 4, 5):
             if progress.advance(loss=loss):
                 assert progress.report() > 0
@@ -172,7 +172,7 @@ def test_progress_on_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Run.create(tmp_path, "n", arguments()) as run, run.progress(2) as progress:
+    with Run.open(tmp_path, "n", None, arguments()) as run, run.progress(2) as progress:
         progress.advance(loss=0.5)
         progress.report()
         log.info("above the bar")
