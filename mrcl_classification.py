@@ -38,8 +38,8 @@ from model.fast.guard import Use, choose_backend
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
-from model.training_state import TrainingState, load_state, save_model, save_progress
-from utils.checkpoint import load_checkpoint
+from model.training_state import load_state, restore_training, save_model, save_progress, state_of
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse, recorded
 from utils.device import choose_device, seed_layers
 from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
@@ -53,7 +53,7 @@ log = logging.getLogger("anml")
 OuterLearner = MetaLearner | PrototypeLearner
 
 
-def initial_network(args: Training, state: TrainingState | None) -> Network:
+def initial_network(args: Training, state: Checkpoint | None) -> Network:
     """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
     source = args.saved_model if state is None else args.resume
     if source is None:
@@ -153,9 +153,8 @@ def train(
                     head = "ncm" if args.learner == "prototypes" else "adam"
                     validate(run, net, images, step, args.eval_classes, head)
             if args.keep_every and step % args.keep_every == 0 and group.first:
-                state = TrainingState.of(net, learner.optimizer, generator, step, learner.rule)
                 with learner.averaged():
-                    save_model(run.folder / f"model_{step}.net", state, recorded(args))
+                    save_model(run.folder / f"model_{step}.net", state_after(args, run, learner, step))
             if step % args.save_every == 0 and step < args.steps:
                 save(args, run, learner, step)
             if interrupt.agree(group):
@@ -202,8 +201,13 @@ def stop_diverged(args: Training, run: Run, learner: OuterLearner, step: int, lo
 def save(args: Training, run: Run, learner: OuterLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
     if is_first():
-        state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
-        save_progress(run, args.model_name, state, recorded(args), learner.averaged())
+        save_progress(run, args.model_name, state_after(args, run, learner, step), learner.averaged())
+
+
+def state_after(args: Training, run: Run, learner: OuterLearner, step: int) -> Checkpoint:
+    """The training state after `step` steps."""
+    parts = learner.net, learner.optimizer, learner.generator
+    return state_of(run, *parts, step, recorded(args), learner.rule)
 
 
 def main() -> None:
@@ -248,7 +252,7 @@ def main() -> None:
     backend, why = choose_backend(args.backend, [net], device, use)
     learner = make_learner(args, net.to(device).train(), images.pool(device), group, backend)
     if state:
-        state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
+        restore_training(state, learner.optimizer, learner.generator, str(args.resume), learner.rule)
     group.check_same("weights", fingerprint(net))
     extra = {"device": str(device), "backend": backend, "backend_why": why, **images.about()}
     with (

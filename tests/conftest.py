@@ -19,8 +19,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 import mrcl_classification
 from model.fast.memory import keep_freed_memory
-from model.training_state import TrainingState, load_state
-from utils.checkpoint import load_checkpoint
+from model.training_state import load_state
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import run_script
 
 keep_freed_memory()  # or tests at paper widths spend a sixth of their time in page faults
@@ -138,7 +138,7 @@ class Trainer:
         self.monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", "--resume", str(self.run), *flags])
         mrcl_classification.main()
 
-    def state(self) -> TrainingState:
+    def state(self) -> Checkpoint:
         """The state that the first run would go on from."""
         state = load_state(self.run)
         assert state is not None

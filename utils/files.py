@@ -64,7 +64,6 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
         if previous is not None and path.exists():
             path.replace(previous)
         draft.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -80,57 +79,34 @@ def sync(handle: int) -> None:
     """
     try:
         os.fsync(handle)
-    except PermissionError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+    except OSError as error:  # of others, a file system says that it has no fsync
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's names on disk: a rename alone may be lost with the power."""
-    # Not every system and file system can; there the rename has to do.
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def keep_earlier(path: Path, own: Path | None = None) -> Path | None:
+def keep_earlier(path: Path) -> Path | None:
     """Keep what `path` holds as `name.1.suffix`, or the next free number, before it is replaced.
-
-    Args:
-        own: what this file holds as well is the writer's own, and need not be kept.
 
     Returns:
         where it is kept, perhaps since earlier; None if there is nothing to keep.
 
     Raises:
-        UserError: it cannot be read or written.
+        UserError: a file cannot be read or written.
     """
-    content = _content(path)
-    if content is None or (own is not None and content == _content(own)):
-        return None
-    for number in count(1):
-        kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
-        found = _content(kept)
-        if found is None:
-            write_bytes(kept, content)
-        if found in (None, content):
-            return kept
-    raise AssertionError("count() does not end")
-
-
-def _content(path: Path) -> bytes | None:
-    """What a file holds; None if there is no such file."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
+        if not path.exists():
+            return None
+        content = path.read_bytes()
+        for number in count(1):
+            kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
+            if not kept.exists():
+                write_bytes(kept, content)
+            elif kept.read_bytes() != content:
+                continue
+            return kept
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    raise AssertionError("count() does not end")
 
 
 def remove_drafts(path: Path) -> None:

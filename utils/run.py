@@ -133,6 +133,7 @@ class Run:
     Attributes:
         folder: the run folder; in processes other than rank 0 the one to resume, or the folder of all runs.
         started: when the run began, which tells it from other runs.
+        saved: whether this process has saved a model.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Run:
     ) -> None:
         self.folder = folder
         self.started = started
+        self.saved = False
         self._columns: tuple[str, ...] | None = None
         self._opened = ExitStack()
         self._writes = writes

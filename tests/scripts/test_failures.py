@@ -18,10 +18,11 @@ import torch
 
 from evaluation.journal import Journal, Key
 from flags.training import Training
+from model import training_state
 from model.scores import Score
-from model.training_state import TrainingState
+from model.training_state import save_model
 from tests.conftest import Trainer
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse
 from utils.errors import UserError
 from utils.files import check_writable, write_text
@@ -39,7 +40,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def same(a: TrainingState, b: TrainingState) -> bool:
+def same(a: Checkpoint, b: Checkpoint) -> bool:
     return a.step == b.step and all(torch.equal(a.state_dict[key], b.state_dict[key]) for key in a.state_dict)
 
 
@@ -157,9 +158,39 @@ def test_a_model_of_another_training_is_kept(
     assert notice in (tmp_path / "runs/smoke_1/log.txt").read_text()
     trainer.resume("--steps=7")  # of the first: the model is now that of the second
     assert models() == {"smoke.net": 7, "smoke.1.net": 6, "smoke.2.net": 5}
-    trainer("--steps=5", "--save_every=1")  # twice the same is kept once
-    trainer("--steps=8")
-    assert models() == {"smoke.net": 8, "smoke.1.net": 6, "smoke.2.net": 5, "smoke.3.net": 7}
+
+
+def test_trainings_that_share_a_model_name_keep_one_copy_each(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer("--steps=2")
+    model = Path("runs/smoke.net")
+    other = model.read_bytes()
+
+    def save(path: Path, state: Checkpoint) -> None:
+        save_model(path, state)
+        model.write_bytes(other)  # of a training that goes on at the same time
+
+    monkeypatch.setattr(training_state, "save_model", save)
+    trainer("--steps=6", "--save_every=1")
+    assert capsys.readouterr().out.count("is kept as") == 1
+    assert sorted(path.name for path in Path("runs").glob("*.net")) == ["smoke.1.net", "smoke.net"]
+
+
+def test_a_run_killed_between_its_two_models_takes_both_for_its_own(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(path: Path, state: Checkpoint) -> None:
+        save_model(path, state)
+        if path.name == "model.net" and state.step == 4:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(training_state, "save_model", save)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer("--steps=6", "--save_every=2")
+    trainer.resume("--steps=6")
+    assert "is kept as" not in capsys.readouterr().out
+    assert not list(Path("runs").glob("smoke.*.net"))
 
 
 def test_events_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:

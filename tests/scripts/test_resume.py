@@ -17,7 +17,7 @@ import torch
 
 import mrcl_classification
 from model.episodes import Trajectory, sample_trajectory
-from model.training_state import load_state, save_state
+from model.training_state import NAME, load_state
 from tests.conftest import EDITORS, Trainer, assert_same_run, curve, rows
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -230,15 +230,16 @@ def test_a_state_of_another_run_is_refused(trainer: Trainer) -> None:
     trainer("--steps=1")
     trainer("--steps=1", "--pln_channels=3")
     content = trainer.state()
+    assert content.generator is not None
     other = load_state(trainer.run.with_name("smoke_1"))
     assert other is not None
-    save_state(trainer.run, replace(content, optimizer=other.optimizer), {})
+    replace(content, optimizer=other.optimizer).save(trainer.run / NAME)
     with pytest.raises(UserError, match="other weights"):
         trainer.resume("--steps=2")
-    save_state(trainer.run, replace(content, generator=content.generator[:-1]), {})
+    replace(content, generator=content.generator[:-1]).save(trainer.run / NAME)
     with pytest.raises(UserError, match="state of this run"):
         trainer.resume("--steps=2")
-    save_state(trainer.run, replace(content, network="OML"), {})
+    replace(content, network="OML").save(trainer.run / NAME)
     with pytest.raises(UserError, match="holds OML"):
         trainer.resume("--steps=2")
 
