@@ -47,7 +47,7 @@ from model.fast import Backend, learner
 from model.fast.guard import Use, choose_backend
 from model.learner import LearnerKind, Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
-from model.modelfactory import Network, trained_parameters
+from model.modelfactory import Network, fingerprint, trained_parameters
 from model.rate_search import RateSearch
 from model.scores import MEASURES
 from model.treatments import describe
@@ -118,7 +118,7 @@ def main() -> None:
     run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
-    group = join(device)
+    group = join(device, recorded(args))
     models = [model._replace(net=model.net.to(device)) for model in models_of(args)]
     net = models[0].net
     kind = LEARNERS[args.learner]
@@ -148,6 +148,7 @@ def main() -> None:
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}
     if args.resume is not None:
         models = match_earlier(models, data, args.resume)
+    group.check_same({**data, "models": [fingerprint(model.net)[:12] for model in models]})
     about = {
         "treatment": treatment(args, models[0], named),
         "network": net.network,

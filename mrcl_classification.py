@@ -217,7 +217,7 @@ def main() -> None:
     device = choose_device(args.device, args.threads)
     if args.learner == "prototypes":
         refuse_several("--learner prototypes")
-    group = join(device)
+    group = join(device, recorded(args))
     if args.learner == "sgd" and args.meta_batch < group.size:
         raise UserError(f"--meta_batch {args.meta_batch} is too few for {group.size} processes to share")
     state = load_state(args.resume) if args.resume else None
@@ -253,7 +253,8 @@ def main() -> None:
     learner = make_learner(args, net.to(device).train(), images.pool(device), group, backend)
     if state:
         restore_training(state, learner.optimizer, learner.generator, str(args.resume), learner.rule)
-    group.check_same("weights", fingerprint(net))
+    same = {"data": images.manifest[:12], "weights": fingerprint(net)[:12], "steps done": done}
+    group.check_same({**same, "backend": backend})
     extra = {"device": str(device), "backend": backend, "backend_why": why, **images.about()}
     with (
         Interrupt(patient=launched()) as interrupt,

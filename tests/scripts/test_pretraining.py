@@ -190,16 +190,3 @@ def test_what_was_interrupted_goes_on_bit_for_bit(
             pretrain(f"{resume} {flag}", cache, tmp_path, monkeypatch)
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
-
-
-def test_refuses_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of its processes would train alone and write the same file."""
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    with pytest.raises(UserError, match="torchrun"):
-        pretrain(TINY, tmp_path / "cache", tmp_path, monkeypatch)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"one process.*WORLD_SIZE=2"):
-        pretrain(TINY, tmp_path / "cache", tmp_path, monkeypatch)
