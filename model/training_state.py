@@ -63,14 +63,12 @@ def restore_training(
     Raises:
         UserError: the state does not belong to those weights; `source` names the state.
     """
-    assert state.optimizer is not None
-    assert state.generator is not None
     try:
-        optimizer.load_state_dict(state.optimizer)
-        generator.set_state(state.generator)
+        optimizer.load_state_dict(state.optimizer or {})
+        generator.set_state(torch.empty(0) if state.generator is None else state.generator)
         if inner_rule is not None:
             inner_rule.load_state_dict(state.inner_rule)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{source} does not hold a state of this run: {error}") from error
 
 

@@ -17,10 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, refusing
 from utils.files import atomic_write
 
 MODEL, STATE = "anml-1", "anml-state-1"  # the formats of model files and of training states
+ENTRIES: dict[str, tuple[type, bool]] = {
+    "network": (str, False),
+    "widths": (dict, False),
+    "arguments": (dict, False),
+    "step": (int, False),
+    "state_dict": (dict, True),
+    "inner_rule": (dict, True),
+    "run": (str, False),
+    "optimizer": (dict, True),
+    "generator": (Tensor, True),
+}
+"""The type of each entry of a file, and whether it is made of tensors or of what JSON knows."""
+OPTIONAL = {"inner_rule": {}, "run": ""}
+OF_STATES = ("optimizer", "generator")
 
 
 @dataclass(frozen=True)
@@ -115,13 +129,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: there is no such file, or it is damaged, foreign or holds pickled code, as the
             models of the released code do.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot read the model {path}: {error.strerror or error}; "
-            "mrcl_classification.py writes one under --model_name"
-        ) from error
+    with refusing(f"read the model {path}", "; mrcl_classification.py writes one under --model_name"):
+        data = path.read_bytes()
     try:
         return Checkpoint.of_bytes(data)
     except ValueError as error:
@@ -157,47 +166,31 @@ def _fault(content: Any, format_name: str) -> str | None:
         return f"it holds a {type(content).__name__}"
     if content.get("format") != format_name:
         return f"its format is {content.get('format')!r}, not {format_name!r}"
-    if not isinstance(content.get("network"), str) or not isinstance(content.get("run", ""), str):
-        return "it does not name its network and run"
-    for name in ("widths", "arguments"):
-        if not isinstance(content.get(name), dict) or not _is_plain(content[name]):
-            return f"its {name} are not plain values"
-    if type(content.get("step")) is not int or content["step"] < 0:
-        return "its step is not a count"
-    weights, inner_rule = content.get("state_dict"), content.get("inner_rule", {})
-    if not isinstance(weights, dict) or not weights or not isinstance(inner_rule, dict):
-        return "it holds no weights"
-    for name, tensor in (*weights.items(), *inner_rule.items()):
-        if not isinstance(name, str) or not _is_numbers(tensor):
-            return f"its {name!r} is not a tensor of numbers"
-        if not bool((tensor.double() < math.inf).all()):
-            return f"its {name!r} is not finite: the training diverged, lower its learning rates"
-    if format_name == MODEL:
-        return None
-    optimizer, generator = content.get("optimizer"), content.get("generator")
-    if not isinstance(optimizer, dict) or not all(
-        isinstance(values, list) and all(map(_is_numbers, values)) for values in optimizer.values()
-    ):
-        return "its optimizer is not lists of tensors"
-    if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
-        return "its generator is not a state of one"
+    for name, (kind, tensors) in ENTRIES.items():
+        value = content.get(name, OPTIONAL.get(name))
+        if value is None and format_name == MODEL and name in OF_STATES:
+            continue
+        if not isinstance(value, kind):
+            return f"its {name} is a {type(value).__name__}"
+        fault = _fault_of(value, name, tensors)
+        if fault is not None:
+            return fault
+    return "it holds no weights" if not content["state_dict"] or content["step"] < 0 else None
+
+
+def _fault_of(value: Any, name: str, tensors: bool) -> str | None:
+    """What is wrong with a value; see `ENTRIES`."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            return f"its {name} has keys that are no texts"
+        return next(filter(None, (_fault_of(item, f"{key}", tensors) for key, item in items)), None)
+    if not tensors:
+        plain = value is None or isinstance(value, str | int | float)
+        return None if plain else f"its {name!r} is not a plain value"
+    numbers = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not numbers or value.is_complex() or value.is_quantized:
+        return f"its {name!r} is not a tensor of numbers"
+    if not bool((value.double() < math.inf).all()):
+        return f"its {name!r} is not finite: the training diverged, lower its learning rates"
     return None
-
-
-def _is_numbers(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and not value.is_complex()
-        and not value.is_quantized
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is made of what JSON knows."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float)

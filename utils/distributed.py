@@ -164,22 +164,15 @@ class Group:
 
         So the others find in the cache what took that one minutes.
         """
-        if environment("LOCAL_RANK", 0) == 0:
-            value = work()
-            self.wait()
-            return value
-        self.wait()
-        return work()
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            self.largest(0)
+        first = environment("LOCAL_RANK", 0) == 0
+        value = work() if first else None
+        self.largest(0)  # which all processes wait for
+        return work() if value is None else value
 
     def leave(self) -> None:
         """End the group when all processes are done; one that leaves early would end the job."""
         if self.size > 1:
-            self.wait()
+            self.largest(0)
             torch.distributed.destroy_process_group()
 
 

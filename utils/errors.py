@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -45,6 +46,15 @@ def refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
+@contextmanager
+def refusing(what: str, hint: str = "") -> Iterator[None]:
+    """Turn what the system refuses within the block into a UserError: "cannot `what`: the reason"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what}: {error.strerror or error}{hint}") from error
+
+
 def say(text: str) -> None:
     """Print what a script has found.
 
@@ -52,8 +62,9 @@ def say(text: str) -> None:
         UserError: it cannot be written; that a reader wants no more of it is no error.
     """
     error = try_to_write(f"{text}\n", sys.stdout)
-    if error is not None and not isinstance(error, BrokenPipeError):
-        raise UserError(f"cannot write to stdout: {error.strerror or error}") from error
+    with refusing("write to stdout"):
+        if error is not None and not isinstance(error, BrokenPipeError):
+            raise error
 
 
 def try_to_write(text: str, stream: TextIO) -> OSError | None:

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.errors import UserError
+from utils.errors import refusing
 
 
 def expand(text: str) -> Path:
@@ -45,30 +45,25 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
     Raises:
         UserError: the folder cannot be written or the disk is full.
     """
-    path = Path(path)
-    try:
+    with refusing(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    draft = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            sync(file.fileno())
-        umask = os.umask(0)  # the only way to read it
-        os.umask(umask)
-        with suppress(OSError):  # network shares and mounts of Windows may have modes of their own
-            draft.chmod(0o666 & ~umask)
-        if previous is not None and path.exists():
-            path.replace(previous)
-        draft.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
+        draft = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            umask = os.umask(0)  # the only way to read it
+            os.umask(umask)
+            with suppress(OSError):  # network shares and mounts of Windows may have modes of their own
+                draft.chmod(0o666 & ~umask)
+            if previous is not None and path.exists():
+                path.replace(previous)
+            draft.replace(path)
+        finally:
+            with suppress(OSError):
+                draft.unlink()
 
 
 def sync(handle: int) -> None:
@@ -93,7 +88,7 @@ def keep_earlier(path: Path) -> Path | None:
     Raises:
         UserError: a file cannot be read or written.
     """
-    try:
+    with refusing(f"read {path}"):
         if not path.exists():
             return None
         content = path.read_bytes()
@@ -101,11 +96,8 @@ def keep_earlier(path: Path) -> Path | None:
             kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
             if not kept.exists():
                 write_bytes(kept, content)
-            elif kept.read_bytes() != content:
-                continue
-            return kept
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            if kept.read_bytes() == content:
+                return kept
     raise AssertionError("count() does not end")
 
 
@@ -149,14 +141,11 @@ def check_writable(path: Path, flag: str) -> None:
     Raises:
         UserError: its folder cannot be written, or it is a folder itself.
     """
-    path = Path(path)
-    try:
+    with refusing(f"write {flag} {path}"):
         if path.is_dir():
-            raise UserError(f"cannot write {flag} {path}: it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.try.")
         os.close(handle)
         with suppress(OSError):
             Path(draft).unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {flag} {path}: {error.strerror or error}") from error

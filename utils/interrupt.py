@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterable
-from types import FrameType, TracebackType
+from types import FrameType
 
 from utils.distributed import Group
 
@@ -62,10 +62,5 @@ class Interrupt:
         self._before = {number: signal.signal(number, self._handle) for number in (*SIGNALS, *heard)}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore(self._before)

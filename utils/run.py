@@ -13,17 +13,16 @@ import json
 import logging
 import os
 import platform
-import shutil
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -37,23 +36,16 @@ from tqdm import tqdm
 
 from utils.command_line import Flags, read_config, recorded
 from utils.distributed import is_first
-from utils.errors import UserError, try_to_write
+from utils.errors import UserError, refusing, try_to_write
 from utils.files import place_of, remove_drafts, sync, write_text
 
 log = logging.getLogger("anml")
 
 
 class _Terminal(logging.Handler):
-    """Shows log lines on stdout, above a progress bar, and keeps those that precede a run."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.earlier: list[logging.LogRecord] = []
-        self.in_run = False
+    """Shows log lines on stdout, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.in_run:
-            self.earlier.append(record)
         if getattr(record, "file_only", False):
             return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -61,35 +53,29 @@ class _Terminal(logging.Handler):
             try_to_write(f"{prefix}{self.format(record)}\n", sys.stdout)  # the run goes on without a reader
 
 
-def log_to_terminal() -> _Terminal:
-    """Show the lines of the `anml` logger on stdout; the next run's `log.txt` gets them as well.
+def log_to_terminal() -> MemoryHandler:
+    """Show the lines of the `anml` logger on stdout; returns what keeps them for the next run's `log.txt`.
 
-    A script calls it first, since it reads its data before it has a run. Calling again is harmless.
-    Of several processes, the first alone speaks.
+    A script calls this function first, since it reads its data before it has a run. Calling it again is
+    harmless. Of several processes, rank 0 alone speaks.
     """
     for handler in log.handlers:
-        if isinstance(handler, _Terminal):
+        if isinstance(handler, MemoryHandler):
             return handler
-    terminal = _Terminal()
-    log.addHandler(terminal)
+    memory = MemoryHandler(capacity=1)  # keeps all lines while it has no target, and none while it has one
+    log.addHandler(_Terminal())
+    log.addHandler(memory)
     log.setLevel(logging.INFO if is_first() else logging.CRITICAL)
-    return terminal
+    return memory
 
 
 class _LogFile(logging.FileHandler):
     """`log.txt`. A full disk ends the run; logging's own handler would print a traceback and go on."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-        self.folder = folder
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802 (logging's name)
         """Raise what went wrong: logging calls this method within its except block."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            raise _unwritable(self.folder, error) from error
-        raise
+        with _writing(Path(self.baseFilename).parent):
+            raise
 
 
 class _EventFile:
@@ -136,40 +122,10 @@ class Run:
         saved: whether this process has saved a model.
     """
 
-    def __init__(
-        self, folder: Path, started: str = "", *, done: int | None = None, writes: bool = True
-    ) -> None:
-        self.folder = folder
-        self.started = started
-        self.saved = False
+    def __init__(self, folder: Path, started: str, writes: bool) -> None:
+        self.folder, self.started, self.saved = folder, started, False
+        self._writes, self._opened = writes, ExitStack()
         self._columns: tuple[str, ...] | None = None
-        self._opened = ExitStack()
-        self._writes = writes
-        if not writes:
-            return
-        try:
-            with ExitStack() as opened:
-                opened.enter_context(_locked(folder))
-                log_file = _LogFile(folder)
-                opened.callback(log_file.close)
-                if done is not None:
-                    self._columns = _cut_back(folder, done)
-                # Line-buffered, so that a killed run keeps its rows.
-                metrics = (folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
-                self._metrics = opened.enter_context(metrics)
-                self._events = _EventFile(folder, done)
-                opened.callback(self._events.close)
-                terminal = log_to_terminal()
-                opened.callback(log.removeHandler, log_file)
-                opened.callback(setattr, terminal, "in_run", False)
-                terminal.in_run = True
-                for record in terminal.earlier:
-                    log_file.handle(record)
-                terminal.earlier.clear()
-                log.addHandler(log_file)
-                self._opened = opened.pop_all()  # `close` closes them
-        except OSError as error:
-            raise _unwritable(folder, error) from error
 
     @classmethod
     def open(
@@ -196,36 +152,48 @@ class Run:
         """
         extra = dict(extra or {})
         if not is_first():
-            return cls(resume or runs_dir, writes=False)
+            return cls(resume or runs_dir, "", writes=False)
         settings, now = recorded(arguments), _circumstances()
-        if resume is None:
-            folder = _new_folder(runs_dir, name)
-            config = {"name": folder.name, **place_of(folder), "arguments": settings, **now, **extra}
-            run = cls(folder, now["started"])
-        else:
-            folder = resume
-            config = read_config(folder)
-            if config.get("manifest") != extra.get("manifest"):
-                raise UserError(
-                    f"the data is not that of {folder}: manifest {extra.get('manifest')}, then "
-                    f"{config.get('manifest')}"
-                )
-            earlier = config.get("resumed")
-            resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **now}]
-            config |= {"name": folder.name, **place_of(folder), "arguments": settings, "resumed": resumed}
-            run = cls(folder, str(config.get("started")), done=done)
-        try:
+        folder = resume or _new_folder(runs_dir, name)
+        config = {**now, **extra} if resume is None else read_config(folder)
+        if config.get("manifest") != extra.get("manifest"):
+            raise UserError(
+                f"the data is not that of {folder}: manifest {extra.get('manifest')}, then "
+                f"{config.get('manifest')}"
+            )
+        config |= {"name": folder.name, **place_of(folder), "arguments": settings}
+        if resume is not None:
+            config["resumed"] = [*config.get("resumed", []), {"step": done, **now}]
+        run = cls(folder, str(config.get("started")), writes=True)
+        with _writing(folder), ExitStack() as opened:
+            opened.enter_context(_locked(folder))
+            run._start(opened, None if resume is None else done)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
             if resume is None:
                 run._describe(settings)
-        except UserError:
-            run._opened.close()
-            raise
+            run._opened = opened.pop_all()  # `close` closes it
         for notice in arguments.notices:
             log.warning(notice)
         if done:
             log.info("going on after step %d", done)
         return run
+
+    def _start(self, opened: ExitStack, done: int | None) -> None:
+        """Open the files; of a run that is resumed, cut back to step `done`."""
+        log_file = _LogFile(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+        opened.callback(log_file.close)
+        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if done is not None:
+            self._columns = _cut_back(self.folder, done)
+        # Line-buffered, so that a killed run keeps its rows.
+        metrics = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
+        self._metrics = opened.enter_context(metrics)
+        self._events = _EventFile(self.folder, done)
+        opened.callback(self._events.close)
+        memory = log_to_terminal()
+        opened.callback(memory.setTarget, None)
+        memory.setTarget(log_file)
+        memory.flush()
 
     def _describe(self, settings: Mapping[str, Any]) -> None:
         """Add the arguments to TensorBoard's TEXT and HPARAMS tabs.
@@ -234,14 +202,10 @@ class Run:
         A list of columns would be that of all runs, and is left out.
         """
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        self._write_event(0, summary.text("arguments", f"| argument | value |\n|---|---|\n{table}"))
-        values = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in settings.items()
-            if value is not None
-        }
-        _, start, _ = summary.hparams(values, {})
-        self._write_event(0, start)
+        self._events.write(0, summary=summary.text("arguments", f"| argument | value |\n|---|---|\n{table}"))
+        values = {key: value for key, value in settings.items() if value is not None}
+        plain = {key: x if isinstance(x, bool | int | float | str) else str(x) for key, x in values.items()}
+        self._events.write(0, summary=summary.hparams(plain, {})[1])
 
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`; the first row's keys are its columns.
@@ -252,15 +216,14 @@ class Run:
         """
         if not self._writes:
             return
-        try:
+        with _writing(self.folder):
+            writer = csv.writer(self._metrics)
             if self._columns is None:
                 self._columns = tuple(row)
-                csv.writer(self._metrics).writerow(self._columns)
+                writer.writerow(self._columns)
             if tuple(row) != self._columns:
                 raise ValueError(f"metrics has the columns {self._columns}, not {tuple(row)}")
-            csv.writer(self._metrics).writerow(row.values())
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            writer.writerow(row.values())
 
     def sync(self) -> None:
         """Put the rows of `metrics.csv` on disk, before a training state that counts on them.
@@ -268,12 +231,9 @@ class Run:
         Raises:
             UserError: the disk is full.
         """
-        if not self._writes:
-            return
-        try:
-            sync(self._metrics.fileno())
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+        if self._writes:
+            with _writing(self.folder):
+                sync(self._metrics.fileno())
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to the TensorBoard curve of each tag in `values`.
@@ -291,12 +251,9 @@ class Run:
         self._write_event(step, summary.image(tag, pixels, dataformats="HWC"))
 
     def _write_event(self, step: int, content: Any) -> None:
-        if not self._writes:
-            return
-        try:
-            self._events.write(step, summary=content)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+        if self._writes:
+            with _writing(self.folder):
+                self._events.write(step, summary=content)
 
     @contextmanager
     def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
@@ -317,20 +274,13 @@ class Run:
         Raises:
             UserError: something could not be written.
         """
-        try:
+        with _writing(self.folder):
             self._opened.close()
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.close()
             return
@@ -400,19 +350,19 @@ def _short(values: Mapping[str, float]) -> dict[str, str]:
 
 def _new_folder(runs_dir: Path, name: str) -> Path:
     """Make the first folder of its name that is free; mkdir decides between two runs at once."""
-    try:
+    with _writing(runs_dir):
         runs_dir.mkdir(parents=True, exist_ok=True)
         for k in count():
-            folder = runs_dir / f"{name}_{k}"
-            if not folder.exists():
-                try:
-                    folder.mkdir()
-                except FileExistsError:
-                    continue
+            with suppress(FileExistsError):
+                folder = runs_dir / f"{name}_{k}"
+                folder.mkdir()
                 return folder
-    except OSError as error:
-        raise _unwritable(runs_dir, error) from error
     raise AssertionError("count() does not end")
+
+
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    """A block in which an error of the system is one of writing the run folder."""
+    return refusing(f"write the run folder {folder}", "; choose with --runs_dir")
 
 
 @contextmanager
@@ -444,12 +394,9 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     """
     remove_drafts(folder / "*")
     path = folder / "metrics.csv"
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "replace").replace("\0", "")
-    except FileNotFoundError:
-        text = ""
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    with refusing(f"read {path}"):
+        data = path.read_bytes() if path.exists() else b""
+    text = data.decode("utf-8-sig", "replace").replace("\0", "")
     whole = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
     try:
         header, *rows = csv.reader(map(str.strip, whole), quoting=csv.QUOTE_NONE)
@@ -484,12 +431,6 @@ def _circumstances() -> dict[str, Any]:
     }
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write the run folder {folder}: {error.strerror or error}; choose with --runs_dir"
-    )
-
-
 def cpu_name() -> str:
     """The processor's name where Linux tells it, else what Python knows."""
     try:
@@ -502,23 +443,15 @@ def cpu_name() -> str:
 
 def _git_state() -> dict[str, Any] | None:
     """The commit this code is at and whether it differs from it; None outside a git work tree."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    project = str(Path(__file__).resolve().parents[1])
-
-    def ask(*command: str) -> str:
-        # Without optional locks: looking at the user's repository must not write to it.
-        return subprocess.run(  # noqa: S603 (fixed words and this project's folder)
-            [git, "--no-optional-locks", "-C", project, *command],
-            check=True,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=10,
-        ).stdout.strip()
-
+    # Without optional locks: looking at the user's repository must not write to it.
+    words = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+        done = subprocess.run(  # noqa: S603 (fixed words)
+            words, cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    (_, _, commit), *lines = map(str.split, done.stdout.decode(errors="replace").splitlines())
+    if commit == "(initial)":
+        return None
+    return {"commit": commit, "dirty": any(line[0] != "#" for line in lines)}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import mrcl_classification
 from model.episodes import Trajectory, sample_trajectory
@@ -22,7 +23,6 @@ from tests.conftest import EDITORS, Trainer, assert_same_run, curve, rows
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
-from utils.run import Run
 
 ROOT = Path(__file__).parents[2]
 STEPS, KILLS = 90, 8
@@ -379,8 +379,7 @@ def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:
     (trainer.run / ".state.pt.abc").write_text("half of it")
     before = {path: path.read_bytes() for path in trainer.run.iterdir()}
     command = [sys.executable, str(ROOT / "mrcl_classification.py"), "--resume", str(trainer.run)]
-    with Run(trainer.run):
-        before |= {path: path.read_bytes() for path in trainer.run.glob("events*")}
+    with FileLock(trainer.run / ".lock"):
         refused = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
         assert refused.returncode == 2
         assert refused.stderr.count("\n") == 1

@@ -24,7 +24,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import evaluate_classification
 import mrcl_classification
 from utils.checkpoint import load_checkpoint
-from utils.device import WAITING, choose_device
 from utils.start import numbers
 
 ROOT = Path(__file__).parents[2]
@@ -368,27 +367,3 @@ def test_releases_are_compared_by_number() -> None:
     assert numbers("2.10.0a0+git1") > numbers("2.9")
     assert numbers("2.9.0+cpu") >= numbers("2.9")
     assert numbers("2.8.1") < numbers("2.9")
-
-
-@pytest.mark.parametrize(
-    ("threads", "load", "waiting", "said"),
-    [(2, 1.7, {}, True), (2, 0.3, {}, False), (1, 1.4, {}, False), (2, 1.7, {"OMP_WAIT_POLICY": "x"}, False)],
-)
-def test_a_shared_machine_is_pointed_out_at_the_start(
-    threads: int,
-    load: float,
-    waiting: dict[str, str],
-    said: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    for name in WAITING:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in waiting.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    with caplog.at_level("INFO", logger="anml"):
-        choose_device("cpu")
-    assert ("OMP_WAIT_POLICY=passive" in caplog.text) == said
