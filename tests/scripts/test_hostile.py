@@ -23,7 +23,6 @@ from datasets import Source, omniglot
 from datasets.characters import CLASSES
 from evaluation.journal import Journal
 from evaluation.results import read_results, write_results
-from flags.common import DataFlags, RunFlags
 from flags.evaluation import Evaluation
 from flags.training import Training
 from model.modelfactory import build, restore
@@ -33,7 +32,6 @@ from tools.convert_released import convert
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import Flags, Parser, parse
 from utils.errors import UserError
-from utils.files import check_writable
 from utils.run import Run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -119,31 +117,12 @@ def tokens(kind: type[Flags]) -> st.SearchStrategy[list[str]]:
     return parts.map(lambda lists: [token for part in lists for token in part])
 
 
-def use(arguments: Training, place: Path) -> None:
-    """What scripts do first with the names they are given, within `place`."""
-    for name in (arguments.model_name, arguments.saved_model or "m.net"):
-        path = place / str(name).lstrip("/")
-        refused_or(lambda path=path: check_writable(path, "--model_name"))  # type: ignore[misc]
-        refused_or(lambda path=path: load_checkpoint(path))  # type: ignore[misc]
-    run = refused_or(lambda: Run.open(place / "runs", arguments.name, None, arguments))
-    if isinstance(run, Run):
-        run.close()
-
-
-@cases(200)
-@given(argv=tokens(Training))
-def test_training_flags(argv: list[str]) -> None:
-    arguments = refused_or(lambda: parse(Training, argv))
-    if isinstance(arguments, Training) and len(argv) % 3 == 0:  # a run folder takes a while
-        with folder() as place:
-            (place / "file").touch()
-            use(arguments, place)
-
-
-@cases(150)
-@given(argv=tokens(Evaluation))
-def test_evaluation_flags(argv: list[str]) -> None:
-    refused_or(lambda: parse(Evaluation, argv))
+@cases(350)
+@given(
+    case=st.sampled_from([Training, Evaluation]).flatmap(lambda kind: st.tuples(st.just(kind), tokens(kind)))
+)
+def test_flags(case: tuple[type[Flags], list[str]]) -> None:
+    refused_or(lambda: parse(*case))
 
 
 PRESETS = [path.read_text() for path in sorted(CONFIGS.glob("*.toml"))]
@@ -158,17 +137,6 @@ KEYS = st.one_of(
     st.text(max_size=5),
 )
 SETTINGS = st.dictionaries(KEYS, JSON_VALUES, max_size=5)
-
-
-def toml(value: object) -> str:
-    """A value as TOML writes it, which is nearly JSON."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)
 
 
 @st.composite
@@ -191,25 +159,20 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-@cases(175)
+@cases(150)
 @given(
     content=st.one_of(
-        SETTINGS.map(lambda s: "\n".join(f"{json.dumps(k)} = {toml(v)}" for k, v in s.items())).map(
-            lambda text: text.encode("utf-8", "replace")
-        ),
         st.sampled_from(PRESETS).flatmap(lambda text: damaged(text.encode())),
         st.binary(max_size=60),
     ),
-    training=st.booleans(),
+    kind=st.sampled_from([Training, Evaluation]),
 )
-def test_configs(content: bytes, training: bool) -> None:
-    kind = Training if training else Evaluation
+def test_configs(content: bytes, kind: type[Training] | type[Evaluation]) -> None:
     with folder() as place:
         (place / "c.toml").write_bytes(content)
         arguments = refused_or(lambda: parse(kind, ["--config", str(place / "c.toml")]))
-        if isinstance(arguments, DataFlags) and isinstance(arguments, RunFlags):
-            for path in (arguments.dataset_path, arguments.runs_dir):
-                assert "\0" not in str(path)
+        if isinstance(arguments, Training | Evaluation):
+            assert not any("\0" in str(path) for path in (arguments.dataset_path, arguments.runs_dir))
 
 
 def run_config(**settings_of_run: object) -> bytes:
