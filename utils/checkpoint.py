@@ -149,15 +149,12 @@ def _stored(value: Any) -> Any:
 
 def _unreadable(data: bytes, error: Exception) -> str:
     """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
-    archive, pickled = data.startswith(b"PK"), data.startswith(b"\x80")
-    if (archive or pickled) and isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, pickle.UnpicklingError) and data.startswith((b"PK", b"\x80")):
         return (
             "it holds pickled Python objects, as the models of the released code do, and loading those could "
             "run code; python -m tools.convert_released IN OUT reads such models without running any"
         )
-    if archive or not data:
-        return "the file is damaged or cut short; copy or train it again"
-    return "it is not a model file; mrcl_classification.py writes one under --model_name"
+    return "the file is damaged, cut short or no model file; mrcl_classification.py writes one"
 
 
 def _fault(content: Any, format_name: str) -> str | None:

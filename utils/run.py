@@ -314,7 +314,7 @@ class Progress:
         self.step += 1
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
-        self._bar.set_postfix(_short(values), refresh=False)
+        self._bar.set_postfix({key: f"{x:.4g}" for key, x in values.items()}, refresh=False)
         self._bar.update()
         return self.step % self._every == 0 or self.step == self._total
 
@@ -324,28 +324,17 @@ class Progress:
         Returns:
             Steps per second since the last report.
         """
-        now = time.perf_counter()
-        step, then = self._since
+        (step, then), now = self._since, time.perf_counter()
         steps = max(self.step - step, 1)
         rate = steps / max(now - then, 1e-9)
-        means = _short({key: total / steps for key, total in self._sums.items()})
+        means = " ".join(f"{key} {total / steps:.4g}" for key, total in self._sums.items())
+        left = timedelta(seconds=round((self._total - self.step) / rate))
         self._since, self._sums = (self.step, now), {}
         log.info(
-            "%s %d/%d %s, %.3g %s/s, %s left",
-            self._unit,
-            self.step,
-            self._total,
-            " ".join(f"{key} {value}" for key, value in means.items()),
-            rate,
-            self._unit,
-            timedelta(seconds=round((self._total - self.step) / rate)),
+            f"{self._unit} {self.step}/{self._total} {means}, {rate:.3g} {self._unit}/s, {left} left",
             extra={"file_only": not self._bar.disable},
         )
         return rate
-
-
-def _short(values: Mapping[str, float]) -> dict[str, str]:
-    return {key: f"{value:.4g}" for key, value in values.items()}
 
 
 def _new_folder(runs_dir: Path, name: str) -> Path:
@@ -402,7 +391,7 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
         header, *rows = csv.reader(map(str.strip, whole), quoting=csv.QUOTE_NONE)
     except (ValueError, csv.Error):
         header, rows = [], []
-    kept = {row[0]: row for row in rows if len(row) == len(header) and header[0] == "step"}
+    kept = {row[0]: row for row in rows if header[:1] == ["step"] and len(row) == len(header)}
     wanted = [kept[str(step)] for step in range(1, done + 1) if str(step) in kept]
     if len(wanted) < done:
         log.warning("%s lacks %d of the %d steps done", path, done - len(wanted), done)
@@ -414,29 +403,20 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
 
 def _circumstances() -> dict[str, Any]:
     """When, where and with what code a process works on a run."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    machine = {"platform": platform.platform(), "cpu": cpu_name(), "cpus": os.cpu_count()}
     return {
         "started": datetime.now(timezone.utc).isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "cpu": cpu_name(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "versions": versions,
+        "machine": {**machine, "threads": torch.get_num_threads()},
         "git": _git_state(),
     }
 
 
 def cpu_name() -> str:
     """The processor's name where Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
