@@ -1,7 +1,7 @@
 """Training states: what a run needs to go on exactly where it stood, in its run folder.
 
-`state.pt` is a model file's content with Adam and the random generator. `state.previous.pt` is the one
-before, for when the newer one is damaged.
+`state.pt` is a model file's content with Adam and the random generator. `state.previous.pt` is the state
+before, which takes the place of a damaged `state.pt`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def state_of(
     arguments: Mapping[str, Any],
     inner_rule: nn.Module | None = None,
 ) -> Checkpoint:
-    """Where a training with these arguments stands after `step` steps: the tensors themselves, not copies."""
+    """The state of a training with these arguments after `step` steps; it shares the training's tensors."""
     return Checkpoint(
         net.network,
         net.widths,
@@ -58,7 +58,7 @@ def restore_training(
     source: str,
     inner_rule: nn.Module | None = None,
 ) -> None:
-    """Put an optimizer of the restored weights, the generator and the inner rule where they stood.
+    """Load the state of the optimizer of restored weights, of the generator and of the inner rule, in place.
 
     Raises:
         UserError: the state does not belong to those weights; `source` names the state.
@@ -114,7 +114,7 @@ def _is_of(run: Run, path: Path) -> bool:
 def load_state(folder: Path) -> Checkpoint | None:
     """The newest sound state of a run folder, on the CPU; None if the run ended before its first.
 
-    A state that is damaged or missing costs a warning and the steps since the one before.
+    If the newest state is damaged or missing, a warning says so, and the state before is returned.
 
     Raises:
         UserError: there were states, and none is sound.

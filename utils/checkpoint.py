@@ -134,7 +134,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         return Checkpoint.of_bytes(data)
     except ValueError as error:
-        raise UserError(f"cannot load the model {path}: {error}") from error
+        raise UserError(f"cannot load the model {path}: {str(error).replace('IN.net', str(path))}") from error
 
 
 def _stored(value: Any) -> Any:
@@ -152,7 +152,7 @@ def _unreadable(data: bytes, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and data.startswith((b"PK", b"\x80")):
         return (
             "it holds pickled Python objects, as the models of the released code do, and loading those could "
-            "run code; python -m tools.convert_released IN OUT reads such models without running any"
+            "run code; python -m tools.convert_released IN.net NEW.net reads such models without running any"
         )
     return "the file is damaged, cut short or no model file; mrcl_classification.py writes one"
 

@@ -12,8 +12,8 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     """The device for `--device`, and `--threads` CPU threads from now on (None: torch's choice).
 
     `auto` is CUDA where there is a GPU, then MPS, then the CPU. On CUDA, TF32 and non-deterministic
-    kernels are off: the numbers are those of float32, and the same seed gives the same run. Under
-    torchrun each process of a machine takes a GPU of its own, unless a number names one.
+    kernels are off: the numbers are those of float32, and the same seed gives the same run. `cuda` without a
+    number gives each process of a job on one machine a GPU of its own.
 
     Raises:
         UserError: the machine does not have that device.

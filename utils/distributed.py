@@ -47,7 +47,7 @@ def refuse_several(what: str) -> None:
 
 
 def run_as(processes: int) -> None:
-    """Run this script as so many processes of this machine, and leave with what they leave with.
+    """Run this script as `processes` processes of this machine, and leave with their exit code.
 
     torch's launcher starts them, as torchrun does with the same command. The launcher passes signals on.
     Where a process fails, the launcher ends the others, and the exit code is that of the failed process.
@@ -96,8 +96,7 @@ def is_first() -> bool:
 class Group:
     """The processes of a job, seen from one of them.
 
-    Each method but `shard` is called by all processes together. Where one of them has ended, the
-    others raise UserError.
+    All processes call each method but `shard` together. If one process has ended, the others raise UserError.
 
     Attributes:
         rank: number of this process, from 0.
@@ -115,7 +114,7 @@ class Group:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of `items` that are this process's to do: every `size`-th."""
+        """The items of this process: every `size`-th."""
         return items[self.rank :: self.size]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -160,17 +159,15 @@ class Group:
             )
 
     def one_before_others(self, work: Callable[[], T]) -> T:
-        """What `work` gives, done by one process of each machine before the others of it.
-
-        So the others find in the cache what took that one minutes.
-        """
+        """What `work` returns. On each machine one process does `work` first, and fills the cache for the
+        others."""
         first = environment("LOCAL_RANK", 0) == 0
         value = work() if first else None
         self.largest(0)  # which all processes wait for
         return work() if value is None else value
 
     def leave(self) -> None:
-        """End the group when all processes are done; one that leaves early would end the job."""
+        """End the group when all processes are done: a process that leaves early would end the job."""
         if self.size > 1:
             self.largest(0)
             torch.distributed.destroy_process_group()

@@ -18,8 +18,8 @@ from utils.errors import refusing
 def expand(text: str) -> Path:
     """The path that a user's text names: a leading `~` or `~user` is a home folder.
 
-    The shell does that for `~/x` but not for `--flag=~/x`, and nobody does it within a file. `./~` is
-    not touched, nor is what names no user.
+    A shell expands `~/x`, but neither `--flag=~/x` nor a text in a file. `./~` and the `~` of a user that
+    does not exist stay as they are.
     """
     return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib takes ./~ for ~, and fails without a user)
 
@@ -36,11 +36,11 @@ def place_of(folder: Path) -> dict[str, str]:
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path`, complete and on disk, when the block ends well.
 
-    Until then, and after an exception, `path` holds what it held before.
+    Until then, and after an exception, `path` has its earlier content.
 
     Args:
-        previous: where what `path` held before is kept, in the same folder. A process that is killed
-            between the two renames leaves it there and nothing under `path`.
+        previous: a path in the same folder that gets the earlier content of `path`. A process that is killed
+            between the two renames leaves that content under `previous`, and nothing under `path`.
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
@@ -67,23 +67,23 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
 
 
 def sync(handle: int) -> None:
-    """Put what was written to an open file on disk, where its file system can.
+    """Write an open file's content through to the disk, where the file system can do that.
 
     Raises:
-        OSError: it did not get there; the disk may be full.
+        OSError: the content is not on the disk, which may be full.
     """
     try:
         os.fsync(handle)
-    except OSError as error:  # of others, a file system says that it has no fsync
+    except OSError as error:  # any other error means that the file system has no fsync
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
 
 def keep_earlier(path: Path) -> Path | None:
-    """Keep what `path` holds as `name.1.suffix`, or the next free number, before it is replaced.
+    """Copy the file `path`, which is to be replaced, to `name.1.suffix` or the next free number.
 
     Returns:
-        where it is kept, perhaps since earlier; None if there is nothing to keep.
+        the copy's path; an equal copy that exists is enough. None if there is no file.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -102,8 +102,8 @@ def keep_earlier(path: Path) -> Path | None:
 
 
 def remove_drafts(path: Path) -> None:
-    """Remove what writers of `path` left that were killed in the middle of :func:`atomic_write`;
-    its name may be a pattern."""
+    """Remove drafts of `path`, whose name may be a pattern: processes that were killed within
+    :func:`atomic_write` leave them."""
     for draft in path.parent.glob(f".{path.name}.*"):
         with suppress(OSError):
             draft.unlink()
@@ -112,11 +112,11 @@ def remove_drafts(path: Path) -> None:
 def read_text(path: Path) -> str:
     """The text of a file that people may have edited: UTF-8, or UTF-16 with its mark, and any line ends.
 
-    Editors and spreadsheets of Windows put a byte order mark in front, which is no part of the text.
+    Editors and spreadsheets of Windows put a byte order mark in front of the text.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not text.
+        OSError: the file cannot be read.
+        ValueError: the file is not text.
     """
     content = path.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -136,16 +136,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Find out now whether `path`, which `flag` names, can be written later, at the end of a long run.
-
-    Raises:
-        UserError: its folder cannot be written, or it is a folder itself.
-    """
+    """Raise UserError now if `path`, which `flag` names, cannot be written at the end of a long run."""
     with refusing(f"write {flag} {path}"):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.try.")
-        os.close(handle)
-        with suppress(OSError):
-            Path(draft).unlink()
+        tempfile.TemporaryFile(dir=path.parent).close()

@@ -47,6 +47,8 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert replace(found, state_dict=STATE) == MODEL_OF_3
     assert found.state_dict.keys() == {*STATE, "mask"}
     assert all(torch.equal(found.state_dict[name], x) for name, x in {**STATE, "mask": mask}.items())
+    older = Checkpoint.of_bytes(MODEL_OF_3.to_bytes() + bytes(32))  # a digest stood behind earlier states
+    assert replace(older, state_dict=STATE) == MODEL_OF_3
 
 
 def test_a_module_state_dict_and_views_are_saved_small(tmp_path: Path) -> None:

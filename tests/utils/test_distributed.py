@@ -268,10 +268,15 @@ def test_evaluation_gives_the_same_table(
 def test_a_job_ends_as_what_ended_it(
     error: Exception, ending: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def launch(*command: str) -> None:
-        raise error
+    def elastic_launch(config: launcher.LaunchConfig, program: str) -> Callable[..., None]:
+        assert config.local_addr == "127.0.0.1"  # the machine's own name may have no address
 
-    monkeypatch.setattr(launcher, "elastic_launch", lambda *_: launch)
+        def launch(*command: str) -> None:
+            raise error
+
+        return launch
+
+    monkeypatch.setattr(launcher, "elastic_launch", elastic_launch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises((SystemExit, UserError)) as ended:
         run_as(2)
