@@ -16,16 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation.journal import Journal, Key
 from flags.training import Training
 from model import training_state
-from model.scores import Score
 from model.training_state import save_model
 from tests.conftest import Trainer, curve
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse
 from utils.errors import UserError
-from utils.files import check_writable, write_text
 from utils.run import Run
 
 
@@ -104,29 +101,12 @@ def poor_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def test_a_poor_file_system(poor_file_system: None, trainer: Trainer, tmp_path: Path) -> None:
+def test_a_poor_file_system(poor_file_system: None, trainer: Trainer) -> None:
     trainer("--steps=3")
     trainer.resume("--steps=5", "--save_every=1")
     trainer("--steps=2")
     assert load_checkpoint(Path("runs/smoke.net")).step == 2
     assert load_checkpoint(Path("runs/smoke.1.net")).step == 5
-    key, score = Key("search", "m.net", 2, 0, 0.1), Score(test=0.5, train=0.5, above_chance=1, diverged=0)
-    with Journal(tmp_path / "scores.csv") as journal:
-        journal.score(key, lambda: score)
-    with Journal(tmp_path / "scores.csv") as journal:
-        assert journal.known == {key: score}
-
-
-def test_drafts_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "unlink", refuse)
-    check_writable(tmp_path / "m.net", "--model_name")
-    write_text(tmp_path / "a", "b")
-    assert (tmp_path / "a").read_text() == "b"
-    with largest_file(10), pytest.raises(UserError, match="File too large"):
-        write_text(tmp_path / "a", "b" * 100)
 
 
 def test_a_current_folder_that_was_removed(

@@ -121,35 +121,24 @@ def test_the_commit_is_recorded(tmp_path: Path) -> None:
     assert found == ({"commit": head, "dirty": bool(git("status", "--porcelain"))} if head else None)
 
 
-def test_progress_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(
+    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with Run.open(tmp_path, "n", None, arguments()) as run, run.progress(5, every=2) as progress:
         for loss in (1, 2, 3, 4, 5):
             if progress.advance(loss=loss):
                 assert progress.report() > 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    lines = [line.split(", ") for line in captured.out.splitlines()]
-    # Means since the line before, so that one odd step does not stand for fifty.
-    assert [line[0] for line in lines] == [
-        "step 2/5 loss 1.5",
-        "step 4/5 loss 3.5",
-        "step 5/5 loss 5",
-    ]
-    assert lines[-1][2] == "0:00:00 left"
-
-
-def test_progress_on_a_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Run.open(tmp_path, "n", None, arguments()) as run, run.progress(2) as progress:
-        progress.advance(loss=0.5)
-        progress.report()
         log.info("above the bar")
-    captured = capsys.readouterr()
-    assert "loss=0.5" in captured.err
-    assert captured.out.strip() == "above the bar"  # the report is in the bar,
-    assert "step 1/2 loss 0.5" in (run.folder / "log.txt").read_text()  # and in the log
+    captured, written = capsys.readouterr(), (run.folder / "log.txt").read_text()
+    assert ("loss=5" in captured.err) == terminal
+    # Means since the line before, so that one odd step does not stand for fifty.
+    lines = ["step 2/5 loss 1.5", "step 4/5 loss 3.5", "step 5/5 loss 5"]
+    assert all(line in written for line in lines)
+    shown = captured.out.splitlines()
+    assert [line.split(", ")[0] for line in shown] == [*([] if terminal else lines), "above the bar"]
+    assert terminal or shown[2].endswith(", 0:00:00 left")
 
 
 def test_accuracy_figure(tmp_path: Path) -> None:
