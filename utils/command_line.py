@@ -300,6 +300,9 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     """
     parser = Parser(kind)
     tokens = [parser.canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+    for token in tokens:  # of `--flag=--` argparse drops the value before Python 3.12
+        if token.endswith("=--"):
+            parser.error(f"argument {token[:-3]}: expected one argument")
     typed = parser.read(tokens)
     config, resume = typed.get("config"), typed.get("resume")
     if config is not None:

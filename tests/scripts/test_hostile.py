@@ -118,11 +118,10 @@ def tokens(kind: type[Flags]) -> st.SearchStrategy[list[str]]:
 
 
 @cases(350)
-@given(
-    case=st.sampled_from([Training, Evaluation]).flatmap(lambda kind: st.tuples(st.just(kind), tokens(kind)))
-)
-def test_flags(case: tuple[type[Flags], list[str]]) -> None:
-    refused_or(lambda: parse(*case))
+@given(data=st.data(), kind=st.sampled_from([Training, Evaluation]))
+def test_flags(data: st.DataObject, kind: type[Flags]) -> None:
+    argv = data.draw(tokens(kind))
+    refused_or(lambda: parse(kind, argv))
 
 
 PRESETS = [path.read_text() for path in sorted(CONFIGS.glob("*.toml"))]
