@@ -19,6 +19,7 @@ from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters
 from model.optimizer import Adam, AveragedAdam
+from utils.device import seed_layers
 
 T = TypeVar("T")
 
@@ -214,7 +215,7 @@ class MetaLearner(OuterLoop):
         before = [buffer.clone() for buffer in buffers]
         sums: list[Tensor] = []
         for seed, trajectory in self.shard(list(zip(seeds, trajectories, strict=True))):
-            torch.manual_seed(seed)
+            seed_layers(seed)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             grads, result = self._differentiate(trajectory)
