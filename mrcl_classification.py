@@ -28,11 +28,17 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from datasets import ImageSet, Pool, load_images
+from datasets import ImageSet, Pool
+from datasets.task_sampler import (
+    check_episode,
+    check_trajectory,
+    longest_share,
+    sample_episode,
+    sample_trajectory,
+)
 from evaluation.monitor import gate_statistics, validate
 from flags.training import Training
 from model.check import check_network
-from model.episodes import check_episode, check_trajectory, longest_share, sample_episode, sample_trajectory
 from model.fast import Backend, capture, meta_loss
 from model.fast.guard import Use, choose_backend
 from model.meta_learner import MetaLearner, MetaStep, gather
@@ -227,7 +233,7 @@ def main() -> None:
     net = initial_network(args, state)
     if group.first:
         check_writable(args.model_name, "--model_name")
-    images = group.one_before_others(lambda: load_images(args.source(), "background"))
+    images = group.one_before_others(lambda: args.source().load("background"))
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     check_images(args, images)
     net.normalisation = images.normalisation or net.normalisation
@@ -253,7 +259,7 @@ def main() -> None:
     learner = make_learner(args, net.to(device).train(), images.pool(device), group, backend)
     if state:
         restore_training(state, learner.optimizer, learner.generator, str(args.resume), learner.rule)
-    same = {"data": images.manifest[:12], "weights": fingerprint(net)[:12], "steps done": done}
+    same = {"data": images.data_hash[:12], "weights": fingerprint(net)[:12], "steps done": done}
     group.check_same({**same, "backend": backend})
     extra = {"device": str(device), "backend": backend, "backend_why": why, **images.about()}
     with (

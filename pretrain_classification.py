@@ -22,10 +22,10 @@ import time
 
 import torch
 
-from datasets import Pool, load_images
+from datasets import Pool
+from datasets.task_sampler import shuffled_batches
 from flags.pretraining import Pretraining
 from model.check import check_network
-from model.episodes import shuffled_batches
 from model.fast.guard import Use, choose_backend
 from model.meta_learner import gather
 from model.modelfactory import Network, build, restore
@@ -103,7 +103,7 @@ def main() -> None:
     else:
         net = build(args.treatment, args.widths, torch.Generator().manual_seed(args.seed))
     check_writable(args.model_name, "--model_name")
-    images = load_images(args.source(), "background")
+    images = args.source().load("background")
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     args.train_classes = len(images)
     net.normalisation = images.normalisation or net.normalisation

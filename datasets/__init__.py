@@ -10,98 +10,76 @@ from typing import Any
 
 from datasets import folder, glyphs, omniglot
 from datasets.images import OMNIGLOT, ImageSet, Normalisation, Pool, normalise
-from datasets.options import loader_options
 from utils.errors import UserError
 
-__all__ = [
-    "DATASETS",
-    "OMNIGLOT",
-    "SPLITS",
-    "ImageSet",
-    "Normalisation",
-    "Pool",
-    "Source",
-    "load_images",
-    "normalise",
-]
+__all__ = ["DATASETS", "OMNIGLOT", "ImageSet", "Normalisation", "Pool", "Source", "normalise"]
 
-DATASETS: dict[str, Callable[..., ImageSet]] = {
+DATASETS: dict[str, Callable[..., ImageSet | Mapping[str, ImageSet]]] = {
     "omniglot": omniglot.load,
     "glyphs": glyphs.load,
     "folder": folder.load,
 }
 """The registry: `load(split, root, cache_dir, *, option=default, ...)` by the name that `--dataset` takes.
-Its docstring's first line and its options, see `datasets.options`, are its part of `--help`."""
 
-SPLITS = ("background", "evaluation")
+A loader returns the images of a split, or of both by split where it reads both at once. The first line of its
+docstring and its options, see `datasets.options`, are its part of `--help`.
+"""
 
 log = logging.getLogger("anml")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """A data set as the flags name it. It reads each file once, however often its images are loaded.
 
     Attributes:
-        dataset: its entry in `DATASETS`.
-        root: folder of its files; not looked at by those that have none.
+        dataset: a key of `DATASETS`.
+        root: folder of the data set's files; not looked at by data sets without files.
         cache_dir: gets one file for each set, which makes the next start quick.
-        options: of its loader.
+        options: keyword arguments of the data set's loader.
+        sets: images by split, as far as they are read.
     """
 
     dataset: str
     root: Path
     cache_dir: Path
     options: Mapping[str, Any] = field(default_factory=dict)
+    sets: dict[str, ImageSet] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def load(self, split: str) -> ImageSet:
-        """All images of `background` (meta-training) or `evaluation` (meta-test).
+    def load(self, split: str, normalisation: Normalisation | None = None) -> ImageSet:
+        """All images of a split, with what their pixels are normalised by. The log says what they are.
+
+        Args:
+            split: `background` (meta-training) or `evaluation` (meta-test).
+            normalisation: that of a model; None for the set's own or, where it has none, mean and standard
+                deviation of the background split.
 
         Raises:
-            UserError: they are missing, damaged or incomplete, or there is no such data set, split or
-                option. No other data ever takes their place.
+            UserError: the images are missing, damaged or incomplete. No other data ever takes their place.
         """
-        for kind, name, known in (("data set", self.dataset, DATASETS), ("split", split, SPLITS)):
-            if name not in known:
-                raise UserError(f"no {kind} {name!r}; choose one of {', '.join(known)}")
-        loader = DATASETS[self.dataset]
-        for name, value in self.options.items():
-            _, low, high = loader_options(loader)[name].option
-            if isinstance(value, int) and (value < low or (high is not None and value > high)):
-                raise UserError(
-                    f"--{name} {value}: choose {low} or greater" + (f", at most {high}" if high else "")
-                )
-        try:
-            return loader(split, Path(self.root), Path(self.cache_dir), **self.options)
-        except ValueError as error:
-            raise UserError(f"--dataset {self.dataset}: {error}") from error
-        except OSError as error:
-            reason = f"cannot read {error.filename}: {error.strerror}" if error.filename else error
-            raise UserError(f"--dataset {self.dataset}: {reason}") from error
+        images = self._read(split)
+        normalisation = normalisation or images.normalisation
+        if normalisation is None:
+            normalisation = self._read("background").statistics()
+        smallest, largest = min(images.sizes), max(images.sizes)
+        log.info(
+            "%s: %d classes of %s %s images, data hash %s",
+            images.name,
+            len(images),
+            largest if smallest == largest else f"{smallest} to {largest}",
+            "grey" if images.images.shape[1] == 1 else "colour",
+            images.data_hash,
+        )
+        return replace(images, normalisation=normalisation)
 
-
-def load_images(source: Source, split: str, normalisation: Normalisation | None = None) -> ImageSet:
-    """All images of a split, with what their pixels are normalised by; logs what they are.
-
-    Args:
-        split: `background` (meta-training) or `evaluation` (meta-test).
-        normalisation: that of a model; None for the set's own or, where it has none, mean and standard
-            deviation of the background split.
-
-    Raises:
-        UserError: as `Source.load`.
-    """
-    images = source.load(split)
-    normalisation = normalisation or images.normalisation
-    if normalisation is None:
-        normalisation = (images if split == "background" else source.load("background")).statistics()
-    smallest, largest = min(images.sizes), max(images.sizes)
-    log.info(
-        "%s: %d classes of %s %s images, manifest %s",
-        images.name,
-        len(images),
-        largest if smallest == largest else f"{smallest} to {largest}",
-        "grey" if images.images.shape[1] == 1 else "colour",
-        images.manifest,
-    )
-    return replace(images, normalisation=normalisation)
+    def _read(self, split: str) -> ImageSet:
+        if split not in self.sets:
+            try:
+                found = DATASETS[self.dataset](split, self.root, self.cache_dir, **self.options)
+            except ValueError as error:
+                raise UserError(f"--dataset {self.dataset}: {error}") from error
+            except OSError as error:
+                what = f"cannot read {error.filename}: {error.strerror or error}"
+                raise UserError(f"--dataset {self.dataset}: {what}") from error
+            self.sets.update({split: found} if isinstance(found, ImageSet) else found)
+        return self.sets[split]

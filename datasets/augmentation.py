@@ -1,4 +1,4 @@
-"""Images changed so that there is more to learn from: other classes, and other drawings of a class."""
+"""Makes more of the images at hand: other classes by symmetries, and other drawings of a class."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TRANSPOSED_AND_FLIPPED = tuple(
 
 
 def show(images: Tensor, symmetries: Tensor) -> Tensor:
-    """Images [N, ..., H, W], H = W, each of the N in one of the 8 symmetries of the square, [N] on the CPU.
+    """Images [N, ..., H, W], H = W, each turned or mirrored by one of the 8 `symmetries`, [N] on the CPU.
 
-    0 to 3 are quarter turns, 4 to 7 the same of the mirrored image. A character turned or mirrored is
-    another character.
+    Symmetries 0 to 3 are quarter turns; 4 to 7 are quarter turns of the mirrored image. A character that is
+    turned or mirrored is another character.
     """
     steps = torch.tensor(TRANSPOSED_AND_FLIPPED)[symmetries].to(images.device, non_blocking=images.is_cuda)
     transpose, vertical, horizontal = steps.view(-1, 3, *[1] * (images.ndim - 1)).unbind(1)
@@ -35,12 +35,12 @@ def show(images: Tensor, symmetries: Tensor) -> Tensor:
 
 
 def distort(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """[B, C, H, W] images, half of them turned, stretched in both directions, sheared and shifted at random.
+    """Images [B, C, H, W], each with probability one half turned, stretched, sheared and shifted at random.
 
-    The other half stays as it is, as all images are at meta-test: drawing an image anew blurs its lines.
+    The other images stay as they are at meta-test: a distorted image has blurred lines.
 
     Args:
-        generator: draws how, on the CPU.
+        generator: source of all randomness, on the CPU.
         strength: of all changes; 1 for up to `TURN`, `STRETCH`, `SHEAR` and `SHIFT`.
     """
     drawn = torch.rand(7, len(images), generator=generator) * 2 - 1

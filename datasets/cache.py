@@ -1,101 +1,63 @@
-"""Images that took seconds to decode or draw, kept in one file: the next start is quick."""
+"""Images that take seconds to decode or draw, kept in one file, so that the next start is quick."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import logging
-import os
-import re
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from utils.errors import UserError
 from utils.files import atomic_write
 
 log = logging.getLogger("anml")
 
-KEPT = 4  # files of a name: a few folders, seeds or states of the same data
-DIGEST_BYTES = hashlib.sha256().digest_size
+PART = 500  # images made at a time
+SECONDS = 0.03  # for images made anew before a cache is used; four are made however long they take
+Make = Callable[[Sequence[int]], NDArray[np.uint8]]
 
 
-def cached(
-    folder: Path,
-    name: str,
-    key: str,
-    shape: tuple[int | None, ...],
-    build: Callable[[], NDArray[np.uint8]],
-) -> NDArray[np.uint8]:
-    """Read a uint8 array of `shape` from `folder`, or build it and leave it there.
+def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> NDArray[np.uint8]:
+    """The images `make(range(count))`, uint8 [count, ...], from `folder / NAME.npz` if it holds them.
 
-    The file is an `.npy` array followed by a sha256 digest of key and array. A damaged file, or one
-    written for another key, is replaced with a warning. A folder that cannot be written costs a
-    warning, not the run. Of the files of a name those last used stay.
+    Before the file is used, up to 20 of its images from the first to the last are made anew. Where one of
+    them differs, the code that prepares images has changed, and the file is built again. So is a file that
+    is damaged or of another origin. One line of the log says why.
 
     Args:
-        folder: made if it does not exist.
-        name: start of the file's name, for people.
-        key: hex digest of everything that the array depends on.
-        shape: of the array that belongs to `key`; None for what is not known before.
-        build: makes the array. Its exceptions pass through, and nothing is written then.
+        name: of the data set; a folder keeps one file for each name.
+        origin: what the images are made of, such as names, sizes and times of files.
+        make: gives the images at some positions, uint8 [N, ...]. Its exceptions pass through.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    path = folder / f"{name}-{key[:16]}.npy"
-    array = _read(path, key, shape)
-    if array is None:
-        array = build()
-        body = io.BytesIO()
-        np.save(body, array, allow_pickle=False)
-        try:
-            with atomic_write(path) as file:
-                file.write(body.getbuffer())
-                file.write(_digest(key, body.getbuffer()))
-        except UserError as error:
-            log.warning("%s; without this cache (--cache_dir) every start prepares the images again", error)
-    _remove_unused(path, name)
-    return array
-
-
-def _remove_unused(path: Path, name: str) -> None:
-    """Note that `path` is in use, and remove all but the `KEPT` files of its name that were used last."""
-    with suppress(OSError):  # it may be somebody else's folder, to be read alone
-        os.utime(path)
-        others = [other for other in path.parent.glob(f"{glob.escape(name)}-*.npy") if _is_key(other, name)]
-        for other in sorted(others, key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
-            other.unlink()
-
-
-def _is_key(path: Path, name: str) -> bool:
-    return re.fullmatch("[0-9a-f]{16}", path.stem.removeprefix(f"{name}-")) is not None
-
-
-def _digest(key: str, body: bytes | memoryview) -> bytes:
-    return hashlib.sha256(key.encode() + b"\n" + body).digest()
-
-
-def _read(path: Path, key: str, shape: tuple[int | None, ...]) -> NDArray[np.uint8] | None:
-    """Return the array in `path`, or None where it is absent, damaged or not what `key` names."""
+    path, key = folder / f"{name}.npz", hashlib.sha256(origin).hexdigest()
     try:
-        content = path.read_bytes()
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            images, found = np.asarray(file["images"], np.uint8), str(file["key"])
+        if (found, len(images)) != (key, count):
+            raise ValueError("it is of other files or options, or the code that prepares images has changed")
+        end = time.perf_counter() + SECONDS
+        for number in range(20):  # the last image, those near a third and two thirds, the first, then others
+            k = (19 + 7 * number) % 20 * (count - 1) // 19
+            if (number < 4 or time.perf_counter() < end) and not np.array_equal(make([k]), images[k : k + 1]):
+                raise ValueError("the code that prepares images has changed")
+        return images
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        log.warning("cannot read the cache %s (%s); building it again", path, error.strerror)
-        return None
-    body, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-    # The digest comes first: NumPy's parser sees nothing but what this module wrote.
-    if digest == _digest(key, body):
-        array = np.load(io.BytesIO(body), allow_pickle=False)
-        fits = len(array.shape) == len(shape) and all(map(_agrees, array.shape, shape))
-        if fits and array.dtype == np.uint8:
-            return np.asarray(array, dtype=np.uint8)
-    log.warning("the cache %s is damaged or belongs to other data; building it again", path)
-    return None
-
-
-def _agrees(size: int, expected: int | None) -> bool:
-    return expected in (None, size)
+        log.info("%s: preparing %d images, once", name, count)
+    except Exception as error:  # NumPy and zipfile raise many kinds on damaged bytes
+        log.warning("%s: the cache %s is built again: %s", name, path, str(error) or type(error).__name__)
+    bar = tqdm(range(0, count, PART), name, leave=False, disable=not sys.stderr.isatty())
+    images = np.concatenate([make(range(count)[start : start + PART]) for start in bar])
+    content = io.BytesIO()
+    np.savez(content, key=np.array(key), images=images)
+    with atomic_write(path) as target:
+        target.write(content.getbuffer())
+    return images

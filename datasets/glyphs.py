@@ -1,8 +1,8 @@
 """Characters made from random strokes: Omniglot's shapes and counts without Omniglot's files.
 
-What makes Omniglot hard is kept. The characters of an alphabet share a small pool of strokes, so
-they are easy to confuse, and no two of the 20 drawings of a character agree in shape, slant, size,
-place or pen. Drawings are made like Omniglot's, black on white at 105 x 105, and shrunk in the same
+Glyphs are hard for the reasons that Omniglot is. The characters of an alphabet share a small pool of
+strokes, so they are easy to confuse, and no two of the 20 drawings of a character agree in shape, slant,
+size, place or pen. Drawings are made like Omniglot's, black on white at 105 x 105, and shrunk in the same
 way. Ink, stroke thickness and the accuracy of nearest neighbours on pixels are close to Omniglot's:
 50% of the images of 50 background classes and 34% of 200 (Omniglot: 50% and 36%) are right by the
 nearest of 15 examples per class.
@@ -10,22 +10,17 @@ nearest of 15 examples per class.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.cache import cached
-from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
-from datasets.images import OMNIGLOT, SIZE, ImageSet, shrink
+from datasets.images import ImageSet, shrink
+from datasets.omniglot import CANVAS, CLASSES, DRAWINGS, characters
 from datasets.options import Option
-
-VERSION = 1
-"""Part of the cache's key and of the manifest: raise it with every change of what is drawn."""
 
 ALPHABETS = {"background": 30, "evaluation": 20}
 
@@ -64,63 +59,57 @@ def load(
         cache_dir: see :func:`datasets.cache.cached`.
         glyph_seed: other seeds are other characters.
     """
-    identity = manifest(split, glyph_seed)
-    shape = (CLASSES[split], DRAWINGS, SIZE, SIZE)
-    images = cached(cache_dir, f"glyphs-{split}", identity, shape, lambda: draw(split, glyph_seed))
-    return ImageSet(
-        f"glyphs {split} (seed {glyph_seed})",
-        torch.from_numpy(images).reshape(-1, 1, SIZE, SIZE),
-        (DRAWINGS,) * CLASSES[split],
-        names(split),
-        identity,
-        OMNIGLOT,
-        DEFAULT_CLASSES[split],
-    )
+    drawn = _strokes(split, glyph_seed)
+    # Few images may differ where a constant has changed, so the cache belongs to the strokes of all images.
+    origin = b"".join(part.tobytes() for part in drawn)
+    count = CLASSES[split] * DRAWINGS
+    images = cached(cache_dir, f"glyphs-{split}", origin, count, lambda some: _render(drawn, list(some)))
+    return characters(f"glyphs {split} (seed {glyph_seed})", split, images, names(split))
 
 
 def names(split: str) -> tuple[str, ...]:
-    """Name the split's characters, `Glyphs01/character01` and so on, in sorted order.
-
-    The evaluation alphabets are numbered after the background ones, so the splits share no name.
-    """
-    alphabets = ALPHABETS[split]
-    first = 1 if split == "background" else 1 + ALPHABETS["background"]
-    smaller, larger = divmod(CLASSES[split], alphabets)
+    """The names of the split's characters, `Glyphs01/character01` and so on, in sorted order."""
     return tuple(
-        f"Glyphs{first + alphabet:02d}/character{character:02d}"
-        for alphabet in range(alphabets)
-        for character in range(1, smaller + (alphabet < larger) + 1)
+        f"Glyphs{alphabet:02d}/character{character:02d}"
+        for alphabet, count in _alphabets(split).items()
+        for character in range(1, count + 1)
     )
 
 
-def manifest(split: str, seed: int) -> str:
-    """Identify what :func:`draw` returns by a sha256 hex digest, without drawing it."""
-    return hashlib.sha256(f"glyphs {VERSION} {split} {seed}\n".encode()).hexdigest()
+def _alphabets(split: str) -> dict[int, int]:
+    """The number of characters in each alphabet of `split`, by the number of the alphabet.
 
-
-def draw(split: str, seed: int) -> NDArray[np.uint8]:
-    """Draw every character of `split`, the same ones for the same `seed` (a non-negative integer).
-
-    Returns:
-        uint8 `[C, 20, 28, 28]`, 0 (ink) to 255 (paper), classes in the order of :func:`names`.
+    The evaluation alphabets are numbered after the background ones, so the splits share none.
     """
-    alphabets = [name.partition("/")[0] for name in names(split)]
-    return np.concatenate(
-        [
-            # Each alphabet has its own generator: the splits are independent of each other.
-            _draw_alphabet(
-                np.random.default_rng([seed, int(alphabet.removeprefix("Glyphs"))]),
-                alphabets.count(alphabet),
-            )
-            for alphabet in dict.fromkeys(alphabets)
-        ]
-    )
+    first = 1 if split == "background" else 1 + ALPHABETS["background"]
+    smaller, larger = divmod(CLASSES[split], ALPHABETS[split])
+    return {first + k: smaller + (k < larger) for k in range(ALPHABETS[split])}
 
 
-def _draw_alphabet(rng: np.random.Generator, characters: int) -> NDArray[np.uint8]:
-    """Draw `[characters, 20, 28, 28]`: prototypes from one pool of strokes, then each drawing."""
-    knots, present = _prototypes(rng, _stroke_pool(rng), characters)
-    return _render(rng, _drawings(rng, knots), present)
+class _Strokes(NamedTuple):
+    """What drawings are made of, one row for each drawing, class after class.
+
+    Attributes:
+        knots: [N, STROKES, KNOTS, 2], in pixels of the canvas.
+        present: bool [N, STROKES], which strokes exist.
+        radius: [N] of the pen, in pixels of the canvas.
+    """
+
+    knots: Floats
+    present: NDArray[np.bool_]
+    radius: Floats
+
+
+def _strokes(split: str, seed: int) -> _Strokes:
+    """The strokes of all drawings of `split`, the same ones for the same `seed` (a non-negative integer)."""
+    drawn = []
+    for alphabet, count in _alphabets(split).items():
+        # Each alphabet has its own generator: the splits are independent of each other.
+        rng = np.random.default_rng([seed, alphabet])
+        prototypes, present = _prototypes(rng, _stroke_pool(rng), count)
+        knots = _drawings(rng, prototypes)
+        drawn.append((knots, np.repeat(present, DRAWINGS, axis=0), rng.uniform(*PEN_RADIUS, len(knots))))
+    return _Strokes(*map(np.concatenate, zip(*drawn, strict=True)))
 
 
 def _stroke_pool(rng: np.random.Generator) -> Floats:
@@ -177,7 +166,7 @@ def _prototypes(rng: np.random.Generator, pool: Floats, characters: int) -> tupl
 
 
 def _drawings(rng: np.random.Generator, knots: Floats) -> Floats:
-    """Vary `[C, STROKES, KNOTS, 2]` prototypes into `[C, DRAWINGS, STROKES, KNOTS, 2]`."""
+    """Vary `[C, STROKES, KNOTS, 2]` prototypes into `[C * DRAWINGS, STROKES, KNOTS, 2]`."""
     characters = len(knots)
     each = (characters, DRAWINGS)
     varied = knots[:, None] + EXTENT * (
@@ -192,7 +181,7 @@ def _drawings(rng: np.random.Generator, knots: Floats) -> Floats:
     affine = slant @ rotation.reshape(*each, 2, 2)
     place = CANVAS / 2 + EXTENT * rng.normal(0.0, TRANSLATION, (*each, 1, 1, 2))
     drawings: Floats = varied @ affine[:, :, None] + place
-    return drawings
+    return drawings.reshape(-1, STROKES, KNOTS, 2)
 
 
 def _spline() -> Floats:
@@ -217,22 +206,19 @@ def _spline() -> Floats:
     return weights[:, 1:-1]
 
 
-def _render(rng: np.random.Generator, knots: Floats, present: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Draw `[C, DRAWINGS, STROKES, KNOTS, 2]` with a round pen, then shrink to 28 x 28."""
-    characters = len(knots)
-    points = _spline() @ knots
-    drawing, stroke = np.nonzero(np.repeat(present, DRAWINGS, axis=0))
-    points = points.reshape(-1, STROKES, SAMPLES, 2)[drawing, stroke]
+def _render(strokes: _Strokes, positions: list[int]) -> NDArray[np.uint8]:
+    """Draw the drawings at N positions with a round pen, then shrink them to uint8 `[N, 1, 28, 28]`."""
+    drawing, stroke = np.nonzero(strokes.present[positions])
+    points = (_spline() @ strokes.knots[positions])[drawing, stroke]
+    radius = strokes.radius[positions][drawing]
     reach = int(max(PEN_RADIUS))
     side = CANVAS + 2 * BORDER
     pixel = np.clip(np.rint(points).astype(np.intp) + BORDER, reach, side - 1 - reach)
     index = (drawing[:, None] * side + pixel[..., 1]) * side + pixel[..., 0]
-    radius = rng.uniform(*PEN_RADIUS, characters * DRAWINGS)[drawing]
-    canvas = np.full((characters * DRAWINGS, side, side), 255, np.uint8)
+    canvas = np.full((len(positions), side, side), 255, np.uint8)
     ink = canvas.reshape(-1)
     for down in range(-reach, reach + 1):
         for right in range(-reach, reach + 1):
             ink[index[radius >= np.hypot(down, right)] + down * side + right] = 0
     inside = slice(BORDER, BORDER + CANVAS)
-    small = np.stack([shrink(Image.fromarray(picture[inside, inside])) for picture in canvas])
-    return small.reshape(characters, DRAWINGS, SIZE, SIZE)
+    return np.stack([shrink(Image.fromarray(picture[inside, inside]))[None] for picture in canvas])

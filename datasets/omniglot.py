@@ -1,74 +1,64 @@
 """Omniglot (Lake et al. 2015) from `ROOT/omniglot-py/` and the like: extracted folders, zips, or a download.
 
-Everything is checked before it is used, and what is wrong is named with the file it is wrong in.
+All names, counts and pictures are checked before they are used. A message names the file that is wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
-import io
 import logging
 import os
 import re
-import socket
-import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple, Protocol
-from urllib.error import HTTPError
+from typing import NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from datasets.cache import cached
-from datasets.characters import CANVAS, CLASSES, DEFAULT_CLASSES, DRAWINGS
-from datasets.decoding import DAMAGE, progress, reason
-from datasets.images import OMNIGLOT, SIZE, ImageSet, shrink
+from datasets.images import DAMAGE, OMNIGLOT, SIZE, ImageSet, open_picture, reason, shrink
 from utils.errors import UserError
+from utils.files import atomic_write
 
 log = logging.getLogger("anml")
 
-FORMAT = "1: grey, 28x28 LANCZOS"
-"""Part of the cache's key: change it with whatever happens to a picture on its way to the cache."""
+CLASSES = {"background": 964, "evaluation": 659}
+"""Characters of each split of Omniglot (Lake et al. 2015)."""
 
+DEFAULT_CLASSES = {"background": 963, "evaluation": 650}
+"""Characters that the paper meta-trains on, and that the released code draws meta-tests from."""
+
+DRAWINGS = 20  # of each character, each by another person
+CANVAS = 105  # pixels, side of a drawing as published
 DRAWING_NAME = re.compile(r"[^/]+/character\d\d/\d{4}_\d\d\.png")
-NETWORK_TIMEOUT = 30.0  # seconds without a byte
+
+URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+"""Where the authors' zips are."""
+
+MD5 = {"background": "68d2efa1b9178cc56df9314c21c6e718", "evaluation": "6b91aef0f799c5bb55b94e3f2daec811"}
+TIMEOUT = 30.0  # seconds without a byte
 
 
 class Drawing(NamedTuple):
-    """One PNG file."""
+    """One PNG file: its name, such as `Alphabet/character01/0709_01.png`, and its path in the folder or zip.
 
-    name: str  # `Alphabet/character01/0709_01.png`
-    member: str  # where its source holds it
-    size: int  # bytes
-    stamp: int  # changes with the content: CRC-32 in a zip, modification time (ns) in a folder
+    Its stamp is its size with its modification time (ns) in a folder, or with its CRC-32 in a zip.
+    """
 
-
-class Source(Protocol):
-    """Where the drawings of one split are."""
-
-    path: Path
-
-    def where(self, member: str) -> str:
-        """Name a member in a message."""
-
-    def scan(self) -> list[Drawing]:
-        """List all PNG files. Raises one of DAMAGE."""
-
-    def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:
-        """Read the drawings' files. Raises UserError."""
+    name: str
+    member: str
+    stamp: tuple[int, int]
 
 
 def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
     """Omniglot, which is downloaded where it is missing.
-
-    It comes from `images_<split>/`, else its zip, in :func:`_places`, else a download.
 
     Args:
         split: `background` or `evaluation`; nothing of the other split is touched.
@@ -76,56 +66,51 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
         cache_dir: see :func:`datasets.cache.cached`.
 
     Returns:
-        20 grey images of each class, sorted by alphabet, character and file name. The manifest is
-        a hash of sorted file names and sizes, the same for folders and for zips however packed.
+        20 grey images of each class, sorted by alphabet, character and file name.
 
     Raises:
         UserError: the data is missing and cannot be downloaded, or incomplete, or damaged.
     """
-    source = _find(split, root)
+    place = _find(split, root)
     try:
-        drawings = sorted(source.scan(), key=lambda drawing: drawing.name.split("/"))
+        with contextlib.nullcontext() if place.is_dir() else zipfile.ZipFile(place) as archive:
+            drawings = sorted(_scan(place, archive), key=lambda drawing: drawing.name.split("/"))
+            classes = _check(place, drawings, CLASSES[split])
+
+            def make(positions: Sequence[int]) -> NDArray[np.uint8]:
+                images = np.empty((len(positions), 1, SIZE, SIZE), np.uint8)
+                for image, position in zip(images, positions, strict=True):
+                    member = drawings[position].member
+                    try:
+                        image[0] = _decode(archive.read(member) if archive else (place / member).read_bytes())
+                    except DAMAGE as error:
+                        raise _fault(place, reason(error, "PNG"), member) from error
+                return images
+
+            origin = repr([(drawing.name, drawing.stamp) for drawing in drawings]).encode()
+            images = cached(cache_dir, f"omniglot-{split}", origin, len(drawings), make)
     except DAMAGE as error:
-        raise _fault(source, reason(error, "PNG")) from error
-    characters = _check(source, drawings, CLASSES[split])
-    manifest = hashlib.sha256()
-    key = hashlib.sha256(f"{FORMAT}\n".encode())
-    for name, _, size, stamp in drawings:
-        manifest.update(f"{name} {size}\n".encode())
-        key.update(f"{name} {size} {stamp}\n".encode())
-    shape = (len(characters), DRAWINGS, SIZE, SIZE)
-    images = cached(
-        cache_dir,
-        f"omniglot-{split}",
-        key.hexdigest(),
-        shape,
-        lambda: _decode_all(source, drawings).reshape(shape),
-    )
-    return ImageSet(
-        f"omniglot {split}",
-        torch.from_numpy(images).reshape(-1, 1, SIZE, SIZE),
-        (DRAWINGS,) * len(characters),
-        characters,
-        manifest.hexdigest(),
-        OMNIGLOT,
-        DEFAULT_CLASSES[split],
-    )
+        raise _fault(place, reason(error, "PNG")) from error
+    return characters(f"omniglot {split}", split, images, classes)
 
 
-def _find(split: str, root: Path) -> Source:
-    """Return the split's folder or zip under `root`, which is downloaded if neither is there."""
+def characters(name: str, split: str, images: NDArray[np.uint8], classes: tuple[str, ...]) -> ImageSet:
+    """The set of `images`, `[20 * C, 1, 28, 28]`, normalised and used as Omniglot's `split` is by default."""
+    sizes = (DRAWINGS,) * len(classes)
+    return ImageSet(name, torch.from_numpy(images), sizes, classes, OMNIGLOT, DEFAULT_CLASSES[split])
+
+
+def _find(split: str, root: Path) -> Path:
+    """The split's folder or zip under `root`, which is downloaded where neither is there."""
     try:
         places = _places(root)
         for place in places:
-            if (folder := place / f"images_{split}").is_dir():
-                return _Folder(folder)
-            if os.path.lexists(archive := place / f"images_{split}.zip"):
-                return _Archive(archive)
-        archive = places[0] / f"images_{split}.zip"
-        _download(split, archive)
+            for found in (place / f"images_{split}", place / f"images_{split}.zip"):
+                if os.path.lexists(found):
+                    return found
     except OSError as error:
         raise UserError(f"cannot look into {root}: {error.strerror}; choose another root") from error
-    return _Archive(archive)
+    return _download(split, places[0] / f"images_{split}.zip")
 
 
 def _places(root: Path) -> list[Path]:
@@ -141,168 +126,69 @@ def _places(root: Path) -> list[Path]:
     return [home, root, *(place for pattern in others for place in sorted(root.glob(pattern)))]
 
 
-def _download(split: str, archive: Path) -> None:
-    """Download and md5-check a split's official zip; `archive` appears complete or not at all."""
-    # Only here: torchvision takes a second to import, and a start from the cache does without.
-    import torchvision.datasets
-
-    # Whatever is unfinished stays in a temporary folder on the same disk, and goes with it.
-    nearest = next(parent for parent in archive.absolute().parents if parent.exists())
+def _download(split: str, archive: Path) -> Path:
+    """Download a split's official zip to `archive`, which appears whole or not at all; returns `archive`."""
     log.info("downloading Omniglot's %s split to %s", split, archive)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
-        with (
-            tempfile.TemporaryDirectory(
-                prefix=".omniglot-", dir=nearest, ignore_cleanup_errors=True
-            ) as temporary,
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            torchvision.datasets.Omniglot(temporary, background=split == "background", download=True)
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            Path(temporary, "omniglot-py", archive.name).replace(archive)
-    except (*DAMAGE, http.client.HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()  # it holds the connection
+        with urlopen(f"{URL}/images_{split}.zip", timeout=TIMEOUT) as reply:  # noqa: S310 (a fixed address)
+            content = reply.read()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[split]:
+            raise ValueError(f"{URL} sent another file than the published one")
+    except (*DAMAGE, HTTPException) as error:
         raise UserError(
             f"{archive} is missing and cannot be downloaded ({reason(error)}); connect to the "
             "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    with atomic_write(archive) as file:
+        file.write(content)
+    return archive
 
 
-class _Folder:
-    """An extracted split: `<alphabet>/<character>/<file>.png`, perhaps a folder or two deeper."""
+def _scan(place: Path, archive: zipfile.ZipFile | None) -> Iterator[Drawing]:
+    """All PNG files of a folder, or of the zip `archive` at `place`; hidden ones are left out.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def where(self, member: str) -> str:
-        return str(self.path / member)
-
-    def scan(self) -> list[Drawing]:
-        drawings = []
-        # "Extract All" of images_background.zip makes images_background/images_background.
-        above = (self.path.glob(f"{deeper}*/character01/[0-9]*.png") for deeper in ("", "*/", "*/*/"))
-        top = next((found.parents[2] for paths in above for found in sorted(paths)), self.path)
-        inside = "".join(f"{folder}/" for folder in top.relative_to(self.path).parts)
-        for alphabet in _folders(top):
-            for character in _folders(alphabet.path):
-                with os.scandir(character.path) as files:
-                    for file in files:
-                        if _is_drawing(file.name):
-                            status = file.stat()
-                            name = f"{alphabet.name}/{character.name}/{file.name}"
-                            member = inside + name
-                            drawings.append(Drawing(name, member, status.st_size, status.st_mtime_ns))
-        return drawings
-
-    def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:
-        for drawing in drawings:
-            try:
-                content = (self.path / drawing.member).read_bytes()
-            except OSError as error:
-                raise _fault(self, reason(error, "PNG"), drawing.member) from error
-            yield drawing, content
+    Any folders may lead to the alphabets: a zip may be packed anew, and "Extract All" of
+    `images_background.zip` makes `images_background/images_background`.
+    """
+    if archive is None:
+        status = [(path.relative_to(place).as_posix(), path.stat()) for path in place.rglob("*.png")]
+        found = [(member, (now.st_size, now.st_mtime_ns)) for member, now in status]
+    else:
+        found = [(info.filename, (info.file_size, info.CRC)) for info in archive.infolist()]
+    for member, stamp in found:
+        parts = member.replace("\\", "/").split("/")  # some programs write backslashes
+        if parts[-1].lower().endswith(".png") and not parts[-1].startswith("."):
+            yield Drawing("/".join(parts[-3:]), member, stamp)
 
 
-class _Archive:
-    """A zip of a split, official or packed anew: any path may lead to `<alphabet>/`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def where(self, member: str) -> str:
-        return f"{self.path}:{member}"
-
-    def scan(self) -> list[Drawing]:
-        with zipfile.ZipFile(self.path) as archive:
-            return [
-                Drawing("/".join(parts[-3:]), info.filename, info.file_size, info.CRC)
-                for info in archive.infolist()
-                # Some programs write backslashes.
-                if _is_drawing((parts := re.split(r"[/\\]", info.filename))[-1])
-            ]
-
-    def contents(self, drawings: Iterable[Drawing]) -> Iterator[tuple[Drawing, bytes]]:
-        with zipfile.ZipFile(self.path) as archive:
-            for drawing in drawings:
-                try:
-                    content = archive.read(drawing.member)
-                except DAMAGE as error:
-                    raise _fault(self, reason(error, "PNG"), drawing.member) from error
-                yield drawing, content
-
-
-def _folders(path: Path | str) -> list[os.DirEntry[str]]:
-    with os.scandir(path) as entries:
-        return [entry for entry in entries if entry.is_dir()]
-
-
-def _is_drawing(file_name: str) -> bool:
-    """Tell pictures from the notes, thumbnails and hidden files that people and systems add."""
-    return file_name.lower().endswith(".png") and not file_name.startswith(".")
-
-
-def _check(source: Source, drawings: list[Drawing], classes: int) -> tuple[str, ...]:
-    """Check names and counts of the sorted drawings, and return the characters' names, sorted."""
-    files: defaultdict[str, list[Drawing]] = defaultdict(list)
+def _check(place: Path, drawings: list[Drawing], classes: int) -> tuple[str, ...]:
+    """The names of the classes, sorted as the drawings are. Raises UserError for a wrong name or number."""
+    members: defaultdict[str, list[str]] = defaultdict(list)
     for drawing in drawings:
         if not DRAWING_NAME.fullmatch(drawing.name):
-            raise _fault(source, "not named ALPHABET/characterNN/NNNN_NN.png as in Omniglot", drawing.member)
-        files[drawing.name.rpartition("/")[0]].append(drawing)
-    for members in files.values():
-        if len(members) != DRAWINGS:
-            numbers = {int(drawing.name[-6:-4]) for drawing in members}
-            absent = [f"_{k:02d}.png" for k in range(1, DRAWINGS + 1) if k not in numbers]
-            raise _fault(
-                source,
-                f"{len(members)} drawings instead of {DRAWINGS}"
-                + (f", {', '.join(absent)} missing" if absent else ""),
-                members[0].member.rpartition("/")[0],
-            )
-    for character in files:
-        before = f"{character[:-2]}{int(character[-2:]) - 1:02d}"
-        if not before.endswith("00") and before not in files:
-            raise _fault(source, f"{before} is missing or has no drawings")
-    if len(files) != classes:
-        alphabets = len({character.partition("/")[0] for character in files})
+            raise _fault(place, "not named ALPHABET/characterNN/NNNN_NN.png as in Omniglot", drawing.member)
+        members[drawing.name.rpartition("/")[0]].append(drawing.member)
+    for files in members.values():
+        if len(files) != DRAWINGS:
+            folder = files[0].rpartition("/")[0]
+            raise _fault(place, f"{len(files)} drawings instead of {DRAWINGS}", folder)
+    if len(members) != classes:
+        alphabets = len({name.partition("/")[0] for name in members})
         raise _fault(
-            source,
-            f"{len(files)} characters in {alphabets} alphabets instead of {classes} characters",
+            place, f"{len(members)} characters in {alphabets} alphabets instead of {classes} characters"
         )
-    return tuple(files)
-
-
-def _decode_all(source: Source, drawings: list[Drawing]) -> NDArray[np.uint8]:
-    """Decode the drawings to uint8 `[N, 28, 28]`."""
-    log.info("decoding %d images of %s, once", len(drawings), source.path)
-    images = np.empty((len(drawings), SIZE, SIZE), np.uint8)
-    read = progress(source.contents(drawings), len(drawings))
-    for image, (drawing, content) in zip(images, read, strict=True):
-        try:
-            image[:] = _decode(content)
-        except DAMAGE as error:
-            raise _fault(source, reason(error, "PNG"), drawing.member) from error
-    return images
+    return tuple(members)
 
 
 def _decode(content: bytes) -> NDArray[np.uint8]:
     """Decode one PNG file to uint8 `[28, 28]`. Raises one of DAMAGE."""
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-        if picture.size != (CANVAS, CANVAS):
-            width, height = picture.size
-            raise ValueError(f"{width} x {height} pixels instead of {CANVAS} x {CANVAS}")
-        # Decoding alone ignores checksums, and verifying uses the picture up.
-        picture.verify()
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-        return shrink(picture)
+    picture = open_picture(content, ("PNG",))
+    if picture.size != (CANVAS, CANVAS):
+        width, height = picture.size
+        raise ValueError(f"{width} x {height} pixels instead of {CANVAS} x {CANVAS}")
+    return shrink(picture)
 
 
-def _fault(source: Source, what: str, member: str = "") -> UserError:
-    where = source.where(member) if member else str(source.path)
-    return UserError(
-        f"{where}: {what}; restore it, or remove {source.path} to have Omniglot downloaded again"
-    )
+def _fault(place: Path, what: str, member: str = "") -> UserError:
+    where = f"{place}{'/' if place.is_dir() else ':'}{member}" if member else f"{place}"
+    return UserError(f"{where}: {what}; restore it, or remove {place} to have Omniglot downloaded again")

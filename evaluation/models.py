@@ -1,4 +1,4 @@
-"""The models that an evaluation tests: read, of one treatment, known by their content."""
+"""Reads the models of an evaluation, which are of one treatment, and compares them by content."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from datasets import Source
+from flags.evaluation import Evaluation
 from model.modelfactory import Network, build, fingerprint, restore_model
 from model.treatments import TABLE, Weights
 from utils.checkpoint import load_checkpoint
@@ -24,77 +25,83 @@ class Model(NamedTuple):
     """One model to test.
 
     Attributes:
-        name: its column `model` in the results: the file as it was typed, or `scratch`.
+        name: what the column `model` of the results holds: the file as it was typed, or `scratch`.
         net: the network.
-        weights: how they were made.
-        sha256: of the file, hexadecimal; empty without one.
-        step: meta-steps that it was trained for.
-        arguments: of its training; empty without one.
+        weights: what made its weights.
+        sha256: hexadecimal digest of the file; empty without a file.
+        step: meta-steps of its training.
+        arguments: flags of its training; empty without a file.
     """
 
     name: str
     net: Network
     weights: Weights
-    sha256: str
-    step: int
-    arguments: Mapping[str, Any]
+    sha256: str = ""
+    step: int = 0
+    arguments: Mapping[str, Any] = {}
+
+    @property
+    def kind(self) -> str:
+        """Weights and network in words, for messages."""
+        return f"{self.weights} {self.net.network}"
 
     def about(self) -> dict[str, str | int]:
-        """What a run folder says of it."""
+        """What `config.json` says of the model."""
         return {"name": self.name, "weights": self.weights, "sha256": self.sha256, "step": self.step}
 
 
-def load_models(paths: Sequence[Path]) -> list[Model]:
-    """The models in files, on the CPU.
+def models_to_test(args: Evaluation) -> list[Model]:
+    """The models of `--model`, each once, on the CPU; for `--scratch` one new network, of the shape of
+    `--model` if that is given.
 
     Raises:
-        UserError: a file is unreadable, or the models are not all of one treatment.
+        UserError: a file is unreadable, or a model is not of the treatment of the others or of
+            `--treatment-preset`.
     """
-    models = [_load(path) for path in paths]
-    first = models[0]
+    models = [_load(path) for path in args.model or ()]
     for model in models[1:]:
-        if (_kind(model), model.net.widths) != (_kind(first), first.net.widths):
+        first = models[0]
+        if (model.kind, model.net.widths) != (first.kind, first.net.widths):
             raise UserError(
-                f"--model takes models of one treatment: {first.name} holds {_kind(first)} of "
-                f"{first.net.widths}, {model.name} holds {_kind(model)} of {model.net.widths}"
+                f"--model takes models of one treatment: {first.name} holds {first.kind} of "
+                f"{first.net.widths}, {model.name} holds {model.kind} of {model.net.widths}"
             )
         if model.net.normalisation != first.net.normalisation:
             raise UserError(
                 f"--model takes models trained on the same images: {first.name} and {model.name} normalise "
                 "pixels otherwise"
             )
-    return models
+    if args.scratch:
+        shape = models[0].net if models else None
+        network, widths = (shape.network, shape.widths) if shape else (args.treatment or "ANML", args.widths)
+        models = [
+            Model("scratch", build(network, widths, torch.Generator().manual_seed(args.seed)), "random")
+        ]
+    if args.treatment_preset is not None:
+        row, model = TABLE[args.treatment_preset], models[0]
+        if row.network not in (model.net.network, None) or row.weights != model.weights:
+            raise UserError(
+                f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
+                f"{model.name} holds {model.kind}"
+            )
+    return _distinct(models)
 
 
-def new_model(network: str, widths: Mapping[str, Any], seed: int) -> Model:
-    """A model of `--scratch`: random weights that follow from `seed`.
-
-    Args:
-        network: a key of `NETWORKS`.
-        widths: arguments of its class.
-    """
-    net = build(network, widths, torch.Generator().manual_seed(seed))
-    return Model("scratch", net, "random", "", 0, {})
+def _load(path: Path) -> Model:
+    saved = load_checkpoint(path)
+    log.info("%s: %s after %d steps", path, saved.network, saved.step)
+    net, sha256 = restore_model(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()
+    return Model(str(path), net, weights_of(saved.arguments), sha256, saved.step, saved.arguments)
 
 
-def check_preset(model: Model, preset: str | None) -> None:
-    """Raise UserError where a model is not of the treatment of `--treatment-preset`."""
-    if preset is None:
-        return
-    row = TABLE[preset]
-    if row.network not in (model.net.network, None) or row.weights != model.weights:
-        raise UserError(
-            f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
-            f"{model.name} holds {_kind(model)}"
-        )
+def weights_of(arguments: Mapping[str, Any]) -> Weights:
+    """How the weights of a model file were made, from the arguments in it."""
+    return "pretrained" if arguments.get("weights") == "pretrained" else "meta-trained"
 
 
-def distinct(models: list[Model]) -> list[Model]:
-    """The models without those whose weights another one before them has, such as the last model that
-    training kept and its final one: counted twice they would narrow an interval over models.
-
-    Their files may differ in what they say of the training.
-    """
+def _distinct(models: list[Model]) -> list[Model]:
+    """The models without those of the same weights as one before them, such as the last model that training
+    kept beside its final one: counted twice, weights would narrow an interval over models."""
     kept: dict[str, Model] = {}
     for model in models:
         first = kept.setdefault(fingerprint(model.net), model)
@@ -103,28 +110,25 @@ def distinct(models: list[Model]) -> list[Model]:
     return list(kept.values())
 
 
-def match_earlier(models: list[Model], data: Mapping[str, str], folder: Path) -> list[Model]:
+def match_earlier(models: list[Model], decided: Mapping[str, Any], folder: Path) -> list[Model]:
     """The models under the names that the evaluation in a run folder gave them.
 
     Args:
-        data: what identifies the data in use, as `config.json` has it.
+        decided: what else must be as `config.json` has it: the plan, and what identifies the images.
         folder: of the evaluation that is resumed.
 
     Raises:
-        UserError: models or data are not those of the folder, by content.
+        UserError: models, by content, or something decided are not those of the folder.
     """
     config = read_config(folder)
-    for key, value in data.items():
-        if config.get(key) != value:
+    for key, value in decided.items():
+        if config.get(key, value) != value:  # runs of commit d362890 have no data hash
             raise UserError(f"--resume {folder}: its {key} was {config.get(key)}, and is now {value}")
-    recorded = config.get("models")
-    # One that was begun before models were told apart goes on with the draws it gave to each file.
-    if isinstance(recorded, list) and len(recorded) < len(models):
-        models = distinct(models)
-    if not isinstance(recorded, list) or len(recorded) != len(models):
-        raise UserError(f"--resume {folder}: --model names {len(models)} files, not those it was begun with")
+    earlier = config.get("models")
+    if not isinstance(earlier, list) or len(earlier) != len(models):
+        raise UserError(f"--resume {folder}: --model names {len(models)} models, not those it was begun with")
     matched = []
-    for model, before in zip(models, recorded, strict=True):
+    for model, before in zip(models, earlier, strict=True):
         if not isinstance(before, dict) or before.get("sha256") != model.sha256:
             raise UserError(
                 f"--resume {folder}: --model {model.name} is another file than the one it was begun with, "
@@ -135,8 +139,8 @@ def match_earlier(models: list[Model], data: Mapping[str, str], folder: Path) ->
 
 
 def warn_of_other_data(models: Sequence[Model], source: Source) -> None:
-    """Say where a model was trained on the same kind of data with other options: of a folder that is split
-    by a draw, it may have seen the classes that it is tested on."""
+    """Warn where a model was trained on the same data set with other options: of a folder that is split by a
+    draw, the training may have seen the classes that are tested."""
     for model in models:
         if model.arguments.get("dataset") != source.dataset:
             continue
@@ -148,20 +152,3 @@ def warn_of_other_data(models: Sequence[Model], source: Source) -> None:
                     "trained on",
                     *(model.name, name, before, value),
                 )
-
-
-def weights_of(arguments: Mapping[str, Any]) -> Weights:
-    """How the weights of a model file were made, from the arguments in it."""
-    return "pretrained" if arguments.get("weights") == "pretrained" else "meta-trained"
-
-
-def _load(path: Path) -> Model:
-    saved = load_checkpoint(path)
-    log.info("%s: %s after %d steps", path, saved.network, saved.step)
-    net = restore_model(saved, path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Model(str(path), net, weights_of(saved.arguments), sha256, saved.step, saved.arguments)
-
-
-def _kind(model: Model) -> str:
-    return f"{model.weights} {model.net.network}"

@@ -1,4 +1,5 @@
-"""What meta-training looks at on its way; nothing here changes the network or a random draw of training."""
+"""Measurements of a network while it is meta-trained; they change neither the network nor a draw of
+training."""
 
 from __future__ import annotations
 
@@ -15,19 +16,20 @@ from model.meta_learner import active_fraction
 from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import Network
 from model.representation import represent
-from model.scores import MEASURES
+from model.scores import ACCURACY, accuracies
 from utils.run import Run
 
 log = logging.getLogger("anml")
 
-LR = 0.001  # of the small meta-tests: the best rate at most lengths
+LR = 0.001  # of the small meta-tests: the best rate for most class counts
 SHOWN = 10  # classes whose gates are drawn, two images each
 
 
 def validate(run: Run, net: Network, images: Pool, step: int, classes: int, learner: str) -> None:
-    """A small meta-test on meta-training classes of two or more images, and the gates of the first ones.
+    """Log a small meta-test on meta-training classes of two or more images, and a picture of gates.
 
-    Of 20 images 15 are learned and 5 tested, of fewer as large a part.
+    Of the 20 images of a class 15 are learned and 5 tested; of fewer images, the same share. The picture
+    shows the gates of two images of each of the first `SHOWN` classes.
 
     Args:
         learner: key of `model.meta_test.LEARNERS`.
@@ -48,10 +50,10 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
         own_head=kind.takes_steps,
     )
     score = test.score(classes, LR, "validation", draw=0)
-    found = score.accuracies()
-    run.scalars(step, {f"meta_val/{MEASURES[name].tag}": value for name, value in found.items()})
+    found = {name: score[name] for name in accuracies()}
+    run.scalars(step, {f"meta_val/{ACCURACY.tag.format(name)}": value for name, value in found.items()})
     text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
-    text = "diverged" if score.diverged else text
+    text = "diverged" if score["diverged"] else text
     log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
     shown = torch.stack([images[label][:2] for label in range(min(classes, SHOWN))])
     gate = represent(net, shown).gate
@@ -61,7 +63,8 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
 
 
 def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
-    """Mean of the gate and fraction of features that are active before and after it, on [B, C, 28, 28]."""
+    """Mean of the gate, and fraction of features that are active before and after it, on images [B, C, 28,
+    28]; in a network without a gate the fraction of active features alone."""
     seen = represent(net, images[None])
     if seen.gate is None:
         return {"meta_train/active": active_fraction(seen.before.rows)}

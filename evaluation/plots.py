@@ -1,8 +1,10 @@
-"""Figures of evaluations and of representations, drawn without pyplot, so without a display or state."""
+"""Figures of evaluations and trainings, which depend on no display and no settings of the user."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation.results import METRICS
-from model.scores import Measure, accuracies
+from model.scores import MEASURES, accuracies
 from utils.files import atomic_write
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import and most runs draw nothing
@@ -33,7 +35,6 @@ STYLES = (
     (":", "*", "tab:pink"),
 )
 DPI = 150  # of PNG files
-LABELS = 60  # names along an axis, beyond which none is readable
 SMOOTHED = 50  # meta-steps, since that of one trajectory says little
 PUBLISHED = ("o", "s", "^", "D", "v", "P", "X", "*")  # hollow, without a line
 FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
@@ -43,62 +44,92 @@ Summary = Sequence[Mapping[str, Any]]
 95% interval, 0 to 1, of each accuracy: `test`, `test_low`, `test_high` and the like, None if unknown."""
 
 
-def accuracy_figure(rows: Summary) -> Figure:
-    """Accuracies of one treatment against the number of classes learned, and chance."""
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Within this context matplotlib has its own defaults, whatever files and variables of the user say."""
+    os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; an unknown name would end that
+    import matplotlib
+
+    defaults = matplotlib.rcParamsDefault
+    with matplotlib.rc_context({key: defaults[key] for key in defaults if not key.startswith("backend")}):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, whose parts make room for each other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@default_style()
+def accuracy_figure(rows: Summary) -> Figure:
+    """Accuracies of one treatment against the number of classes learned, and chance."""
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
-    for style, measure in zip(cycle(STYLES), _measured(rows)):
-        _curve(axes, rows, measure.name, measure.title, style)
-    _against_classes(axes, [rows])
+    for style, name in zip(cycle(STYLES), accuracies()):
+        _curve(axes, rows, name, MEASURES[name].title, style)
+    _frame(axes, rows)
     axes.legend()
     return figure
 
 
-def comparison_figure(curves: Mapping[str, Summary], targets: Sequence[Target] = ()) -> Figure:
-    """Accuracy of several treatments against the number of classes, a panel for each accuracy.
+@default_style()
+def comparison_figure(
+    curves: Mapping[str, Summary], targets: Sequence[Target] = (), against: str = "classes"
+) -> Figure:
+    """Accuracy of several treatments against the number of classes, or against the meta-steps that their
+    models were trained for, a panel for each accuracy.
 
     Args:
-        curves: by the name in the legend.
-        targets: published accuracies, drawn as hollow markers with their spread.
+        curves: by the name in the legend. targets: published accuracies, drawn as hollow markers with their
+        spread. against: `classes`, or `step`, which the lines of the curves then have beside the entries of a
+        summary.
     """
-    from matplotlib.figure import Figure
-
     sources = list(dict.fromkeys((target.treatment, target.source) for target in targets))
-    entries = len(curves) + len(sources) + 1
-    measures = _measured([row for rows in curves.values() for row in rows])
-    figure = Figure(figsize=(5.5 * len(measures), 4.6 + 0.2 * -(-entries // 3)), layout="constrained")
-    panels = figure.subplots(1, len(measures), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, measure in zip(panels, measures, strict=True):
+    all_rows = [row for rows in curves.values() for row in rows]
+    columns, height = (3, 4.6 + 0.2 * -(-(len(curves) + len(sources) + 1) // 3))
+    if against == "step":
+        columns, height = 4, 4.6
+    figure = new_figure(5.5 * len(accuracies()), height)
+    panels = figure.subplots(1, len(accuracies()), sharex=True, sharey=True, squeeze=False)[0]
+    legend: dict[str, Any] = {}
+    for axes, name in zip(panels, accuracies(), strict=True):
         for style, (label, rows) in zip(cycle(STYLES), curves.items()):
-            _curve(axes, rows, measure.name, label, style)
+            _curve(axes, rows, name, label, style, against)
         for marker, (treatment, source) in zip(cycle(PUBLISHED), sources):
-            wanted = (measure.name, treatment, source)
+            wanted = (name, treatment, source)
             points = [t for t in targets if (t.quantity, t.treatment, t.source) == wanted]
             if points:
-                _published(axes, points, marker, f"{treatment}, published: {source}")
-        _against_classes(axes, list(curves.values()))
-        axes.set_title(measure.title)
+                axes.errorbar(
+                    [target.classes or 0 for target in points],
+                    [target.published for target in points],
+                    yerr=[np.nan if target.spread is None else target.spread for target in points],
+                    fmt=marker,
+                    color="black",
+                    markerfacecolor="none",  # so that ours shows through
+                    elinewidth=1,
+                    markersize=9,
+                    zorder=3,
+                    label=f"{treatment}, published: {source}",
+                )
+        _frame(axes, all_rows, against)
+        axes.set_title(MEASURES[name].title)
         axes.label_outer()
-    by_label = {
-        label: handle
-        for axes in panels
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize=9)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            legend[str(label)] = handle
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=9)
     return figure
 
 
+@default_style()
 def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
     """What trainings measured at each meta-step, as means over `SMOOTHED` steps: loss and accuracies.
 
     Args:
         runs: by the name in the legend, the columns that `evaluation.results.read_metrics` returns.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure(9, 3.6)
     panels = figure.subplots(1, 2, sharex=True)
     for (line, _, colour), (label, columns) in zip(cycle(STYLES), runs.items()):
         width = min(SMOOTHED, len(columns["step"]))
@@ -117,30 +148,7 @@ def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Fi
     return figure
 
 
-def steps_figure(curves: Mapping[str, Summary]) -> Figure:
-    """Accuracy against the meta-steps that models were trained for, a panel for each accuracy.
-
-    Args:
-        curves: by the name in the legend; their lines have `step` beside the entries of a summary.
-    """
-    from matplotlib.figure import Figure
-
-    measures = _measured([row for rows in curves.values() for row in rows])
-    figure = Figure(figsize=(5.5 * len(measures), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(measures), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, measure in zip(panels, measures, strict=True):
-        for style, (label, rows) in zip(cycle(STYLES), curves.items()):
-            _curve(axes, rows, measure.name, label, style, against="step")
-        axes.set_xlabel("meta-steps")
-        axes.set_ylim(0, 102)  # room for the upper half of a marker
-        axes.grid(alpha=0.3)
-        axes.set_title(measure.title)
-    panels[0].set_ylabel(_with_interval("accuracy (%)", [row for rows in curves.values() for row in rows]))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    return figure
-
-
+@default_style()
 def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[str, Target]] = ()) -> Figure:
     """Accuracies of several treatments after the same number of classes, as bars.
 
@@ -148,31 +156,30 @@ def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[
         final: by name, the line of its summary at that class count.
         targets: published accuracies at that class count, each with the name it belongs to.
     """
-    from matplotlib.figure import Figure
-
     (classes,) = {line["classes"] for line in final.values()}
-    names = list(final)
-    figure = Figure(figsize=(7, 1.8 + 0.6 * len(names)), layout="constrained")
+    names, lines = list(final), list(final.values())
+    figure = new_figure(7, 1.8 + 0.6 * len(names))
     axes = figure.add_subplot()
-    lines = list(final.values())
-    measures = _measured(lines)
-    step = 0.8 / len(measures)
-    offsets = {measure.name: (k - (len(measures) - 1) / 2) * step for k, measure in enumerate(measures)}
-    for (colour, hatch), measure in zip(cycle(FILLS), measures):
-        places = np.arange(len(names)) + offsets[measure.name]
-        mean, low, high = (_percent(lines, f"{measure.name}{bound}") for bound in ("", "_low", "_high"))
+    step = 0.8 / len(accuracies())
+    offsets = {name: (k - (len(accuracies()) - 1) / 2) * step for k, name in enumerate(accuracies())}
+    for (colour, hatch), (name, offset) in zip(cycle(FILLS), offsets.items()):
+        places = np.arange(len(names)) + offset
+        mean, low, high = (_percent(lines, f"{name}{bound}") for bound in ("", "_low", "_high"))
         axes.barh(
-            places, mean, 0.95 * step, color=colour, edgecolor="black", hatch=hatch, label=measure.title
+            *(places, mean, 0.95 * step),
+            color=colour,
+            edgecolor="black",
+            hatch=hatch,
+            label=MEASURES[name].title,
         )
         axes.errorbar(mean, places, xerr=(mean - low, high - mean), fmt="none", ecolor="black", capsize=3)
         for place, value in zip(places, mean, strict=True):  # apart from the bars and what is on them
             text = "-" if np.isnan(value) else f"{value:.1f}"
             axes.text(110, place, text, ha="right", va="center", fontsize=9)
-    points = [(name, target) for name, target in targets if target.quantity in offsets]
-    if points:
+    if targets:
         axes.plot(
-            [target.published for _, target in points],
-            [names.index(name) + offsets[target.quantity] for name, target in points],
+            [target.published for _, target in targets],
+            [names.index(name) + offsets[target.quantity] for name, target in targets],
             "D",
             color="black",
             markerfacecolor="white",
@@ -191,19 +198,14 @@ def bars_figure(final: Mapping[str, Mapping[str, Any]], targets: Sequence[tuple[
     return figure
 
 
-def _measured(rows: Summary) -> list[Measure]:
-    """The accuracies that `rows` have; all where they have none, so that there is something to draw on."""
-    return [m for m in accuracies() if any(row.get(m.name) is not None for row in rows)] or accuracies()
-
-
 def _with_interval(label: str, rows: Summary) -> str:
-    """The label of an axis: one run has no interval to be shown."""
-    known = any(row.get(f"{measure.name}_low") is not None for row in rows for measure in accuracies())
+    """The label of an axis, which names the interval where some row has one."""
+    known = any(row.get(f"{name}_low") is not None for row in rows for name in accuracies())
     return f"{label}, 95% interval" if known else label
 
 
 def _percent(rows: Summary, key: str) -> NDArray[np.float64]:
-    """NaN for what is not known, which is not drawn."""
+    """A column in percent; NaN, which is not drawn, for None."""
     return 100 * np.array([row.get(key) for row in rows], dtype=float)
 
 
@@ -221,50 +223,32 @@ def _curve(
     axes.vlines(places, low, high, color=colour, linewidth=1)
 
 
-def _published(axes: Axes, targets: Sequence[Target], marker: str, label: str) -> None:
-    """Hollow markers at published accuracies, with their spread where there is one."""
-    axes.errorbar(
-        [target.classes or 0 for target in targets],
-        [target.published for target in targets],
-        yerr=[np.nan if target.spread is None else target.spread for target in targets],
-        fmt=marker,
-        color="black",
-        markerfacecolor="none",  # so that ours shows through
-        elinewidth=1,
-        markersize=9,
-        zorder=3,
-        label=label,
-    )
-
-
-def _against_classes(axes: Axes, curves: Sequence[Summary]) -> None:
-    """Chance, and the axes of the paper's main figure."""
-    classes = [row["classes"] for rows in curves for row in rows]
-    counts = np.geomspace(min(classes), max(classes), 100)
-    axes.plot(counts, 100 / counts, "k:", label="chance")
-    axes.set_xlabel("classes learned one after another")
-    axes.set_ylabel(_with_interval("accuracy (%)", [row for rows in curves for row in rows]))
-    axes.set_xlim(left=0)
+def _frame(axes: Axes, rows: Summary, against: str = "classes") -> None:
+    """The axes of the paper's main figure and, against classes, chance."""
+    if against == "classes":
+        classes = [row["classes"] for row in rows]
+        counts = np.geomspace(min(classes), max(classes), 100)
+        axes.plot(counts, 100 / counts, "k:", label="chance")
+        axes.set_xlim(left=0)
+    axes.set_xlabel("classes learned one after another" if against == "classes" else "meta-steps")
+    axes.set_ylabel(_with_interval("accuracy (%)", rows))
     axes.set_ylim(0, 102)  # room for the upper half of a marker
     axes.grid(alpha=0.3)
 
 
+@default_style()
 def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Accuracy on every class learned so far, over the course of one run: black is forgotten.
 
     Args:
-        rows: mappings with `seen` (classes learned by then), `position` (of a class, in the order of
-            learning), and `train` and `test` (accuracy on its images, 0 to 1). A picture row is one
-            time, a column one class; the panels are the images trained on and unseen ones.
+        rows: of `evaluation.runs.by_class`, one moment after the other. A picture row is one moment, a column
+            one class; the panels are the images trained on and unseen ones.
     """
     times = sorted({int(row["seen"]) for row in rows})
     accuracy = np.full((2, len(times), times[-1]), np.nan)
     for row in rows:
         accuracy[:, times.index(int(row["seen"])), int(row["position"])] = row["train"], row["test"]
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = new_figure(9, 5)
     panels = figure.subplots(2, 1, sharex=True)
     for axes, values, name in zip(panels, accuracy, ("images trained on", "unseen images"), strict=True):
         # A time's row reaches down from the time before, so that the vertical axis is to scale.
@@ -280,16 +264,15 @@ def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+@default_style()
 def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figure:
     """The gate of several images as rows of grey values, black where a feature is shut off.
 
     Args:
-        gates: `[B, features]`, 0 to 1.
+        gates: [B, features], 0 to 1.
         labels: the class of each of the B images.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.8 + 0.25 * len(gates)), layout="constrained")
+    figure = new_figure(9, 0.8 + 0.25 * len(gates))
     axes = figure.add_subplot()
     image = axes.imshow(gates, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_xlabel("feature of the prediction network")
@@ -299,105 +282,9 @@ def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figu
     return figure
 
 
-def activations_figure(
-    images: NDArray[np.uint8],
-    rows: Mapping[str, NDArray[np.floating[Any]]],
-    names: Sequence[str],
-) -> Figure:
-    """Sample images above their activations, each as a square map (the paper's figure of sparsity).
-
-    Args:
-        images: `[B, 28, 28, C]`, 0 to 255, of one channel or three.
-        rows: by title, `[B, F]` activations, 0 or more. The row `gate` goes from 0 to 1, any other to its
-            largest value.
-        names: of the classes of the B images, `Alphabet/character01`.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 * len(names), 1.6 * (1 + len(rows))), layout="constrained")
-    panels = figure.subplots(1 + len(rows), len(names), squeeze=False)
-    for axes in panels.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    for axes, image, name in zip(panels[0], images, names, strict=True):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(name.replace("/", "\n"), fontsize=7)
-    for line, (title, activations) in zip(panels[1:], rows.items(), strict=True):
-        top = 1.0 if title == "gate" else float(activations.max()) or 1.0
-        for axes, values in zip(line, activations, strict=True):
-            picture = axes.imshow(_square(values), cmap="magma", vmin=0, vmax=top, interpolation="nearest")
-        line[0].set_ylabel(title)
-        figure.colorbar(picture, ax=list(line), shrink=0.8)
-    return figure
-
-
-def _square(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """`[F]` as the smallest square that holds them; 2304 features are 48 x 48. The rest is NaN."""
-    side = int(np.ceil(np.sqrt(len(values))))
-    padded = np.full(side * side, np.nan)
-    padded[: len(values)] = values
-    return padded.reshape(side, side)
-
-
-def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str]) -> Figure:
-    """The mean gate of every class, a row each, the rows of an alphabet together.
-
-    Args:
-        gates: `[C, F]`, 0 to 1, classes sorted by alphabet. Units are shown from the most open one to the
-            most shut one.
-        alphabets: of the C classes.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.add_subplot()
-    order = np.argsort(-gates.mean(0), kind="stable")
-    # Trained gates are nearly shut: a scale up to 1, or to one open unit, would show black.
-    top = float(np.percentile(gates, 99.5)) or 1.0
-    image = axes.imshow(
-        gates[:, order], cmap="magma", vmin=0, vmax=top, aspect="auto", interpolation="antialiased"
-    )
-    names = list(dict.fromkeys(alphabets))
-    starts = [list(alphabets).index(name) for name in names]
-    middles = np.add(starts, [*starts[1:], len(alphabets)]) / 2 - 0.5
-    if len(names) <= LABELS:
-        for start in starts[1:]:
-            axes.axhline(start - 0.5, color="white", linewidth=0.6)
-        axes.set_yticks(middles, names, fontsize=7)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("unit of the gate, from the most open to the most shut")
-    axes.set_ylabel("classes")
-    figure.colorbar(image, label="mean gate of the class", extend="max")
-    return figure
-
-
-def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets: Sequence[str]) -> Figure:
-    """Images as points in a plane, coloured and marked by alphabet.
-
-    Args:
-        panels: by title, `[N, 2]` coordinates.
-        alphabets: of the N images.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(panels), 5.4), layout="constrained")
-    names = np.array(alphabets)
-    places = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, points) in zip(places, panels.items(), strict=True):
-        for (_, marker, colour), name in zip(cycle(STYLES), dict.fromkeys(alphabets)):
-            x, y = points[names == name].T
-            axes.scatter(x, y, s=14, marker=marker, color=colour, alpha=0.7, linewidth=0, label=name)
-        axes.set_title(title)
-        axes.set_aspect("equal", adjustable="datalim")
-        axes.set_xlabel("first principal component")
-        axes.set_ylabel("second principal component")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-    return figure
-
-
+@default_style()
 def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The figure rendered: `[H, W, 3]`, 0 to 255."""
+    """The figure rendered: [H, W, 3], 0 to 255."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -418,6 +305,7 @@ def save_png(figure: Figure, path: Path) -> NDArray[np.uint8]:
     return pixels
 
 
+@default_style()
 def save_pdf(figure: Figure, path: Path) -> None:
     """Write the figure as PDF, whole or not at all, without its date: the same file for the same figure.
 

@@ -1,31 +1,28 @@
 """The published numbers in `results/targets.csv`, which results are put beside.
 
-A row is one number in percent: which of our results it belongs to (`results/<result>.csv`, and the
-step of `configs/paper.sh` that makes it), the treatment's name for people, the quantity, the class
-count where there is one, the spread published with it, and how far from it ours may be.
+A row is one number in percent: which of our results it belongs to (`results/<result>.csv`, and the step of
+`configs/paper.sh` that makes it), the treatment's name for people, the quantity, the class count where there
+is one, the spread published with it, and how far from it ours may be.
 
-Tolerances, in points: twice the spread published, at least 2; without one 3, and 5 for
-what is measured of representations unless the number itself is small.
+Tolerances, in points: twice the spread published, at least 2; without a spread 3, and 5 for what is measured
+of representations unless the number itself is small.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from evaluation.results import read_table
 from model.scores import accuracies
 from utils.errors import UserError
-from utils.files import read_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TARGETS = RESULTS / "targets.csv"
 COLUMNS = ("result", "treatment", "quantity", "classes", "published", "spread", "tolerance", "source")
 
-ACCURACIES = {measure.name: f"{measure.name} accuracy" for measure in accuracies()}
+ACCURACIES = {name: f"{name} accuracy" for name in accuracies()}
 REPRESENTATION = {
     "active_before": "active units before the gate",
     "active_after": "active units after the gate",
@@ -39,14 +36,13 @@ QUANTITIES = ACCURACIES | REPRESENTATION
 """Quantities by the name they have in files, as people call them. All are fractions, shown in percent."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One published number, in percent.
 
     Attributes:
-        sign: `<` for an upper limit, `~` for about, else empty.
         classes: the class count of an accuracy; None for what is measured of a representation.
-        spread: as published (None if it was not).
+        sign: `<` for an upper limit, `~` for about, else empty.
+        spread: as published; None where none was.
         tolerance: points that ours may differ from it.
     """
 
@@ -78,64 +74,33 @@ def read_targets(path: Path = TARGETS) -> list[Target]:
     Raises:
         UserError: the file is missing or not as described above.
     """
-    targets: list[Target] = []
-    for line, row in enumerate(read_table(path, COLUMNS), start=2):
+    targets: dict[tuple[object, ...], Target] = {}
+    for line, cells in enumerate(read_table(path, COLUMNS), start=2):
         try:
-            target = _target(row)
+            target = _target(cells)
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
-        if any(_key(target) == _key(other) for other in targets):
+        if targets.setdefault((target.result, *target[2:4], target.source), target) is not target:
             raise UserError(f"{path}, line {line}: the same target as a line above")
-        targets.append(target)
-    return targets
+    return list(targets.values())
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has exactly these columns.
-
-    Raises:
-        UserError: no such file, not UTF-8, other columns, or a row with too few or too many fields.
-    """
-    try:
-        lines = [line for line in csv.reader(io.StringIO(read_text(path)), strict=True) if line]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file: {error}") from None
-    if not lines or lines[0] != list(columns):
-        raise UserError(f"{path} does not begin with the columns {','.join(columns)}")
-    for number, line in enumerate(lines, start=1):
-        if len(line) != len(columns):
-            raise UserError(f"{path}, line {number}: {len(line)} fields instead of {len(columns)}")
-    return [dict(zip(columns, line, strict=True)) for line in lines[1:]]
-
-
-def _target(row: dict[str, str]) -> Target:
+def _target(cells: dict[str, str]) -> Target:
     """Raises ValueError with what is wrong."""
-    quantity, text = row["quantity"], row["published"]
+    quantity, classes, published = (cells[name] for name in ("quantity", "classes", "published"))
     if quantity not in QUANTITIES:
         raise ValueError(f"{quantity!r} is not one of {', '.join(QUANTITIES)}")
     for column in ("result", "treatment", "source"):
-        if not row[column].strip() or "|" in row[column]:
-            raise ValueError(f"{row[column]!r} is no {column}: empty, or it breaks a table with |")
-    classes = None
-    if quantity in ACCURACIES:
-        if not row["classes"].isdecimal() or int(row["classes"]) == 0:
-            raise ValueError(f"{row['classes']!r} is no count of classes")
-        classes = int(row["classes"])
-    elif row["classes"]:
-        raise ValueError(f"{quantity} has no count of classes")
-    sign = text[:1] if text[:1] in ("<", "~") else ""
+        if not cells[column].strip() or "|" in cells[column]:
+            raise ValueError(f"{cells[column]!r} is no {column}: empty, or it breaks a table with |")
+    if bool(classes) != (quantity in ACCURACIES) or (classes and not (classes.isdecimal() and int(classes))):
+        raise ValueError(f"{classes!r} is no count of classes, which accuracies have, and nothing else")
+    sign = published[:1] if published[:1] in ("<", "~") else ""
     return Target(
-        row["result"],
-        row["treatment"],
-        quantity,
-        classes,
-        sign,
-        _percent(text.removeprefix(sign)),
-        _percent(row["spread"]) if row["spread"] else None,
-        _percent(row["tolerance"]),
-        row["source"],
+        *(cells["result"], cells["treatment"], quantity, int(classes) if classes else None),
+        *(sign, _percent(published.removeprefix(sign))),
+        *(_percent(cells["spread"]) if cells["spread"] else None, _percent(cells["tolerance"])),
+        cells["source"],
     )
 
 
@@ -147,7 +112,3 @@ def _percent(text: str) -> float:
     if not 0 <= number <= 100:
         raise ValueError(f"{text!r} is not a percentage")
     return number
-
-
-def _key(target: Target) -> tuple[str, str, int | None, str]:
-    return target.result, target.quantity, target.classes, target.source

@@ -270,11 +270,11 @@ class Evaluation(
     python evaluate_classification.py --model Neuromodulation_Model.net --nested
     """
 
-    # None of these changes a number: more runs or class counts add to what there is, and models are
-    # compared by content.
+    # None of these changes a number: more runs or class counts add to what there is. Models are compared by
+    # content, and what the others decide by the evaluation's plan.
     may_change: ClassVar = frozenset(
         ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend", *PLACES)
-    )
+    ) | {"rln", "test_classes", "features", "power", "shrinkage"}
     no_effect: ClassVar = {
         "memory": "no image is kept or replayed at meta-test",
         "neuromodulation": "the model file says which network it is",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model.layers import Inputs
 from model.learner import Prior, Settings
+from model.method import classify
 from model.modelfactory import Network
-from model.scores import classify
 
 Scores = Callable[[Tensor], Tensor]
 """From features [B, F] to a score of each class, [B, C]."""

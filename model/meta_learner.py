@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from datasets.images import Pool
+from datasets.task_sampler import Trajectory
 from model import method
-from model.episodes import Trajectory
 from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters

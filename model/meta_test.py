@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from datasets.images import Pool
-from model.episodes import sample_task
+from datasets.task_sampler import sample_task
 from model.heads import NearestClassMean, NormalMAP, StreamingLDA, fit_prior
 from model.layers import FrozenOutput, Inputs
 from model.learner import Fit, Learner, LearnerKind, MakeLearner, Prior, Settings
@@ -35,17 +35,18 @@ BUDGET = 2 * 2**30  # bytes of frozen outputs kept; beyond it they are recompute
 
 
 class FrozenOutputs:
-    """What a network's frozen part makes of the images of a pool, computed once per image, when needed.
+    """What a network's frozen part makes of the images of a pool, computed and kept once per image, when
+    needed.
 
-    It does not change at meta-test, whatever the learning rate and the run: the search and all runs share
-    it. A class is always computed as one batch, and the images of a larger one each alone, so that the
-    numbers do not depend on which run met them first.
+    The frozen part does not change at meta-test, whatever the learning rate and the run: the search and all
+    runs share its outputs. A class is always computed as one batch, and the images of a larger one each
+    alone, so that the numbers do not depend on which run met them first.
 
     Args:
         net: the network to be tested.
         images: the pool, on the device of the network; [C, D, 1, 28, 28] where all classes have as many.
         trained: names of the parameters that learn.
-        budget: bytes to spend. A pool that needs more is not kept, and `get` computes every time.
+        budget: bytes to spend. The outputs of a pool that needs more are not kept: `get` computes them.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class FrozenOutputs:
             parts = self.sample.activations
             size = sum(part.numel() * part.element_size() for part in parts) * len(pool.rows)
             if size <= budget:
-                self.kept = tuple(part.new_empty(len(pool.rows), *part.shape[1:]) for part in parts)
-        self.known = [False] * len(pool.rows)
+                self.kept = tuple(part[:0] for part in parts)
+        self.used = 0  # rows of `kept` that hold the outputs of an image
+        self.slots = torch.full((len(pool.rows),), -1)  # the row of each image, -1 before it is computed
 
     @torch.no_grad()
     def get(self, index: Tensor) -> Inputs:
@@ -72,17 +74,27 @@ class FrozenOutputs:
             return self.net.frozen(gather(self.images, index)[0], self.trained)
         assert isinstance(self.sample, FrozenOutput)
         positions = self.images.positions(index)
-        for label, row in zip(index[:, 0].tolist(), positions.tolist(), strict=True):
-            if not self.known[row]:
+        missing = self.slots[positions] < 0
+        for label, row in zip(index[missing, 0].tolist(), positions[missing].tolist(), strict=True):
+            if self.slots[row] < 0:
                 first, size = int(self.images.starts[label]), self.images.sizes[label]
                 rows = slice(first, first + size) if size <= CHUNK else slice(row, row + 1)
                 output = self.net.frozen(self.images.rows[rows], self.trained)
                 assert isinstance(output, FrozenOutput)
-                for store, part in zip(self.kept, output.activations, strict=True):
-                    store[rows] = part
-                self.known[rows] = [True] * (rows.stop - rows.start)
-        positions = send(positions, self.images.device)
-        return replace(self.sample, activations=tuple(part[positions] for part in self.kept))
+                self.slots[rows] = self._keep(output.activations)
+        slots = send(self.slots[positions], self.images.device)
+        return replace(self.sample, activations=tuple(part[slots] for part in self.kept))
+
+    def _keep(self, parts: Sequence[Tensor]) -> Tensor:
+        """Keep some rows more; returns where, on the CPU. Room doubles, so that few rows are moved often."""
+        slots = torch.arange(self.used, self.used + len(parts[0]))
+        self.used += len(slots)
+        if self.used > len(self.kept[0]):
+            room = min(2 * self.used, len(self.slots))
+            self.kept = tuple(torch.cat([p, p.new_empty(room - len(p), *p.shape[1:])]) for p in self.kept)
+        for store, part in zip(self.kept, parts, strict=True):
+            store[slots[0] : self.used] = part
+        return slots
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
@@ -225,7 +237,7 @@ class MetaTest:
     def score(self, classes: int, lr: float | None, purpose: Purpose, draw: int) -> Score:
         """The score of one sequence of `classes` classes, all of its draw; see :meth:`walk`."""
         (answers,) = self.walk([classes], lr, purpose, draw, drawn=classes)
-        return Score.of(answers)
+        return answers.score()
 
     def walk(
         self, stops: Sequence[int], lr: float | None, purpose: Purpose, draw: int, *, drawn: int

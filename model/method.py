@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from model.layers import Inputs
-from model.scores import classify
 
 Params = dict[str, Tensor]
 """Parameters that learn, or fast weights or gradients in their place, by name."""
@@ -180,6 +179,14 @@ def meta_loss(
     )
     logits = functional(net, params)(fast_params, query[0])
     return F.cross_entropy(logits, query[1]), logits, inner_losses
+
+
+def classify(logits: Tensor) -> Tensor:
+    """The class of the largest of `logits` [B, K]: [B]; -1 where the logits are not all finite.
+
+    Argmax takes NaN for the largest: with weights of NaN every image would be of class 0.
+    """
+    return logits.argmax(1).where(logits.isfinite().all(1), -1)
 
 
 class OnlineLearner:

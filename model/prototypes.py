@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from datasets.augmentation import distort, show
 from datasets.images import Pool
-from model.episodes import Episode
+from datasets.task_sampler import Episode
 from model.meta_learner import OuterLoop, gather
 from model.modelfactory import Network
 from model.optimizer import Adam, AveragedAdam

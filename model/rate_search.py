@@ -1,4 +1,4 @@
-"""The choice of a learning rate from what each rate reaches on the draws of a search."""
+"""The choice of a learning rate from the accuracy that each rate reaches on the draws of a search."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from model.scores import Score
 
-LOST = -1.0  # less than any accuracy
+LOST = -1.0  # stands for the accuracy of a run that diverged, and is less than any
 
 
 class Draw(NamedTuple):
-    """One draw of classes, of one of the models that are tested together, by their numbers."""
+    """One draw of classes for one of the models that are tested together: the numbers of both."""
 
     model: int
     number: int
@@ -22,13 +22,13 @@ class Draw(NamedTuple):
 def best_rate(values: Mapping[Draw, Mapping[float, float]]) -> float:
     """The learning rate that wins most draws (paper and released code: the mode of the winners).
 
-    Rates that are equal on a draw share its win. Of rates that win equally often it is the one with the
-    best mean over all draws, and then the smallest. So neither the order of the rates matters, nor does a
-    rate win that is nowhere better than another one and somewhere worse. Several models share one rate:
-    their draws count alike.
+    Rates that are equal on a draw share its win. Of rates with equally many wins the one with the best mean
+    over all draws is chosen, and of equal means the smallest rate. So the order of the rates does not matter,
+    and no rate is chosen that is nowhere better than another rate and somewhere worse. Several models share
+    one rate: the draws of all models count alike.
 
     Args:
-        values: of every draw, the value of every rate: an accuracy, or `LOST`.
+        values: for every draw, the value of every rate: an accuracy, or `LOST`.
     """
     rates = next(iter(values.values()))
     wins = dict.fromkeys(rates, Fraction())
@@ -44,22 +44,23 @@ def best_rate(values: Mapping[Draw, Mapping[float, float]]) -> float:
 
 
 class RateSearch:
-    """A search that asks for tries of rates on draws as long as they may change which is the best rate.
+    """A search that asks for tries, each of a rate on a draw, as long as a try may change the best rate.
 
-    A missing try leaves bounds. Its rate may win the draw, and then whoever is ahead there does not. A rate
-    whose most possible wins are fewer than the least of another one is no candidate any more: its missing
-    tries matter only on draws where a candidate is ahead. Once none matters, all candidates have every try
-    and wins that are certain, so that the best rate is that of a full search whatever is missing.
+    A try that is not made yet leaves the number of wins of a rate between two bounds: the rate wins the draw,
+    or it does not. A rate is a candidate as long as its upper bound reaches the largest lower bound of all
+    rates. A missing try of any other rate matters only on a draw that a candidate leads, since it may take
+    that win away. When no missing try matters, every candidate has all its tries, and its wins are certain:
+    the best rate is that of a full search, whatever the missing tries would give.
 
     Args:
-        rates: those to choose from.
-        draws: those that each rate is tried on.
-        objective: measure to maximise, `train` (as released) or `test`.
+        rates: the rates to choose from.
+        draws: the draws that each rate is tried on.
+        objective: the measure to maximise, `train` (as released) or `test`.
         full: ask for every try.
 
     Attributes:
-        scores: of the tries made, in order.
-        most: tries that there are.
+        scores: of the tries made, in their order.
+        most: the number of tries of a full search.
     """
 
     def __init__(
@@ -74,17 +75,17 @@ class RateSearch:
 
     def add(self, draw: Draw, lr: float, score: Score) -> None:
         """Take in a try; one that diverged is worse than any that did not."""
-        value = score[self.objective]
         self.scores[draw, lr] = score
-        self._values[draw][lr] = LOST if value is None or score.get("diverged") else value
+        self._values[draw][lr] = LOST if score["diverged"] else score[self.objective]
 
     @property
     def decided(self) -> bool:
-        """Whether one rate alone may be the best; nothing more is wanted, ever."""
+        """Whether one candidate is left: the search asks for no more tries."""
         return not self.full and len(self._candidates()) == 1
 
     def wanted(self, *, rivals: bool) -> dict[Draw, list[float]]:
-        """The rates to be tried on each draw: candidates, or, which is for later, their `rivals` as well."""
+        """The rates that each draw misses: of the candidates, and with `rivals`, on draws that a candidate
+        leads, of all rates."""
         candidates = list(self.rates) if self.full else self._candidates()
         wanted = {}
         for draw, values in self._values.items():
@@ -95,12 +96,12 @@ class RateSearch:
         return wanted
 
     def best(self) -> float:
-        """The best rate, when nothing is wanted any more."""
+        """The best rate, after the last try that the search asks for."""
         lost = dict.fromkeys(self.rates, LOST)
         return best_rate({draw: lost | values for draw, values in self._values.items()})
 
     def _candidates(self) -> list[float]:
-        """The rates that may still be the best."""
+        """The rates that may still become the best."""
         least = dict.fromkeys(self.rates, Fraction())
         most = dict(least)
         for values in self._values.values():
@@ -118,13 +119,15 @@ class RateSearch:
 def next_tries(
     searches: Mapping[int, RateSearch], number: int = 1
 ) -> list[tuple[Draw, float, tuple[int, ...]]]:
-    """The tries to make next, each with the class counts that it is one of, ascending; none when all is
-    decided. The largest of these wants it, and the others, not yet decided, may come to.
+    """The tries to make next, each a draw, a rate and the class counts that the try serves, in ascending
+    order; empty when all searches are decided.
+
+    The search of the largest of these class counts asks for the try. The searches of the others are not
+    decided either, and get its score as well: they may ask for it later.
 
     Args:
-        searches: by class count, of the same rates and draws: a sequence of so many classes is a try of all
-            counts on its way.
-        number: tries that are made at the same time: where one draw has fewer, the next draws' come along.
+        searches: by class count, of the same rates and draws. A run of so many classes passes smaller counts.
+        number: tries that are made at the same time. Where one draw has fewer, the next draws' are added.
     """
     open_counts = sorted(classes for classes, search in searches.items() if not search.decided)
     for rivals in (False, True):
@@ -136,7 +139,7 @@ def next_tries(
         for draw, longest in sorted(wanted.items()):
             if len(tries) >= number:
                 break
-            # Longest first, so that what is done at the same time takes about as long.
+            # The longest tries first, so that tries made at the same time take about as long.
             for lr, most in sorted(longest.items(), key=lambda item: -item[1]):
                 tries.append((draw, lr, tuple(classes for classes in open_counts if classes <= most)))
         if tries:
@@ -145,6 +148,6 @@ def next_tries(
 
 
 def _winners(values: Mapping[float, float]) -> list[float]:
-    """The rates that are best on a draw."""
+    """The rates with the largest value on a draw."""
     best = max(values.values(), default=None)
     return [lr for lr, value in values.items() if value == best]

@@ -1,6 +1,7 @@
-"""What the features and the gate look like on classes that training has never seen (paper, section 5).
+"""Sparsity and class structure of features and gate on classes that training has never seen (paper, section
+5).
 
-Nothing is learned here: the network is taken as meta-training left it.
+The network is the one that meta-training left: no weight changes here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.images import Pool
-from model.episodes import Task
+from datasets.task_sampler import Task
 from model.meta_learner import active_fraction, fraction, gather
 from model.modelfactory import Network, shared_copy
 
@@ -23,7 +24,7 @@ NEIGHBOURS = 5  # of the KNN classifier (paper)
 
 @dataclass(frozen=True)
 class Representation:
-    """Input of the head for the images of a pool, and what it is made of.
+    """The input of the head for the images of a pool, and its two factors.
 
     Attributes:
         before: rows [F], features before the gate; in a network without one, what the head sees.
@@ -72,14 +73,14 @@ def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int
     Returns:
         [Q] classes, on the CPU.
     """
-    # Distances come from matrix products, 20 times as fast as differences. In float32 these lose what tells
-    # neighbours apart where features have much in common; not every device has float64.
+    # `cdist` computes distances from matrix products, 20 times as fast as from differences. In float32 a
+    # product rounds small differences between large features away, and not every device has float64.
     examples, queries, labels = examples.cpu().double(), queries.cpu().double(), labels.cpu()
     classes = []
     for part in queries.split(QUERIES):
         nearest = labels[torch.cdist(part, examples).topk(k, largest=False).indices]  # [Q, k]
         votes = (nearest[:, :, None] == nearest[:, None, :]).sum(2)
-        # Fewer points the farther away, never as many as a vote is worth: they only break ties.
+        # A vote counts k points, less the rank of its example: the ranks only decide between equal votes.
         rank = torch.arange(k)
         winner = (votes * k - rank).argmax(1, keepdim=True)
         classes.append(nearest.gather(1, winner).squeeze(1))
@@ -100,8 +101,8 @@ def knn_accuracy(activations: Pool, task: Task, k: int = NEIGHBOURS) -> float:
 def measure(representation: Representation, task: Task) -> dict[str, float]:
     """The paper's quantities, each 0 to 1; those of the gate only where there is one.
 
-    Activity is that on the test images of `task`, KNN learns its training images and is tested on
-    its test images. Keys are the quantities of `results/targets.csv`.
+    Activity is measured on the test images of `task`. KNN learns its training images and is tested on its
+    test images. Keys are the quantities of `results/targets.csv`.
 
     Args:
         representation: of the pool that `task` indexes.

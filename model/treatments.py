@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Weights = Literal["meta-trained", "pretrained", "random"]
-"""How weights were made: by `mrcl_classification.py`, `pretrain_classification.py`, not at all."""
+"""What made the weights: meta-training, pretraining, or the random initial values alone."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Treatment:
     Attributes:
         name: as the paper calls it.
         network: entry of `modelfactory.NETWORKS`; None for any.
-        weights: what meta-test starts from. Random weights are drawn anew for each run, all others
-            keep everything but the head.
+        weights: what meta-test starts from. Random weights are drawn anew for each run; of other weights the
+            head alone is.
         rln: layers frozen at meta-test; see `modelfactory.trained_parameters`.
-        trained: what learns at meta-test, for people.
+        trained: what learns at meta-test, in words.
         iid: the stream is shuffled (an Oracle) instead of class after class.
         epochs: passes over the stream. The paper's Oracles make 1 or 20, all others 1.
     """
@@ -71,18 +71,18 @@ def describe(
     optimizer: str = "adam",
     learner: str = "",
 ) -> str:
-    """The name of what an evaluation does: equal names, equal treatments.
+    """The name of what an evaluation does; different treatments have different names.
 
-    That of a row of the table, `-Oracle` included, followed by the passes if they are not one. What
-    has no row is spelled out: `ANML --rln 9`.
+    It is the name of a row of the table, `-Oracle` included, followed by the number of passes where that is
+    not one. A treatment without a row is spelled out: `ANML --rln 9`.
 
     Args:
         network, weights, rln, iid, epochs: see :class:`Treatment`.
-        reset: every trained layer starts anew, although there are weights to start from.
-        optimizer: what takes the steps at meta-test; Adam is not mentioned.
-        learner: what learns in place of such steps, see `model.learner.LearnerKind.describe`.
+        reset: whether every trained layer starts anew, in place of the head alone.
+        optimizer: what takes the steps at meta-test; the name leaves Adam out.
+        learner: what learns without steps, see `model.learner.LearnerKind.describe`; empty for an optimizer.
     """
-    if reset and rln == 0:  # nothing is left of the weights
+    if reset and rln == 0:  # then no weights of the training are left
         weights, reset = "random", False
     kind = "" if weights == "meta-trained" else f" ({weights})"
     name = f"{network}{kind} --rln {rln}"

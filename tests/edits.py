@@ -223,7 +223,7 @@ class _Edited(importlib.machinery.SourceFileLoader):
 def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     """The backend that ran, and what two meta-steps of each order and a meta-test gave on a small network."""
     from datasets import Pool
-    from model.episodes import sample_trajectory
+    from datasets.task_sampler import sample_trajectory
     from model.fast import capture, learner, meta_loss
     from model.fast.guard import Use, choose_backend
     from model.learner import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # The scripts stand beside the tools.
-ORDER = ("utils", "datasets", "model", "model.fast", "evaluation", "flags", "tools")
+ORDER = ("utils", "datasets", "model", "model.fast", "flags", "evaluation", "tools")
 
 
 def level(module: str) -> int | None:

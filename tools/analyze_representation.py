@@ -16,25 +16,25 @@ import utils.start  # noqa: F401 (before torch)
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from datasets import ImageSet, Pool, load_images
-from evaluation.plots import (
-    activations_figure,
-    class_gates_figure,
-    embedding_figure,
-    save_png,
-)
+from datasets import ImageSet, Pool
+from datasets.task_sampler import Task, sample_task
+from evaluation.plots import STYLES, default_style, new_figure, save_png
+from evaluation.results import aligned
 from evaluation.targets import REPRESENTATION, read_targets
 from flags.common import DataFlags, RunFlags, SplitFlags, name_flag, seed_flag, test_classes_flag
-from model.episodes import Task, sample_task
 from model.fast.guard import Use, choose_backend
 from model.meta_learner import gather
-from model.modelfactory import Network, restore_model
+from model.modelfactory import restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from utils.checkpoint import load_checkpoint
 from utils.command_line import file_path, flag, parse, recorded, whole
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("anml")
 
+LABELS = 60  # names along an axis, beyond which none is readable
 CLASSES_SHOWN = 6  # of each alphabet in the embedding: more would hide each other
 
 
@@ -91,21 +92,15 @@ class Analysis(AnalysisFlags, DataFlags, AnalysisRunFlags):
             raise UserError("give --model FILE, which mrcl_classification.py writes")
 
 
-def network(args: Analysis) -> tuple[Network, int]:
-    """The network of `--model`, and the meta-steps it has seen."""
-    saved = load_checkpoint(args.model)
-    log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
-    return restore_model(saved, args.model), saved.step
-
-
 def table(measured: dict[str, float], gated: bool, published: bool) -> str:
     """The quantities as lines for the terminal, in percent; `published`: beside the paper's of ANML."""
     paper = {target.quantity: str(target) for target in read_targets()} if published and gated else {}
-    lines = [f"{'%':<32}  {'here':>6}" + f"  {'paper':>6}" * published]
+    lines = [["%".ljust(max(map(len, REPRESENTATION.values()))), "here", *["paper"] * published]]
     for key, value in measured.items():
         name = REPRESENTATION[key] if gated else REPRESENTATION[key].removesuffix(" before the gate")
-        lines.append(f"{name:<32}  {100 * value:6.1f}" + f"  {paper.get(key, '-'):>6}" * published)
-    return "\n".join(lines)
+        cells = [name.ljust(len(lines[0][0])), f"{100 * value:.1f}"]
+        lines.append([*cells, *[paper.get(key, "-")] * published])
+    return aligned(lines)
 
 
 def pictures(
@@ -148,16 +143,107 @@ def pictures(
     return figures
 
 
+@default_style()
+def activations_figure(
+    images: NDArray[np.uint8],
+    rows: Mapping[str, NDArray[np.floating[Any]]],
+    names: Sequence[str],
+) -> Figure:
+    """Sample images above their activations, each as a square map (the paper's figure of sparsity).
+
+    Args:
+        images: `[B, 28, 28, C]`, 0 to 255, of one channel or three.
+        rows: by title, `[B, F]` activations, 0 or more. The row `gate` goes from 0 to 1, any other to its
+            largest value.
+        names: of the classes of the B images, `Alphabet/character01`.
+    """
+    figure = new_figure(1.5 * len(names), 1.6 * (1 + len(rows)))
+    panels = figure.subplots(1 + len(rows), len(names), squeeze=False)
+    for axes in panels.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes, image, name in zip(panels[0], images, names, strict=True):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(name.replace("/", "\n"), fontsize=7)
+    for line, (title, activations) in zip(panels[1:], rows.items(), strict=True):
+        # The smallest square that holds all: 2304 features are 48 x 48. The rest is NaN.
+        side = int(np.ceil(np.sqrt(activations.shape[1])))
+        squares = np.full((len(activations), side * side), np.nan)
+        squares[:, : activations.shape[1]] = activations
+        top = 1.0 if title == "gate" else float(activations.max()) or 1.0
+        for axes, square in zip(line, squares.reshape(-1, side, side), strict=True):
+            picture = axes.imshow(square, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+        line[0].set_ylabel(title)
+        figure.colorbar(picture, ax=list(line), shrink=0.8)
+    return figure
+
+
+@default_style()
+def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str]) -> Figure:
+    """The mean gate of every class, a row each, the rows of an alphabet together.
+
+    Args:
+        gates: `[C, F]`, 0 to 1, classes sorted by alphabet. Units are shown from the most open one to the
+            most shut one.
+        alphabets: of the C classes.
+    """
+    figure = new_figure(9, 7)
+    axes = figure.add_subplot()
+    order = np.argsort(-gates.mean(0), kind="stable")
+    # Trained gates are nearly shut: a scale up to 1, or to one open unit, would show black.
+    top = float(np.percentile(gates, 99.5)) or 1.0
+    image = axes.imshow(
+        gates[:, order], cmap="magma", vmin=0, vmax=top, aspect="auto", interpolation="antialiased"
+    )
+    names = list(dict.fromkeys(alphabets))
+    starts = [list(alphabets).index(name) for name in names]
+    middles = np.add(starts, [*starts[1:], len(alphabets)]) / 2 - 0.5
+    if len(names) <= LABELS:
+        for start in starts[1:]:
+            axes.axhline(start - 0.5, color="white", linewidth=0.6)
+        axes.set_yticks(middles, names, fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("unit of the gate, from the most open to the most shut")
+    axes.set_ylabel("classes")
+    figure.colorbar(image, label="mean gate of the class", extend="max")
+    return figure
+
+
+@default_style()
+def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets: Sequence[str]) -> Figure:
+    """Images as points in a plane, coloured and marked by alphabet.
+
+    Args:
+        panels: by title, `[N, 2]` coordinates.
+        alphabets: of the N images.
+    """
+    figure = new_figure(5.2 * len(panels), 5.4)
+    names = np.array(alphabets)
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, points) in zip(places, panels.items(), strict=True):
+        for (_, marker, colour), name in zip(cycle(STYLES), dict.fromkeys(alphabets)):
+            x, y = points[names == name].T
+            axes.scatter(x, y, s=14, marker=marker, color=colour, alpha=0.7, linewidth=0, label=name)
+        axes.set_title(title)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_xlabel("first principal component")
+        axes.set_ylabel("second principal component")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    return figure
+
+
 def main() -> None:
     args = parse(Analysis)
     log_to_terminal()
     refuse_several("analysis")
     device = choose_device(args.device, args.threads)
-    net, step = network(args)
+    saved = load_checkpoint(args.model)
+    log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
+    net, step = restore_model(saved, args.model), saved.step
     backend, _ = choose_backend(args.backend, [net], device, Use(net))
-    images = load_images(args.source(), "evaluation", net.normalisation)
+    images = args.source().load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
-    args.test_classes = len(images)
     images.require(
         args.train_images + args.test_images,
         f"--train_images {args.train_images} and --test_images {args.test_images}",
@@ -175,13 +261,12 @@ def main() -> None:
         class_order="dataset",
         split=args.split,
     )
-    about: dict[str, Any] = {"device": str(device), "backend": backend, "network": net.network, "step": step}
-    about |= images.about()
+    about = {"device": str(device), "backend": backend, "network": net.network, "step": step}
+    about |= {"classes": len(images), **images.about()}
     with Run.open(args.runs_dir, args.name, None, args, about) as run:
         log.info("run folder %s, device %s", run.folder, device)
         representation = represent(net.to(device), images.pool(device))
         measured = measure(representation, task)
-        run.metrics(measured)
         run.scalars(step, {f"representation/{key}": value for key, value in measured.items()})
         content = {**about, "arguments": recorded(args), "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")

@@ -38,11 +38,11 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.characters import DRAWINGS
 from datasets.images import SIZE, normalise
+from datasets.omniglot import DRAWINGS
+from datasets.task_sampler import sample_task, sample_trajectory
 from flags.evaluation import SCHEDULE, Evaluation
 from flags.training import Training
-from model.episodes import sample_task, sample_trajectory
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.fast.memory import keep_freed_memory
 from model.learner import Settings

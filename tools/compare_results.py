@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.results import Results, compare, known, read_results
+from evaluation.results import Results, aligned, compare, read_results
 from model.scores import accuracies
 from utils.command_line import Flags, file_path, flag, parse, switch
 from utils.errors import UserError, run_script, say
@@ -25,28 +25,27 @@ def describe(path: Path, results: Results) -> str:
     """One line on a result: where it is, what it is of."""
     treatment = results.about.get("treatment", "treatment not recorded")
     models = len({row["model"] for row in results.rows})
-    diverged = int(sum(known("diverged", results.rows)))
+    diverged = sum(row["diverged"] for row in results.rows)
     text = f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
     return f"{text}, {diverged} of them diverged" if diverged else text
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The comparison for the terminal: mean accuracies in percent, U of A, two-sided p."""
-    header = f"{'classes':>7}  {'runs':>7}"
-    measured = [m.name for m in accuracies() if any(f"{m.name}_u" in line for line in lines)]
-    for key in measured:
-        header += f"  {f'A {key} %':>9}  {f'B {key} %':>9}  {'U':>7}  {'p':>8}"
-    rows = [header]
+    rows = [
+        [
+            "classes",
+            "runs",
+            *(text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")),
+        ]
+    ]
     for line in lines:
-        row = f"{line['classes']:7d}  {line['runs_a']:3d}/{line['runs_b']:<3d}"
-        for key in measured:
-            if f"{key}_u" not in line:
-                row += f"  {'-':>9}  {'-':>9}  {'-':>7}  {'-':>8}"
-                continue
-            means = [100 * line[f"{key}_{side}"] for side in "ab"]
-            row += f"  {means[0]:9.1f}  {means[1]:9.1f}  {line[f'{key}_u']:7g}  {line[f'{key}_p']:8.2g}"
-        rows.append(row)
-    return "\n".join(rows)
+        cells = [str(line["classes"]), f"{line['runs_a']}/{line['runs_b']}"]
+        for key in accuracies():
+            means = [f"{100 * line[f'{key}_{side}']:.1f}" for side in "ab"]
+            cells += [*means, f"{line[f'{key}_u']:g}", f"{line[f'{key}_p']:.2g}"]
+        rows.append(cells)
+    return aligned(rows)
 
 
 def results_flag(name: str) -> Any:

@@ -4,9 +4,9 @@
     python -m tools.ledger --check    # exit 1 if docs/results.md does not say what results/ holds
 
 `results/` holds the targets (see `evaluation/targets.py`), our results as `<result>.csv`, the `results.csv`
-of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone,
-the `representation.json` of an analysis, and `manifest.csv`, which says how each was made. What has
-no result is listed as not run; a result of a name that no target has stands in a table of its own.
+of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone, the
+`representation.json` of an analysis, and `manifest.csv`, which says how each was made. What has no result is
+listed as not run; a result of a name that no target has stands in a table of its own.
 """
 
 from __future__ import annotations
@@ -15,35 +15,28 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from evaluation.results import FEW, read_results, summarise
-from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_table, read_targets
-from utils.command_line import Flags, file_path, flag, parse, switch
+from evaluation.results import FEW, read_json, read_results, read_table, summarise
+from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_targets
+from utils.command_line import Flags, parse, switch
 from utils.errors import UserError, run_script, say, try_to_write
-from utils.files import read_text, write_text
+from utils.files import write_text
 
-MANIFEST = ("result", "training", "command")
-NOT_RESULTS = ("targets.csv", "manifest.csv")
+ROOT = Path(__file__).resolve().parents[1]
 START = "<!-- ledger: `python -m tools.ledger` writes what is between these two lines -->"
 END = "<!-- end of the ledger -->"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One of our numbers in percent, and how far from it its 95% interval reaches where there is one.
-
-    Attributes:
-        mean: NaN where every run diverged.
-        diverged: runs of it that did.
-    """
+class Measured(NamedTuple):
+    """One of our numbers in percent (NaN where every run diverged), how far from it its 95% interval reaches
+    where there is one, and how many of its runs diverged."""
 
     mean: float
     reach: float | None = None
@@ -57,22 +50,22 @@ class Measured:
             text += f" ± {self.reach:.1f}" if self.reach >= 0.05 else f" ± {self.reach:.1g}"
         return f"{text} ({self.diverged} diverged)" if self.diverged else text
 
+    def difference(self, target: Target) -> str:
+        """How far it is from a published number, in bold where it misses the number."""
+        text = "-" if math.isnan(self.mean) else f"{self.mean - target.published:+.1f}"
+        return text if target.met_by(self.mean) else f"**{text}**"
+
 
 Result = dict[tuple[str, int | None], Measured]
 """What one result says, by quantity and class count (None for a representation)."""
 
 
 def read_accuracies(path: Path) -> Result:
-    """The accuracies of an evaluation's `results.csv`.
-
-    Raises:
-        UserError: it is not one.
-    """
+    """The accuracies of an evaluation's `results.csv`; raises UserError where the file is none."""
     return {
         (key, line["classes"]): _measured(line, key)
         for line in summarise(read_results(path).rows)
         for key in ACCURACIES
-        if line[key] is not None or line["diverged"] == line["runs"]
     }
 
 
@@ -82,29 +75,20 @@ def _measured(line: Mapping[str, Any], key: str) -> Measured:
         return Measured(math.nan)
     # An interval ends at 0 and at 100.
     reach = None if low is None else 100 * max(mean - low, high - mean)
-    return Measured(100 * mean, reach, line["diverged"] or 0)
+    return Measured(100 * mean, reach, line["diverged"])
 
 
 def read_representation(path: Path) -> Result:
-    """The quantities in a `representation.json`.
-
-    Raises:
-        UserError: it is not one.
-    """
-    try:
-        measured = json.loads(read_text(path))["measured"]
-        result: Result = {(key, None): Measured(100 * float(value)) for key, value in measured.items()}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise UserError(f"{path} is not a representation.json of tools.analyze_representation") from None
-    for (quantity, _), value in result.items():
-        if quantity not in REPRESENTATION or not 0 <= value.mean <= 100:
-            raise UserError(f"{path}: {quantity} = {value.mean / 100:g} is no fraction that is known")
-    return result
-
-
-READERS: dict[str, Callable[[Path], Result]] = {".csv": read_accuracies, ".json": read_representation}
+    """The quantities in a `representation.json`; raises UserError where the file is none."""
+    measured = read_json(path).get("measured")
+    if not isinstance(measured, dict):
+        measured = {"measured": None}
+    for quantity, value in measured.items():
+        if quantity not in REPRESENTATION or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise UserError(
+                f"{path} is not a representation.json of tools.analyze_representation: {quantity} = {value!r}"
+            )
+    return {(key, None): Measured(100 * value) for key, value in measured.items()}
 
 
 def our_results(folder: Path) -> tuple[dict[str, Result], list[dict[str, str]]]:
@@ -113,18 +97,26 @@ def our_results(folder: Path) -> tuple[dict[str, Result], list[dict[str, str]]]:
     Raises:
         UserError: a file is malformed, or is not in the manifest, or the other way round.
     """
-    manifest = read_table(folder / "manifest.csv", MANIFEST)
+    manifest = read_table(folder / "manifest.csv", ("result", "training", "command"))
     listed = [row["result"] for row in manifest]
+    if len(listed) != len(set(listed)) or any("|" in cell for row in manifest for cell in row.values()):
+        raise UserError(f"{folder / 'manifest.csv'}: a result listed twice, or a | that breaks the table")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):  # a .csv before the .json beside it, which says more of it
-        if path.suffix in READERS and path.name not in NOT_RESULTS:
+        if path.suffix in (".csv", ".json") and path.name not in ("targets.csv", "manifest.csv"):
             files.setdefault(path.stem, path)
     for name in sorted(set(listed) ^ set(files)):
         where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
         raise UserError(f"{folder}: the result {name!r} {where}")
-    if len(listed) != len(set(listed)) or any("|" in cell for row in manifest for cell in row.values()):
-        raise UserError(f"{folder / 'manifest.csv'}: a result listed twice, or a | that breaks the table")
-    return {name: READERS[path.suffix](path) for name, path in files.items()}, manifest
+    read = {".csv": read_accuracies, ".json": read_representation}
+    return {name: read[path.suffix](path) for name, path in files.items()}, manifest
+
+
+def markdown(headings: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; `headings` are separated by commas."""
+    names = headings.split(", ")
+    lines = [f"| {' | '.join(cells)} |" for cells in (names, *rows)]
+    return [lines[0], "|" + "---|" * len(names), *lines[1:]]
 
 
 def ledger(folder: Path) -> str:
@@ -139,6 +131,7 @@ def ledger(folder: Path) -> str:
         (target, results.get(target.result, {}).get((target.quantity, target.classes))) for target in targets
     ]
     outcomes = [None if ours is None else target.met_by(ours.mean) for target, ours in pairs]
+    training = {row["result"]: row["training"] for row in manifest}  # beside each number: it may be short
     lines = [
         f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
         f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is how far from it "
@@ -147,66 +140,46 @@ def ledger(folder: Path) -> str:
         "spread and at least 2 points, 3 or more without one. Second-hand: cited by others, not checked "
         "against the paper's text.",
         "",
-        "| treatment | quantity | classes | published | source | ours | difference | training | command |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *markdown(
+            "treatment, quantity, classes, published, source, ours, difference, training, command",
+            [_row(list(group), training) for _, group in groupby(pairs, key=_together)],
+        ),
     ]
-    training = {row["result"]: row["training"] for row in manifest}  # beside each number: it may be short
-    lines += [_row(list(group), training) for _, group in groupby(pairs, key=_together)]
     known = {target.result for target in targets}
     beside = [row for name in results if name not in known for row in _without_target(name, results[name])]
     if beside:
         lines += ["", "Ours without a published number:", ""]
-        lines += ["| result | quantity | classes | ours |", "|---|---|---|---|", *beside]
+        lines += markdown("result, quantity, classes, ours", beside)
     if manifest:
-        lines += ["", "| result | training | made by |", "|---|---|---|"]
-        lines += [f"| {row['result']} | {row['training']} | `{row['command']}` |" for row in manifest]
+        made = [(row["result"], row["training"], f"`{row['command']}`") for row in manifest]
+        lines += ["", *markdown("result, training, made by", made)]
     return "\n".join(lines)
 
 
 def _together(pair: tuple[Target, Measured | None]) -> tuple[str, ...]:
     """What the class counts of one row of the table share."""
-    target, _ = pair
-    return target.result, target.treatment, target.quantity, target.source
+    return (*pair[0][:3], pair[0].source)
 
 
-def _row(pairs: Sequence[tuple[Target, Measured | None]], training: Mapping[str, str]) -> str:
+def _row(pairs: Sequence[tuple[Target, Measured | None]], training: Mapping[str, str]) -> list[str]:
     first, _ = pairs[0]
-    counts, published, ours, differences = (
-        " / ".join(cells)
-        for cells in zip(
-            *(
-                (str(target.classes or ""), str(target), str(measured or "-"), _difference(target, measured))
-                for target, measured in pairs
-            ),
-            strict=True,
-        )
-    )
-    if all(measured is None for _, measured in pairs):
-        ours, differences = "not run", ""
-    command = f"`configs/paper.sh {first.result}`"
-    quantity = QUANTITIES[first.quantity]
-    trained = training.get(first.result, "")
-    cells = (first.treatment, quantity, counts, published, first.source, ours, differences, trained, command)
-    return f"| {' | '.join(cells)} |"
+    counts = " / ".join(str(target.classes or "") for target, _ in pairs)
+    published = " / ".join(str(target) for target, _ in pairs)
+    ours, differences = "not run", ""
+    if any(measured for _, measured in pairs):
+        ours = " / ".join(str(measured or "-") for _, measured in pairs)
+        differences = " / ".join(m.difference(target) if m else "-" for target, m in pairs)
+    cells = [first.treatment, QUANTITIES[first.quantity], counts, published, first.source, ours, differences]
+    return [*cells, training.get(first.result, ""), f"`configs/paper.sh {first.result}`"]
 
 
-def _without_target(name: str, result: Result) -> list[str]:
+def _without_target(name: str, result: Result) -> list[list[str]]:
     rows = []
     for quantity in dict.fromkeys(key for key, _ in result):
         found = {classes: value for (key, classes), value in result.items() if key == quantity}
         counts = " / ".join(str(classes or "") for classes in found)
-        values = " / ".join(map(str, found.values()))
-        rows.append(f"| {name} | {QUANTITIES[quantity]} | {counts} | {values} |")
+        rows.append([name, QUANTITIES[quantity], counts, " / ".join(map(str, found.values()))])
     return rows
-
-
-def _difference(target: Target, ours: Measured | None) -> str:
-    if ours is None:
-        return "-"
-    if math.isnan(ours.mean):
-        return "**-**"
-    text = f"{ours.mean - target.published:+.1f}"
-    return text if target.met_by(ours.mean) else f"**{text}**"
 
 
 def inserted(text: str, tables: str, source: Path) -> str:
@@ -222,9 +195,6 @@ def inserted(text: str, tables: str, source: Path) -> str:
     return f"{before}{START}\n\n{tables}\n\n{END}{after}"
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 @dataclass(kw_only=True)
 class Ledger(Flags):
     """Write published numbers beside ours into docs/results.md.
@@ -235,34 +205,21 @@ class Ledger(Flags):
     check_only: bool = switch(
         False, "change nothing; exit code 1 if the page is not what would be written", name="--check"
     )
-    results: Path = flag(
-        ROOT / "results",
-        file_path,
-        "folder of targets.csv, manifest.csv and the results",
-        shown="this project's results",
-        metavar="DIR",
-    )
-    page: Path = flag(
-        ROOT / "docs/results.md",
-        file_path,
-        "file with the two marker lines of the ledger",
-        shown="this project's docs/results.md",
-        metavar="FILE",
-    )
 
 
 def main() -> None:
     args = parse(Ledger)
+    page = ROOT / "docs/results.md"
     try:
-        text = args.page.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {args.page}: {error}") from None
-    current = inserted(text, ledger(args.results), args.page)
+        raise UserError(f"cannot read {page}: {error}") from None
+    current = inserted(text, ledger(ROOT / "results"), page)
     if not args.check_only:
-        write_text(args.page, current)
-        say(f"{args.page} says what {args.results} holds")
+        write_text(page, current)
+        say(f"{page} says what results/ holds")
     elif text != current:
-        try_to_write(f"{args.page} and {args.results} disagree: run python -m tools.ledger\n", sys.stderr)
+        try_to_write(f"{page} and results/ disagree: run python -m tools.ledger\n", sys.stderr)
         sys.exit(1)
 
 

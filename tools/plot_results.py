@@ -21,7 +21,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, steps_figure, training_figure
+from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, training_figure
 from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
 from utils.command_line import Flags, choice, file_path, flag, folder_name, parse, switch
@@ -138,7 +138,7 @@ def figures(args: Plot) -> dict[str, Figure]:
         return {"training": training_figure(read_all(args.results, read_metrics))}
     results = read_all(args.results, read_results)
     if args.against == "steps":
-        return {"steps": steps_figure(on_the_way(results))}
+        return {"steps": comparison_figure(on_the_way(results), against="step")}
     summaries = {label: summarise(result.rows) for label, result in results.items()}
     common = set.intersection(*({line["classes"] for line in lines} for lines in summaries.values()))
     if not common:
@@ -162,21 +162,13 @@ def figures(args: Plot) -> dict[str, Figure]:
     return {"curves": comparison_figure(summaries, targets), "bars": bars_figure(final, beside)}
 
 
-def draw(args: Plot) -> list[Path]:
-    """Draw all figures; returns the files."""
-    files = []
+def main() -> None:
+    args = parse(Plot)
     for name, figure in figures(args).items():
         png, pdf = (args.out / f"{args.name}_{name}.{suffix}" for suffix in ("png", "pdf"))
         save_png(figure, png)
         save_pdf(figure, pdf)
-        files += [png, pdf]
-    return files
-
-
-def main() -> None:
-    args = parse(Plot)
-    for path in draw(args):
-        say(str(path))
+        say(f"{png}\n{pdf}")
 
 
 if __name__ == "__main__":

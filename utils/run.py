@@ -23,7 +23,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import count
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -126,6 +126,7 @@ class Run:
         self.folder, self.started, self.saved = folder, started, False
         self._writes, self._opened = writes, ExitStack()
         self._columns: tuple[str, ...] | None = None
+        self._metrics: TextIO | None = None  # opened for the first row: an evaluation has none
 
     @classmethod
     def open(
@@ -140,7 +141,7 @@ class Run:
         """A new run in `runs_dir/<name>_<k>` with the smallest free k, or that in `resume` after step `done`.
 
         `config.json` gets the arguments, versions, machine, git commit, start time and `extra` (say the
-        manifest hash and the device chosen); TensorBoard gets the arguments as a table and as a line of its
+        data hash and the device chosen); TensorBoard gets the arguments as a table and as a line of its
         HPARAMS tab. Notices among the arguments are logged as warnings.
 
         At a resume, rows of `metrics.csv` and points of TensorBoard after step `done` go. `config.json` gets
@@ -148,19 +149,21 @@ class Run:
 
         Raises:
             UserError: the folder cannot be made, read or written, another process is at work in it, or
-                `extra["manifest"]` is not that of the run: it would go on with other data.
+                `extra["data_hash"]` is not that of the run: it would go on with other data.
         """
         extra = dict(extra or {})
         if not is_first():
             return cls(resume or runs_dir, "", writes=False)
         settings, now = recorded(arguments), _circumstances()
         folder = resume or _new_folder(runs_dir, name)
-        config = {**now, **extra} if resume is None else read_config(folder)
-        if config.get("manifest") != extra.get("manifest"):
-            raise UserError(
-                f"the data is not that of {folder}: manifest {extra.get('manifest')}, then "
-                f"{config.get('manifest')}"
-            )
+        earlier = extra if resume is None else read_config(folder)
+        data_hash = extra.get("data_hash")
+        before = earlier.get("data_hash", data_hash)  # absent in runs of commit d362890
+        if before != data_hash:
+            raise UserError(f"the data is not that of {folder}: data hash {data_hash}, then {before}")
+        if data_hash and "data_hash" not in earlier:
+            log.warning("%s records no data hash, so its images are not compared with those in use", folder)
+        config = {**now, **extra, **earlier}
         config |= {"name": folder.name, **place_of(folder), "arguments": settings}
         if resume is not None:
             config["resumed"] = [*config.get("resumed", []), {"step": done, **now}]
@@ -185,9 +188,6 @@ class Run:
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if done is not None:
             self._columns = _cut_back(self.folder, done)
-        # Line-buffered, so that a killed run keeps its rows.
-        metrics = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
-        self._metrics = opened.enter_context(metrics)
         self._events = _EventFile(self.folder, done)
         opened.callback(self._events.close)
         memory = log_to_terminal()
@@ -217,6 +217,10 @@ class Run:
         if not self._writes:
             return
         with _writing(self.folder):
+            if self._metrics is None:
+                # Line-buffered, so that a killed run keeps its rows.
+                file = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
+                self._metrics = self._opened.enter_context(file)
             writer = csv.writer(self._metrics)
             if self._columns is None:
                 self._columns = tuple(row)
@@ -231,7 +235,7 @@ class Run:
         Raises:
             UserError: the disk is full.
         """
-        if self._writes:
+        if self._metrics is not None:
             with _writing(self.folder):
                 sync(self._metrics.fileno())
 
@@ -383,6 +387,8 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     """
     remove_drafts(folder / "*")
     path = folder / "metrics.csv"
+    if done == 0 and not path.exists():  # also of an evaluation, which has no rows
+        return None
     with refusing(f"read {path}"):
         data = path.read_bytes() if path.exists() else b""
     text = data.decode("utf-8-sig", "replace").replace("\0", "")

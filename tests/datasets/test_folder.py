@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -20,14 +19,12 @@ from PIL import Image
 
 import evaluate_classification
 import mrcl_classification
-import pretrain_classification
-from datasets import DATASETS, OMNIGLOT, ImageSet, Normalisation, Pool, Source, folder, load_images
-from datasets.characters import CLASSES
+from datasets import DATASETS, ImageSet, Normalisation, Pool, Source
 from datasets.images import shrink
-from model.episodes import sample_episode, sample_task, sample_trajectory, shuffled_batches
+from datasets.task_sampler import sample_episode, sample_task, sample_trajectory, shuffled_batches
 from model.meta_test import CHUNK, FrozenOutputs
 from model.modelfactory import build, load_network, trained_parameters
-from tests.conftest import TINY, assert_same_run
+from tests.conftest import TINY
 from tools import analyze_representation
 from utils.errors import UserError
 
@@ -53,7 +50,7 @@ def fill(root: Path, classes: dict[str, int], mode: str = "L") -> Path:
 
 
 def load(root: Path, split: str = "background", **options: Any) -> ImageSet:
-    return load_images(Source("folder", root, root.parent / "cache", options), split)
+    return Source("folder", root, root.parent / "cache", options).load(split)
 
 
 @pytest.fixture
@@ -75,36 +72,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return call
 
 
-def test_omniglot_as_a_folder_is_omniglot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]
-) -> None:
-    """The same tensors, and with the same normalisation the same training and meta-test to the last bit."""
-    for split, alphabet in (("background", "Alpha"), ("evaluation", "Beta")):
-        monkeypatch.setitem(CLASSES, split, 3)
-        for character in (1, 2, 3):
-            place = tmp_path / f"root/omniglot-py/images_{split}/{alphabet}/character{character:02d}"
-            place.mkdir(parents=True)
-            for drawer in range(1, 21):
-                drawing = picture(100 * character + drawer, size=(105, 105)).convert("1")
-                drawing.save(place / f"{character:04d}_{drawer:02d}.png")
-        (tmp_path / "own").mkdir(exist_ok=True)
-        (tmp_path / "own" / split).symlink_to(tmp_path / "root/omniglot-py" / f"images_{split}")
-        images = Source("omniglot", tmp_path / "root", tmp_path / "cache").load(split)
-        own = load(tmp_path / "own", split)
-        assert torch.equal(images.images, own.images)
-        assert (images.classes, images.sizes) == (own.classes, own.sizes)
-    monkeypatch.setattr(ImageSet, "statistics", lambda _: OMNIGLOT)
-    flags = [*TINY, "--train_classes=3"]
-    evaluation = ["--schedule=2", "--lr=0.01", "--runs=1", "--threads=1", "--lr_search_split=background"]
-    for dataset, path in (("omniglot", "root"), ("folder", "own")):
-        data = [f"--dataset={dataset}", f"--dataset-path={path}", f"--name={dataset}"]
-        run(mrcl_classification, *flags, *data, f"--model_name={dataset}.net")
-        run(evaluate_classification, *evaluation, *data, f"--model={dataset}.net", f"--name=e_{dataset}")
-    assert_same_run(Path("runs/omniglot_0"), Path("runs/folder_0"))
-    first, second = (Path(f"runs/e_{name}_0/results.csv").read_text() for name in ("omniglot", "folder"))
-    assert first.replace("omniglot.net", "folder.net") == second
-
-
 def test_the_page_on_data(run: Callable[..., None]) -> None:
     """What docs/data.md shows, run as it stands there, learns better than chance and an untrained network."""
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
@@ -122,28 +89,12 @@ def test_the_page_on_data(run: Callable[..., None]) -> None:
     assert not names
     results = json.loads(Path("runs/Omni_test_traj_0/results.json").read_text())
     assert [line["classes"] for line in results["summary"]] == [10]
-    scratch = [
-        *commands[1][1:],
-        "--scratch",
-        "--rln=13",
-        "--nm_channels=8",
-        "--pln_channels=16",
-        "--name=scratch",
-    ]
-    model = scratch.index("--model")
-    del scratch[model : model + 2]
+    scratch = [flag for flag in commands[1][1:] if flag not in ("--model", "pictures.net")]
+    scratch += ["--scratch", "--rln=13", "--nm_channels=8", "--pln_channels=16", "--name=scratch"]
     run(evaluate_classification, *scratch, "--threads=1")
     untrained = json.loads(Path("runs/scratch_0/results.json").read_text())
     assert results["summary"][0]["test"] > untrained["summary"][0]["test"] > 0.1, "chance"
     assert len(results["evaluation_classes"]) == 10
-    net = load_network("pictures.net")
-    background = [
-        np.asarray(Image.open(file).convert("RGB").resize((28, 28), Image.Resampling.LANCZOS))
-        for file in sorted(Path("pictures").rglob("*.png"))
-        if file.parent.name not in results["evaluation_classes"]
-    ]
-    np.testing.assert_allclose(net.normalisation.mean, np.mean(background, (0, 1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(net.normalisation.std, np.std(background, (0, 1, 2)), rtol=1e-12)
 
 
 def code(text: str, mark: str) -> str:
@@ -169,8 +120,6 @@ def test_a_loader_of_ones_own(
     np.savez("images.npz", images=images, labels=np.arange(200) % 10)
     data = ["--dataset=arrays", "--dataset-path=.", "--first_test_label=6", "--negative", "--threads=1"]
     run(mrcl_classification, *TINY, "--train_classes=6", *data, "--model_name=a.net", "--eval_every=2")
-    with pytest.raises(UserError, match=r"--first_test_label 0: choose 1 or greater"):
-        Source("arrays", tmp_path, tmp_path, {"first_test_label": 0}).load("background")
     run(evaluate_classification, *data, "--model=a.net", "--lr=0.01", "--runs=1", "--name=e")
     results = json.loads(Path("runs/e_0/results.json").read_text())
     assert (results["data"], [line["classes"] for line in results["summary"]]) == ("arrays evaluation", [4])
@@ -184,31 +133,23 @@ def test_a_loader_of_ones_own(
     assert "arrays: Images and labels of ROOT/images.npz" in " ".join(capsys.readouterr().out.split())
 
 
-def test_pretraining_on_colour(tmp_path: Path, run: Callable[..., None]) -> None:
+def test_classes_of_few_images_in_colour(tmp_path: Path, run: Callable[..., None]) -> None:
     fill(tmp_path / "own", {f"{k}": 6 for k in range(6)}, "RGB")
     data = ["--dataset=folder", "--dataset-path=own", "--evaluation_classes=3", "--threads=1"]
-    run(
-        pretrain_classification,
-        *data,
-        "--pln_channels=4",
-        "--images=32",
-        "--batch_size=8",
-        "--model_name=p.net",
-    )
-    few = ["--train_images=4", "--test_images=2", "--lr=0.01", "--runs=1"]
-    run(evaluate_classification, *data, *few, "--model=p.net", "--schedule=3", "--name=e")
-    rows = json.loads(Path("runs/e_0/results.json").read_text())["runs"]
-    assert rows[0]["train"] * 12 == pytest.approx(round(rows[0]["train"] * 12))
+    run(mrcl_classification, *TINY, *data, "--train_classes=3", "--model_name=p.net")
+    few = ["--train_images=4", "--test_images=2", "--lr=0.01", "--runs=1", "--model=p.net"]
+    run(evaluate_classification, *data, *few, "--schedule=3", "--name=e")
+    (row,) = json.loads(Path("runs/e_0/results.json").read_text())["summary"]
+    assert row["train"] * 12 == pytest.approx(round(row["train"] * 12))
     # Another number of classes kept may mean classes that were trained on.
-    more = [flag.replace("classes=3", "classes=4") for flag in data]
-    run(evaluate_classification, *more, *few, "--model=p.net", "--schedule=2", "--name=f")
+    run(evaluate_classification, *data, "--evaluation_classes=4", *few, "--schedule=2", "--name=f")
     assert "trained with --evaluation_classes 3, and this is 4" in Path("runs/f_0/log.txt").read_text()
-    with pytest.raises(
-        UserError, match=r"class \w+ has 6 images, and 2 others .*--train_images 15 and --test"
+    for script, flags, message in (
+        (evaluate_classification, few[2:], r"has 6 images, and 2 others .*--train_images 15 and --test"),
+        (mrcl_classification, [], r"has 6 images.*--update_step 20: 20 of each"),
     ):
-        run(evaluate_classification, *data, "--model=p.net", "--lr=0.01")
-    with pytest.raises(UserError, match=r"class \w+ has 6 images.*--update_step 20: 20 of each"):
-        run(mrcl_classification, *data)
+        with pytest.raises(UserError, match=rf"class \w+ {message}"):
+            run(script, *data, *flags)
 
 
 def pixels(colour: Colour, mode: str = "RGB") -> Image.Image:
@@ -253,6 +194,7 @@ def half() -> np.ndarray[Any, Any]:
         ("x.png", pixels((10, 200, 30)), {"channels": 1}, [124]),
         ("x.png", pixels((7,), "L"), {"channels": 3}, [7, 7, 7]),
         ("x.png", turned(), {}, half()),
+        ("x.png", picture(3, size=(700, 20)), {}, shrink(picture(3, size=(700, 20)))[None]),
     ],
 )
 def test_pictures_of_all_kinds(
@@ -280,58 +222,33 @@ def test_a_single_level_is_drawn_apart(tmp_path: Path) -> None:
         drawn[count] = set(kept.classes)
     assert drawn[2] < drawn[5]
     assert set(load(root, "evaluation", evaluation_classes=5, data_seed=1).classes) != drawn[5]
-    before = load(root, evaluation_classes=2)
-    assert before.manifest == load(root, evaluation_classes=2).manifest
-    picture(99).save(root / before.classes[0] / "0.png")
-    assert before.manifest != load(root, evaluation_classes=2).manifest
 
 
-def test_what_does_not_count_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_does_not_count_is_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where both splits are used, as in an evaluation: one start reads a folder once."""
     caplog.set_level(logging.INFO, "anml")
     (root / "background/ab/notes.txt").write_text("x")
-    (root / "background/ab/Thumbs.db").write_text("x")
     (root / "background/ab/.hidden.png").write_text("x")
     fill(root, {"other": 1})
-    frames = [picture(1), picture(2)]
-    frames[0].save(root / "background/ab/9.gif", save_all=True, append_images=frames[1:])
     shutil.copy(root / "background/cb/1.png", root / "evaluation/ae/copy.png")
-    images = load(root)
+    source = Source("folder", root, root.parent / "cache")
+    images, _ = (source.load(split) for split in ("evaluation", "background"))
     assert images.sizes == (3, 2, 2)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [re.sub(r"^\S+: ", "", line) for line in warnings] == [
-        "1 files do not count, since they are no pictures or in no class folder: background/ab/notes.txt",
-        "1 pictures do not count, being in no class folder of background/ or evaluation/: other/0.png",
-        "of 1 files with several pictures the first counts: background/ab/9.gif",
-        "a leak, 1 files of meta-test classes are byte for byte files of meta-training classes: "
+        "2 files are no picture of a class: background/ab/notes.txt, other/0.png",
+        "a leak, 1 pictures of meta-test classes are pictures of meta-training classes: "
         "evaluation/ae/copy.png is background/cb/1.png",
     ]
 
 
-def empty(root: Path) -> None:
-    shutil.rmtree(root)
-    root.mkdir()
-
-
-def one_class(root: Path) -> None:
-    shutil.rmtree(root / "background/ab")
-    shutil.rmtree(root / "background/bb")
-
-
-def in_both(root: Path) -> None:
-    shutil.copytree(root / "background/ab", root / "evaluation/ab")
-
-
-def broken(root: Path) -> None:
-    file = root / "evaluation/be/1.png"
-    file.write_bytes(file.read_bytes()[:-30])
-
-
-def no_picture(root: Path) -> None:
-    (root / "evaluation/be/1.png").write_text("text")
+def remove(root: Path, *folders: str) -> None:
+    for folder in folders:
+        shutil.rmtree(root / folder)
 
 
 def flat(root: Path) -> None:
-    shutil.rmtree(root / "background")
+    remove(root, "background")
     shutil.move(root / "evaluation", root / "x")
 
 
@@ -341,25 +258,27 @@ def other_names(root: Path) -> None:
 
 
 def plain(root: Path) -> None:
-    for k in range(3):
-        picture(7).save(root / f"background/{'abc'[k]}b/0.png")
-        Image.new("L", (9, 9)).save(root / f"background/{'abc'[k]}b/0.png")
-        Image.new("L", (9, 9)).save(root / f"background/{'abc'[k]}b/1.png")
+    for file in root.glob("background/*/*.png"):
+        Image.new("L", (9, 9)).save(file)
+
+
+def cut(root: Path) -> None:
+    file = root / "evaluation/be/1.png"
+    file.write_bytes(file.read_bytes()[:-30])
 
 
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
-        (empty, {}, "holds no pictures (.png"),
+        (lambda root: remove(root, "background", "evaluation"), {}, "holds no pictures (.png"),
         (shutil.rmtree, {}, "root: No such file or directory"),
-        (one_class, {}, "one class in background, cb; to tell classes apart takes two"),
-        (in_both, {}, "the same class is in background/ and evaluation/: ab"),
-        (broken, {}, "evaluation/be/1.png: "),
-        (no_picture, {}, "evaluation/be/1.png: not a picture; restore the file or remove it"),
+        (lambda root: remove(root, "background/ab", "background/bb"), {}, "1 classes in background; to tell"),
+        (lambda root: shutil.copytree(root / "background/ab", root / "evaluation/ab"), {}, "evaluation/: ab"),
+        (cut, {}, "evaluation/be/1.png: "),
+        (lambda root: (root / "evaluation/be/1.png").write_text("x"), {}, "be/1.png: not a picture; restore"),
         (other_names, {}, "holds test/, train/: splits are called background/ and evaluation/ here"),
         (flat, {}, "give --evaluation_classes N, how many of its 3 classes are kept for meta-test"),
-        (flat, {"evaluation_classes": 2}, "leaves fewer than two of"),
-        (flat, {"evaluation_classes": 1}, "--evaluation_classes 1: choose 2 or greater"),
+        (flat, {"evaluation_classes": 2}, "1 classes in background with --evaluation_classes 2"),
         (lambda _: None, {"evaluation_classes": 2}, "drop --evaluation_classes"),
         (lambda _: None, {"channels": 2}, "--channels 2: choose 1 or 3"),
         (plain, {}, "all pixels are equal"),
@@ -373,40 +292,16 @@ def test_refusals(root: Path, damage: Callable[[Path], None], options: dict[str,
             load(root, **options)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert str(root) in str(caught.value) or "--" in str(caught.value) or damage is plain
 
 
-@pytest.mark.parametrize("what", ["folder", "file"])
-def test_no_permission_to_read(root: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """Tests may run as a user whom no permission stops, so the system's answer is put in its place."""
-    secret = root / ("background/bb" if what == "folder" else "background/bb/0.png")
-
-    def refuse(original: Any) -> Any:
-        def call(path: Any, *args: Any) -> Any:
-            if str(path) == str(secret):
-                raise PermissionError(13, "Permission denied", str(path))
-            return original(path, *args)
-
-        return call
-
-    monkeypatch.setattr(os, "scandir", refuse(os.scandir))
-    monkeypatch.setattr(Path, "read_bytes", refuse(Path.read_bytes))
-    with pytest.raises(UserError, match=rf"^cannot read {re.escape(str(secret))}: Permission denied$"):
-        load(root)
-
-
-def test_a_cache_belongs_to_its_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load(root)
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "_decode", lambda *_: pytest.fail("decoded again"))
-        assert torch.equal(load(root).images, first.images)
-        assert len(load(root, "evaluation")) == 3
+def test_a_cache_belongs_to_its_content(root: Path) -> None:
+    load(root)
     for number in range(6):
         picture(1000 + number).save(root / "background/ab/0.png")
         os.utime(root / "background/ab/0.png", ns=(number, number))
         expected = torch.from_numpy(shrink(picture(1000 + number)))
         assert torch.equal(load(root).images[0, 0], expected)
-    assert len(list((root.parent / "cache").iterdir())) == 4
+    assert len(list((root.parent / "cache").iterdir())) == 1
 
 
 def test_statistics_are_those_of_the_background_and_go_into_meta_test(root: Path) -> None:
@@ -423,11 +318,8 @@ def test_statistics_are_those_of_the_background_and_go_into_meta_test(root: Path
     torch.testing.assert_close(rows.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(rows.std((0, 2, 3), correction=0), torch.ones(3))
     assert Normalisation.of(json.loads(json.dumps(found.arguments()))) == found
-    for wrong in (
-        {"pixel_mean": 3, "pixel_std": [1]},
-        {"pixel_mean": [0], "pixel_std": [0]},
-        {"pixel_mean": [1]},
-    ):
+    for mean, std in ((3, [1]), ([0], [0]), ([1], None)):
+        wrong = {"pixel_mean": mean, "pixel_std": std}
         with pytest.raises(ValueError, match="standard deviation"):
             Normalisation.of(wrong)
 
@@ -475,6 +367,3 @@ def test_images_of_another_size_are_refused_in_one_line() -> None:
         build("ANML", {"nm_channels": 2, "pln_channels": 2}, torch.Generator())(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"images are uint8 \[2, 1, 32, 32\], not uint8 \[B, C, 28, 28\]"):
         ImageSet.of("x", {"a": np.zeros((2, 32, 32), np.uint8)})
-    buffer = io.BytesIO()
-    picture(3, size=(700, 20)).save(buffer, "PNG")
-    assert folder._decode(buffer.getvalue(), None)[0].shape == (1, 28, 28)

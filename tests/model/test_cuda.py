@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from model.episodes import sample_episode, sample_trajectory
-from model.fast import Backend, capture, learner, meta_loss, use_backend
+from datasets.task_sampler import Trajectory, sample_episode, sample_trajectory
+from model.fast import Backend, capture, learner, meta_loss
 from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
@@ -20,17 +22,20 @@ from utils.device import choose_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-KINDS = [("ANML", 7), ("OML", 6)]
+BACKENDS: tuple[Backend, ...] = ("plain", "fast")
+
+
+def assert_as_on_the_cpu(weights: Callable[[torch.device], Sequence[Tensor]]) -> None:
+    """What `weights` gives on the one device and on the other is equal up to rounding."""
+    ours, theirs = ([x.detach().cpu() for x in weights(choose_device(name))] for name in ("cuda", "cpu"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
 def meta_learner(
     kind: str, rln: int, backend: Backend, first_order: bool, device: torch.device
 ) -> MetaLearner:
-    net, _ = network(kind)
-    use_backend(net, backend)
     return MetaLearner(
-        net.to(device),
-        images(CLASSES, 20).to(device),
+        *(network(kind, backend)[0].to(device), images(CLASSES, 20).to(device)),
         torch.Generator().manual_seed(7),
         meta_lr=0.001,
         update_lr=0.03,
@@ -41,35 +46,30 @@ def meta_learner(
     )
 
 
+def trajectory(generator: torch.Generator) -> Trajectory:
+    return sample_trajectory([20] * CLASSES, generator, update_step=4, remember=3)
+
+
 @pytest.mark.parametrize("first_order", [True, False])
-@pytest.mark.parametrize("backend", ["plain", "fast"])
-@pytest.mark.parametrize(("kind", "rln"), KINDS)
-def test_meta_steps_as_on_the_cpu(kind: str, rln: int, backend: Backend, first_order: bool) -> None:
-    weights = []
-    for name in ("cpu", "cuda"):
-        learner = meta_learner(kind, rln, backend, first_order, choose_device(name))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "rln"), [("ANML", 7), ("OML", 6)])
+def test_meta_steps(kind: str, rln: int, backend: Backend, first_order: bool) -> None:
+    def weights(device: torch.device) -> Sequence[Tensor]:
+        learner = meta_learner(kind, rln, backend, first_order, device)
         generator = torch.Generator().manual_seed(11)
         for count in (1, 1, 2):
-            drawn = [
-                sample_trajectory([20] * CLASSES, generator, update_step=4, remember=3) for _ in range(count)
-            ]
-            learner.step(*drawn)
-        weights.append([parameter.detach().cpu() for parameter in learner.net.parameters()])
-    assert isinstance(learner.meta_grads, CudaGraph) == (backend == "fast")
-    for ours, theirs in zip(*weights, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+            learner.step(*(trajectory(generator) for _ in range(count)))
+        assert isinstance(learner.meta_grads, CudaGraph) == (backend == "fast" and device.type == "cuda")
+        return list(learner.net.parameters())
+
+    assert_as_on_the_cpu(weights)
 
 
-@pytest.mark.parametrize("backend", ["plain", "fast"])
-def test_episodes_as_on_the_cpu(backend: Backend) -> None:
-    weights = []
-    for name in ("cpu", "cuda"):
-        device = choose_device(name)
-        net, _ = network("ANML")
-        use_backend(net, backend)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_episodes(backend: Backend) -> None:
+    def weights(device: torch.device) -> Sequence[Tensor]:
         learner = PrototypeLearner(
-            net.to(device),
-            images(CLASSES, 20).to(device),
+            *(network("ANML", backend)[0].to(device), images(CLASSES, 20).to(device)),
             torch.Generator().manual_seed(7),
             meta_lr=0.001,
             steps=10,
@@ -84,40 +84,34 @@ def test_episodes_as_on_the_cpu(backend: Backend) -> None:
             )
             learner.update()
         with learner.averaged():
-            weights.append([weight.detach().cpu().clone() for weight in learner.learned])
-    for ours, theirs in zip(*weights, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+            return [weight.detach().clone() for weight in learner.learned]
+
+    assert_as_on_the_cpu(weights)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("backend", ["plain", "fast"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "rln"), [("ANML", 13), ("ANML", 7), ("ANML", 0), ("OML", 6)])
-def test_meta_test_as_on_the_cpu(kind: str, rln: int, backend: Backend, optimizer: str) -> None:
+def test_meta_test(kind: str, rln: int, backend: Backend, optimizer: str) -> None:
     index = torch.tensor([[0, 1], [0, 2], [2, 5], [2, 6], [1, 0], [1, 3]])
-    found = []
-    for name in ("cpu", "cuda"):
-        device = choose_device(name)
-        net, _ = network(kind)
-        use_backend(net, backend)
-        net.to(device)
+
+    def weights(device: torch.device) -> Sequence[Tensor]:
+        net = network(kind, backend)[0].to(device)
         pool, trained = images(3, 20).to(device), trained_parameters(net, rln)
         copied = shared_copy(net, trained)
         online = learner("adam", backend)(copied, trained, Settings(0.001, optimizer))
         for part in index.split(4):
             learn(online, FrozenOutputs(net, pool, trained), part)
-        found.append([copied.get_parameter(name).detach().cpu() for name in trained])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+        return [copied.get_parameter(name) for name in trained]
+
+    assert_as_on_the_cpu(weights)
 
 
 @pytest.mark.parametrize("first_order", [True, False])
-@pytest.mark.parametrize("backend", ["plain", "fast"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_step_of_the_inner_loop_waits_for_the_device(backend: Backend, first_order: bool) -> None:
     learner = meta_learner("ANML", 7, backend, first_order, choose_device("cuda"))
-    trajectory = sample_trajectory(
-        [20] * CLASSES, torch.Generator().manual_seed(0), update_step=4, remember=3
-    )
-    query, labels = gather(learner.images, trajectory.query)
+    query, labels = gather(learner.images, trajectory(torch.Generator()).query)
     learner.meta_grads(query, labels, labels[-4:])  # what is chosen and captured once may wait
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 import evaluate_classification
 import mrcl_classification
 import pretrain_classification
+from datasets.task_sampler import sample_trajectory
 from model import method
 from model.check import check_network
-from model.episodes import sample_trajectory
-from model.layers import ConvBlock
 from model.learner import Settings
 from model.meta_learner import MetaLearner
 from model.meta_test import FrozenOutputs, adam_learner, learn, new_run
 from model.method import InnerRule, Params, meta_loss
 from model.modelfactory import (
-    ANML,
     NETWORKS,
     Network,
     build,
@@ -215,8 +213,8 @@ def test_arguments_of_the_constructor_are_flags(scripts: Scripts) -> None:
     flags = [*TRAIN, "--steps=1", "--treatment"]
     scripts(mrcl_classification, *flags, "BatchNorm", "--dropout=0.5", "--width=4", "--model_name=b.net")
     assert load_network("b.net").widths == {"width": 4, "dropout": 0.5, "num_classes": 20}
-    scripts(mrcl_classification, *flags, "Skipped", "--no-skip", "--model_name=s.net")
-    assert load_network("s.net").widths["skip"] is False
+    scripts(mrcl_classification, *flags, "OddLayers", "--bias", "--model_name=o.net")
+    assert load_network("o.net").widths["bias"] is True
     scripts(mrcl_classification, *flags, "BatchNorm", "--dropout=much", code=2)
 
 
@@ -230,47 +228,6 @@ def test_meta_test_leaves_training_mode_and_buffers_alone() -> None:
     represent(net, images(2, 3))
     assert net.training
     torch.testing.assert_close(dict(net.named_buffers()), buffers, rtol=0, atol=0)
-
-
-def put(name: str, module: nn.Module) -> Callable[[ANML], None]:
-    return lambda net: net.set_submodule(name, module)
-
-
-class Dropped(ConvBlock):
-    """Dropout between convolution and norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(F.dropout(F.conv2d(x, self.conv.weight), 0.3, self.training))
-        return F.max_pool2d(F.relu(x), 2)
-
-
-class Changed(ANML):
-    """ANML with something done to it in its constructor, as somebody would try things out."""
-
-    change: Callable[[ANML], None]
-
-    def __init__(self, num_classes: int = 20) -> None:
-        super().__init__(4, 6, num_classes)
-        type(self).change(self)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        put("pln.block2.conv", nn.Conv2d(6, 6, 3, groups=2)),
-        put("pln.block3.conv", nn.Conv2d(6, 6, 3, padding=1, stride=2)),
-        put("pln.block2.norm", nn.GroupNorm(2, 6)),
-        put("pln.block2", Dropped(6, 6, True)),
-        put("nm.sigmoid", nn.Softsign()),
-        put("head", nn.Sequential(nn.Tanh(), nn.Linear(54, 20))),
-    ],
-)
-def test_parts_of_anml_changed(change: Callable[[ANML], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is changed is computed, and exact."""
-    monkeypatch.setitem(NETWORKS, "Changed", Changed)
-    monkeypatch.setattr(Changed, "change", change, raising=False)
-    check_network("Changed")
-    test_meta_gradient_at_every_cut("Changed", {})
 
 
 class Sound(Network):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mrcl_classification
 from datasets.augmentation import distort, show
-from model.episodes import sample_episode
+from datasets.task_sampler import sample_episode
 from model.fast import Backend, use_backend
 from model.prototypes import PrototypeLearner, prototype_logits
 from tests.conftest import assert_same_run

@@ -15,11 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from datasets.images import Pool
-from model.episodes import Task, sample_task
+from datasets.task_sampler import Task, sample_task
 from model.modelfactory import build
 from model.representation import (
     Representation,
-    dead_fraction,
     measure,
     nearest_neighbours,
     principal_components,
@@ -60,19 +59,6 @@ def test_knn_of_features_that_have_much_in_common(common: int) -> None:
     labels = torch.arange(30).repeat(20)
     found = nearest_neighbours(features[:450], labels[:450], features[450:])
     assert found.tolist() == [plain_knn(features[:450], labels[:450], query, 5) for query in features[450:]]
-
-
-def test_equal_votes_go_to_the_class_with_the_nearest_example() -> None:
-    examples = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
-    labels = torch.tensor([7, 8, 8, 7, 9])  # two votes each for 7 and 8
-    assert nearest_neighbours(examples, labels, torch.tensor([[0.0], [6.0]])).tolist() == [7, 7]
-    labels = torch.tensor([8, 9, 9, 7, 7])
-    assert nearest_neighbours(examples, labels, torch.tensor([[0.0], [6.0]])).tolist() == [9, 7]
-
-
-def test_a_unit_is_dead_if_no_image_activates_it() -> None:
-    activations = torch.tensor([[[0.0, 0.01, 0.02, 5.0]], [[0.0, 0.005, 0.0, 0.0]]])
-    assert dead_fraction(activations) == 0.5
 
 
 def test_measured_on_known_activations() -> None:

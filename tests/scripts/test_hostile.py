@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import Source, omniglot
-from datasets.characters import CLASSES
-from evaluation.journal import Journal
+from datasets.omniglot import CLASSES
 from evaluation.results import read_results, write_results
+from evaluation.runs import Journal
 from flags.evaluation import Evaluation
 from flags.training import Training
 from model.modelfactory import build, restore
@@ -175,7 +175,7 @@ def test_configs(content: bytes, kind: type[Training] | type[Evaluation]) -> Non
 
 
 def run_config(**settings_of_run: object) -> bytes:
-    return json.dumps({"arguments": settings_of_run, "manifest": "0"}).encode()
+    return json.dumps({"arguments": settings_of_run, "data_hash": "0"}).encode()
 
 
 METRICS = b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2.0,0,1,0.1\n2,1.5,1,1,0.1\n"
@@ -202,7 +202,7 @@ def test_run_folders(config: bytes, metrics: bytes, done: int) -> None:
             arguments = parse(Training, [])
         assert isinstance(arguments, Training)
         settings_of_run = arguments
-        run = refused_or(lambda: Run.open(place, "n", place, settings_of_run, {"manifest": "0"}, done))
+        run = refused_or(lambda: Run.open(place, "n", place, settings_of_run, {"data_hash": "0"}, done))
         if isinstance(run, Run):
             run.close()
             lines = (place / "metrics.csv").read_bytes().splitlines()[1:]
@@ -289,13 +289,13 @@ def test_training_states(newest: bytes, previous: bool) -> None:
 
 def result_files() -> dict[str, bytes]:
     rows = [
-        {"model": "m", "classes": 2, "run": run, "lr": 0.1, "test": 0.5, "train": 1.0, "above_chance": 1}
+        {"model": "m", "classes": 2, "run": run, "lr": 0.1, "test": 0.5, "train": 1.0}
+        | {"above_chance": 1, "diverged": 0}
         for run in (0, 1)
     ]
     with folder() as place:
         write_results(place, rows, {"treatment": "ANML"})
-        with Journal(place / "scores.csv"):
-            pass
+        Journal(place / "scores.csv").close()
         return {path.name: path.read_bytes() for path in place.iterdir()}
 
 
@@ -310,7 +310,7 @@ RESULTS = result_files()
         st.just(RESULTS["results.json"]),
         JSON_VALUES.map(lambda runs: json.dumps({"runs": runs}).encode()),
     ),
-    scores=damaged(RESULTS["scores.csv"] + b"report,m,2,0,0.1,0.5,1.0,1,0\nreport,m,2,1,0.1,,1.0,1,\n"),
+    scores=damaged(RESULTS["scores.csv"] + b"report,m,2,0,0.1,0.5,1.0,1,0\nreport,m,2,1,,0.5,1.0,1,1\n"),
 )
 def test_results(csv: bytes, about: bytes, scores: bytes) -> None:
     with folder() as place:
@@ -321,7 +321,7 @@ def test_results(csv: bytes, about: bytes, scores: bytes) -> None:
         refused_or(lambda: read_results(place / "results.json"))
         journal = refused_or(lambda: Journal(place / "scores.csv"))
         if isinstance(journal, Journal):
-            journal._file.close()
+            journal.close()
         assert {path.name for path in place.iterdir()} == set(files)
 
 

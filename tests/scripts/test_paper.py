@@ -80,6 +80,7 @@ def calls(project: Path) -> list[str]:
 
 def listed(project: Path) -> dict[str, list[str]]:
     """The commands that a dry run lists, by step."""
+    assert os.access(project / "configs/paper.sh", os.X_OK)
     done = paper(project, "--dry-run")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -91,15 +92,17 @@ def listed(project: Path) -> dict[str, list[str]]:
     return steps
 
 
-def test_a_dry_run_runs_nothing(project: Path) -> None:
-    before = sorted(project.rglob("*"))
-    assert len(listed(project)) > 20
-    assert sorted(project.rglob("*")) == before
-
-
 def test_every_command_is_accepted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run lists commands of scripts that are there, of every target, and runs none. What a command
+    reads, an earlier one writes."""
     monkeypatch.chdir(project)
-    for name, (_, script, *flags) in listed(project).items():
+    before = sorted(project.rglob("*"))
+    steps = listed(project)
+    assert sorted(project.rglob("*")) == before
+    assert {target.result for target in read_targets()} <= set(steps)
+    there: set[str] = set()
+    for name, words in steps.items():
+        _, script, *flags = words
         if script == "-m":
             script = f"{flags.pop(0).replace('.', '/')}.py"
         assert (ROOT / script).is_file(), name
@@ -109,23 +112,12 @@ def test_every_command_is_accepted(project: Path, monkeypatch: pytest.MonkeyPatc
             assert parsed.dataset_path == Path("some data")
         if isinstance(parsed, RunFlags):
             assert parsed.name == f"paper_{name}"
-
-
-def test_every_target_has_its_step(project: Path) -> None:
-    assert {target.result for target in read_targets()} <= set(listed(project))
-
-
-def test_models_and_results_come_from_a_step(project: Path) -> None:
-    """What a command reads, an earlier one writes."""
-    there: set[str] = set()
-    for name, words in listed(project).items():
         for flag, value in pairwise(words):
             if flag == "--model":
                 assert {value, str(Path(value).parent)} & there, name
             if flag == "--model_name":
                 there.add(value.removeprefix("partial_"))
-        for word in words:
-            folder = word.rpartition("=")[2]
+        for folder in (word.rpartition("=")[2] for word in words):
             if folder.startswith("runs/"):
                 assert {folder, str(Path(folder).parent)} & there, name
         there.add(f"runs/paper_{name}_0")
@@ -192,8 +184,3 @@ def test_unknown_words_run_nothing(project: Path, word: str, message: str) -> No
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
     assert not calls(project)
-
-
-def test_bash_reads_it() -> None:
-    subprocess.run(["bash", "-n", str(ROOT / "configs/paper.sh")], check=True)
-    assert os.access(ROOT / "configs/paper.sh", os.X_OK)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import pretrain_classification
+from datasets.task_sampler import shuffled_batches
 from flags.pretraining import Pretraining
-from model.episodes import shuffled_batches
 from model.modelfactory import build
 from model.optimizer import Adam
 from model.supervised import Batch, supervised_step
@@ -90,7 +90,7 @@ def test_it_learns_and_says_so(cache: Path, tmp_path: Path, monkeypatch: pytest.
     assert (saved.network, saved.step, saved.arguments["weights"]) == ("OML", 101, "pretrained")
     again = load_checkpoint(folder / "model.net")
     assert all(torch.equal(saved.state_dict[name], again.state_dict[name]) for name in saved.state_dict)
-    assert len(json.loads((folder / "config.json").read_text())["manifest"]) == 64
+    assert len(json.loads((folder / "config.json").read_text())["data_hash"]) == 64
     assert [step for step, _ in curve(folder, "pretrain/loss")] == list(range(1, 102))
     assert len(curve(folder, "pretrain/images_per_second")) == 5
 

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 import mrcl_classification
-from model.episodes import Trajectory, sample_trajectory
+from datasets.task_sampler import Trajectory, sample_trajectory
 from model.training_state import NAME, load_state
 from tests.conftest import EDITORS, Trainer, assert_same_run, curve, rows
 from utils.checkpoint import load_checkpoint
@@ -287,12 +287,24 @@ def test_what_may_change(trainer: Trainer) -> None:
         trainer.resume("--steps=4")
 
 
+def test_a_run_without_a_data_hash_is_resumed(trainer: Trainer) -> None:
+    """As those of commit d362890, which hashed names and sizes of files: that hash is not one of pixels."""
+    trainer("--steps=1")
+    config = trainer.run / "config.json"
+    recorded = json.loads(config.read_text())["data_hash"]
+    config.write_text(config.read_text().replace(f'"data_hash": "{recorded}"', '"manifest": "0"'))
+    for steps in ("--steps=2", "--steps=3"):
+        trainer.resume(steps)
+        assert json.loads(config.read_text())["data_hash"] == recorded
+    assert (trainer.run / "log.txt").read_text().count("records no data hash") == 1
+
+
 def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     trainer("--steps=1", "--model_name=m.net")
     config = trainer.run / "config.json"
     good = config.read_text()
     for content, named in (
-        (good.replace('"manifest": "', '"manifest": "0'), "the data is not that"),
+        (good.replace('"data_hash": "', '"data_hash": "0'), "the data is not that"),
         (good[:-9], "damaged"),
         ("[]", "damaged"),
         ('{"arguments": {"stepz": 1}}', "stepz"),

@@ -67,7 +67,7 @@ def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["arguments"]["update_step"] == 5
     assert config["arguments"]["seed"] == 9
-    assert re.fullmatch("[0-9a-f]{64}", config["manifest"])
+    assert re.fullmatch("[0-9a-f]{64}", config["data_hash"])
     assert config["versions"]["torch"] == torch.__version__
     assert [int(row["step"]) for row in rows(folder)] == [1, 2, 3, 4]
     assert all(0 <= float(row["accuracy_remember"]) <= 1 for row in rows(folder))

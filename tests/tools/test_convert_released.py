@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import io
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from model.modelfactory import Network, build, restore
 from tests.conftest import Called
 from tests.utils.test_checkpoint import Trap
 from tools import convert_released
-from tools.convert_released import LEGACY_MAGIC, convert, main, read
+from tools.convert_released import LEGACY_MAGIC, convert, read
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -109,29 +110,20 @@ def test_a_released_module(kind: str, zipped: bool, tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_model_that_loads(call: Callable[..., Called], tmp_path: Path) -> None:
-    net = network()
-    save_released(tmp_path / "in.net", net)
-    with pytest.raises(UserError, match=r"python -m tools\.convert_released .*in\.net NEW\.net"):
-        load_checkpoint(tmp_path / "in.net")
-    done = call(convert_released, str(tmp_path / "in.net"), str(tmp_path / "out.net"))
+    """A file that is there is kept, here the foreign model itself."""
+    net, path = network(), tmp_path / "m.net"
+    save_released(path, net)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"python -m tools\.convert_released .*m\.net NEW\.net"):
+        load_checkpoint(path)
+    done = call(convert_released, str(path), str(path))
     assert done.returncode == 0, done.stderr
     assert "not needed: 1 other tensors, vars_bn.0" in done.stdout
-    saved = load_checkpoint(tmp_path / "out.net")
-    copy = restore(saved.network, saved.widths, saved.state_dict, "out.net")
-    assert torch.equal(logits(copy), logits(net))
-
-
-def test_a_file_that_is_there_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "m.net"
-    save_released(path, network())
-    before = path.read_bytes()
-    monkeypatch.setattr(sys, "argv", ["convert_released", str(path), str(path)])
-    main()
-    assert load_checkpoint(path).network == "ANML"
+    assert f"is kept as {tmp_path / 'm.1.net'}" in done.stdout
     assert (tmp_path / "m.1.net").read_bytes() == before
-    assert f"is kept as {tmp_path / 'm.1.net'}" in capsys.readouterr().out
+    saved = load_checkpoint(path)
+    copy = restore(saved.network, saved.widths, saved.state_dict, "m.net")
+    assert torch.equal(logits(copy), logits(net))
 
 
 @pytest.mark.parametrize("style", ["norm", "bn", "encoder"])
@@ -207,21 +199,32 @@ def test_views_and_types(tmp_path: Path) -> None:
         torch.testing.assert_close(read(tmp_path / "m.net"), state, rtol=0, atol=0)
 
 
+def zipped(pickled: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    return file.getvalue()
+
+
 def hostile() -> dict[str, bytes]:
     """Pickles that would exhaust a careless reader."""
     deep = b")" + b"\x85" * 100_000
     head = b"".join(pickle.dumps(x, protocol=2) for x in (LEGACY_MAGIC, 1001, {"little_endian": True}))
     # A dict with the same dict under two names, and so on: 2 to the power of 60 ways to its end.
     shared = b"}" + b"".join(b"q%c}(X\1\0\0\0ah%cX\1\0\0\0bh%cu" % (k, k, k) for k in range(60))
+    wide = b")" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(60))  # a pair of the same pair, and so on
     return {
+        "a wide key": b"\x80\x02}" + wide + b"K\x01s.",
         "a deep key": b"\x80\x02}" + deep + b"K\x01s.",
         "a deep key of a storage": head + b"\x80\x02}.\x80\x02]" + deep + b"a.",
+        "a wide key of a storage": head + b"\x80\x02}.\x80\x02]" + wide + b"a.",
         "a dict many times over": head + b"\x80\x02" + shared + b".\x80\x02].",
         "a huge memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
         "a huge text": b"\x80\x02X\xff\xff\xff\x7fabc.",
         "a huge byte array": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
         "another protocol": pickle.dumps({"a": 1}, protocol=5),
         "a call of a value": b"\x80\x02K\x01)R.",
+        "a deep key in a zip": zipped(b"\x80\x02}" + deep + b"K\x01s."),
         "no end": b"\x80\x02" + b"(" * 1000,
         "nothing": b"",
     }
@@ -235,9 +238,16 @@ def test_hostile_pickles(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
+def test_a_file_that_is_cut_short_or_too_large(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "in.net"
     save_released(path, network(), zipped)
+    for limit in ("FILE", "PICKLES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert_released, limit, 100)
+            with pytest.raises(UserError, match=r"in\.net"):
+                convert(path)
     data = path.read_bytes()
     for kept in range(0, len(data) - 1, len(data) // 30):
         path.write_bytes(data[:kept])
@@ -245,12 +255,3 @@ def test_a_file_that_is_cut_short(zipped: bool, tmp_path: Path) -> None:
             convert(path)
     with pytest.raises(UserError, match=r"absent\.net"):
         convert(tmp_path / "absent.net")
-
-
-def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for zipped, limit in itertools.product((True, False), ("FILE", "PICKLES")):
-        save_released(tmp_path / "in.net", network(), zipped)
-        with monkeypatch.context() as patch:
-            patch.setattr(convert_released, limit, 1000)
-            with pytest.raises(UserError, match=r"in\.net"):
-                convert(tmp_path / "in.net")

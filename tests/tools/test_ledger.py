@@ -17,6 +17,7 @@ from tools.ledger import END, START, inserted, ledger
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+HEADER = "model,classes,run,lr,test,train,above_chance,diverged\n"
 TARGET_LINES = """\
 anml,ANML,test,10,88,5,10,"Numenta, second order"
 anml,ANML,test,600,63.8,,3,paper
@@ -33,14 +34,16 @@ def write_ledger(folder: Path, targets: str = TARGET_LINES, manifest: str = "") 
     results.mkdir()
     (results / "targets.csv").write_text(f"{','.join(COLUMNS)}\n{targets}")
     (results / "manifest.csv").write_text(f"result,training,command\n{manifest}")
-    (folder / "results.md").write_text(f"# Title\n\n{START}\nstale\n{END}\n\nthe end\n")
+    (folder / "docs").mkdir()
+    (folder / "docs/results.md").write_text(f"# Title\n\n{START}\nstale\n{END}\n\nthe end\n")
     return results
 
 
 def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
     """`<name>.csv` and `<name>.json` with two runs of each class count around (test, train)."""
     rows = [
-        {"classes": classes, "run": run, "lr": 0.001, "test": test + shift, "train": train, "above_chance": 1}
+        {"model": "m", "classes": classes, "run": run, "lr": 0.001, "test": test + shift, "train": train}
+        | {"above_chance": 1, "diverged": 0}
         for classes, (test, train) in accuracies.items()
         for run, shift in enumerate((-0.01, 0.01))
     ]
@@ -99,10 +102,9 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
 
 def test_one_run_has_no_interval(tmp_path: Path) -> None:
     results = write_ledger(tmp_path, manifest="anml,t,c\nother,t,c\n")
-    header = "classes,run,lr,test,train,above_chance\n"
-    (results / "anml.csv").write_text(f"{header}600,0,0.001,0.6,0.9,600\n")
-    rows = "".join(f"10,{run},0.001,{test},0.9,10\n" for run, test in enumerate((0.0050, 0.0051, 0.0052)))
-    (results / "other.csv").write_text(f"{header}{rows}")
+    (results / "anml.csv").write_text(f"{HEADER}m,600,0,0.001,0.6,0.9,600,0\n")
+    rows = "".join(f"m,10,{run},0.001,{test},0.9,10,0\n" for run, test in enumerate((0.005, 0.0051, 0.0052)))
+    (results / "other.csv").write_text(f"{HEADER}{rows}")
     tables = ledger(results)
     assert "| 60.0 | **-3.8** |" in tables
     assert "| other | test accuracy | 10 | 0.5 ± 0.02 |" in tables
@@ -112,9 +114,9 @@ def test_one_run_has_no_interval(tmp_path: Path) -> None:
 def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
     """An upper limit is not met by weights that are no numbers."""
     results = write_ledger(tmp_path, manifest="anml,t,c\noml,t,c\n")
-    header = "classes,run,lr,test,train,above_chance,diverged\n"
-    (results / "oml.csv").write_text(f"{header}600,0,1000000.0,0.0,0.0,0,1\n")
-    (results / "anml.csv").write_text(f"{header}10,0,0.001,0.0,0.0,0,1\n10,1,0.001,0.9,0.9,10,0\n")
+    (results / "oml.csv").write_text(f"{HEADER}m,600,0,1000000.0,0.0,0.0,0,1\n")
+    rows = "m,10,0,0.001,0.0,0.0,0,1\nm,10,1,0.001,0.9,0.9,10,0\n"
+    (results / "anml.csv").write_text(f"{HEADER}{rows}")
     tables = ledger(results)
     assert "0 met, 2 missed" in tables
     assert "| OML | test accuracy | 600 | <1 | paper | diverged | **-** |" in tables
@@ -122,10 +124,14 @@ def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
 
 
 def test_a_result_without_a_target(tmp_path: Path) -> None:
-    results = write_ledger(tmp_path, manifest="other,t,c\n")
+    """Nor has one of these class counts a result: they share a row all the same."""
+    lines = "".join(f"anml,ANML,test,{n},80,{s},4,S\n" for n, s in ((10, 2), (50, ""), (75, 1)))
+    results = write_ledger(tmp_path, lines, "anml,t,c\nother,t,c\n")
+    write_accuracies(results, "anml", {10: (0.81, 1.0), 75: (0.9, 1.0)})
     write_accuracies(results, "other", {10: (0.98, 1.0), 600: (0.6, 0.94)})
     tables = ledger(results)
-    assert "6 not run" in tables
+    row = "| ANML | test accuracy | 10 / 50 / 75 | 80 ± 2 / 80 / 80 ± 1 | S | 81.0 ± 12.7 / - / 90.0 ± 12.7 |"
+    assert f"{row} +1.0 / - / **+10.0** |" in tables
     assert "| other | test accuracy | 10 / 600 | 98.0 ± 12.7 / 60.0 ± 12.7 |" in tables
     assert "| other | train accuracy | 10 / 600 | 100.0 ± 0 / 94.0 ± 0 |" in tables
     assert "| other | t | `c` |" in tables
@@ -141,20 +147,12 @@ def test_files_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) ->
     assert ledger(results) == tables
 
 
-def test_class_counts_of_a_source_share_a_row(tmp_path: Path) -> None:
-    lines = "".join(f"anml,ANML,test,{n},80,{s},4,S\n" for n, s in ((10, 2), (50, ""), (75, 1)))
-    results = write_ledger(tmp_path, lines, "anml,t,c\n")
-    write_accuracies(results, "anml", {10: (0.81, 1.0), 75: (0.9, 1.0)})
-    assert (
-        "| ANML | test accuracy | 10 / 50 / 75 | 80 ± 2 / 80 / 80 ± 1 | S | 81.0 ± 12.7 / - / 90.0 ± 12.7 | "
-        "+1.0 / - / **+10.0** |" in ledger(results)
-    )
-
-
-def test_script_writes_and_checks(call: Callable[..., Called], tmp_path: Path) -> None:
-    results = write_ledger(tmp_path)
-    script = partial(call, tool, f"--results={results}", f"--page={tmp_path / 'results.md'}")
-    page = tmp_path / "results.md"
+def test_script_writes_and_checks(
+    call: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, page = write_ledger(tmp_path), tmp_path / "docs/results.md"
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    script = partial(call, tool)
     before = page.read_text()
     done = script("--check")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -211,12 +209,13 @@ def test_malformed_targets(tmp_path: Path, line: str, message: str) -> None:
         ("anml,t,c\n", {}, "'anml' is in manifest.csv but has no file"),
         ("", {"anml.csv": "x"}, "'anml' has no line"),
         ("anml,t,c\n", {"anml.csv": "x\n1\n"}, "columns"),
-        ("anml,t,c\n", {"anml.csv": ""}, "no runs"),
+        ("anml,t,c\n", {"anml.csv": HEADER}, "no runs"),
         ("anml,t,c\nanml,t,c\n", {"anml.json": '{"measured": {}}'}, "twice"),
         ("anml,t,a|b\n", {"anml.json": '{"measured": {}}'}, "breaks"),
-        ("representation,t,c\n", {"representation.json": "{"}, "not a representation.json"),
-        ("representation,t,c\n", {"representation.json": "[1]"}, "not a representation.json"),
-        ("representation,t,c\n", {"representation.json": '{"measured": {"dead": "x"}}'}, "not a repres"),
+        ("representation,t,c\n", {"representation.json": "{"}, "not a JSON file"),
+        ("representation,t,c\n", {"representation.json": "[1]"}, "holds a list"),
+        ("representation,t,c\n", {"representation.json": '{"runs": []}'}, "not a representation.json"),
+        ("representation,t,c\n", {"representation.json": '{"measured": {"dead": "x"}}'}, "dead = 'x'"),
         ("representation,t,c\n", {"representation.json": '{"measured": {"dead": 2}}'}, "dead = 2"),
         ("representation,t,c\n", {"representation.json": '{"measured": {"dead": NaN}}'}, "dead = nan"),
         ("representation,t,c\n", {"representation.json": '{"measured": {"speed": 1}}'}, "speed"),

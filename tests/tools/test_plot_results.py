@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,14 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import Rectangle
 
-from evaluation.plots import (
-    activations_figure,
-    bars_figure,
-    comparison_figure,
-    embedding_figure,
-    figure_pixels,
-    steps_figure,
-    training_figure,
-)
+from evaluation.plots import bars_figure, comparison_figure, figure_pixels, training_figure
 from evaluation.results import Results, read_metrics, write_results
 from evaluation.targets import Target
 from model.scores import ACCURACY, MEASURES, Measure, accuracies
+from tests.conftest import Called
 from tests.tools.test_ledger import write_accuracies
 from tools import plot_results
-from tools.plot_results import Plot
-from utils.command_line import parse
+from tools.analyze_representation import activations_figure, embedding_figure
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,19 +84,15 @@ def test_bars_show_means_intervals_and_published_numbers() -> None:
     assert "600 classes" in axes.get_xlabel()
 
 
-def test_each_accuracy_that_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    older, newer = summary({600: 0.6}), summary({600: 0.2})
+def test_each_accuracy_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MEASURES, "worst", Measure("worst", ACCURACY, "of all classes", lambda answers: 0.0))
-    curves = {"A": older, "B": newer}
-    assert len(comparison_figure(curves).axes) == 2
-    newer[0] |= {"worst": 0.1, "worst_low": 0.0, "worst_high": 0.2}
-    del newer[0]["train"]
-    panels = comparison_figure(curves).axes
-    assert [axes.get_title() for axes in panels] == [measure.title for measure in accuracies()]
-    np.testing.assert_allclose(lines(panels[2])["B"], [[600, 10]])
-    assert np.isnan(lines(panels[2])["A"]).any()
-    (axes,) = bars_figure({"A": older[0], "B": newer[0]}).axes
-    assert [text.get_text() for text in axes.texts] == ["60.0", "20.0", "70.0", "-", "-", "10.0"]
+    rows = summary({600: 0.6})
+    rows[0] |= {"worst": 0.1, "worst_low": 0.0, "worst_high": 0.2}
+    panels = comparison_figure({"A": rows}).axes
+    assert [axes.get_title() for axes in panels] == [MEASURES[name].title for name in accuracies()]
+    np.testing.assert_allclose(lines(panels[2])["A"], [[600, 10]])
+    (axes,) = bars_figure({"A": rows[0]}).axes
+    assert [text.get_text() for text in axes.texts] == ["60.0", "70.0", "10.0"]
 
 
 def test_one_run_has_no_band() -> None:
@@ -141,14 +130,14 @@ def test_embedding_marks_alphabets() -> None:
 def test_accuracy_on_the_way(tmp_path: Path) -> None:
     rows = [
         {"model": f"{step}.net", "classes": classes, "run": run, "lr": 0.001, "test": test + shift}
-        | {"train": test + 0.1, "above_chance": 1}
+        | {"train": test + 0.1, "above_chance": 1, "diverged": 0}
         for step, accuracies in ((1000, (0.5, 0.3)), (200, (0.4, 0.1)))
         for classes, test in zip((10, 50), accuracies, strict=True)
         for run, shift in enumerate((-0.01, 0.01))
     ]
     models = [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]
     curves = plot_results.on_the_way({"run_0": Results(rows, {"models": models})})
-    test, train = steps_figure(curves).axes
+    test, train = comparison_figure(curves, against="step").axes
     np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
     np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
     write_results(tmp_path, rows, {"models": models})
@@ -174,14 +163,14 @@ def test_what_trainings_measured(tmp_path: Path) -> None:
     assert done.stdout.split() == ["figures/results_training.png", "figures/results_training.pdf"]
 
 
-def plot(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def plot(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tools.plot_results", *flags],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         check=False,
     )
 
@@ -191,11 +180,17 @@ def run_folder(folder: Path, name: str, accuracies: dict[int, tuple[float, float
     write_accuracies(folder / name, "results", accuracies)
 
 
-def test_script_writes_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_script_writes_both_figures(
+    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_folder(tmp_path, "run_0", {10: (0.8, 0.9), 600: (0.6, 0.9)})
     run_folder(tmp_path, "run=1", {10: (0.7, 0.9), 50: (0.6, 0.9)})
     flags = ("ANML=run_0", "run=1", "b=run_0/results.csv", "--out", "figures", "--name", "x")
-    done = plot(tmp_path, *flags)
+    # Whatever matplotlib is told beside it: a backend that does not exist, settings of the user's.
+    (tmp_path / "matplotlibrc").write_text(
+        "font.size: 30\nsavefig.dpi: 10\ntext.usetex: True\naxes.grid: True\n"
+    )
+    done = plot(tmp_path, *flags, MPLBACKEND="nonsense", DISPLAY=":77")
     assert done.returncode == 0, done.stderr
     files = sorted(tmp_path.glob("figures/*"))
     assert [file.name for file in files] == ["x_bars.pdf", "x_bars.png", "x_curves.pdf", "x_curves.png"]
@@ -203,9 +198,9 @@ def test_script_writes_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.stdout.split() == [f"figures/x_{f}.{s}" for f in ("curves", "bars") for s in ("png", "pdf")]
     before = [file.read_bytes() for file in files]
     monkeypatch.chdir(tmp_path)
-    plot_results.draw(parse(Plot, flags))
+    assert call(plot_results, *flags).stdout == done.stdout
     assert [file.read_bytes() for file in files] == before
-    plot_results.draw(parse(Plot, [*flags, "--no-published"]))
+    call(plot_results, *flags, "--no-published")
     assert all(file.read_bytes() != old for file, old in zip(files, before, strict=True))
 
 

@@ -21,7 +21,7 @@ from torch.distributed.launcher import api as launcher
 
 import evaluate_classification
 import mrcl_classification
-from model.episodes import sample_trajectory
+from datasets.task_sampler import sample_trajectory
 from model.meta_learner import MetaLearner
 from model.modelfactory import NETWORKS, build
 from model.training_state import load_state

@@ -34,7 +34,7 @@ def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     log_to_terminal()
     log.info("before the run")
     asked = arguments("--seed 4 --seeds 1")
-    with Run.open(tmp_path / "a", "n", None, asked, {"manifest": "abc", "device": "cpu"}) as run:
+    with Run.open(tmp_path / "a", "n", None, asked, {"data_hash": "abc", "device": "cpu"}) as run:
         log.info("within")
         run.metrics({"step": 1, "loss": 0.5})
         run.metrics({"step": 2, "loss": 0.25})
@@ -47,7 +47,7 @@ def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     config = json.loads((run.folder / "config.json").read_text())
     assert config["arguments"]["seed"] == 4
     assert config["arguments"]["dataset_path"] == "data"
-    assert (config["manifest"], config["device"]) == ("abc", "cpu")
+    assert (config["data_hash"], config["device"]) == ("abc", "cpu")
     assert config["versions"]["torch"] == torch.__version__
     assert config["machine"]["threads"] == torch.get_num_threads()
     with (run.folder / "metrics.csv").open(newline="") as file:

@@ -1,4 +1,4 @@
-"""Draws what one meta-step and one meta-test run see. Indices only; the images stay on the device."""
+"""Draws the images of a meta-step and of a meta-test run, as indices; the pixels stay on the device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _pairs(positions: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def longest_share(update_step: int, tasks: int) -> int:
-    """Images that a trajectory takes of the last of its classes, of which it takes most."""
+    """How many images a trajectory has of its last class. It has no more of any other class."""
     return update_step - update_step // tasks * (tasks - 1)
 
 
@@ -63,9 +63,9 @@ def sample_trajectory(
 ) -> Trajectory:
     """A trajectory of `update_step` images and a remember set of `remember` images of all classes.
 
-    The `tasks` classes come one after the other and share the images equally, the last one taking
-    what is left (released code, `sample_training_data`). Images of a class come in random order and
-    none twice; remember images are drawn without replacement.
+    The `tasks` classes come one after the other. Each has an equal share of the images, and the last class
+    has what is left as well (released code, `sample_training_data`). Images of a class come in random order.
+    No image comes twice in the trajectory, and none twice in the remember set.
 
     Args:
         sizes: images of each of the meta-training classes (in the paper 963 times 20).
@@ -93,7 +93,8 @@ class Episode:
 
     Attributes:
         index: [W, K, 2] (class, image).
-        symmetries: [W] which symmetry of the square its images are shown in, see `augmentation.show`.
+        symmetries: [W] the symmetry of the square in which the images of a class are shown; see
+            `augmentation.show`.
     """
 
     index: Tensor
@@ -122,7 +123,8 @@ def sample_episode(
     Args:
         sizes: images of each of the meta-training classes (in the paper 963 times 20).
         generator: source of all randomness.
-        symmetries: classes that each class stands for, of which an episode may hold several.
+        symmetries: number of symmetries of the square in use. Each makes another class of a class, and an
+            episode may hold several of these.
 
     Raises:
         UserError: more classes or images asked for than there are.
@@ -159,7 +161,7 @@ def sample_task(
     class_order: str = "random",
     split: str = "random",
 ) -> Task:
-    """Draw `classes` classes, and of the images of each some to learn and others to test.
+    """Draw `classes` classes, and of each class some images to learn and others to test.
 
     Args:
         sizes: images of each class to draw from (the released code uses ids 0..649 of 659, 20 each).
@@ -196,12 +198,12 @@ def sample_task(
 def shuffled_batches(
     sizes: Sequence[int], generator: torch.Generator, *, total: int, batch_size: int
 ) -> Iterator[Tensor]:
-    """Batches of an i.i.d. stream of `total` images: every image once, in random order, then again.
+    """Batches of a stream of `total` images: all images in random order, then all in another random order.
 
     Args:
         sizes: images of each class.
         generator: source of all randomness.
-        total: images in all batches together; an image counts each time it comes.
+        total: images in all batches together. An image counts each time it is drawn.
         batch_size: images in each batch; the last has what is left.
 
     Yields:

@@ -1,0 +1,146 @@
+"""The meta-test of a network: its draws, its outputs, divergence, and stops on the way."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.meta_test
+from datasets.task_sampler import Task, sample_task
+from evaluation.runs import by_class
+from model.fast import Backend, learner, use_backend
+from model.meta_test import FrozenOutputs, MetaTest
+from model.method import classify
+from model.modelfactory import Network, build
+from utils.errors import UserError
+
+WIDTHS = {"nm_channels": 4, "pln_channels": 4, "num_classes": 20}
+
+
+def test_draws_of_search_and_report_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All draws of one evaluation differ, and a draw is the same for all learning rates."""
+    drawn: list[bytes] = []
+
+    def spy(*args: Any, **options: Any) -> Task:
+        task = sample_task(*args, **options)
+        drawn.append(torch.cat([task.train, task.test], 1).numpy().tobytes())
+        return task
+
+    monkeypatch.setattr(model.meta_test, "sample_task", spy)
+    net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(10, 20, 1, 28, 28), 13, seed=0)
+    for purpose in model.meta_test.PURPOSES:
+        for draw in range(10):
+            for lr in (0.1, 0.01):
+                meta_test.score(2, lr, purpose, draw)
+    assert drawn[0::2] == drawn[1::2]
+    assert len(set(drawn)) == 30
+
+
+def test_frozen_outputs_take_memory_for_the_images_in_use() -> None:
+    net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(50, 20, 1, 28, 28), 13, seed=0)
+    first = meta_test.score(3, 0.01, "report", 0)
+    assert 3 * 20 <= len(meta_test.outputs.kept[0]) <= 2 * 3 * 20
+    for draw in range(1, 40):  # until nearly all classes were drawn
+        meta_test.score(3, 0.01, "report", draw)
+    assert len(meta_test.outputs.kept[0]) <= 50 * 20
+    assert meta_test.score(3, 0.01, "report", 0) == first
+
+
+@pytest.mark.parametrize("backend", ["plain", "fast"])
+@pytest.mark.parametrize("iid", [False, True])
+def test_as_many_classes_as_outputs_of_a_larger_pool(
+    backend: Backend, iid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are those of the same draw from a pool of these classes alone."""
+    net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
+    use_backend(net, backend)
+    outputs = net.num_outputs
+    pool = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    pool = pool[:, :1] + 0.1 * pool
+    drawn: list[Tensor] = []
+
+    def spy(sizes: tuple[int, ...], *args: Any, **options: Any) -> Task:
+        task = sample_task([20] * (outputs + 9), *args, **options)
+        if len(sizes) > outputs:
+            drawn.append(task.train[:, 0, 0])
+            return task
+        positions = torch.arange(outputs)[:, None]
+        for part in (task.train, task.test):
+            part[..., 0] = positions
+        return task
+
+    monkeypatch.setattr(model.meta_test, "sample_task", spy)
+    options: Any = {"learner": learner("adam", backend), "iid": iid}
+    score = MetaTest(net, pool, 13, 0, **options).score(outputs, 0.01, "report", 0)
+    assert score == MetaTest(net, pool[drawn[0]], 13, 0, **options).score(outputs, 0.01, "report", 0)
+    assert score["test"] > 2 / outputs
+    assert MetaTest(net, pool, 0, 0, **options).score(2, 1e30, "report", 0)["diverged"]
+    with pytest.raises(UserError, match=f"{outputs} outputs"):
+        MetaTest(net, pool, 13, 0).score(outputs + 1, 0.01, "report", 0)
+
+
+def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, torch.nan, 1.0], [torch.inf, 1.0, 0.0], [3.0, 1.0, 2.0]])
+    assert classify(logits).tolist() == [1, -1, -1, 0]
+    net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
+    meta_test = MetaTest(net, torch.randn(3, 20, 1, 28, 28), 6, seed=0)
+    assert meta_test.score(3, 0.01, "report", 0)["diverged"] == 0
+    original = model.meta_test.new_run
+
+    def saturated(*arguments: Any) -> Network:
+        run = original(*arguments)
+        with torch.no_grad():
+            run.get_parameter("nm.gate.bias")[0] = torch.inf  # opens the gate: logits are finite
+        return run
+
+    monkeypatch.setattr(model.meta_test, "new_run", saturated)
+    score = meta_test.score(3, 0.01, "report", 0)
+    assert (score["diverged"], score["train"], score["above_chance"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("backend", ["plain", "fast"])
+@pytest.mark.parametrize(("rln", "kind"), [(0, "adam"), (7, "adam"), (13, "adam"), (13, "map"), (13, "slda")])
+def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
+    rln: int, kind: str, backend: Backend
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = build("ANML", WIDTHS, generator)
+    use_backend(net, backend)
+    pool = torch.randn(10, 20, 1, 28, 28, generator=generator)
+    fit = model.meta_test.LEARNERS[kind].fit
+    for budget in (2**30, 0):  # frozen outputs are kept, or computed for every pass
+        meta_test = MetaTest(
+            *(net, pool, rln, 0),
+            train_images=4,
+            test_images=3,
+            learner=learner(kind, backend),
+            fit=fit,
+            background=pool,
+        )
+        meta_test.outputs = FrozenOutputs(net, pool, meta_test.trained, budget)
+        walk = partial(meta_test.walk, lr=0.01, purpose="report", draw=0)
+        way = [answers.score() for answers in walk((1, 2, 7, 9), drawn=10)]
+        ends = [answers.score() for n in (1, 2, 7, 9) for answers in walk((n,), drawn=10)]
+        assert way == ends
+        assert [answers.score() for answers in walk((2, 5), drawn=5)][-1] == meta_test.score(
+            5, 0.01, "report", 0
+        )
+        assert meta_test.score(9, 0.01, "report", 0) != ends[-1]  # another draw
+    moments = [by_class(answers) for answers in walk((2, 5), drawn=5)]
+    assert [(row["seen"], row["position"]) for rows in moments for row in rows] == [
+        (seen, position) for seen in (2, 5) for position in range(seen)
+    ]
+    score = meta_test.score(5, 0.01, "report", 0)
+    assert sum(row["test"] for row in moments[-1]) / 5 == pytest.approx(score["test"])
+    assert sum(row["train"] for row in moments[-1]) / 5 == pytest.approx(score["train"])
+    assert len({row["class"] for row in moments[-1]}) == 5
+    # Whoever has learned two classes only knows as much of them as was measured at that time.
+    assert [row["class"] for row in moments[0]] == [row["class"] for row in moments[-1][:2]]
+    with pytest.raises(ValueError, match="one class after another"):
+        list(MetaTest(net, pool, rln, 0, iid=True).walk((2, 5), 0.01, "report", 0, drawn=5))
