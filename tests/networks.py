@@ -135,9 +135,11 @@ class OddLayers(Network):
     rln_training = 1
     rln_meta_test = 3
 
-    def __init__(self, width: int = 6, slope: float = 0.25, num_classes: int = 20) -> None:
+    def __init__(
+        self, width: int = 6, slope: float = 0.25, bias: bool = False, num_classes: int = 20
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, stride=3, bias=False)
+        self.conv = nn.Conv2d(3, width, 3, stride=3, bias=bias)
         self.prelu = nn.PReLU(init=slope)
         self.norm = nn.LayerNorm([width, 9, 9])
         nn.init.constant_(self.norm.weight, 0.5)
