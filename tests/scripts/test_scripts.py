@@ -188,7 +188,7 @@ def shell(folder: Path, line: str, *command: str, **environment: str) -> subproc
     ("line", "said"),
     [
         (
-            '"$@" 2>&1 | head -n 2',
+            '"$@" 2>&1 | sed "/run folder/q"',
             r"run folder runs/z\xfcrich_0, device cpu",
         ),  # which then closes
         ('"$@" <&- >&- 2>&-', None),
