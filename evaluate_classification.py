@@ -38,7 +38,7 @@ from model.fast import Backend, learner
 from model.fast.guard import Use, choose_backend
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
-from model.modelfactory import Network, trained_parameters
+from model.modelfactory import Network, fingerprint, trained_parameters
 from model.treatments import describe
 from utils.command_line import decided, parse, recorded
 from utils.device import choose_device
@@ -63,7 +63,7 @@ def main() -> None:
     run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
-    group = join(device)
+    group = join(device, recorded(args))
     models = [model._replace(net=model.net.to(device)) for model in models_to_test(args)]
     net = models[0].net
     check_network(args, net)
@@ -78,6 +78,8 @@ def main() -> None:
     if args.resume is not None:
         fixed = {key: value for key, value in decided(plan).items() if key != "schedule"}
         models = match_earlier(models, fixed | data, args.resume)
+    weights = [fingerprint(model.net)[:12] for model in models]
+    group.check_same({**data, "models": weights, "backend": backend})
     about = {
         "network": net.network,
         "models": [model.about() for model in models],

@@ -44,8 +44,8 @@ from model.fast.guard import Use, choose_backend
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
-from model.training_state import TrainingState, load_state, save_model, save_progress
-from utils.checkpoint import load_checkpoint
+from model.training_state import load_state, restore_training, save_model, save_progress, state_of
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import decided, parse, recorded
 from utils.device import choose_device, seed_layers
 from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
@@ -59,7 +59,7 @@ log = logging.getLogger("anml")
 OuterLearner = MetaLearner | PrototypeLearner
 
 
-def initial_network(args: Training, state: TrainingState | None) -> Network:
+def initial_network(args: Training, state: Checkpoint | None) -> Network:
     """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
     source = args.saved_model if state is None else args.resume
     if source is None:
@@ -159,8 +159,7 @@ def train(
                 head = "ncm" if args.learner == "prototypes" else "adam"
                 validate(run, net, images, step, args.eval_classes, head)
             if args.keep_every and step % args.keep_every == 0 and group.first:
-                state = TrainingState.of(net, learner.optimizer, generator, step, learner.rule)
-                save_model(run.folder / f"model_{step}.net", state, recorded(args) | decided(plan))
+                save_model(run.folder / f"model_{step}.net", state_after(args, plan, run, learner, step))
             if step % args.save_every == 0 and step < args.steps:
                 save(args, plan, run, learner, step)
             if interrupt.agree(group):
@@ -208,8 +207,13 @@ def stop_diverged(
 def save(args: Training, plan: Plan, run: Run, learner: OuterLearner, step: int) -> None:
     """Write the training state to the run folder, and the model there and to `--model_name`."""
     if is_first():
-        state = TrainingState.of(learner.net, learner.optimizer, learner.generator, step, learner.rule)
-        save_progress(run, plan.model_name, state, recorded(args) | decided(plan))
+        save_progress(run, plan.model_name, state_after(args, plan, run, learner, step))
+
+
+def state_after(args: Training, plan: Plan, run: Run, learner: OuterLearner, step: int) -> Checkpoint:
+    """The training state after `step` steps."""
+    parts = learner.net, learner.optimizer, learner.generator
+    return state_of(run, *parts, step, recorded(args) | decided(plan), learner.rule)
 
 
 def main() -> None:
@@ -219,7 +223,7 @@ def main() -> None:
     device = choose_device(args.device, args.threads)
     if args.learner == "prototypes":
         refuse_several("--learner prototypes")
-    group = join(device)
+    group = join(device, recorded(args))
     if args.learner == "sgd" and args.meta_batch < group.size:
         raise UserError(f"--meta_batch {args.meta_batch} is too few for {group.size} processes to share")
     state = load_state(args.resume) if args.resume else None
@@ -255,8 +259,9 @@ def main() -> None:
     backend, why = choose_backend(args.backend, [net], device, use)
     learner = make_learner(args, plan, net.to(device).train(), images.pool(device), group, backend)
     if state:
-        state.restore(learner.optimizer, learner.generator, str(args.resume), learner.rule)
-    group.check_same("weights", fingerprint(net))
+        restore_training(state, learner.optimizer, learner.generator, str(args.resume), learner.rule)
+    same = {"data": images.data_hash[:12], "weights": fingerprint(net)[:12], "steps done": done}
+    group.check_same({**same, "backend": backend})
     extra = {"plan": decided(plan, absolute=True), "device": str(device), **images.about()}
     extra |= {"backend": backend, "backend_why": why}
     with (

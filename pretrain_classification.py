@@ -31,7 +31,8 @@ from model.meta_learner import gather
 from model.modelfactory import Network, build, restore
 from model.optimizer import Adam
 from model.supervised import supervised_step
-from model.training_state import TrainingState, load_state, save_progress
+from model.training_state import load_state, restore_training, save_progress, state_of
+from utils.checkpoint import Checkpoint
 from utils.command_line import parse, recorded
 from utils.device import choose_device, seed_layers
 from utils.distributed import refuse_several
@@ -48,7 +49,7 @@ def train(
     run: Run,
     net: Network,
     images: Pool,
-    state: TrainingState | None,
+    state: Checkpoint | None,
     interrupt: Interrupt,
 ) -> int:
     """Train `net` until it has seen `--images` images or a signal comes; returns how many it has seen.
@@ -62,13 +63,13 @@ def train(
     for _ in range(done):  # all 20,000 batches are drawn again in 0.2 s, from the seed alone
         next(batches)
     if state:
-        state.restore(optimizer, generator, str(args.resume))
+        restore_training(state, optimizer, generator, str(args.resume))
     seen: int = min(done * args.batch_size, args.images)
     steps = math.ceil(args.images / args.batch_size)
 
     def save(step: int) -> None:
         arguments = {**recorded(args), "train_classes": len(images.sizes), "weights": "pretrained"}
-        save_progress(run, args.model_name, TrainingState.of(net, optimizer, generator, step), arguments)
+        save_progress(run, args.model_name, state_of(run, net, optimizer, generator, step, arguments))
 
     with run.progress(steps, every=args.log_every, done=done) as progress:
         for step, index in enumerate(batches, done + 1):

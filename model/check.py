@@ -6,7 +6,6 @@ Each fault is one line that names the cause. What is tried is a new network of t
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from model.modelfactory import (
     restore,
     trained_parameters,
 )
-from utils.checkpoint import model_content, model_fault, read_saved, write_saved
+from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 
 TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
@@ -132,14 +131,12 @@ def _same(ours: Tensor, theirs: Tensor, scale: float = 1e-300) -> bool:
 
 def _check_restored(net: Network, images: Tensor) -> None:
     """Through the bytes of a model file."""
-    content = model_content(net.network, net.widths, net.state_dict(), {}, 0)
-    fault = model_fault(content)
-    if fault is not None:
-        raise _FaultError(f"it cannot be saved: {fault}")
-    file = io.BytesIO()
-    write_saved(content, file)
-    saved = read_saved(file.getvalue())
-    again = restore(saved["network"], saved["widths"], saved["state_dict"], "its own model file").eval()
+    try:
+        data = Checkpoint(net.network, net.widths, dict(net.state_dict()), {}, 0).to_bytes()
+    except ValueError as error:
+        raise _FaultError(f"it cannot be saved: {error}") from None
+    saved = Checkpoint.of_bytes(data)
+    again = restore(saved.network, saved.widths, saved.state_dict, "its own model file").eval()
     if not torch.equal(_logits(again, images), _logits(copy.deepcopy(net).eval(), images)):
         raise _FaultError(
             "saved and restored, it gives other logits: something that it computes with is neither a "

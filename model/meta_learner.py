@@ -6,7 +6,7 @@ The method itself is `model.method`. No step here reads a value back from the de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from model.inner_rules import MetaSGD
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters
 from model.optimizer import Adam
+from utils.device import seed_layers
 
 T = TypeVar("T")
 
-Shard = Callable[[Sequence[Trajectory]], Sequence[Trajectory]]
-"""From the trajectories of a step to those that this process computes."""
+Shard = Callable[[Sequence[Any]], Sequence[Any]]
+"""From the trajectories of a step, or what belongs to each, to those that this process computes."""
 
 AllReduce = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """From tensors to their sums over the processes that share a step."""
@@ -166,7 +167,8 @@ class MetaLearner(OuterLoop):
         The rows are drawn anew in the meta-weights themselves and for good, so that a class the
         network has met before cannot be remembered in the head; bias and Adam moments stay
         (released code, `reset_classifer`). Those of all trajectories are drawn before the first, in
-        all processes, which then share the trajectories; there are no fewer of these.
+        all processes, which then share the trajectories; there are no fewer of these. The buffers move by
+        the mean of what each trajectory moves them by.
 
         With `reset_copy` the meta-weights get their rows back, whose gradient is zero: the loss knows
         nothing of them (paper, second-hand).
@@ -193,14 +195,26 @@ class MetaLearner(OuterLoop):
         if len(trajectories) == 1:
             self.grads, result = self._differentiate(trajectories[0])
             return result
+        # Layers draw (dropout) and move their buffers (running statistics) for each trajectory as if it were
+        # alone: otherwise both would depend on which process takes which trajectory.
+        seeds = torch.randint(2**62, (len(trajectories),)).tolist()
+        buffers = list(self.net.buffers())
+        before = [buffer.clone() for buffer in buffers]
         sums: list[Tensor] = []
-        for trajectory in self.shard(trajectories):
+        for seed, trajectory in self.shard(list(zip(seeds, trajectories, strict=True))):
+            seed_layers(seed)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
             grads, result = self._differentiate(trajectory)
+            moved = [_moved(*pair).to(result.loss) for pair in zip(buffers, before, strict=True)]
             if sums:
-                torch._foreach_add_(sums, [*grads, *result])
+                torch._foreach_add_(sums, [*grads, *result, *moved])
             else:
-                sums = [value.clone() for value in (*grads, *result)]
+                sums = [value.clone() for value in (*grads, *result, *moved)]
         means = [value / len(trajectories) for value in self.all_reduce(sums)]
+        for buffer, value in zip(reversed(buffers), reversed(before), strict=True):
+            mean = means.pop()
+            buffer.copy_(value + (mean if buffer.is_floating_point() else mean.round().to(buffer.dtype)))
         self.grads = means[: len(self.learned)]
         return MetaStep(*means[len(self.learned) :])
 
@@ -230,6 +244,11 @@ class MetaLearner(OuterLoop):
         grads = self.grads_of(loss)
         correct = (logits.detach().argmax(1) == labels).to(loss.dtype)
         return grads, MetaStep(loss.detach(), correct[-steps:].mean(), correct[:-steps].mean(), inner_losses)
+
+
+def _moved(buffer: Tensor, before: Tensor) -> Tensor:
+    """How far a buffer has moved: exactly 0 where it has not, even at infinity (a mask)."""
+    return torch.where(buffer == before, torch.zeros_like(buffer), buffer - before)
 
 
 def gather(images: Pool | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -79,7 +78,6 @@ class Network(nn.Module):
             they are those of the constructor, drawn from the run's generator.
         chains: names of the `nn.Sequential`s that images enter, whose stages `frozen` may run.
         no_effect: names of trained parameters that are known to have no effect.
-        renamed: pairs of pattern and replacement that turn names in older model files into today's.
         widths: the constructor's arguments, as a model file stores them.
         normalisation: of the images that it was trained on.
     """
@@ -93,7 +91,6 @@ class Network(nn.Module):
     kaiming: ClassVar[bool] = False
     chains: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[tuple[str, ...]] = ()
-    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Network:
         """Note the constructor's arguments (a copy comes without, and with `widths` of its own)."""
@@ -208,7 +205,6 @@ class ANML(Network):
     kaiming = True
     chains = ("nm", "pln")
     no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in (1, 2, 3))
-    renamed = ((r"^(nm|pln)\.(conv|norm)(\d)\.", r"\1.block\3.\2."),)
 
     def __init__(
         self,
@@ -411,7 +407,7 @@ def restore(name: str, widths: Mapping[str, Any], weights: Mapping[str, Tensor],
     Args:
         name: its entry in `NETWORKS`.
         widths: arguments of its class.
-        weights: state dict, by today's names or those of older files.
+        weights: state dict.
         source: where all this comes from, for the error message.
 
     Raises:
@@ -420,8 +416,6 @@ def restore(name: str, widths: Mapping[str, Any], weights: Mapping[str, Tensor],
     if name not in NETWORKS:
         raise UserError(f"{source} holds a network {name!r}; known are {', '.join(NETWORKS)}")
     kind = NETWORKS[name]
-    for pattern, replacement in kind.renamed:
-        weights = {re.sub(pattern, replacement, key): value for key, value in weights.items()}
     try:
         if kind.kaiming:  # whether all fits, before memory is taken for what a damaged file may ask for
             with torch.device("meta"):

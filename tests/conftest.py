@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 import mrcl_classification
 from model.fast.memory import keep_freed_memory
-from model.training_state import TrainingState, load_state
-from utils.checkpoint import load_checkpoint
+from model.training_state import load_state
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import run_script
 
 keep_freed_memory()  # or tests at paper widths spend a sixth of their time in page faults
@@ -69,6 +71,12 @@ def rows(run: Path) -> list[dict[str, str]]:
     """Of `metrics.csv`, without the column that no two runs share."""
     with (run / "metrics.csv").open(newline="") as file:
         return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def curve(run: Path, tag: str = "meta_train/loss") -> list[tuple[int, float]]:
+    """Steps and values of a curve, as TensorBoard's server reads them."""
+    reader = EventAccumulator(str(run), tensor_size_guidance={"scalars": 0}).Reload()
+    return [(point.step, make_ndarray(point.tensor_proto).item()) for point in reader.Tensors(tag)]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -130,7 +138,7 @@ class Trainer:
         self.monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", "--resume", str(self.run), *flags])
         mrcl_classification.main()
 
-    def state(self) -> TrainingState:
+    def state(self) -> Checkpoint:
         """The state that the first run would go on from."""
         state = load_state(self.run)
         assert state is not None

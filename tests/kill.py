@@ -12,22 +12,24 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from mrcl_classification import main
+import mrcl_classification
 from utils.errors import run_script
 
 ROWS = 8  # new rows of metrics.csv before a kill, at most
 LATE = 0.03  # seconds after them, at most: longer than a step, and than saving one
 
 
-def start(flags: list[str]) -> int:
-    """Fork a process that runs the script with `flags`; its id."""
+def start(flags: list[str], main: Callable[[], None] = mrcl_classification.main, **environment: str) -> int:
+    """Fork a process that runs a script with `flags`, by default the training; its id."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            sys.argv = ["mrcl_classification.py", *flags]
+            os.environ.update(environment)
+            sys.argv = ["script.py", *flags]
             run_script(main)
             code = 0
         except SystemExit as end:

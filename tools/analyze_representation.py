@@ -268,7 +268,7 @@ def main() -> None:
     )
     about = {"device": str(device), "backend": backend, "network": net.network, "step": step}
     about |= {"classes": len(images), **images.about()}
-    with Run.create(args.runs_dir, args.name, args, about) as run:
+    with Run.open(args.runs_dir, args.name, None, args, about) as run:
         log.info("run folder %s, device %s", run.folder, device)
         representation = represent(net.to(device), images.pool(device))
         measured = measure(representation, task)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from model.modelfactory import NETWORKS, Network
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script, say
 from utils.files import expand, keep_earlier
@@ -269,7 +269,7 @@ def main() -> None:
     args = parser.parse_args()
     net, weights, rest = convert(args.source)
     kept = keep_earlier(args.target)
-    save_checkpoint(args.target, net.network, net.widths, weights, {"converted_from": str(args.source)}, 0)
+    Checkpoint(net.network, net.widths, weights, {"converted_from": str(args.source)}, 0).save(args.target)
     if kept is not None:
         say(f"{args.target} was there, and is kept as {kept}")
     say(f"{args.target}: {net.network} {net.widths}")

@@ -1,149 +1,125 @@
-"""Model files: one dict of weights and what is needed to rebuild and trust them.
+"""Model files and training states: one dict of weights and of what is needed to rebuild and trust them.
 
-Loading one runs no code: only tensors and plain values come out of it, and each is checked.
+Reading a file runs no code: only tensors and plain values come out of it, and each is checked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
+import math
 import pickle
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, refusing
 from utils.files import atomic_write
 
-FORMAT = "anml-1"
+MODEL, STATE = "anml-1", "anml-state-1"  # the formats of model files and of training states
+ENTRIES: dict[str, tuple[type, bool]] = {
+    "network": (str, False),
+    "widths": (dict, False),
+    "arguments": (dict, False),
+    "step": (int, False),
+    "state_dict": (dict, True),
+    "inner_rule": (dict, True),
+    "run": (str, False),
+    "optimizer": (dict, True),
+    "generator": (Tensor, True),
+}
+"""The type of each entry of a file, and whether it is made of tensors or of what JSON knows."""
+OPTIONAL = {"inner_rule": {}, "run": ""}
+OF_STATES = ("optimizer", "generator")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model file holds.
+    """The content of a model file or, with `optimizer` and `generator`, of a training state.
 
-    `network` and `widths` (its constructor's arguments) rebuild the network that `state_dict` (name of a
-    parameter or buffer -> finite CPU tensor) belongs to; `arguments` are those of the training run and
-    `step` counts its outer steps. `inner_rule` is the state dict of what the inner loop steps with, where
-    that has learned parameters of its own.
+    Attributes:
+        network: the network's name.
+        widths: the arguments of its constructor.
+        state_dict: parameters and buffers by name, without NaN and infinity (a mask may hold -inf).
+        arguments: those of the training run.
+        step: outer steps done.
+        inner_rule: the state dict of the inner loop's rule, where the rule has parameters.
+        run: when the training began, which tells it from other trainings; empty where that is not known.
+        optimizer: moments and counts, a tensor for each weight.
+        generator: the state of the one generator that every draw of training comes from.
     """
 
     network: str
-    widths: dict[str, int]
+    widths: dict[str, Any]
     state_dict: dict[str, Tensor]
     arguments: dict[str, Any]
     step: int
     inner_rule: dict[str, Tensor] = field(default_factory=dict)
+    run: str = ""
+    optimizer: dict[str, list[Tensor]] | None = None
+    generator: Tensor | None = None
 
+    def to_bytes(self) -> bytes:
+        """The file's content.
 
-def save_checkpoint(
-    path: Path,
-    network_name: str,
-    widths: Mapping[str, Any],
-    state_dict: Mapping[str, Tensor],
-    arguments: Mapping[str, Any],
-    step: int,
-    inner_rule: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a model file that :func:`load_checkpoint` reads, whole or not at all.
+        Raises:
+            ValueError: a value is none that a file may hold, say a weight that is not finite.
+        """
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        content = {name: _stored(value) for name, value in values.items() if value is not None}
+        content["format"] = MODEL if self.optimizer is None else STATE
+        content["torch"] = str(torch.__version__)  # a subclass of str, which would not load
+        fault = _fault(content, content["format"])
+        if fault is not None:
+            raise ValueError(fault)
+        file = io.BytesIO()
+        torch.save(content, file)
+        return file.getvalue()
 
-    Raises:
-        UserError: the file cannot be written, or the weights are not finite; an earlier file under
-            `path` stays.
-    """
-    save_content(path, model_content(network_name, widths, state_dict, arguments, step, inner_rule))
+    @classmethod
+    def of_bytes(cls, data: bytes, format_name: str = MODEL) -> Checkpoint:
+        """What `to_bytes` gave, on the CPU.
 
+        Raises:
+            ValueError: `data` is damaged, is another file's, or holds more than tensors and plain values.
+        """
+        try:
+            if data.startswith(b"PK"):  # torch checks no checksums
+                with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                    if archive.testzip() is not None:
+                        raise ValueError("a checksum does not fit")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is in a foreign file
+                content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # bytes that torch did not save make it raise nearly anything
+            raise ValueError(_unreadable(data, error)) from error
+        fault = _fault(content, format_name)
+        if fault is not None:
+            raise ValueError(
+                f"it is not a model of this project: {fault}; python -m tools.convert_released reads "
+                "those of the released code and of higherANML"
+            )
+        return cls(**{part.name: content[part.name] for part in fields(cls) if part.name in content})
 
-def save_content(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what :func:`model_content` gives; see :func:`save_checkpoint`."""
-    fault = model_fault(content)
-    if fault is not None:
-        raise UserError(f"{path} is not written at step {content['step']}: {fault}")
-    with atomic_write(Path(path)) as file:
-        write_saved(content, file)
+    def save(self, path: Path, previous: Path | None = None) -> None:
+        """Write a file that `of_bytes` reads, whole or not at all.
 
+        Args:
+            previous: where to keep what is under `path` so far, in the same folder.
 
-def model_content(
-    network_name: str,
-    widths: Mapping[str, Any],
-    state_dict: Mapping[str, Tensor],
-    arguments: Mapping[str, Any],
-    step: int,
-    inner_rule: Mapping[str, Tensor] | None = None,
-) -> dict[str, Any]:
-    """The dict of a model file, on the CPU."""
-    content = {
-        "format": FORMAT,
-        "network": network_name,
-        "widths": dict(widths),
-        "state_dict": {name: _whole(value.detach().cpu()) for name, value in state_dict.items()},
-        "arguments": dict(arguments),
-        "step": step,
-        "torch": str(torch.__version__),  # a subclass of str, which would not load
-    }
-    if inner_rule:
-        content["inner_rule"] = {name: _whole(value.detach().cpu()) for name, value in inner_rule.items()}
-    return content
-
-
-def _whole(x: Tensor) -> Tensor:
-    """The tensor, or a clone of a view, of which torch.save would write the whole storage."""
-    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
-
-
-def write_saved(content: Mapping[str, Any], file: BinaryIO) -> bytes:
-    """`torch.save` into an open file, with nothing but the content in memory.
-
-    Returns:
-        the sha256 digest of what was written.
-
-    Raises:
-        OSError: of the file, which torch's own writer would report as an error of its own.
-    """
-    sink = _Sink(file)
-    torch.save(content, cast(BinaryIO, sink))
-    if sink.error is not None:
-        raise sink.error
-    return sink.digest.digest()
-
-
-class _Sink:
-    """A file for torch.save that never fails, but keeps its first error and writes nothing after it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, part: memoryview) -> int:
-        if self.error is None:
-            try:
-                self.file.write(part)
-                self.digest.update(part)
-            except OSError as error:
-                self.error = error
-        return part.nbytes
-
-    def flush(self) -> None:
-        """Nothing: the file's owner closes it."""
-
-
-def read_saved(data: bytes) -> Any:
-    """What torch saved in `data`, on the CPU; nothing in it is run, whoever wrote it.
-
-    Raises:
-        Exception: bytes that torch did not save, or more than tensors and plain values, make it raise
-            nearly anything.
-    """
-    with warnings.catch_warnings():
-        # What torch warns of in a foreign file ends in one line of the caller's.
-        warnings.simplefilter("ignore")
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        Raises:
+            UserError: the file cannot be written, or a weight is not finite; an earlier file stays.
+        """
+        try:
+            data = self.to_bytes()
+        except ValueError as error:
+            raise UserError(f"{path} is not written at step {self.step}: {error}") from error
+        with atomic_write(path, previous) as file:
+            file.write(data)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -153,90 +129,65 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: there is no such file, or it is damaged, foreign or holds pickled code, as the
             models of the released code do.
     """
+    with refusing(f"read the model {path}", "; mrcl_classification.py writes one under --model_name"):
+        data = path.read_bytes()
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot read the model {path}: {error.strerror or error}; "
-            "mrcl_classification.py writes one under --model_name"
-        ) from error
-    try:
-        content = read_saved(data)
-    except Exception as error:  # bytes that are no checkpoint make torch raise nearly anything
-        raise UserError(f"cannot load the model {path}: {_unreadable(path, data, error)}") from error
-    fault = model_fault(content)
-    if fault is not None:
-        raise UserError(
-            f"{path} is not a model of this project: {fault}; python -m tools.convert_released reads "
-            "those of the released code and of higherANML"
-        )
-    return Checkpoint(
-        network=content["network"],
-        widths=content["widths"],
-        state_dict=dict(content["state_dict"]),
-        arguments=content["arguments"],
-        step=content["step"],
-        inner_rule=content.get("inner_rule", {}),
-    )
+        return Checkpoint.of_bytes(data)
+    except ValueError as error:
+        raise UserError(f"cannot load the model {path}: {str(error).replace('IN.net', str(path))}") from error
 
 
-def _unreadable(path: Path, data: bytes, error: Exception) -> str:
+def _stored(value: Any) -> Any:
+    """A value with its tensors on the CPU. A view is cloned: torch.save would write its whole storage."""
+    if isinstance(value, Tensor):
+        x = value.detach().cpu()
+        return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+    if isinstance(value, dict):
+        return {key: _stored(item) for key, item in value.items()}
+    return [_stored(item) for item in value] if isinstance(value, list) else value
+
+
+def _unreadable(data: bytes, error: Exception) -> str:
     """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
-    archive, pickled = data.startswith(b"PK"), data.startswith(b"\x80")
-    if (archive or pickled) and isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, pickle.UnpicklingError) and data.startswith((b"PK", b"\x80")):
         return (
             "it holds pickled Python objects, as the models of the released code do, and loading those could "
-            f"run code; python -m tools.convert_released {path} NEW.net reads such models without running any"
+            "run code; python -m tools.convert_released IN.net NEW.net reads such models without running any"
         )
-    if archive or not data:
-        return "the file is damaged or cut short; copy or train it again"
-    return "it is not a model file; mrcl_classification.py writes one under --model_name"
+    return "the file is damaged, cut short or no model file; mrcl_classification.py writes one"
 
 
-def model_fault(content: object, format_name: str = FORMAT) -> str | None:
-    """What is wrong with the dict of a model file; None if nothing is."""
+def _fault(content: Any, format_name: str) -> str | None:
+    """What is wrong with the dict of a file; None if nothing is."""
     if not isinstance(content, dict):
         return f"it holds a {type(content).__name__}"
     if content.get("format") != format_name:
         return f"its format is {content.get('format')!r}, not {format_name!r}"
-    network, widths, state_dict, arguments, step = (
-        content.get(key) for key in ("network", "widths", "state_dict", "arguments", "step")
-    )
-    if not isinstance(network, str):
-        return "it does not name its network"
-    if not isinstance(widths, dict) or not all(
-        isinstance(name, str) and type(value) in (int, float, bool, str) for name, value in widths.items()
-    ):
-        return "its widths are not numbers or texts"
-    if not isinstance(arguments, dict) or not _is_plain(arguments):
-        return "its arguments are not plain values"
-    if type(step) is not int or step < 0:
-        return "its step is not a count"
-    inner_rule = content.get("inner_rule", {})
-    if not isinstance(state_dict, dict) or not state_dict or not isinstance(inner_rule, dict):
-        return "it holds no weights"
-    for name, tensor in (*state_dict.items(), *inner_rule.items()):
-        if not isinstance(name, str) or not _is_weight(tensor):
-            return f"its {name!r} is not a tensor of numbers"
-        if not bool(torch.isfinite(tensor).all()):
-            return f"its {name!r} is not finite: the training diverged, lower its learning rates"
+    for name, (kind, tensors) in ENTRIES.items():
+        value = content.get(name, OPTIONAL.get(name))
+        if value is None and format_name == MODEL and name in OF_STATES:
+            continue
+        if not isinstance(value, kind):
+            return f"its {name} is a {type(value).__name__}"
+        fault = _fault_of(value, name, tensors)
+        if fault is not None:
+            return fault
+    return "it holds no weights" if not content["state_dict"] or content["step"] < 0 else None
+
+
+def _fault_of(value: Any, name: str, tensors: bool) -> str | None:
+    """What is wrong with a value; see `ENTRIES`."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            return f"its {name} has keys that are no texts"
+        return next(filter(None, (_fault_of(item, f"{key}", tensors) for key, item in items)), None)
+    if not tensors:
+        plain = value is None or isinstance(value, str | int | float)
+        return None if plain else f"its {name!r} is not a plain value"
+    numbers = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not numbers or value.is_complex() or value.is_quantized:
+        return f"its {name!r} is not a tensor of numbers"
+    if not bool((value.double() < math.inf).all()):
+        return f"its {name!r} is not finite: the training diverged, lower its learning rates"
     return None
-
-
-def _is_weight(value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and not value.is_complex()
-        and not value.is_quantized
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-    )
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a value is made of what JSON knows."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float)

@@ -291,6 +291,9 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
 def _parse(kind: type[FlagsT], tokens: Sequence[str]) -> FlagsT:
     """The arguments that tokens give; raises UserError or ArgumentError where one is wrong."""
     tokens = [_underscored(token) for token in tokens]
+    for token in tokens:  # of `--flag=--` argparse drops the value before Python 3.12
+        if token.endswith("=--"):
+            raise UserError(f"argument {token[:-3]}: expected one argument")
     choosers = {part.metadata["registry"].chooser for part in fields(kind) if "registry" in part.metadata}
     first = Parser(kind, only={"config", "resume", *choosers})
     typed = vars(first.parse_known_args(tokens)[0])

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import os
-
 import torch
 
 from utils.distributed import environment
 from utils.errors import UserError
-
-log = logging.getLogger("anml")
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how threads of OpenMP wait for each other
 
 
 def choose_device(name: str, threads: int | None = None) -> torch.device:
     """The device for `--device`, and `--threads` CPU threads from now on (None: torch's choice).
 
     `auto` is CUDA where there is a GPU, then MPS, then the CPU. On CUDA, TF32 and non-deterministic
-    kernels are off: the numbers are those of float32, and the same seed gives the same run. Under
-    torchrun each process of a machine takes a GPU of its own, unless a number names one.
+    kernels are off: the numbers are those of float32, and the same seed gives the same run. `cuda` without a
+    number gives each process of a job on one machine a GPU of its own.
 
     Raises:
         UserError: the machine does not have that device.
@@ -46,22 +40,7 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
-    if device.type == "cpu":
-        _say_if_shared()
     return device
-
-
-def _say_if_shared() -> None:
-    """Log what to set where other processes need the cores that this one's threads are to spin on."""
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows does not know it
-    if threads > 1 and load + threads > cores + 0.5 and not any(name in os.environ for name in WAITING):
-        log.info(
-            "load %.1f on %d cores before this run: if others go on beside it, start each with "
-            "OMP_WAIT_POLICY=passive, or all become several times slower (docs/performance.md)",
-            load,
-            cores,
-        )
 
 
 def seed_layers(seed: int) -> None:

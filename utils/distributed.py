@@ -1,19 +1,20 @@
-"""The processes of one job, on one machine or several, as torchrun starts them.
+"""The processes of one job, on one machine or several, as torchrun or `--processes` starts them.
 
-All processes draw the same random numbers and hold the same weights; each computes its share of what
+All processes draw the same random numbers and hold the same weights. Each process computes its share of what
 can be computed apart, and results are put together in the same order whatever the number of processes.
-Without torchrun there is one process, and nothing here costs anything.
 """
 
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -23,59 +24,34 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-# What the launchers of Open MPI, of MPICH and Intel MPI, of MVAPICH, Horovod and LSF's jsrun tell a process.
-SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "JSM_NAMESPACE_SIZE")
+HERE = "127.0.0.1"
+PLACES = ("config", "runs_dir", "cache_dir", "dataset_path", "model_name", "saved_model", "model")
+MAY_DIFFER = (*PLACES, "name", "device", "threads", "processes")
+"""Flags that may differ between the processes of a job. The contents of what is read are compared."""
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether this process is one of a job: torchrun and Kubernetes say so in RANK and WORLD_SIZE."""
+    return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE"))
 
 
 def environment(name: str, alone: int) -> int:
-    """What torchrun says of this process: RANK, LOCAL_RANK or WORLD_SIZE; `alone` without it."""
-    return int(os.environ[name]) if launched() else alone
-
-
-def other_launcher() -> str | None:
-    """How something else than torchrun says that it started this process as one of several; None if not.
-
-    Within an allocation of Slurm, `SLURM_NTASKS` alone says nothing: a shell and a batch script have it
-    too, and are one process. Those of `srun` have a step.
-    """
-    if launched():
-        return None
-    step = _number("SLURM_STEP_ID", -1)
-    names = list(SIZES)
-    if "RANK" in os.environ:
-        names.append("WORLD_SIZE")
-    # The highest numbers are those of the steps that batch scripts and the shells of salloc are.
-    if 0 <= step < 2**32 - 16 or _number("SLURM_PROCID", 0) > 0:
-        names.append("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS")
-    return next((f"{name}={size}" for name in names if (size := _number(name, 1)) > 1), None)
-
-
-def _number(name: str, otherwise: int) -> int:
-    """The whole number in an environment variable that anybody may have set."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else otherwise
+    """RANK, LOCAL_RANK or WORLD_SIZE of this process; `alone` outside of a job."""
+    return int(os.environ.get(name, alone)) if launched() else alone
 
 
 def refuse_several(what: str) -> None:
-    """Raise UserError where a launcher started this process, since `what` runs in one."""
-    launcher = "torchrun" if launched() else other_launcher()
-    if launcher is not None:
-        raise UserError(
-            f"{what} runs in one process: start it without --processes, torchrun or mpirun ({launcher})"
-        )
+    """Raise UserError where this process is one of several, since `what` runs in one."""
+    if environment("WORLD_SIZE", 1) > 1:
+        raise UserError(f"{what} runs in one process: start it without --processes and torchrun")
 
 
 def run_as(processes: int) -> None:
-    """Run this script as so many processes of this machine, and leave with what they leave with.
+    """Run this script as `processes` processes of this machine, and leave with their exit code.
 
-    torch's launcher starts them, as torchrun does with the same command. It passes signals on, and ends all
-    where one fails, whose exit code counts. They share the cores. Returns where there is nothing to start:
-    for one process, and in those that a launcher has started.
+    torch's launcher starts them, as torchrun does with the same command. The launcher passes signals on.
+    Where a process fails, the launcher ends the others, and the exit code is that of the failed process.
+    The processes share the cores. With one process, and within a job, this function returns at once.
 
     Raises:
         UserError: the processes cannot be started.
@@ -94,7 +70,8 @@ def run_as(processes: int) -> None:
         max_nodes=1,
         nproc_per_node=processes,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any port that is free
+        rdzv_endpoint=f"{HERE}:0",  # any port that is free
+        local_addr=HERE,  # or the machine's own name is looked up, which may have no address
         run_id=str(os.getpid()),
         max_restarts=0,
     )
@@ -119,8 +96,7 @@ def is_first() -> bool:
 class Group:
     """The processes of a job, seen from one of them.
 
-    Each method but `shard` is called by all processes together. Where one of them has ended, the
-    others raise UserError.
+    All processes call each method but `shard` together. If one process has ended, the others raise UserError.
 
     Attributes:
         rank: number of this process, from 0.
@@ -138,7 +114,7 @@ class Group:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of `items` that are this process's to do: every `size`-th."""
+        """The items of this process: every `size`-th."""
         return items[self.rank :: self.size]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -168,66 +144,72 @@ class Group:
                 torch.distributed.all_gather_object(values, value)
         return values
 
-    def check_same(self, what: str, value: object) -> None:
-        """Raise UserError where the processes do not all have the same `value`."""
-        if len(set(self.gather(value))) > 1:
+    def check_same(self, values: Mapping[str, object]) -> None:
+        """Raise UserError, in all processes, with the names of the values that are not the same in all."""
+        every = self.gather(dict(values))
+        differ = []
+        for name in values:
+            found = dict.fromkeys(str(other.get(name)) for other in every)
+            if len(found) > 1:
+                differ.append(f"{name} ({', '.join(found)})")
+        if differ:
             raise UserError(
-                f"the processes of this job differ in their {what}: all machines have to see the same files"
+                f"the processes of this job differ in {', '.join(differ)}: start all of them with the same "
+                "flags, files and code"
             )
 
     def one_before_others(self, work: Callable[[], T]) -> T:
-        """What `work` gives, done by one process of each machine before the others of it.
-
-        So the others find in the cache what took that one minutes.
-        """
-        if environment("LOCAL_RANK", 0) == 0:
-            value = work()
-            self.wait()
-            return value
-        self.wait()
-        return work()
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            self.largest(0)
+        """What `work` returns. On each machine one process does `work` first, and fills the cache for the
+        others."""
+        first = environment("LOCAL_RANK", 0) == 0
+        value = work() if first else None
+        self.largest(0)  # which all processes wait for
+        return work() if value is None else value
 
     def leave(self) -> None:
-        """End the group when all processes are done; one that leaves early would end the job."""
+        """End the group when all processes are done: a process that leaves early would end the job."""
         if self.size > 1:
-            self.wait()
+            self.largest(0)
             torch.distributed.destroy_process_group()
 
 
-def join(device: torch.device) -> Group:
+def join(device: torch.device, flags: Mapping[str, object]) -> Group:
     """The group of this process; waits for the others (nccl between GPUs, gloo between CPUs).
 
+    Args:
+        flags: those of this process, by name.
+
     Raises:
-        UserError: the others cannot be reached, or do not know of each other.
+        UserError: the other processes cannot be reached, or have other flags or other code.
     """
-    launcher = other_launcher()
-    if launcher is not None:
-        raise UserError(
-            f"this is one of several processes that were not started by torchrun ({launcher}): each would "
-            "do all of the work and write the same files. Start them with torchrun "
-            f"(docs/distributed.md); for a run of its own, unset {launcher.partition('=')[0]}"
-        )
     size = environment("WORLD_SIZE", 1)
     if size == 1:
         return Group()
+    os.environ.setdefault("MASTER_PORT", "29500")  # which torchrun names as the usual one
     with _others_answer():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type != "cuda":
         atexit.register(_end_threads)
-    return Group(torch.distributed.get_rank(), size, device)
+    group = Group(torch.distributed.get_rank(), size, device)
+    compared = {f"--{name}": value for name, value in flags.items() if name not in MAY_DIFFER}
+    group.check_same({**compared, "code": _code(), "torch": str(torch.__version__)})
+    return group
+
+
+def _code() -> str:
+    """A short hash of this project's modules that are loaded."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(name) for name in names if name is not None}
+    for path in sorted(files):
+        if path.is_relative_to(root) and "site-packages" not in path.parts:
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _end_threads() -> None:
-    """End gloo's threads while Python still runs, however a process leaves.
-
-    One that lets go of its last tensor when the interpreter has begun to end aborts the process (seen once in
-    120 times that two left right after a collective), and with it the exit code that says why.
-    """
+    """End gloo's threads while Python still runs: a thread that outlives Python may abort the process, whose
+    exit code is lost then (once in 120 times that two processes left right after a collective)."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

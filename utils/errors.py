@@ -1,8 +1,8 @@
 """How a script speaks, and how it ends when the user, the data or the disk is at fault: one line on stderr,
 exit code 2.
 
-stdout and stderr may be anything: closed, a pipe that nobody reads any more, a full disk, an encoding
-without umlauts. None of these ends a run.
+stdout and stderr may be closed, a pipe without a reader, a full disk, or have an encoding without umlauts.
+None of these ends a run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -45,19 +46,30 @@ def refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
+@contextmanager
+def refusing(what: str, hint: str = "") -> Iterator[None]:
+    """Turn what the system refuses within the block into a UserError: "cannot `what`: the reason"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what}: {error.strerror or error}{hint}") from error
+
+
 def say(text: str) -> None:
     """Print what a script has found.
 
     Raises:
-        UserError: it cannot be written; that a reader wants no more of it is no error.
+        UserError: stdout cannot be written. A pipe whose reader has left is no error.
     """
     error = try_to_write(f"{text}\n", sys.stdout)
-    if error is not None and not isinstance(error, BrokenPipeError):
-        raise UserError(f"cannot write to stdout: {error.strerror or error}") from error
+    with refusing("write to stdout"):
+        if error is not None and not isinstance(error, BrokenPipeError):
+            raise error
 
 
 def try_to_write(text: str, stream: TextIO) -> OSError | None:
-    """Write `text` at once; returns why that failed. What follows in this stream then goes nowhere."""
+    """Write `text` at once; returns the error if that fails, and leads all later output of the stream to
+    nowhere."""
     try:
         stream.write(text)
         stream.flush()

@@ -12,14 +12,14 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.errors import UserError
+from utils.errors import refusing
 
 
 def expand(text: str) -> Path:
     """The path that a user's text names: a leading `~` or `~user` is a home folder.
 
-    The shell does that for `~/x` but not for `--flag=~/x`, and nobody does it within a file. `./~` is
-    not touched, nor is what names no user.
+    A shell expands `~/x`, but neither `--flag=~/x` nor a text in a file. `./~` and the `~` of a user that
+    does not exist stay as they are.
     """
     return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib takes ./~ for ~, and fails without a user)
 
@@ -28,106 +28,74 @@ def expand(text: str) -> Path:
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path`, complete and on disk, when the block ends well.
 
-    Until then, and after an exception, `path` holds what it held before.
+    Until then, and after an exception, `path` has its earlier content.
 
     Args:
-        previous: where what `path` held before is kept, in the same folder. A process that is killed
-            between the two renames leaves it there and nothing under `path`.
+        previous: a path in the same folder that gets the earlier content of `path`. A process that is killed
+            between the two renames leaves that content under `previous`, and nothing under `path`.
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
     """
-    path = Path(path)
-    try:
+    with refusing(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    draft = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            sync(file.fileno())
-        umask = os.umask(0)  # the only way to read it
-        os.umask(umask)
-        with suppress(OSError):  # network shares and mounts of Windows may have modes of their own
-            draft.chmod(0o666 & ~umask)
-        if previous is not None and path.exists():
-            path.replace(previous)
-        draft.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
+        draft = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            umask = os.umask(0)  # the only way to read it
+            os.umask(umask)
+            with suppress(OSError):  # network shares and mounts of Windows may have modes of their own
+                draft.chmod(0o666 & ~umask)
+            if previous is not None and path.exists():
+                path.replace(previous)
+            draft.replace(path)
+        finally:
+            with suppress(OSError):
+                draft.unlink()
 
 
 def sync(handle: int) -> None:
-    """Put what was written to an open file on disk, where its file system can.
+    """Write an open file's content through to the disk, where the file system can do that.
 
     Raises:
-        OSError: it did not get there; the disk may be full.
+        OSError: the content is not on the disk, which may be full.
     """
     try:
         os.fsync(handle)
-    except PermissionError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+    except OSError as error:  # any other error means that the file system has no fsync
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's names on disk: a rename alone may be lost with the power."""
-    # Not every system and file system can; there the rename has to do.
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def keep_earlier(path: Path, own: Path | None = None) -> Path | None:
-    """Keep what `path` holds as `name.1.suffix`, or the next free number, before it is replaced.
-
-    Args:
-        own: what this file holds as well is the writer's own, and need not be kept.
+def keep_earlier(path: Path) -> Path | None:
+    """Copy the file `path`, which is to be replaced, to `name.1.suffix` or the next free number.
 
     Returns:
-        where it is kept, perhaps since earlier; None if there is nothing to keep.
+        the copy's path; an equal copy that exists is enough. None if there is no file.
 
     Raises:
-        UserError: it cannot be read or written.
+        UserError: a file cannot be read or written.
     """
-    content = _content(path)
-    if content is None or (own is not None and content == _content(own)):
-        return None
-    for number in count(1):
-        kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
-        found = _content(kept)
-        if found is None:
-            write_bytes(kept, content)
-        if found in (None, content):
-            return kept
+    with refusing(f"read {path}"):
+        if not path.exists():
+            return None
+        content = path.read_bytes()
+        for number in count(1):
+            kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
+            if not kept.exists():
+                write_bytes(kept, content)
+            if kept.read_bytes() == content:
+                return kept
     raise AssertionError("count() does not end")
 
 
-def _content(path: Path) -> bytes | None:
-    """What a file holds; None if there is no such file."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def remove_drafts(path: Path) -> None:
-    """Remove what writers of `path` left that were killed in the middle of :func:`atomic_write`;
-    its name may be a pattern."""
+    """Remove drafts of `path`, whose name may be a pattern: processes that were killed within
+    :func:`atomic_write` leave them."""
     for draft in path.parent.glob(f".{path.name}.*"):
         with suppress(OSError):
             draft.unlink()
@@ -136,11 +104,11 @@ def remove_drafts(path: Path) -> None:
 def read_text(path: Path) -> str:
     """The text of a file that people may have edited: UTF-8, or UTF-16 with its mark, and any line ends.
 
-    Editors and spreadsheets of Windows put a byte order mark in front, which is no part of the text.
+    Editors and spreadsheets of Windows put a byte order mark in front of the text.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not text.
+        OSError: the file cannot be read.
+        ValueError: the file is not text.
     """
     content = path.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -160,19 +128,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Find out now whether `path`, which `flag` names, can be written later, at the end of a long run.
-
-    Raises:
-        UserError: its folder cannot be written, or it is a folder itself.
-    """
-    path = Path(path)
-    try:
+    """Raise UserError now if `path`, which `flag` names, cannot be written at the end of a long run."""
+    with refusing(f"write {flag} {path}"):
         if path.is_dir():
-            raise UserError(f"cannot write {flag} {path}: it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.try.")
-        os.close(handle)
-        with suppress(OSError):
-            Path(draft).unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {flag} {path}: {error.strerror or error}") from error
+        tempfile.TemporaryFile(dir=path.parent).close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterable
-from types import FrameType, TracebackType
+from types import FrameType
 
 from utils.distributed import Group
 
@@ -17,12 +17,12 @@ HANGUP = () if sys.platform == "win32" else (signal.SIGHUP,)
 class Interrupt:
     """While this context is open, the first of these signals is noted; a second one acts as usual.
 
-    SIGHUP never acts, since the kernel and the shell both send it when a terminal is closed, and is not
-    even noted where it was ignored before, as `nohup` has it.
+    A second SIGHUP does not act: the kernel and the shell both send one when a terminal is closed. A SIGHUP
+    that was ignored before, as `nohup` has it, stays ignored.
 
     Args:
-        patient: note all of them and let none act. A launcher passes on what its terminal got, so
-            that its processes get one Ctrl-C twice.
+        patient: let no second signal act. A launcher passes on what its terminal got, so that its processes
+            get one Ctrl-C twice.
 
     Attributes:
         signal: number of the first signal, None before it.
@@ -48,8 +48,7 @@ class Interrupt:
         return 0 if self.signal is None else 128 + self.signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal = number
+        self.signal = self.signal or number
         if not self._patient and number in SIGNALS:
             self._restore(SIGNALS)
 
@@ -62,10 +61,5 @@ class Interrupt:
         self._before = {number: signal.signal(number, self._handle) for number in (*SIGNALS, *heard)}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore(self._before)

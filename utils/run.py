@@ -7,57 +7,46 @@ in one process at a time.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
 import logging
 import os
 import platform
-import re
-import shutil
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
-from tensorboardX.summary import hparams
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from utils.command_line import read_config, recorded
 from utils.distributed import is_first
-from utils.errors import UserError, try_to_write
-from utils.files import atomic_write, remove_drafts, sync, write_text
+from utils.errors import UserError, refusing, try_to_write
+from utils.files import remove_drafts, sync, write_text
 from utils.flag import Flags
-
-if sys.platform != "win32":
-    import fcntl
 
 log = logging.getLogger("anml")
 
 
 class _Terminal(logging.Handler):
-    """Shows log lines on stdout, above a progress bar, and keeps those that precede a run."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.earlier: list[logging.LogRecord] = []
-        self.in_run = False
+    """Shows log lines on stdout, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.in_run:
-            self.earlier.append(record)
         if getattr(record, "file_only", False):
             return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -65,127 +54,80 @@ class _Terminal(logging.Handler):
             try_to_write(f"{prefix}{self.format(record)}\n", sys.stdout)  # the run goes on without a reader
 
 
-def log_to_terminal() -> _Terminal:
-    """Show the lines of the `anml` logger on stdout; the next run's `log.txt` gets them as well.
+def log_to_terminal() -> MemoryHandler:
+    """Show the lines of the `anml` logger on stdout; returns what keeps them for the next run's `log.txt`.
 
-    A script calls it first, since it reads its data before it has a run. Calling again is harmless.
-    Of several processes, the first alone speaks.
+    A script calls this function first, since it reads its data before it has a run. Calling it again is
+    harmless. Of several processes, rank 0 alone speaks.
     """
     for handler in log.handlers:
-        if isinstance(handler, _Terminal):
+        if isinstance(handler, MemoryHandler):
             return handler
-    terminal = _Terminal()
-    log.addHandler(terminal)
+    memory = MemoryHandler(capacity=1)  # keeps all lines while it has no target, and none while it has one
+    log.addHandler(_Terminal())
+    log.addHandler(memory)
     log.setLevel(logging.INFO if is_first() else logging.CRITICAL)
-    return terminal
+    return memory
 
 
 class _LogFile(logging.FileHandler):
-    """`log.txt`, which reports a full disk instead of printing a traceback and going on.
-
-    Whoever has it open has the run folder: two processes would cut and write each other's files.
-
-    Raises:
-        UserError: another process has it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-        self.folder = folder
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        if sys.platform != "win32":
-            assert self.stream is not None  # it is open from the start
-            try:  # the system unlocks it when the process ends, however it ends
-                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self.close()
-                raise UserError(f"{folder} is in use: another process is at work on this run") from error
-            except OSError:
-                pass  # not every file system has locks
+    """`log.txt`. A full disk ends the run; logging's own handler would print a traceback and go on."""
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802 (logging's name)
-        """Called within the except block of whatever went wrong."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            raise _unwritable(self.folder, error) from error
-        raise
+        """Raise what went wrong: logging calls this method within its except block."""
+        with _writing(Path(self.baseFilename).parent):
+            raise
 
 
 class _EventFile:
-    """The file of TensorBoard events, which tensorboardX writes in a thread of its own.
+    """A new file of TensorBoard events in a run folder, written in the thread that calls `write`.
 
-    An error would end that thread, and a run without it waits for ever as soon as its queue is full.
-    So the error is kept here for the thread that can report it, and nothing more is written.
+    (tensorboardX's `SummaryWriter` writes in a second thread. A full disk ends that thread without a word,
+    and the run hangs as soon as the queue between the threads is full.)
+
+    Args:
+        done: tell TensorBoard to drop the points that earlier files of the folder have after this step.
     """
 
-    PREFIX = "run"  # of a path, tells tensorboardX to open files here
+    def __init__(self, folder: Path, done: int | None) -> None:
+        # TensorBoard reads the files of a folder in the order of their names.
+        path = folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
+        self._file = path.open("xb", buffering=0)  # without a buffer, a killed run keeps its curves
+        self.close = self._file.close
+        self.write(0, file_version="brain.Event:2")
+        # A reader takes the first START of a folder for that of the first run. So there are two.
+        for _ in range(0 if done is None else 2):
+            self.write((done or 0) + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def __init__(self) -> None:
-        self.error: OSError | None = None
+    def write(self, step: int, **content: Any) -> None:
+        """Append one event: its length, its content, and a checksum of each.
 
-    def directory_check(self, path: str) -> None:
-        """The run folder exists."""
-
-    def open(self, path: str) -> _EventFile:
-        # Without a buffer, so that a killed run keeps its curves.
-        self._file = io.FileIO(path.removeprefix(f"{self.PREFIX}:"), "w")
-        return self
-
-    def _attempt(self, action: Callable[..., object], *values: bytes) -> None:
-        if self.error is None:
-            try:
-                action(*values)
-            except OSError as error:
-                self.error = error
-
-    def write(self, data: bytes) -> None:
-        self._attempt(self._file.write, data)
-
-    def flush(self) -> None:
-        """Nothing waits to be written."""
-
-    def close(self) -> None:
-        self._attempt(self._file.close)
+        Raises:
+            OSError: the event is not in the file, or not all of it.
+        """
+        data = Event(wall_time=time.time(), step=step, **content).SerializeToString()
+        parts = (struct.pack("<Q", len(data)), data)
+        record = b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts)
+        while record:  # a disk that is nearly full takes a part, and raises at the next call
+            record = record[self._file.write(record) :]
 
 
 class Run:
     """One run's folder, log, metrics and TensorBoard events; a context manager.
 
-    Of several processes the first alone writes; `create` and `resume` see to that.
+    Scripts use :meth:`open`. Of several processes rank 0 alone writes; in the others, all methods do nothing.
 
     Attributes:
-        folder: the run folder, made by :meth:`create`.
+        folder: the run folder; in processes other than rank 0 the one to resume, or the folder of all runs.
+        started: when the run began, which tells it from other runs.
+        saved: whether this process has saved a model.
     """
 
-    def __init__(self, folder: Path, done: int | None = None):
-        """Open the writers in an existing folder; scripts use :meth:`open`.
-
-        Args:
-            done: cut what an earlier process wrote back to this many steps, and go on after them.
-        """
-        self.folder = folder
+    def __init__(self, folder: Path, started: str, writes: bool) -> None:
+        self.folder, self.started, self.saved = folder, started, False
+        self._writes, self._opened = writes, ExitStack()
+        self._columns: tuple[str, ...] | None = None
         self._metrics: TextIO | None = None  # opened for the first row: an evaluation has none
-        self._event_file = _EventFile()
-        register_writer_factory(_EventFile.PREFIX, self._event_file)
-        try:
-            with ExitStack() as opened:
-                self._log_file = opened.enter_context(closing(_LogFile(folder)))
-                self._columns = None if done is None else _cut_back(folder, done)
-                self._events = SummaryWriter(
-                    f"{_EventFile.PREFIX}:{folder}",
-                    flush_secs=10,
-                    purge_step=None if done is None else done + 1,
-                    filename_suffix="" if done is None else f".{done}",
-                )
-                opened.pop_all()  # all are open: `close` closes them
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-        self._terminal = log_to_terminal()
-        self._terminal.in_run = True
-        for record in self._terminal.earlier:
-            self._log_file.handle(record)
-        self._terminal.earlier.clear()
-        log.addHandler(self._log_file)
 
     @classmethod
     def open(
@@ -197,95 +139,75 @@ class Run:
         extra: Mapping[str, Any] | None = None,
         done: int = 0,
     ) -> Run:
-        """The run in the folder `resume`, after step `done`, or a new one.
+        """A new run in `runs_dir/<name>_<k>` with the smallest free k, or that in `resume` after step `done`.
+
+        `config.json` gets the arguments, versions, machine, git commit, start time and `extra` (say the
+        data hash and the device chosen); TensorBoard gets the arguments as a table and as a line of its
+        HPARAMS tab. Notices among the arguments are logged as warnings.
+
+        At a resume, rows of `metrics.csv` and points of TensorBoard after step `done` go. `config.json` gets
+        the arguments as they are now, and under `resumed` when, where and at which step.
 
         Raises:
-            UserError: as :meth:`create` and :meth:`resume` do.
+            UserError: the folder cannot be made, read or written, another process is at work in it, or
+                `extra["data_hash"]` is not that of the run: it would go on with other data.
         """
-        if resume is None:
-            return cls.create(runs_dir, name, arguments, extra)
-        run = cls.resume(resume, arguments, done, extra)
+        extra = dict(extra or {})
+        if not is_first():
+            return cls(resume or runs_dir, "", writes=False)
+        settings, now = {**recorded(arguments), **extra.get("plan", {})}, _circumstances()
+        folder = resume or _new_folder(runs_dir, name)
+        earlier = extra if resume is None else read_config(folder)
+        data_hash = extra.get("data_hash")
+        before = earlier.get("data_hash", data_hash)  # absent in runs of commit d362890
+        if before != data_hash:
+            raise UserError(f"the data is not that of {folder}: data hash {data_hash}, then {before}")
+        if data_hash and "data_hash" not in earlier:
+            log.warning("%s records no data hash, so its images are not compared with those in use", folder)
+        config = {**now, **extra, **earlier}
+        config |= {"name": folder.name, "arguments": recorded(arguments, absolute=True)}
+        config |= {key: value for key, value in extra.items() if key == "plan"}
+        if resume is not None:
+            config["resumed"] = [*config.get("resumed", []), {"step": done, **now}]
+        run = cls(folder, str(config.get("started")), writes=True)
+        with _writing(folder), ExitStack() as opened:
+            opened.enter_context(_locked(folder))
+            run._start(opened, None if resume is None else done)
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            if resume is None:
+                run._describe(settings)
+            run._opened = opened.pop_all()  # `close` closes it
+        for notice in arguments.notices:
+            log.warning(notice)
         if done:
             log.info("going on after step %d", done)
         return run
 
-    @classmethod
-    def create(
-        cls,
-        runs_dir: Path,
-        name: str,
-        arguments: Flags,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Make `runs_dir/<name>_<k>` with the smallest free k, and record what is run and where.
+    def _start(self, opened: ExitStack, done: int | None) -> None:
+        """Open the files; of a run that is resumed, cut back to step `done`."""
+        log_file = _LogFile(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+        opened.callback(log_file.close)
+        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if done is not None:
+            self._columns = _cut_back(self.folder, done)
+        self._events = _EventFile(self.folder, done)
+        opened.callback(self._events.close)
+        memory = log_to_terminal()
+        opened.callback(memory.setTarget, None)
+        memory.setTarget(log_file)
+        memory.flush()
 
-        `config.json` gets the arguments, versions, machine, git commit, start time and `extra`
-        (say the plan, the data hash and the device chosen); TensorBoard gets the settings as a table.
-        Notices among the arguments are logged as warnings.
+    def _describe(self, settings: Mapping[str, Any]) -> None:
+        """Add the arguments to TensorBoard's TEXT and HPARAMS tabs.
 
-        Raises:
-            UserError: the folder cannot be made or written.
+        HPARAMS itself finds the arguments that differ between runs, and shows the last value of each curve.
+        A list of columns would be that of all runs, and is left out.
         """
-        if not is_first():
-            return _Bystander(Path(runs_dir))
-        extra = extra or {}
-        settings = {**recorded(arguments), **extra.get("plan", {})}
-        folder = _new_folder(Path(runs_dir), name)
-        config = {
-            "name": folder.name,
-            "arguments": recorded(arguments, absolute=True),
-            **_circumstances(),
-            **extra,
-        }
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        run = cls(folder)
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        run.text("arguments", f"| argument | value |\n|---|---|\n{table}")
-        run.hyperparameters(settings)
-        for notice in arguments.notices:
-            log.warning(notice)
-        return run
-
-    @classmethod
-    def resume(
-        cls,
-        folder: Path,
-        arguments: Flags,
-        done: int,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Go on in the folder of a run that was interrupted, as if it ended after step `done`.
-
-        Rows of `metrics.csv` and points of TensorBoard after that step go. `config.json` gets the
-        arguments as they are now, and under `resumed` when, where and at which step.
-
-        Raises:
-            UserError: the folder cannot be read or written, another process is at work in it, or
-                `extra["data_hash"]` is not that of the run: it would go on with other data.
-        """
-        if not is_first():
-            return _Bystander(folder)
-        config = read_config(folder)
-        data_hash = (extra or {}).get("data_hash")
-        earlier_hash = config.get("data_hash", data_hash)  # absent in runs of commit d362890
-        if earlier_hash != data_hash:
-            raise UserError(f"the data is not that of {folder}: data hash {data_hash}, then {earlier_hash}")
-        run = cls(folder, done)
-        if data_hash and "data_hash" not in config:
-            log.warning("%s records no data hash, so its images are not compared with those in use", folder)
-        earlier = config.get("resumed")
-        resumed = [*(earlier if isinstance(earlier, list) else []), {"step": done, **_circumstances()}]
-        config = {**(extra or {}), **config, "name": folder.name}
-        config |= {key: value for key, value in (extra or {}).items() if key == "plan"}
-        config |= {"arguments": recorded(arguments, absolute=True), "resumed": resumed}
-        try:
-            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        except UserError:
-            run.close()
-            raise
-        for notice in arguments.notices:
-            log.warning(notice)
-        return run
+        self._events.write(0, summary=summary.text("arguments", f"| argument | value |\n|---|---|\n{table}"))
+        values = {key: value for key, value in settings.items() if value is not None}
+        plain = {key: x if isinstance(x, bool | int | float | str) else str(x) for key, x in values.items()}
+        self._events.write(0, summary=summary.hparams(plain, {})[1])
 
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`; the first row's keys are its columns.
@@ -294,19 +216,20 @@ class Run:
             UserError: the file cannot be written.
             ValueError: the keys differ from the first row's.
         """
-        try:
+        if not self._writes:
+            return
+        with _writing(self.folder):
             if self._metrics is None:
                 # Line-buffered, so that a killed run keeps its rows.
-                path = self.folder / "metrics.csv"
-                self._metrics = path.open("a", encoding="utf-8", newline="", buffering=1)
+                file = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
+                self._metrics = self._opened.enter_context(file)
+            writer = csv.writer(self._metrics)
             if self._columns is None:
                 self._columns = tuple(row)
-                csv.writer(self._metrics).writerow(self._columns)
+                writer.writerow(self._columns)
             if tuple(row) != self._columns:
                 raise ValueError(f"metrics has the columns {self._columns}, not {tuple(row)}")
-            csv.writer(self._metrics).writerow(row.values())
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            writer.writerow(row.values())
 
     def sync(self) -> None:
         """Put the rows of `metrics.csv` on disk, before a training state that counts on them.
@@ -314,44 +237,29 @@ class Run:
         Raises:
             UserError: the disk is full.
         """
-        try:
-            if self._metrics is not None:
+        if self._metrics is not None:
+            with _writing(self.folder):
                 sync(self._metrics.fileno())
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to the TensorBoard curve of each tag in `values`.
 
         Raises:
-            UserError: an earlier point could not be written.
+            UserError: the points cannot be written.
         """
-        if self._event_file.error is not None:
-            raise _unwritable(self.folder, self._event_file.error)
+        points = summary.Summary()
         for tag, value in values.items():
-            self._events.add_scalar(tag, value, step)
-
-    def text(self, tag: str, markdown: str) -> None:
-        """Add a text to TensorBoard."""
-        self._events.add_text(tag, markdown, 0)
-
-    def hyperparameters(self, settings: Mapping[str, object]) -> None:
-        """Make this run a line of TensorBoard's HPARAMS tab.
-
-        No list of columns stands beside it, which would be that of all runs: TensorBoard finds the arguments
-        that differ between runs by itself, and shows the last value of each curve.
-        """
-        values = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in settings.items()
-            if value is not None
-        }
-        _, start, _ = hparams(values, {})
-        self._events.file_writer.add_summary(start, 0)
+            points.MergeFrom(summary.scalar(tag, value))
+        self._write_event(step, points)
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard."""
-        self._events.add_image(tag, pixels, step, dataformats="HWC")
+        """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard; raises UserError as :meth:`scalars`."""
+        self._write_event(step, summary.image(tag, pixels, dataformats="HWC"))
+
+    def _write_event(self, step: int, content: Any) -> None:
+        if self._writes:
+            with _writing(self.folder):
+                self._events.write(step, summary=content)
 
     @contextmanager
     def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
@@ -362,37 +270,23 @@ class Run:
         Args:
             done: steps of them that an earlier process did.
         """
-        with tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
+        hidden = not (self._writes and sys.stderr.isatty())
+        with tqdm(total=total, initial=done, unit=unit, disable=hidden, leave=False) as bar:
             yield Progress(bar, total, every, unit, done)
 
     def close(self) -> None:
-        """Write everything out; the run takes no more.
+        """Close all files; the run takes no more.
 
         Raises:
             UserError: something could not be written.
         """
-        log.removeHandler(self._log_file)
-        self._terminal.in_run = False
-        failed = None
-        for opened in (self._events, self._log_file, self._metrics):
-            try:
-                if opened is not None:
-                    opened.close()
-            except OSError as error:
-                failed = error
-        failed = failed or self._event_file.error
-        if failed is not None:
-            raise _unwritable(self.folder, failed) from failed
+        with _writing(self.folder):
+            self._opened.close()
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.close()
             return
@@ -400,33 +294,6 @@ class Run:
             log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
         with suppress(UserError):
             self.close()
-
-
-class _Bystander(Run):
-    """What processes other than the first have for a run: it takes everything and writes nothing."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def metrics(self, row: Mapping[str, float | int | str]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
-        pass
-
-    @contextmanager
-    def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
-        with tqdm(total=total, disable=True) as bar:
-            yield Progress(bar, total, every, unit, done)
-
-    def close(self) -> None:
-        pass
 
 
 class Progress:
@@ -453,7 +320,7 @@ class Progress:
         self.step += 1
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
-        self._bar.set_postfix(_short(values), refresh=False)
+        self._bar.set_postfix({key: f"{x:.4g}" for key, x in values.items()}, refresh=False)
         self._bar.update()
         return self.step % self._every == 0 or self.step == self._total
 
@@ -463,130 +330,116 @@ class Progress:
         Returns:
             Steps per second since the last report.
         """
-        now = time.perf_counter()
-        step, then = self._since
+        (step, then), now = self._since, time.perf_counter()
         steps = max(self.step - step, 1)
         rate = steps / max(now - then, 1e-9)
-        means = _short({key: total / steps for key, total in self._sums.items()})
+        means = " ".join(f"{key} {total / steps:.4g}" for key, total in self._sums.items())
+        left = timedelta(seconds=round((self._total - self.step) / rate))
         self._since, self._sums = (self.step, now), {}
         log.info(
-            "%s %d/%d %s, %.3g %s/s, %s left",
-            self._unit,
-            self.step,
-            self._total,
-            " ".join(f"{key} {value}" for key, value in means.items()),
-            rate,
-            self._unit,
-            timedelta(seconds=round((self._total - self.step) / rate)),
+            f"{self._unit} {self.step}/{self._total} {means}, {rate:.3g} {self._unit}/s, {left} left",
             extra={"file_only": not self._bar.disable},
         )
         return rate
 
 
-def _short(values: Mapping[str, float]) -> dict[str, str]:
-    return {key: f"{value:.4g}" for key, value in values.items()}
-
-
 def _new_folder(runs_dir: Path, name: str) -> Path:
     """Make the first folder of its name that is free; mkdir decides between two runs at once."""
-    try:
+    with _writing(runs_dir):
         runs_dir.mkdir(parents=True, exist_ok=True)
         for k in count():
-            folder = runs_dir / f"{name}_{k}"
-            if not folder.exists():
-                try:
-                    folder.mkdir()
-                except FileExistsError:
-                    continue
+            with suppress(FileExistsError):
+                folder = runs_dir / f"{name}_{k}"
+                folder.mkdir()
                 return folder
-    except OSError as error:
-        raise _unwritable(runs_dir, error) from error
     raise AssertionError("count() does not end")
 
 
-def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
-    """Cut `metrics.csv` back to the steps 1 to `done`, and return its columns.
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    """A block in which an error of the system is one of writing the run folder."""
+    return refusing(f"write the run folder {folder}", "; choose with --runs_dir")
 
-    What goes are rows of steps that will be done again, the last one if it is torn, and the drafts of
-    files that a killed process left.
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder: two would cut and write each other's files.
+
+    The system unlocks the folder when this process ends, however it ends.
+
+    Raises:
+        UserError: another process is at work in the folder.
     """
-    for name in ("config.json", "metrics.csv", "model.net", "model_*.net", "state.pt"):
-        remove_drafts(folder / name)
-    path = folder / "metrics.csv"
+    lock = FileLock(folder / ".lock")
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
-    except FileNotFoundError:
-        if done == 0:  # also of an evaluation, which has no rows
-            return None
-        lines = []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    header, *rows = lines or [b""]
-    if not header.startswith(b"step,") or not header.endswith(b"\n"):
-        header, rows = b"", []
-    kept = {int(row.partition(b",")[0]): row for row in rows if re.match(rb"\d{1,15},.*\n", row)}
-    wanted = [kept[step] for step in range(1, done + 1) if step in kept]
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder} is in use: another process is at work on this run") from error
+    except OSError:
+        pass  # not every file system has locks
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
+    """Cut `metrics.csv` back to one row for each of the steps 1 to `done`; returns its columns.
+
+    A last row without an end is torn, and goes as well. So do the drafts of files that a killed process left.
+    """
+    remove_drafts(folder / "*")
+    path = folder / "metrics.csv"
+    if done == 0 and not path.exists():  # also of an evaluation, which has no rows
+        return None
+    with refusing(f"read {path}"):
+        data = path.read_bytes() if path.exists() else b""
+    text = data.decode("utf-8-sig", "replace").replace("\0", "")
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
+    try:
+        header, *rows = csv.reader(map(str.strip, whole), quoting=csv.QUOTE_NONE)
+    except (ValueError, csv.Error):
+        header, rows = [], []
+    kept = {row[0]: row for row in rows if header[:1] == ["step"] and len(row) == len(header)}
+    wanted = [kept[str(step)] for step in range(1, done + 1) if str(step) in kept]
     if len(wanted) < done:
         log.warning("%s lacks %d of the %d steps done", path, done - len(wanted), done)
-    with atomic_write(path) as file:
-        file.writelines([header, *wanted])
-    return tuple(header.decode("utf-8", "replace").strip().split(",")) if header else None
+    content = io.StringIO(newline="")
+    csv.writer(content).writerows([header, *wanted] if kept else [])
+    write_text(path, content.getvalue())
+    return tuple(header) if kept else None
 
 
 def _circumstances() -> dict[str, Any]:
     """When, where and with what code a process works on a run."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    machine = {"platform": platform.platform(), "cpu": cpu_name(), "cpus": os.cpu_count()}
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "cpu": cpu_name(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "started": datetime.now(timezone.utc).isoformat(),
+        "versions": versions,
+        "machine": {**machine, "threads": torch.get_num_threads()},
         "git": _git_state(),
     }
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write the run folder {folder}: {error.strerror or error}; choose with --runs_dir"
-    )
-
-
 def cpu_name() -> str:
     """The processor's name where Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
 
 def _git_state() -> dict[str, Any] | None:
     """The commit this code is at and whether it differs from it; None outside a git work tree."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    project = str(Path(__file__).resolve().parents[1])
-
-    def ask(*command: str) -> str:
-        # Without optional locks: looking at the user's repository must not write to it.
-        return subprocess.run(  # noqa: S603 (fixed words and this project's folder)
-            [git, "--no-optional-locks", "-C", project, *command],
-            check=True,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=10,
-        ).stdout.strip()
-
+    # Without optional locks: looking at the user's repository must not write to it.
+    words = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+        done = subprocess.run(  # noqa: S603 (fixed words)
+            words, cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    (_, _, commit), *lines = map(str.split, done.stdout.decode(errors="replace").splitlines())
+    if commit == "(initial)":
+        return None
+    return {"commit": commit, "dirty": any(line[0] != "#" for line in lines)}

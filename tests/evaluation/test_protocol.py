@@ -28,7 +28,7 @@ from model.modelfactory import build
 from model.scores import ACCURACY, MEASURES, Measure, Score
 from model.treatments import TABLE
 from tests.conftest import windows
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse
 from utils.errors import UserError
 
@@ -52,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind = {"Pretrain": "OML"}.get(name, name.rstrip("12"))
         net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(seed))
         arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
-        save_checkpoint(folder / f"{name}.net", kind, net.widths, net.state_dict(), arguments, 0)
+        Checkpoint(kind, net.widths, dict(net.state_dict()), arguments, 0).save(folder / f"{name}.net")
     return folder
 
 
@@ -184,7 +184,7 @@ def test_a_model_given_twice_counts_once(evaluate: Evaluate, capsys: pytest.Capt
     """By content, whatever else the files say: the last model that training kept is its final one."""
     saved = load_checkpoint(Path("ANML.net"))
     model = saved.network, saved.widths, saved.state_dict
-    save_checkpoint(Path("ANML_7.net"), *model, {"steps": 7}, 7)
+    Checkpoint(*model, {"steps": 7}, 7).save(Path("ANML_7.net"))
     Path("copy.net").write_bytes(Path("ANML.net").read_bytes())
     flags = f"{TINY} --schedule 2 --lr 0.001 --model ANML.net ANML_7.net ANML1.net copy.net"
     folder = evaluate(f"{flags} --runs 2")

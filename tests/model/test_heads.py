@@ -19,7 +19,7 @@ from model.heads import NearestClassMean, fit_prior, view
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import build
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def evaluate(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ev
         kind = {"Pretrain": "OML", "ANML1": "ANML"}.get(name, name)
         net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(seed))
         arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
-        save_checkpoint(tmp_path / f"{name}.net", kind, net.widths, net.state_dict(), arguments, 0)
+        Checkpoint(kind, net.widths, dict(net.state_dict()), arguments, 0).save(tmp_path / f"{name}.net")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger("anml"), "handlers", [])
 

@@ -27,7 +27,7 @@ from model.representation import (
 from tests.conftest import Called
 from tools import analyze_representation
 from tools.analyze_representation import table
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import Checkpoint
 
 WIDTHS = {"ANML": {"nm_channels": 4, "pln_channels": 4}, "OML": {"pln_channels": 4}}
 PICTURES = {"ANML": {"activations", "class_gates", "embedding"}, "OML": {"activations", "embedding"}}
@@ -120,7 +120,7 @@ def test_principal_components_are_those_of_the_covariance() -> None:
 def save(folder: Path, name: str) -> Path:
     net = build(name, WIDTHS[name], torch.Generator().manual_seed(3))
     path = folder / f"{name}.net"
-    save_checkpoint(path, name, net.widths, net.state_dict(), {}, 12)
+    Checkpoint(name, net.widths, dict(net.state_dict()), {}, 12).save(path)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -12,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,17 +23,15 @@ from datasets import Source, omniglot
 from datasets.omniglot import CLASSES
 from evaluation.results import read_results, write_results
 from evaluation.runs import Journal
-from flags.common import DataFlags, RunFlags
 from flags.evaluation import Evaluation
 from flags.training import Training
 from model.modelfactory import build, restore
 from model.optimizer import Adam
-from model.training_state import DIGEST_BYTES, TrainingState, load_state, save_state
+from model.training_state import load_state, restore_training
 from tools.convert_released import convert
-from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import Parser, parse
 from utils.errors import UserError
-from utils.files import check_writable
 from utils.flag import Flags
 from utils.run import Run
 
@@ -120,31 +118,11 @@ def tokens(kind: type[Flags]) -> st.SearchStrategy[list[str]]:
     return parts.map(lambda lists: [token for part in lists for token in part])
 
 
-def use(arguments: Training, place: Path) -> None:
-    """What scripts do first with the names they are given, within `place`."""
-    for name in (arguments.model_name, arguments.saved_model or "m.net"):
-        path = place / str(name).lstrip("/")
-        refused_or(lambda path=path: check_writable(path, "--model_name"))  # type: ignore[misc]
-        refused_or(lambda path=path: load_checkpoint(path))  # type: ignore[misc]
-    run = refused_or(lambda: Run.create(place / "runs", arguments.name, arguments))
-    if isinstance(run, Run):
-        run.close()
-
-
-@cases(200)
-@given(argv=tokens(Training))
-def test_training_flags(argv: list[str]) -> None:
-    arguments = refused_or(lambda: parse(Training, argv))
-    if isinstance(arguments, Training) and len(argv) % 3 == 0:  # a run folder takes a while
-        with folder() as place:
-            (place / "file").touch()
-            use(arguments, place)
-
-
-@cases(150)
-@given(argv=tokens(Evaluation))
-def test_evaluation_flags(argv: list[str]) -> None:
-    refused_or(lambda: parse(Evaluation, argv))
+@cases(350)
+@given(data=st.data(), kind=st.sampled_from([Training, Evaluation]))
+def test_flags(data: st.DataObject, kind: type[Flags]) -> None:
+    argv = data.draw(tokens(kind))
+    refused_or(lambda: parse(kind, argv))
 
 
 PRESETS = [path.read_text() for path in sorted(CONFIGS.glob("*.toml"))]
@@ -159,17 +137,6 @@ KEYS = st.one_of(
     st.text(max_size=5),
 )
 SETTINGS = st.dictionaries(KEYS, JSON_VALUES, max_size=5)
-
-
-def toml(value: object) -> str:
-    """A value as TOML writes it, which is nearly JSON."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)
 
 
 @st.composite
@@ -192,25 +159,20 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-@cases(175)
+@cases(150)
 @given(
     content=st.one_of(
-        SETTINGS.map(lambda s: "\n".join(f"{json.dumps(k)} = {toml(v)}" for k, v in s.items())).map(
-            lambda text: text.encode("utf-8", "replace")
-        ),
         st.sampled_from(PRESETS).flatmap(lambda text: damaged(text.encode())),
         st.binary(max_size=60),
     ),
-    training=st.booleans(),
+    kind=st.sampled_from([Training, Evaluation]),
 )
-def test_configs(content: bytes, training: bool) -> None:
-    kind = Training if training else Evaluation
+def test_configs(content: bytes, kind: type[Training] | type[Evaluation]) -> None:
     with folder() as place:
         (place / "c.toml").write_bytes(content)
         arguments = refused_or(lambda: parse(kind, ["--config", str(place / "c.toml")]))
-        if isinstance(arguments, DataFlags) and isinstance(arguments, RunFlags):
-            for path in (arguments.dataset_path, arguments.runs_dir):
-                assert "\0" not in str(path)
+        if isinstance(arguments, Training | Evaluation):
+            assert not any("\0" in str(path) for path in (arguments.dataset_path, arguments.runs_dir))
 
 
 def run_config(**settings_of_run: object) -> bytes:
@@ -241,7 +203,7 @@ def test_run_folders(config: bytes, metrics: bytes, done: int) -> None:
             arguments = parse(Training, [])
         assert isinstance(arguments, Training)
         settings_of_run = arguments
-        run = refused_or(lambda: Run.resume(place, settings_of_run, done, {"data_hash": "0"}))
+        run = refused_or(lambda: Run.open(place, "n", place, settings_of_run, {"data_hash": "0"}, done))
         if isinstance(run, Run):
             run.close()
             lines = (place / "metrics.csv").read_bytes().splitlines()[1:]
@@ -252,20 +214,17 @@ def test_run_folders(config: bytes, metrics: bytes, done: int) -> None:
             assert (place / "metrics.csv").read_bytes() == metrics
 
 
-def model_bytes() -> bytes:
+def file_bytes(**training: Any) -> bytes:
+    """A model file or, with `training`, a training state."""
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
-    with folder() as place:
-        save_checkpoint(place / "m.net", "ANML", WIDTHS, net.state_dict(), {"steps": 3}, 3)
-        return (place / "m.net").read_bytes()
+    return Checkpoint("ANML", WIDTHS, dict(net.state_dict()), {"steps": 3}, 3, **training).to_bytes()
 
 
 def state_bytes() -> bytes:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
-    optimizer = Adam(net.parameters(), 0.1).state_dict()
-    state = TrainingState("ANML", WIDTHS, net.state_dict(), optimizer, torch.Generator().get_state(), 3)
-    with folder() as place:
-        save_state(place, state, {})
-        return (place / "state.pt").read_bytes()
+    return file_bytes(
+        optimizer=Adam(net.parameters(), 0.1).state_dict(), generator=torch.Generator().get_state()
+    )
 
 
 def torch_bytes(value: object, zipped: bool = True) -> bytes:
@@ -274,7 +233,7 @@ def torch_bytes(value: object, zipped: bool = True) -> bytes:
     return buffer.getvalue()
 
 
-MODEL, STATE = model_bytes(), state_bytes()
+MODEL, STATE = file_bytes(), state_bytes()
 TENSORS = st.sampled_from([torch.zeros(2), torch.ones(0), torch.tensor(float("nan")), torch.tensor(3)])
 CONTENTS = st.dictionaries(
     st.sampled_from(["format", "network", "widths", "state_dict", "arguments", "step", "optimizer"]),
@@ -304,19 +263,11 @@ def test_model_files(data: bytes) -> None:
         assert [file.name for file in place.iterdir()] == ["m.net"]
 
 
-def sealed(payload: bytes) -> bytes:
-    """With a checksum that fits: what was damaged before it was written, or on purpose."""
-    return payload + hashlib.sha256(payload).digest()
-
-
 @cases(125)
 @given(
     newest=st.one_of(
         damaged(STATE),
-        damaged(STATE[:-DIGEST_BYTES]).map(sealed),
-        CONTENTS.map(
-            lambda changes: sealed(torch_bytes({**torch.load(io.BytesIO(STATE[:-DIGEST_BYTES])), **changes}))
-        ),
+        CONTENTS.map(lambda changes: torch_bytes({**torch.load(io.BytesIO(STATE)), **changes})),
     ),
     previous=st.booleans(),
 )
@@ -326,13 +277,13 @@ def test_training_states(newest: bytes, previous: bool) -> None:
         if previous:
             (place / "state.previous.pt").write_bytes(STATE)
         state = refused_or(lambda: load_state(place))
-        assert isinstance(state, TrainingState) or not previous
-        if isinstance(state, TrainingState):
+        assert isinstance(state, Checkpoint) or not previous
+        if isinstance(state, Checkpoint):
             found = state
 
             def go_on() -> None:
                 net = restore(found.network, found.widths, found.state_dict, "state.pt")
-                found.restore(Adam(net.parameters(), 0.1), torch.Generator(), "state.pt")
+                restore_training(found, Adam(net.parameters(), 0.1), torch.Generator(), "state.pt")
 
             refused_or(go_on)
 

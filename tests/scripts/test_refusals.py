@@ -28,7 +28,7 @@ from tools import (
     ledger,
     plot_results,
 )
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 GLYPHS = "--dataset glyphs --threads 1"
@@ -150,7 +150,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     for path, network, outputs in (("m.net", "ANML", 20), ("sANML.net", "sANML", 4)):
         net = build(network, {"pln_channels": 2, "num_classes": outputs}, torch.Generator().manual_seed(0))
-        save_checkpoint(folder / path, network, net.widths, net.state_dict(), {}, 0)
+        Checkpoint(network, net.widths, dict(net.state_dict()), {}, 0).save(folder / path)
     for name, classes in (("run_0", 10), ("run_1", 20)):
         (folder / name).mkdir()
         write_accuracies(folder / name, "results", {classes: (0.8, 0.9)})

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from filelock import FileLock
 
 import mrcl_classification
 from datasets.task_sampler import Trajectory, sample_trajectory
-from model.modelfactory import load_network
-from model.training_state import load_state, save_state
-from tests.conftest import EDITORS, Trainer, assert_same_run, rows
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from model.training_state import NAME, load_state
+from tests.conftest import EDITORS, Trainer, assert_same_run, curve, rows
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.interrupt import Interrupt
-from utils.run import Run
 
 ROOT = Path(__file__).parents[2]
-STEPS, KILLS = 90, 8
+STEPS, KILLS = 45, 4
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def curve(run: Path) -> list[tuple[int, float]]:
-    reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    reader.Reload()
-    return [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
 
 
 def test_kills_change_nothing(trainer: Trainer, tmp_path: Path) -> None:
@@ -57,13 +47,13 @@ def test_kills_change_nothing(trainer: Trainer, tmp_path: Path) -> None:
     killed = sorted((tmp_path / "killed/runs").glob("*/config.json"))[-1].parent
     resumed = [entry["step"] for entry in json.loads((killed / "config.json").read_text())["resumed"]]
     assert resumed == sorted(resumed)
-    assert len(set(resumed)) > 3, "hardly any kill met a run that had come further"
+    assert len(set(resumed)) > 1, "hardly any kill met a run that had come further"
     assert_same_run(whole, killed)
     assert [int(row["step"]) for row in rows(killed)] == list(range(1, STEPS + 1))
     points = curve(killed)
     assert [step for step, _ in points] == sorted({step for step, _ in points})
     assert set(points) <= set(curve(whole))
-    assert not list(killed.glob(".*")), "drafts are left"
+    assert not list(killed.glob(".*.*")), "drafts are left"
 
 
 def test_a_run_from_weights_does_not_repeat_the_draws_that_made_them(
@@ -94,33 +84,42 @@ def test_a_run_from_weights_does_not_repeat_the_draws_that_made_them(
     assert drawn[-1] not in drawn[:-1]
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.net", "model_30.net", "state.pt"])
-def test_drafts_of_a_killed_run_are_removed(name: str, trainer: Trainer) -> None:
+def test_drafts_of_a_killed_run_are_removed(trainer: Trainer) -> None:
     trainer("--steps=2")
-    (trainer.run / f".{name}.abc").write_text("half of it")
+    for name in ("config.json", "metrics.csv", "model.net", "model_30.net", "state.pt"):
+        (trainer.run / f".{name}.abc").write_text("half of it")
     trainer.resume("--steps=3")
-    assert not list(trainer.run.glob(".*"))
+    assert not list(trainer.run.glob(".*.*"))
+
+
+@pytest.fixture
+def _default_handlers() -> Iterator[None]:
+    """What a process in the foreground begins with; nohup and a shell's `&` have it ignore some signals."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGHUP, hangup)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("_default_handlers")
 def test_a_signal_saves_and_the_run_goes_on(
-    number: signal.Signals, code: int, trainer: Trainer, tmp_path: Path
+    number: signal.Signals, code: int, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
-        metrics = trainer.run / "metrics.csv"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            assert time.monotonic() < deadline, "training did not start"
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (code, "")
-    step = trainer.state().step
-    assert len(rows(trainer.run)) == step == load_checkpoint(Path("runs/smoke.net")).step
-    trainer.resume(f"--steps={step + 3}")
-    trainer(f"--steps={step + 3}")
+    def sample(sizes: Sequence[int], generator: torch.Generator, **options: int) -> Trajectory:
+        if torch.initial_seed() % 2**32 == 4:  # in the middle of step 4
+            signal.raise_signal(number)
+        return sample_trajectory(sizes, generator, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mrcl_classification, "sample_trajectory", sample)
+        with pytest.raises(SystemExit) as ended:
+            trainer("--steps=100000")
+    assert ended.value.code == code
+    assert len(rows(trainer.run)) == 4 == load_checkpoint(Path("runs/smoke.net")).step
+    trainer.resume("--steps=7")
+    trainer("--steps=7")
     assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
 
 
@@ -155,52 +154,35 @@ def test_a_closed_terminal_saves(trainer: Trainer) -> None:
     assert "model written to" in (trainer.run / "log.txt").read_text()
 
 
-@pytest.fixture
-def _default_handlers() -> Iterator[None]:
-    """What a process in the foreground begins with; nohup and a shell's `&` have it ignore some signals."""
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGHUP, hangup)
-    signal.signal(signal.SIGINT, interrupt)
-
-
 @pytest.mark.usefixtures("_default_handlers")
-def test_hangups_within_an_interrupt() -> None:
-    with Interrupt() as interrupt:
-        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+@pytest.mark.parametrize(
+    ("patient", "numbers", "code"),
+    [
+        (False, [], 0),
+        (False, [signal.SIGTERM], 143),
+        (False, [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP], 129),
+        (True, [signal.SIGTERM, signal.SIGINT], 143),
+    ],
+)
+def test_signals_within_an_interrupt(patient: bool, numbers: list[signal.Signals], code: int) -> None:
+    with Interrupt(patient) as interrupt:
+        for number in numbers:
             signal.raise_signal(number)
-        assert interrupt.exit_code == 129
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        if numbers and not patient:  # the next one acts
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert interrupt.exit_code == code
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Interrupt() as interrupt:
-            signal.raise_signal(signal.SIGHUP)
-            assert not interrupt.requested
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.usefixtures("_default_handlers")
-def test_a_signal_within_an_interrupt() -> None:
-    for patient in (False, True):
-        with Interrupt(patient) as interrupt:
-            assert (interrupt.requested, interrupt.exit_code) == (False, 0)
-            signal.raise_signal(signal.SIGTERM)
-            if patient:
-                signal.raise_signal(signal.SIGINT)
-            else:
-                with pytest.raises(KeyboardInterrupt):
-                    signal.raise_signal(signal.SIGINT)
-            assert (interrupt.requested, interrupt.exit_code) == (True, 143)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupt.exit_code == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def alter(path: Path) -> None:
@@ -209,11 +191,11 @@ def alter(path: Path) -> None:
     path.write_bytes(data)
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
 
 
-@pytest.mark.parametrize("damage", [cut, alter, empty, Path.unlink])
+@pytest.mark.parametrize("damage", [cut, alter, Path.unlink])
 def test_a_damaged_state_is_replaced_by_the_one_before(
     damage: Callable[[Path], None], trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,70 +221,57 @@ def test_a_state_of_another_run_is_refused(trainer: Trainer) -> None:
     trainer("--steps=1")
     trainer("--steps=1", "--pln_channels=3")
     content = trainer.state()
+    assert content.generator is not None
     other = load_state(trainer.run.with_name("smoke_1"))
     assert other is not None
-    save_state(trainer.run, replace(content, optimizer=other.optimizer), {})
+    replace(content, optimizer=other.optimizer).save(trainer.run / NAME)
     with pytest.raises(UserError, match="other weights"):
         trainer.resume("--steps=2")
-    save_state(trainer.run, replace(content, generator=content.generator[:-1]), {})
+    replace(content, generator=content.generator[:-1]).save(trainer.run / NAME)
     with pytest.raises(UserError, match="state of this run"):
         trainer.resume("--steps=2")
-    save_state(trainer.run, replace(content, network="OML"), {})
+    replace(content, network="OML").save(trainer.run / NAME)
     with pytest.raises(UserError, match="holds OML"):
         trainer.resume("--steps=2")
 
 
+HEADER = b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n"
+
+
 @pytest.mark.parametrize(
-    "left",
+    ("left", "kept"),
     [
-        b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2,0,0,1\n2,2,0,0,1\n3,2,0",
-        b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n1,2,0,0,1\n\xff\xfe\n2,2,0,0,1\n",
-        b"step,lo",
-        b"",
-        None,
+        (HEADER + b"1,2,0,0,1\n2,2,0,0,1\n3,2,0", 2),
+        (HEADER + b"1,2,0,0,1\n\xff\xfe\n2,2,0,0,1\n", 2),
+        (EDITORS["both"](HEADER + b"1,2,0,0,1\n2,2,0,0,1\n"), 2),
+        (b"step,lo", 0),
+        (None, 0),
     ],
 )
-def test_metrics_that_are_torn_or_lost(left: bytes | None, trainer: Trainer) -> None:
+def test_metrics_that_are_torn_lost_or_edited(left: bytes | None, kept: int, trainer: Trainer) -> None:
     trainer("--steps=2")
-    metrics = trainer.run / "metrics.csv"
+    metrics, config = trainer.run / "metrics.csv", trainer.run / "config.json"
     metrics.unlink() if left is None else metrics.write_bytes(left)
+    config.write_bytes(EDITORS["lines of Windows"](config.read_bytes()))
     trainer.resume("--steps=4")
-    kept = 2 if left and b"1,2" in left else 0
     assert [int(row["step"]) for row in rows(trainer.run)] == [1, 2, 3, 4][2 - kept :]
     assert ("lacks 2 of the 2 steps" in (trainer.run / "log.txt").read_text()) == (kept == 0)
 
 
-def test_files_of_an_editor(trainer: Trainer) -> None:
-    trainer("--steps=3")
-    before = rows(trainer.run)
-    for name in ("metrics.csv", "config.json"):
-        path = trainer.run / name
-        path.write_bytes(EDITORS["both"](path.read_bytes()))
-    trainer.resume("--steps=4")
-    assert rows(trainer.run)[:3] == before
-    assert "lacks" not in (trainer.run / "log.txt").read_text()
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
+def test_contradicting_arguments_are_refused(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer("--steps=1")
+    for flags, named in (
         (["--meta_lr=0.01"], "--meta_lr is 0.01 and was 0.001"),
         (["--first_order", "--seed=4"], "--first_order is True and was False; --seed is 4 and was 9"),
         (["--checkpoint"], "--checkpoint"),
         (["--config", str(ROOT / "configs/anml.toml")], "--remember is 64 and was 8"),
-    ],
-)
-def test_contradicting_arguments_are_refused(
-    flags: list[str], named: str, trainer: Trainer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer("--steps=1")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        trainer.resume(*flags)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert named in error
-    assert error.count("\n") == 1
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            trainer.resume(*flags)
+        error = capsys.readouterr().err
+        assert (ended.value.code, error.count("\n")) == (2, 1)
+        assert named in error
 
 
 def test_what_may_change(trainer: Trainer) -> None:
@@ -392,14 +361,9 @@ def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:
     trainer("--steps=2")
     (trainer.run / ".state.pt.abc").write_text("half of it")
     before = {path: path.read_bytes() for path in trainer.run.iterdir()}
-    command = [sys.executable, str(ROOT / "mrcl_classification.py"), "--resume", str(trainer.run)]
-    with Run(trainer.run):
-        before |= {path: path.read_bytes() for path in trainer.run.glob("events*")}
-        refused = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-        assert refused.returncode == 2
-        assert refused.stderr.count("\n") == 1
-        assert "smoke_0 is in use" in refused.stderr
-        assert {path: path.read_bytes() for path in trainer.run.iterdir()} == before
+    with FileLock(trainer.run / ".lock"), pytest.raises(UserError, match="smoke_0 is in use"):
+        trainer.resume("--steps=3")
+    assert {path: path.read_bytes() for path in trainer.run.iterdir()} == before
     trainer.resume("--steps=3")
 
 
@@ -410,19 +374,3 @@ def test_a_run_that_ended_before_its_first_state(trainer: Trainer, tmp_path: Pat
         (trainer.run / name).unlink()
     trainer.resume()
     assert_same_run(trainer.run, tmp_path / "runs/smoke_1")
-
-
-def test_a_state_of_before_parameters_were_renamed(trainer: Trainer) -> None:
-    """`nm.conv1.weight` is `nm.block1.conv.weight` now; older runs go on, and their models load."""
-    trainer("--steps=4", "--name=whole")
-    trainer("--steps=2")
-    trainer.run = Path("runs/smoke_0")
-    state = trainer.state()
-    older = {re.sub(r"block(\d)\.(conv|norm)", r"\2\1", key): x for key, x in state.state_dict.items()}
-    assert "nm.conv1.weight" in older
-    config = json.loads((trainer.run / "config.json").read_text())["arguments"]
-    save_state(trainer.run, replace(state, state_dict=older), config)
-    save_checkpoint(Path("older.net"), "ANML", state.widths, older, {}, 2)
-    torch.testing.assert_close(dict(load_network("older.net").state_dict()), state.state_dict, rtol=0, atol=0)
-    trainer.resume("--steps=4")
-    assert_same_run(Path("runs/whole_0"), trainer.run)

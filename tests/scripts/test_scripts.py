@@ -10,21 +10,18 @@ import os
 import re
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 import evaluate_classification
 import mrcl_classification
+from tests.conftest import curve, rows
 from utils.checkpoint import load_checkpoint
-from utils.device import WAITING, choose_device
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--config", str(ROOT / "configs/smoke.toml")]
@@ -34,24 +31,6 @@ TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]
 def command(script: str, cache: Path, *flags: str) -> list[str]:
     program = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
     return [sys.executable, *program, *flags, f"--cache_dir={cache}", "--threads=1"]
-
-
-def run(
-    script: str, cache: Path, folder: Path, *flags: str, code: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """Run a script in `folder` to its end and check the exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command(script, cache, *flags),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    return done
 
 
 Inside = Callable[..., None]
@@ -70,18 +49,15 @@ def inside(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Insi
     return start
 
 
-def events(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    return accumulator
-
-
 @pytest.fixture(scope="module")
 def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the smoke config was trained and evaluated."""
     folder = tmp_path_factory.mktemp("trained")
-    run("mrcl_classification.py", cache, folder, *TINY)
-    run("evaluate_classification.py", cache, folder, *TINY_EVALUATE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for script, flags in ((mrcl_classification, TINY), (evaluate_classification, TINY_EVALUATE)):
+            patch.setattr(sys, "argv", command(f"{script.__name__}.py", cache, *flags)[1:])
+            script.main()
     return folder
 
 
@@ -92,10 +68,8 @@ def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
     assert config["arguments"]["seed"] == 9
     assert re.fullmatch("[0-9a-f]{64}", config["data_hash"])
     assert config["versions"]["torch"] == torch.__version__
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
-    assert all(0 <= float(row["accuracy_remember"]) <= 1 for row in rows)
+    assert [int(row["step"]) for row in rows(folder)] == [1, 2, 3, 4]
+    assert all(0 <= float(row["accuracy_remember"]) <= 1 for row in rows(folder))
     assert "run folder" in (folder / "log.txt").read_text()
     for path in (trained / "runs/smoke.net", folder / "model.net"):
         saved = load_checkpoint(path)
@@ -106,8 +80,8 @@ def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
 
 
 def test_training_curves_in_tensorboard(trained: Path) -> None:
-    reader = events(trained / "runs/smoke_0")
-    tags = reader.Tags()
+    folder = trained / "runs/smoke_0"
+    reader = EventAccumulator(str(folder)).Reload()
     assert {
         "meta_train/loss",
         "meta_train/accuracy_trajectory",
@@ -118,23 +92,20 @@ def test_training_curves_in_tensorboard(trained: Path) -> None:
         "meta_train/steps_per_second",
         "meta_val/accuracy_test",
         "meta_val/accuracy_train",
-    } <= set(tags["scalars"])
-    assert "meta_val/gate" in tags["images"]
-    assert "arguments/text_summary" in tags["tensors"]
-    with (trained / "runs/smoke_0/metrics.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    curve = reader.Scalars("meta_train/loss")
-    assert [event.step for event in curve] == [1, 2, 3, 4]
-    assert [event.value for event in curve] == pytest.approx(losses)
-    before = reader.Scalars("meta_train/active_before_gate")[-1].value
-    assert 0 < reader.Scalars("meta_train/active_after_gate")[-1].value <= before <= 1
+        "meta_val/gate",
+    } <= set(reader.Tags()["tensors"])
+    steps, losses = zip(*curve(folder), strict=True)
+    assert steps == (1, 2, 3, 4)
+    assert losses == pytest.approx([float(row["loss"]) for row in rows(folder)])
+    (_, after), (_, before) = (curve(folder, f"meta_train/active_{k}_gate")[-1] for k in ("after", "before"))
+    assert 0 < after <= before <= 1
 
 
 def test_evaluation_leaves_results(trained: Path) -> None:
     folder = trained / "runs/smoke_evaluate_0"
     with (folder / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["classes"], row["run"]) for row in rows] == [
+        found = list(csv.DictReader(file))
+    assert [(row["classes"], row["run"]) for row in found] == [
         *(("2", "0"), ("2", "1"), ("3", "0"), ("3", "1")),
     ]
     results = json.loads((folder / "results.json").read_text())
@@ -142,12 +113,11 @@ def test_evaluation_leaves_results(trained: Path) -> None:
     assert len(results["search"]) == 4
     for line in results["summary"]:
         assert line["test_low"] <= line["test"] <= line["test_high"]
-        runs = [float(row["test"]) for row in rows if int(row["classes"]) == line["classes"]]
+        runs = [float(row["test"]) for row in found if int(row["classes"]) == line["classes"]]
         assert line["test"] == pytest.approx(sum(runs) / len(runs))
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    reader = events(folder)
-    assert [event.step for event in reader.Scalars("meta_test/accuracy_test")] == [2, 3]
-    assert "meta_test/accuracy" in reader.Tags()["images"]
+    assert [step for step, _ in curve(folder, "meta_test/accuracy_test")] == [2, 3]
+    assert "meta_test/accuracy" in EventAccumulator(str(folder)).Reload().Tags()["tensors"]
 
 
 @pytest.mark.parametrize(
@@ -214,96 +184,48 @@ def shell(folder: Path, line: str, *command: str, **environment: str) -> subproc
 
 
 @pytest.mark.parametrize(
-    ("line", "environment"),
+    ("line", "said"),
     [
-        ('"$@"', {"PYTHONIOENCODING": "ascii"}),
-        ('"$@" <&- >&- 2>&-', {}),
-        ('"$@" 2>&1 | head -n 1', {"PYTHONUNBUFFERED": "1"}),
+        (
+            '"$@" 2>&1 | sed "/run folder/q"',
+            r"run folder runs/z\xfcrich_0, device cpu",
+        ),  # which then closes
+        ('"$@" <&- >&- 2>&-', None),
     ],
 )
 def test_training_goes_on_whatever_stdout_is(
-    line: str, environment: dict[str, str], cache: Path, tmp_path: Path
+    line: str, said: str | None, cache: Path, tmp_path: Path
 ) -> None:
     flags = (*TINY, "--eval_every=0", "--log_every=1", "--name=zürich")
     training = command("mrcl_classification.py", cache, *flags)
-    done = shell(tmp_path, line, *training, **environment)
+    done = shell(tmp_path, line, *training, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="1")
     assert (done.returncode, done.stderr) == (0, "")
+    assert said is None or done.stdout.splitlines()[-1] == said
     log = (tmp_path / "runs/zürich_0/log.txt").read_text(encoding="utf-8")
     assert "run folder runs/zürich_0" in log
     assert [f"step {step}/4 " in log for step in range(1, 5)] == [True] * 4
     assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
-    if environment.get("PYTHONIOENCODING") == "ascii":
-        assert "run folder runs/z\\xfcrich_0" in done.stdout
+
+
+SAYS = "from utils.errors import *; run_script(lambda: say('a table'))"
+REFUSES = "from utils.errors import *; run_script(lambda: refuse('there is no file'))"
 
 
 @pytest.mark.parametrize(
-    ("line", "files"),  # the parser refuses one file, and the script two that are not there
-    [('"$@" 2>&-', ["a.csv"]), ('"$@" > /dev/full 2>&1', ["a", "b"])],
-)
-def test_the_exit_code_does_not_depend_on_stderr(line: str, files: list[str], tmp_path: Path) -> None:
-    done = shell(tmp_path, line, sys.executable, "-m", "tools.compare_results", *files)
-    assert (done.returncode, done.stderr) == (2, "")
-
-
-@pytest.mark.parametrize(
-    ("line", "code", "error"),
+    ("line", "program", "code", "error"),
     [
-        ('"$@" | true', 0, ""),
-        ('"$@" > /dev/full', 2, "cannot write to stdout: No space left on device"),
+        ('"$@" | true', SAYS, 0, ""),
+        ('"$@" > /dev/full', SAYS, 2, "-c: error: cannot write to stdout: No space left on device\n"),
+        ('"$@"', REFUSES, 2, "-c: error: there is no file\n"),
+        ('"$@" 2>&-', REFUSES, 2, ""),
+        ('"$@" > /dev/full 2>&1', REFUSES, 2, ""),
     ],
 )
-def test_a_table_that_cannot_be_printed(line: str, code: int, error: str, tmp_path: Path) -> None:
-    results = str(ROOT / "results/scratch.csv")
-    done = shell(tmp_path, line, sys.executable, "-m", "tools.compare_results", results, results)
-    assert done.returncode == code
-    assert done.stderr.count("\n") == bool(error)
-    assert error in done.stderr
-
-
-def test_tensorboard_starts_and_shows_the_curves(trained: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0", "--logdir=runs"]
-    said = tmp_path / "said.txt"
-    with said.open("w") as file, subprocess.Popen(command, cwd=trained, stdout=file, stderr=file) as server:
-        try:
-
-            def wait_for(what: Callable[[], Any]) -> Any:
-                for _ in range(600):
-                    assert server.poll() is None, said.read_text()
-                    found = what()
-                    if found:
-                        return found
-                    time.sleep(0.1)
-                raise AssertionError(said.read_text())
-
-            (url,) = wait_for(lambda: re.findall(r"http://127\.0\.0\.1:\d+/(?= )", said.read_text()))
-
-            def page(path: str, asked: object = None) -> bytes:
-                data = None if asked is None else json.dumps(asked).encode()
-                request = urllib.request.Request(f"{url}{path}", data, {"Content-Type": "application/json"})  # noqa: S310
-                with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 (ours)
-                    found: bytes = answer.read()
-                    return found
-
-            assert b"<title>TensorBoard</title>" in page("")
-            wait_for(lambda: {"smoke_0", "smoke_evaluate_0"} <= set(json.loads(page("data/runs"))))
-            curve = "data/plugin/scalars/scalars?run=smoke_0&tag=meta_train/loss"
-            assert [step for _, step, _ in json.loads(page(curve))] == [1, 2, 3, 4]
-            statuses = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
-            asked = {"experimentName": "", "allowedStatuses": statuses, "startIndex": 0, "sliceSize": 9}
-            found = json.loads(page("data/plugin/hparams/session_groups", asked))["sessionGroups"]
-            lines = {group["name"]: group for group in found}
-            assert lines["smoke_0"]["hparams"]["update_lr"] == 0.1
-            for run, tag in (
-                ("smoke_0", "meta_train/accuracy_remember"),
-                ("smoke_evaluate_0", "meta_test/accuracy_test"),
-            ):
-                assert tag in [value["name"]["tag"] for value in lines[run]["metricValues"]]
-            columns = json.loads(page("data/plugin/hparams/experiment", {"experimentName": ""}))
-            differing = {column["name"] for column in columns["hparamInfos"] if column["differs"]}
-            assert "seed" in differing
-            assert "glyph_seed" not in differing
-        finally:
-            server.terminate()
+def test_output_that_cannot_be_written(
+    line: str, program: str, code: int, error: str, tmp_path: Path
+) -> None:
+    done = shell(tmp_path, line, sys.executable, "-c", program)
+    assert (done.returncode, done.stderr) == (code, error)
 
 
 SCRIPTS = [
@@ -337,27 +259,3 @@ def test_help_begins_with_a_sentence_and_an_example(
     assert sentence.endswith(".")
     assert not empty
     assert example.startswith(f"    python {script}")
-
-
-@pytest.mark.parametrize(
-    ("threads", "load", "waiting", "said"),
-    [(2, 1.7, {}, True), (2, 0.3, {}, False), (1, 1.4, {}, False), (2, 1.7, {"OMP_WAIT_POLICY": "x"}, False)],
-)
-def test_a_shared_machine_is_pointed_out_at_the_start(
-    threads: int,
-    load: float,
-    waiting: dict[str, str],
-    said: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    for name in WAITING:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in waiting.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    with caplog.at_level("INFO", logger="anml"):
-        choose_device("cpu")
-    assert ("OMP_WAIT_POLICY=passive" in caplog.text) == said

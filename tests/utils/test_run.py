@@ -7,39 +7,34 @@ import json
 import logging
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_png
 from flags.training import Training
-from utils import run as run_module
+from tests.conftest import curve
 from utils.command_line import parse
 from utils.errors import UserError
 from utils.run import Run, log_to_terminal
 
 log = logging.getLogger("anml")
+ROOT = Path(__file__).parents[2]
 
 
 def arguments(text: str = "") -> Training:
     return parse(Training, text.split())
 
 
-def events(folder: Path) -> EventAccumulator:
-    reader = EventAccumulator(str(folder))
-    reader.Reload()
-    return reader
-
-
 def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log_to_terminal()
     log.info("before the run")
     asked = arguments("--seed 4 --seeds 1")
-    with Run.create(tmp_path / "a", "n", asked, {"data_hash": "abc", "device": "cpu"}) as run:
+    with Run.open(tmp_path / "a", "n", None, asked, {"data_hash": "abc", "device": "cpu"}) as run:
         log.info("within")
         run.metrics({"step": 1, "loss": 0.5})
         run.metrics({"step": 2, "loss": 0.25})
@@ -73,33 +68,29 @@ def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
         "after",
     ]
 
-    reader = events(run.folder)
-    losses = [(point.step, point.value) for point in reader.Scalars("meta_train/loss")]
-    assert losses == [(1, 0.5), (2, 0.25)]
-    assert reader.Images("gates")[0].step == 2
+    assert curve(run.folder) == [(1, 0.5), (2, 0.25)]
+    reader = EventAccumulator(str(run.folder)).Reload()
+    assert reader.Tensors("gates")[0].step == 2
     table = reader.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| seed | 4 |" in table
+    plugin = HParamsPluginData.FromString(
+        reader.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    )
+    assert plugin.session_start_info.hparams["seed"].number_value == 4
 
 
-def test_a_crash_keeps_what_there_is(tmp_path: Path) -> None:
-    def crash() -> None:
-        with Run.create(tmp_path, "n", arguments()) as run:
-            run.metrics({"step": 1})
-            run.scalars(1, {"loss": 2.0})
-            raise RuntimeError("lost power")
-
-    with pytest.raises(RuntimeError, match="lost power"):
-        crash()
-    folder = tmp_path / "n_0"
-    assert (folder / "metrics.csv").read_text().split() == ["step", "1"]
-    assert "ended by RuntimeError: lost power" in (folder / "log.txt").read_text()
-    assert events(folder).Scalars("loss")[0].value == 2.0
+def test_a_crash_is_in_the_log(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="lost power"), Run.open(tmp_path, "n", None, arguments()):
+        raise RuntimeError("lost power")
+    assert "ended by RuntimeError: lost power" in (tmp_path / "n_0/log.txt").read_text()
 
 
-def test_rows_are_on_disk_before_the_end(tmp_path: Path) -> None:
-    with Run.create(tmp_path, "n", arguments()) as run:
+def test_points_are_on_disk_before_the_end(tmp_path: Path) -> None:
+    with Run.open(tmp_path, "n", None, arguments()) as run:
         run.metrics({"step": 1})
+        run.scalars(1, {"loss": 2.0})
         assert (run.folder / "metrics.csv").read_text().split() == ["step", "1"]
+        assert curve(run.folder, "loss") == [(1, 2.0)]
         with pytest.raises(ValueError, match="columns"):
             run.metrics({"epoch": 1})
 
@@ -108,78 +99,46 @@ def test_the_smallest_free_number(tmp_path: Path) -> None:
     (tmp_path / "n_0").mkdir()
     (tmp_path / "n_1").write_text("a file takes a name as well")
     (tmp_path / "n_3").mkdir()
-    with Run.create(tmp_path, "n", arguments()) as run:
+    with Run.open(tmp_path, "n", None, arguments()) as run:
         assert run.folder.name == "n_2"
-
-
-def test_runs_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: run_module._new_folder(tmp_path, "n"), range(40)))
-    assert sorted(folder.name for folder in folders) == sorted(f"n_{k}" for k in range(40))
 
 
 def test_a_file_in_place_of_the_runs_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     for place in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
         with pytest.raises(UserError, match="--runs_dir"):
-            Run.create(place, "n", arguments())
+            Run.open(place, "n", None, arguments())
 
 
-def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_recorded(tmp_path: Path) -> None:
     def git(*command: str) -> str:
-        identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
-        done = subprocess.run(
-            ["git", *identity, "-C", str(tmp_path), *command],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    (tmp_path / "utils").mkdir()
-    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "utils" / "run.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert run_module._git_state() is None
-    git("init", "-q")
-    assert run_module._git_state() is None  # no commit yet
-    git("commit", "-q", "--allow-empty", "-m", "first")
-    head = git("rev-parse", "HEAD")
-    assert run_module._git_state() == {"commit": head, "dirty": False}
-    (tmp_path / "new").write_text("")
-    assert run_module._git_state() == {"commit": head, "dirty": True}
-    monkeypatch.setenv("PATH", "")
-    assert run_module._git_state() is None
+    with Run.open(tmp_path, "n", None, arguments()) as run:
+        found = json.loads((run.folder / "config.json").read_text())["git"]
+    head = git("rev-parse", "HEAD")  # a copy without a repository has none
+    assert found == ({"commit": head, "dirty": bool(git("status", "--porcelain"))} if head else None)
 
 
-def test_progress_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Run.create(tmp_path, "n", arguments()) as run, run.progress(5, every=2) as progress:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(
+    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with Run.open(tmp_path, "n", None, arguments()) as run, run.progress(5, every=2) as progress:
         for loss in (1, 2, 3, 4, 5):
             if progress.advance(loss=loss):
                 assert progress.report() > 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    lines = [line.split(", ") for line in captured.out.splitlines()]
-    # Means since the line before, so that one odd step does not stand for fifty.
-    assert [line[0] for line in lines] == [
-        "step 2/5 loss 1.5",
-        "step 4/5 loss 3.5",
-        "step 5/5 loss 5",
-    ]
-    assert lines[-1][2] == "0:00:00 left"
-
-
-def test_progress_on_a_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Run.create(tmp_path, "n", arguments()) as run, run.progress(2) as progress:
-        progress.advance(loss=0.5)
-        progress.report()
         log.info("above the bar")
-    captured = capsys.readouterr()
-    assert "loss=0.5" in captured.err
-    assert captured.out.strip() == "above the bar"  # the report is in the bar,
-    assert "step 1/2 loss 0.5" in (run.folder / "log.txt").read_text()  # and in the log
+    captured, written = capsys.readouterr(), (run.folder / "log.txt").read_text()
+    assert ("loss=5" in captured.err) == terminal
+    # Means since the line before, so that one odd step does not stand for fifty.
+    lines = ["step 2/5 loss 1.5", "step 4/5 loss 3.5", "step 5/5 loss 5"]
+    assert all(line in written for line in lines)
+    shown = captured.out.splitlines()
+    assert [line.split(", ")[0] for line in shown] == [*([] if terminal else lines), "above the bar"]
+    assert terminal or shown[2].endswith(", 0:00:00 left")
 
 
 def test_accuracy_figure(tmp_path: Path) -> None:
