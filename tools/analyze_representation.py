@@ -64,7 +64,7 @@ class AnalysisFlags(common.SplitFlags):
     model: Path = flag(
         None,
         file_path,
-        "model file that mrcl_classification.py or pretrain_classification.py wrote",
+        "model file that mrcl_classification.py wrote",
         shown="none: it must be given",
         metavar="FILE",
     )

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import evaluate_classification
 import mrcl_classification
-import pretrain_classification
 from datasets.task_sampler import sample_trajectory
 from model import method
 from model.check import check_network
@@ -199,8 +198,8 @@ def test_through_the_scripts_and_resume(name: str, scripts: Scripts) -> None:
 
 
 def test_pretraining(scripts: Scripts) -> None:
-    flags = ["--treatment=BatchNorm", "--train_classes=10", "--batch_size=8"]
-    scripts(pretrain_classification, *flags, "--images=24", "--model_name=p.net")
+    flags = ["--learner=iid", "--treatment=BatchNorm", "--train_classes=10", "--batch_size=8"]
+    scripts(mrcl_classification, *flags, "--steps=3", "--model_name=p.net")
     scripts(evaluate_classification, "--model=p.net", *TEST)
     results = json.loads(Path("runs/test_0/results.json").read_text())
     assert results["treatment"] == "BatchNorm (pretrained) --rln 3"

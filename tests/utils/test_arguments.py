@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from flags.evaluation import Evaluation
-from flags.pretraining import Pretraining
 from flags.training import Plan, Training
+from model.treatments import Weights
 from tools import plot_results
 from tools.analyze_representation import Analysis
 from tools.benchmark import Benchmark
@@ -24,7 +24,7 @@ from utils.flag import Flags
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ALL: list[type[Flags]] = [
-    *(Training, Pretraining, Evaluation, Analysis, Plot),
+    *(Training, Evaluation, Analysis, Plot),
     *(Comparison, Benchmark),
 ]
 RELEASED_TRAIN = """--steps 5 --model_name m.net --treatment Neuromodulation --checkpoint
@@ -104,8 +104,9 @@ def test_both_spellings_of_every_flag() -> None:
 
 def test_defaults_follow_the_treatment() -> None:
     oml = train("--treatment oml")
-    assert (oml.treatment, Plan.of(oml, 9)) == ("OML", Plan(6, 9, Path("OML_Model.net")))
-    assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"))
+    made: Weights = "meta-trained"
+    assert (oml.treatment, Plan.of(oml, 9)) == ("OML", Plan(6, 9, Path("OML_Model.net"), made))
+    assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"), made)
     # With a model file, the network is unknown until the file is read.
     known = evaluate("--model m")
     assert (known.rln, recorded(known)["treatment"], known.constructor) == (None, None, {})
