@@ -67,7 +67,7 @@ def test_check(name: str) -> None:
 def test_meta_gradient_at_every_cut(name: str, options: dict[str, Any]) -> None:
     net = new(name).double()
     query, labels = images(5), torch.tensor([0, 5, 3, 3, 4])
-    for rln in range(net.num_layers):
+    for rln in range(len(layer_parameters(net))):
         params: Params = {n: net.get_parameter(n) for n in trained_parameters(net, rln)}
         torch.manual_seed(5)  # of dropout
         inputs = net.frozen(query, params)
