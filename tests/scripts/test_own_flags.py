@@ -78,13 +78,6 @@ class Tuple(Taken):
         super().__init__(num_classes=num_classes)
 
 
-class Any_(Taken):  # noqa: N801
-    """Arguments without names."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-
-
 def noise(
     split: str,
     root: Path,
@@ -107,7 +100,6 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for network in (Taken, Mine, Other, Tuple):
         monkeypatch.setitem(NETWORKS, network.__name__, network)
-    monkeypatch.setitem(NETWORKS, "Any", Any_)
     monkeypatch.setitem(DATASETS, "Noise", noise)
     kind = LearnerKind(NearestClassMean, "cosine", {"features": "gated", "power": 0.5})
     monkeypatch.setitem(LEARNERS, "Cosine", kind)
@@ -192,10 +184,7 @@ def test_one_name_for_the_arguments_of_two_networks_and_two_data_sets(call: Call
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (
-            "--treatment OML --nm_channels 8",
-            "--nm_channels means nothing with --treatment OML",
-        ),
+        ("--treatment OML --nm_channels 8", "--nm_channels means nothing with --treatment OML"),
         ("--treatment OML --nm-channels 8", "--treatment ANML"),
         ("--hidden 8", "--hidden means nothing with --treatment ANML: it belongs to --treatment OML"),
         ("--glyph_seed 8", "--glyph_seed means nothing with --dataset Noise: it belongs to --dataset glyphs"),
@@ -207,11 +196,7 @@ def test_one_name_for_the_arguments_of_two_networks_and_two_data_sets(call: Call
         ("--treatment Mine --kind relu", "--treatment Mine needs --width"),
         ("--treatment Mine --kind relu --width 2 --shift -6", "choose -5 or greater, at most 5"),
         ("--treatment Mine --kind=\udcff --width 2", "is not a text"),
-        (
-            "--treatment Tuple",
-            "Tuple: its argument `sizes: tuple[int, ...] = (3, 4)` can be no flag",
-        ),
-        ("--treatment Any", "Any: Any_: its argument `**options: Any` can be no flag"),
+        ("--treatment Tuple", "Tuple: its argument `sizes: tuple[int, ...] = (3, 4)` can be no flag"),
     ],
 )
 def test_refused_in_one_line(flags: str, said: str, call: Callable[..., Called]) -> None:
@@ -220,13 +205,6 @@ def test_refused_in_one_line(flags: str, said: str, call: Callable[..., Called])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert said in done.stderr
     assert not Path("runs").exists()
-
-
-def test_network_flags_beside_a_model_are_refused(call: Callable[..., Called]) -> None:
-    for flags in ("--treatment ANML", "--nm_channels 112"):
-        done = call(evaluate_classification, "--model=m.net", *flags.split())
-        assert done.returncode == 2
-        assert f"{flags} means nothing with --model" in done.stderr
 
 
 def test_help_is_that_of_the_chosen_network(call: Callable[..., Called]) -> None:

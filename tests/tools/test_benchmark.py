@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tools import benchmark
 from tools.timing import Rate
 
-CPU = torch.device("cpu")
 NM, PLN = 4, 6  # channels
 
 
@@ -33,51 +31,6 @@ def arithmetic(second_order: bool) -> int:
     steps, query = 20, 84
     products = query * (3 * sum(nm) - nm[0]) + (steps + query) * (3 * sum(pln) - pln[0])
     return 2 * (products + second_order * steps * (6 * sum(pln) - 4 * pln[0]))
-
-
-def test_evaluations_by_hand() -> None:
-    """Of 18 rates on 10 draws and 10 runs; 9 class counts sum up to 2,235, the largest is 600."""
-    apart, together = 2_235, 600
-    for nested, decided, learned, passes in (
-        (False, False, 190 * apart, 190),
-        (False, True, (18 * 6 + 10) * apart, 118),
-        (True, False, 180 * together + 10 * apart, 190),
-        (True, True, (18 * 6 + 10) * together, 118),
-    ):
-        assert benchmark.evaluation_images(nested=nested, decided=decided) == (
-            15 * learned,
-            20 * passes * apart,
-        )
-
-
-def test_synthetic_images_are_mostly_paper() -> None:
-    images = benchmark.synthetic_images(30, CPU)
-    assert images.shape == (30, 20, 1, 28, 28)
-    paper = (images == images.max()).double().mean().item()
-    assert 0.6 < paper < 0.95
-
-
-@pytest.mark.parametrize(
-    ("rates", "device", "said"),
-    [
-        ([Rate(9e10, 0.99), Rate(1e11, 0.92), Rate(1e11, 0.4)], "cpu", None),
-        ([Rate(1e11, 0.5)] * 3, "cpu", "gave this process 50% of their time"),
-        (
-            [Rate(7e10, 1.01), Rate(1e11, 1.01)],
-            "cpu",
-            "100% of their time, and the rate of convolutions was between 70 and 100",
-        ),
-        ([Rate(1e13, 0.05)] * 3, "cuda", None),
-        (
-            [Rate(7e12, 0.05), Rate(1e13, 0.05)],
-            "cuda",
-            "little: the rate of convolutions was between 7000 and 10000",
-        ),
-    ],
-)
-def test_a_busy_machine_is_said(rates: list[Rate], device: str, said: str | None) -> None:
-    found = benchmark.busy(rates, torch.device(device))
-    assert found is None if said is None else found is not None and said in found
 
 
 def test_the_whole_at_tiny_widths(
@@ -115,15 +68,3 @@ def test_the_whole_at_tiny_widths(
             n * lines[f"ANML --rln 0, {what}"]["fast"]["median"] for n, what in ((15, "update"), (20, "test"))
         )
     )
-
-
-def test_wrong_flags_end_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--repeats", "0"])
-    with pytest.raises(SystemExit) as ended:
-        benchmark.main()
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
-    assert "--repeats" in message
-    assert message.count("\n") == 1

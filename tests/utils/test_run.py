@@ -103,13 +103,6 @@ def test_the_smallest_free_number(tmp_path: Path) -> None:
         assert run.folder.name == "n_2"
 
 
-def test_a_file_in_place_of_the_runs_folder(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("")
-    for place in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
-        with pytest.raises(UserError, match="--runs_dir"):
-            Run.open(place, "n", None, arguments())
-
-
 def test_the_commit_is_recorded(tmp_path: Path) -> None:
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
