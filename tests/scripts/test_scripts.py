@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import evaluate_classification
 import mrcl_classification
@@ -57,6 +58,8 @@ def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert (config["arguments"]["update_step"], config["arguments"]["seed"]) == (5, 9)
     assert re.fullmatch("[0-9a-f]{64}", config["data_hash"])
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["machine"]["threads"] == torch.get_num_threads()
     assert [int(row["step"]) for row in rows(folder)] == [1, 2, 3, 4]
     assert all(0 <= float(row["accuracy_remember"]) <= 1 for row in rows(folder))
     assert "run folder" in (folder / "log.txt").read_text()
@@ -83,6 +86,11 @@ def test_training_curves_in_tensorboard(trained: Path) -> None:
         "meta_val/accuracy_train",
         "meta_val/gate",
     } <= set(reader.Tags()["tensors"])
+    table = reader.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| seed | 9 |" in table
+    content = reader.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["seed"].number_value == 9
     steps, losses = zip(*curve(folder), strict=True)
     assert steps == (1, 2, 3, 4)
     assert losses == pytest.approx([float(row["loss"]) for row in rows(folder)])

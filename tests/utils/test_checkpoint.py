@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,29 +52,6 @@ def test_a_module_state_dict_and_views_are_saved_small(tmp_path: Path) -> None:
     save(tmp_path / "m.net", state_dict=dict(nn.Linear(3, 2).state_dict()))
     save(tmp_path / "view.net", state_dict={"row": torch.zeros(1000, 1000)[0]})
     assert (tmp_path / "view.net").stat().st_size < 20_000
-
-
-class Trap:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("how", ["torch", "torch legacy", "pickle", "a module"])
-def test_loading_runs_no_code(how: str, tmp_path: Path) -> None:
-    sprung, path = tmp_path / "sprung", tmp_path / "m.net"
-    if how == "pickle":
-        path.write_bytes(pickle.dumps(Trap(sprung)))
-    else:
-        content = nn.Linear(2, 2) if how == "a module" else Trap(sprung)
-        torch.save(content, path, _use_new_zipfile_serialization=how != "torch legacy")
-    with pytest.raises(UserError, match="pickled Python objects"):
-        load_checkpoint(path)
-    assert not sprung.exists()
 
 
 def test_no_model_file(tmp_path: Path) -> None:
