@@ -34,8 +34,8 @@ from evaluation.plots import accuracy_figure, save_png
 from evaluation.results import summarise, table
 from evaluation.runs import Journal, Runs, evaluate, how_chosen
 from flags.evaluation import SCHEDULE, Evaluation
-from model.fast import Backend, learner
-from model.fast.guard import Use, choose_backend
+from model.fast import Backend, choose_backend, learner
+from model.guard import Use
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters

@@ -39,8 +39,8 @@ from datasets.task_sampler import (
 from evaluation.monitor import gate_statistics, validate
 from flags.training import Plan, Training
 from model.check import check_network
-from model.fast import Backend, capture, meta_loss
-from model.fast.guard import Use, choose_backend
+from model.fast import Backend, capture, choose_backend, meta_loss
+from model.guard import Use
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner

@@ -26,7 +26,8 @@ from datasets import Pool
 from datasets.task_sampler import shuffled_batches
 from flags.pretraining import Pretraining
 from model.check import check_network
-from model.fast.guard import Use, choose_backend
+from model.fast import choose_backend
+from model.guard import Use
 from model.meta_learner import gather
 from model.modelfactory import Network, build, restore
 from model.optimizer import Adam

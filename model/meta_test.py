@@ -59,8 +59,12 @@ class FrozenOutputs:
             self.sample = net.frozen(pool.rows[:1], trained)
         self.kept: tuple[Tensor, ...] = ()
         # Where nothing is frozen there is nothing to keep but the images themselves.
-        if isinstance(self.sample, FrozenOutput) and any(self.sample.done):
-            parts = self.sample.activations
+        if isinstance(self.sample, FrozenOutput):
+            anything = any(self.sample.done)
+        else:
+            anything = type(net).frozen is not Network.frozen
+        if anything:
+            parts = _parts(self.sample)
             size = sum(part.numel() * part.element_size() for part in parts) * len(pool.rows)
             if size <= budget:
                 self.kept = tuple(part[:0] for part in parts)
@@ -72,7 +76,6 @@ class FrozenOutputs:
         """For the images at `index`, [K, 2] (class, image) on the CPU; K rows."""
         if not self.kept:
             return self.net.frozen(gather(self.images, index)[0], self.trained)
-        assert isinstance(self.sample, FrozenOutput)
         positions = self.images.positions(index)
         missing = self.slots[positions] < 0
         for label, row in zip(index[missing, 0].tolist(), positions[missing].tolist(), strict=True):
@@ -80,10 +83,10 @@ class FrozenOutputs:
                 first, size = int(self.images.starts[label]), self.images.sizes[label]
                 rows = slice(first, first + size) if size <= CHUNK else slice(row, row + 1)
                 output = self.net.frozen(self.images.rows[rows], self.trained)
-                assert isinstance(output, FrozenOutput)
-                self.slots[rows] = self._keep(output.activations)
+                self.slots[rows] = self._keep(_parts(output))
         slots = send(self.slots[positions], self.images.device)
-        return replace(self.sample, activations=tuple(part[slots] for part in self.kept))
+        parts = tuple(part[slots] for part in self.kept)
+        return replace(self.sample, activations=parts) if isinstance(self.sample, FrozenOutput) else parts[0]
 
     def _keep(self, parts: Sequence[Tensor]) -> Tensor:
         """Keep some rows more; returns where, on the CPU. Room doubles, so that few rows are moved often."""
@@ -95,6 +98,11 @@ class FrozenOutputs:
         for store, part in zip(self.kept, parts, strict=True):
             store[slots[0] : self.used] = part
         return slots
+
+
+def _parts(output: Inputs) -> tuple[Tensor, ...]:
+    """The tensors that a frozen output consists of."""
+    return output.activations if isinstance(output, FrozenOutput) else (output,)
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:

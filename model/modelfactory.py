@@ -38,9 +38,13 @@ NumClasses = Annotated[
 def _as_read(net: Network, images: Tensor) -> Tensor:
     """Images with as many channels as the network's first convolution reads; a view of grey ones.
 
+    What a network's own `frozen` made of images passes as it is.
+
     Raises:
-        ValueError: they are of another size, or have other channels.
+        ValueError: images are of another size, or have other channels.
     """
+    if type(net).frozen is not Network.frozen and images.shape[1:] != (1, SIZE, SIZE):
+        return images
     first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
     images = images if first is None else colour(images, first.in_channels)
     if first is not None and images.shape[-3:] != (first.in_channels, SIZE, SIZE):
@@ -189,8 +193,7 @@ class Network(nn.Module):
     @property
     def has_gate(self) -> bool:
         """Whether :meth:`gate` gives one."""
-        with torch.no_grad():
-            return self.gate(torch.zeros(1, 1, 28, 28, device=next(self.parameters()).device)) is not None
+        return type(self).gate is not Network.gate
 
 
 class ANML(Network):

@@ -224,8 +224,8 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     """The backend that ran, and what two meta-steps of each order and a meta-test gave on a small network."""
     from datasets import Pool
     from datasets.task_sampler import sample_trajectory
-    from model.fast import capture, learner, meta_loss
-    from model.fast.guard import Use, choose_backend
+    from model.fast import capture, choose_backend, learner, meta_loss
+    from model.guard import Use
     from model.learner import Settings
     from model.meta_learner import MetaLearner
     from model.meta_test import FrozenOutputs, answers, learn, new_run

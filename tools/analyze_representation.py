@@ -32,7 +32,8 @@ from evaluation.plots import STYLES, default_style, new_figure, save_png
 from evaluation.results import aligned
 from evaluation.targets import REPRESENTATION, read_targets
 from flags import common
-from model.fast.guard import Use, choose_backend
+from model.fast import choose_backend
+from model.guard import Use
 from model.meta_learner import gather
 from model.modelfactory import restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent

@@ -11,7 +11,7 @@ of `backward` with respect to input and parameters. Cotangents of what `backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -215,19 +215,18 @@ class GreyBlock(Layer):
         weight, _, scale, shift = params
         self.x, self.shape = x, weight.shape
         flat = x[..., :9].flatten(1, 2).double()
-        self.covariance = flat.transpose(1, 2) @ flat / flat.shape[1]  # [B, 9, 9]
+        self.covariance = _bmm(flat.transpose(1, 2), flat) / flat.shape[1]  # [B, 9, 9]
         self.wide = weight.sum(1).flatten(1).double()  # [C, 9]
         self.scale = scale.double()
-        self.turned = self.wide @ self.covariance  # [B, C, 9]
+        self.turned = _bmm(self.wide[None], self.covariance)  # [B, C, 9]
         self.inverse = torch.rsqrt((self.turned * self.wide).sum(2) + self.eps)  # [B, C]
         self.factor = (self.scale * self.inverse)[:, :, None]
         kernel = self._with_shift(self.wide * self.factor, shift)
         self.pools = []
-        y = []
-        for patches, of_image in zip(x.split(CHUNK), kernel.split(CHUNK), strict=True):
+        self.y = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight))
+        for patches, of_image, y in zip(*self._chunks(x, kernel, self.y), strict=True):
             self.pools.append(MaxPool())
-            y.append(self.pools[-1].forward(_responses(patches, of_image)))
-        self.y = (torch.cat(y) if len(y) > 1 else y[0]).clamp_min_(0)
+            torch.clamp_min(self.pools[-1].forward(_responses(patches, of_image)), 0, out=y)
         return self.y
 
     def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
@@ -249,7 +248,7 @@ class GreyBlock(Layer):
         self.left_inverse = self.along * (scale - 1.5 * self.scale * self.inverse**2 * variance)
         self.left_factor = (wide * self.to_kernel).sum(2)
         kernel = self._with_shift(wide * self.factor + along[:, :, None] * self.wide, v_shift)
-        parts = zip(self.pools, self.x.split(CHUNK), kernel.split(CHUNK), strict=True)
+        parts = zip(self.pools, *self._chunks(self.x, kernel), strict=True)
         selected = torch.cat([pool.select(_responses(patches, of)) for pool, patches, of in parts])
         return _where_positive(selected, self.y)
 
@@ -259,8 +258,15 @@ class GreyBlock(Layer):
         inverse = self.left_inverse + factor * self.scale
         variance = (-0.5 * self.inverse**3 * inverse)[:, :, None]
         turned = self.left_turned + variance * self.wide
-        to_wide = self.left_wide + to_kernel * self.factor + variance * self.turned + turned @ self.covariance
+        to_wide = (
+            self.left_wide + to_kernel * self.factor + variance * self.turned + _bmm(turned, self.covariance)
+        )
         return None, self._grads(to_wide, self.left_scale + factor * self.inverse, to_shift)
+
+    def _chunks(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+        """A few images of each, on other devices than the CPU all."""
+        size = CHUNK if self.x.device.type == "cpu" else len(self.x)
+        return (tensor.split(size) for tensor in tensors)
 
     def _with_shift(self, kernel: Tensor, shift: Tensor) -> Tensor:
         """Kernels [B, C, 9] and the shift as one [B, C, 10]: the last column of `grey_patches` is 1."""
@@ -268,10 +274,11 @@ class GreyBlock(Layer):
 
     def _to_kernel(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the normalised kernels [B, C, 9] and of the shift [B, C] from the output's."""
-        parts = zip(self.pools, self.x.split(CHUNK), _where_positive(grad, self.y).split(CHUNK), strict=True)
-        to_kernel = torch.cat(
-            [pool.spread(g).flatten(1, 2).transpose(1, 2) @ x.flatten(1, 2) for pool, x, g in parts]
-        )
+        parts = []
+        for pool, x, g, y in zip(self.pools, *self._chunks(self.x, grad, self.y), strict=True):
+            spread = pool.spread(_where_positive(g, y)).flatten(1, 2)
+            parts.append(_bmm(spread.transpose(1, 2), x.flatten(1, 2)))
+        to_kernel = torch.cat(parts)
         return to_kernel[:, :, :9].double(), to_kernel[:, :, 9]
 
     def _grads(self, wide: Tensor, scale: Tensor, shift: Tensor) -> Grads:
@@ -290,7 +297,12 @@ def grey_patches(x: Tensor) -> Tensor:
 
 def _responses(patches: Tensor, kernel: Tensor) -> Tensor:
     """[B, H, W, K] and a kernel [B, C, K] for each image -> [B, H, W, C]"""
-    return (patches.flatten(1, 2) @ kernel.transpose(1, 2)).view(*patches.shape[:3], -1)
+    return _bmm(patches.flatten(1, 2), kernel.transpose(1, 2)).view(*patches.shape[:3], -1)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of batches of matrices; of a single pair as the faster product of two matrices."""
+    return (a[0] @ b[0])[None] if len(b) == 1 else a @ b
 
 
 def _where_positive(grad: Tensor, y: Tensor) -> Tensor:
@@ -396,13 +408,11 @@ class Chain:
 
     Args:
         layers: in order.
-        counts: the number of parameters of each.
+        own: which of the parameters each has.
     """
 
-    def __init__(self, layers: Sequence[Layer], counts: Sequence[int]) -> None:
-        self.layers = layers
-        ends = [sum(counts[: k + 1]) for k in range(len(counts))]
-        self.own = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    def __init__(self, layers: Sequence[Layer], own: Sequence[slice]) -> None:
+        self.layers, self.own = layers, own
 
     def forward(self, x: Tensor, params: Grads) -> Tensor:
         """The output, with the parameters of all layers in order."""

@@ -2,7 +2,7 @@
 
 An inner step adds an outer product to the head's weight, 1000 x 2304 numbers made of 3304. Kept as factors,
 T of them cost T dot products per image in place of passes over the whole weight. The loop itself is
-`model.method`'s; the run's start compares the two (`model.fast.guard`).
+`model.method`'s; the run's start compares the two (`model.guard`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from model.fast.cuda_graph import GraphLearner
 from model.fast.matmul import matmul, row_matmul
-from model.fast.memory import use_huge_pages
 from model.fast.network import Batch, Features, by_chain, refuse_create_graph
 from model.layers import Inputs
 from model.learner import Learner, Settings
 from model.method import Examples, InnerRule, OnlineLearner, Optimizer, Params
 from model.modelfactory import Network
-from model.optimizer import OPTIMIZERS, SGD, Adam
+from model.optimizer import OPTIMIZERS
 
 HEAD = ["head.weight", "head.bias"]
 
@@ -88,7 +87,8 @@ class _MetaLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph()
-        return None, *(None if g is None else g * grad for g in ctx.grads)
+        grads, ctx.grads = ctx.grads, None  # scaled in place, and so once
+        return None, *(None if g is None else g.mul_(grad) for g in grads)
 
 
 def _value_and_grads(
@@ -97,7 +97,8 @@ def _value_and_grads(
     """Loss, logits and inner losses; gradients of the params; those of the inputs of support and query."""
     net, lr = loop.net, loop.lr
     body = [name for name in loop.names[: loop.learned] if name not in HEAD]
-    fast, head, steps, inner_losses = _adapt(net, params, body, loop.support, lr, len(need[0]))
+    constant = len(loop.support[1]) - loop.second_order  # images whose steps are constants
+    fast, head, steps, inner_losses = _adapt(net, params, body, loop.support, lr, constant)
 
     weight, bias = head.weights()
     batch = Features(net, loop.query[0])(fast)
@@ -107,9 +108,10 @@ def _value_and_grads(
     grad_logits = (logits.softmax(1) - F.one_hot(labels, len(bias))) / len(labels)
     grads, of_query = batch.backward(matmul(grad_logits, weight), need[1])
     head.begin_backward(matmul(grad_logits.t(), batch.x), grad_logits.sum(0))
+    del batch  # and all that its layers keep
 
     of_support: list[list[Tensor]] = [[] for _ in need[0]]
-    for t in reversed(range(len(steps) - loop.second_order, len(steps))):
+    for t in reversed(range(constant, len(loop.support[1]))):
         batch = steps.pop()  # its activations go as soon as they have served
         v_grad_x = None
         if body:
@@ -121,7 +123,6 @@ def _value_and_grads(
             if row is not None:
                 rows.append(row)
     grads["head.weight"], grads["head.bias"] = head.grads()
-    constant = len(loop.support[1]) - loop.second_order  # images whose steps are constants
     inputs = [
         torch.cat([rows[0].new_zeros(constant, *rows[0].shape[1:]), *reversed(rows)]) if rows else None
         for rows in of_support
@@ -130,10 +131,10 @@ def _value_and_grads(
 
 
 def _adapt(
-    net: Network, params: Params, body: Sequence[str], support: Examples, lr: float, chains: int
+    net: Network, params: Params, body: Sequence[str], support: Examples, lr: float, constant: int
 ) -> tuple[Params, _Head, list[Batch], list[Tensor]]:
-    """The inner loop: all parameters after it but for the head's, which `_Head` has; for each step what its
-    image passed, and the loss."""
+    """The inner loop: all parameters after it but for the head's, which `_Head` has; for each step but the
+    first `constant` what its image passed; and the losses."""
     fast = {name: p.detach() for name, p in net.named_parameters()} | params
     head = _Head(params, lr, len(support[1]))
     features = Features(net, support[0])
@@ -145,9 +146,10 @@ def _adapt(
         losses.append(F.cross_entropy(logits, label))
         grad_x = head.step(batch.x, logits, label, need_x=bool(body))
         if body:
-            grads, _ = batch.backward(grad_x, [False] * chains)
+            grads, _ = batch.backward(grad_x, [False] * len(net.chains))
             fast |= {name: fast[name].add(grads[name], alpha=-lr) for name in body}
-        steps.append(batch)
+        if t >= constant:
+            steps.append(batch)
     return fast, head, steps, losses
 
 
@@ -157,7 +159,7 @@ def inner_loop(
 ) -> tuple[Params, Tensor]:
     """The values of `model.method.inner_loop`, without a graph."""
     body = [name for name in params if name not in HEAD]
-    fast, head, _, losses = _adapt(net, params, body, (images, labels), inner_lr, len(net.chains))
+    fast, head, _, losses = _adapt(net, params, body, (images, labels), inner_lr, len(labels))
     fast["head.weight"], fast["head.bias"] = head.weights()
     return {name: fast[name] for name in params}, torch.stack(losses)
 
@@ -241,14 +243,10 @@ class _Head:
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
     """`model.meta_test.adam_learner`: by hand on the CPU, on CUDA as a graph."""
 
-    def optimizer(params: list[Tensor]) -> Adam | SGD:
-        assert settings.lr is not None
-        made = OPTIMIZERS[settings.optimizer](params, settings.lr)
-        use_huge_pages(*made.weights, *(made.means + made.squares if isinstance(made, Adam) else ()))
-        return made
-
+    kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
+    assert lr is not None
     learner = GraphLearner if net.head.weight.is_cuda else HandLearner
-    return learner(net, trained, optimizer)
+    return learner(net, trained, lambda params: kind(params, lr))
 
 
 class HandLearner(OnlineLearner):
@@ -261,7 +259,6 @@ class HandLearner(OnlineLearner):
         self.trained = list(trained)
         self.all_params = dict(net.named_parameters())
         self.grad_weight = torch.empty_like(self.params[-2], requires_grad=False)  # memory that stays
-        use_huge_pages(self.grad_weight)
 
     @torch.no_grad()
     def learn(self, images: Inputs, labels: Tensor) -> None:

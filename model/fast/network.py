@@ -6,7 +6,9 @@ Nothing here applies to a network of another class, or to one with other modules
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ def refuse_create_graph() -> None:
 def _applied(stage: nn.Module, x: Tensor) -> Tensor:
     """A block or convolution of [B, C, H, W], as its drop-in computes it."""
     grey = is_grey(x)
-    y: Tensor = _Apply.apply(_layer(stage, grey), _entering(stage, x, grey), *stage.parameters())
+    y: Tensor = _Apply.apply(_layer(stage, grey)(), _entering(stage, x, grey), *stage.parameters())
     return y.permute(0, 3, 1, 2)
 
 
@@ -73,7 +75,7 @@ class FastConv2d(nn.Conv2d):
     """`nn.Conv2d` with 3x3 kernels and without padding, differentiable once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _applied(self, x)
+        return _applied(self, x) if torch.is_grad_enabled() else super().forward(x)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {ConvBlock: FastConvBlock, nn.Conv2d: FastConv2d}
@@ -120,8 +122,8 @@ def is_known(net: nn.Module) -> bool:
     )
 
 
-def _layer(stage: nn.Module, grey: bool) -> Layer:
-    """The layer of `derivatives` that computes a stage.
+def _layer(stage: nn.Module, grey: bool) -> Callable[[], Layer]:
+    """What makes the layer of `derivatives` that computes a stage.
 
     Raises:
         NotImplementedError: there is none.
@@ -130,13 +132,15 @@ def _layer(stage: nn.Module, grey: bool) -> Layer:
         _check_conv(stage.conv)
         if type(stage.norm) is not ImageNorm or [name for name, _ in stage.named_parameters()] != PARAMETERS:
             raise NotImplementedError("a block of another kind")
-        return GreyBlock(stage.norm.eps) if grey and stage.pool else Block(stage.norm.eps, stage.pool)
+        if grey and stage.pool:
+            return partial(GreyBlock, stage.norm.eps)
+        return partial(Block, stage.norm.eps, stage.pool)
     if type(stage) in (nn.Conv2d, FastConv2d):
         _check_conv(stage)
-        return Conv(stage.stride[0])  # type: ignore[arg-type, index]
+        return partial(Conv, stage.stride[0])  # type: ignore[arg-type, index]
     if type(stage) not in LAYERS or (isinstance(stage, nn.Linear) and stage.bias is None):
         raise NotImplementedError(f"{type(stage).__name__} has no derivatives in model/fast")
-    return LAYERS[type(stage)]()
+    return LAYERS[type(stage)]
 
 
 PARAMETERS = ["conv.weight", "conv.bias", "norm.weight", "norm.bias"]
@@ -173,6 +177,22 @@ def by_chain(net: Network, inputs: Inputs) -> FrozenOutput:
     return frozen
 
 
+class _Part(NamedTuple):
+    """What the inputs of a network have still to pass of one of its chains, and the inputs.
+
+    Attributes:
+        layers: what makes the layers.
+        own: the parameters of each layer, in `names`.
+        names: of all parameters.
+        x: what enters the first layer, or the chain's output where it has no layers left.
+    """
+
+    layers: list[Callable[[], Layer]]
+    own: list[slice]
+    names: list[str]
+    x: Tensor
+
+
 class Features:
     """What enters the head of a known network: the product of the outputs of its chains.
 
@@ -182,22 +202,28 @@ class Features:
     """
 
     def __init__(self, net: Network, inputs: Inputs) -> None:
-        self.parts: list[tuple[list[nn.Module], list[str], bool, Tensor]] = []
+        self.parts: list[_Part] = []
         for position, chain in enumerate(net.chains):
             if isinstance(inputs, FrozenOutput):
                 x, done = inputs.activations[position], inputs.done[position]
             else:
                 x, done = colour(inputs), 0
             stages = list(net.get_submodule(chain).named_children())[done:]
-            names = [f"{chain}.{stage}.{name}" for stage, of in stages for name, _ in of.named_parameters()]
-            modules = [module for _, module in stages]
             grey, x = is_grey(x), x.detach()
-            self.parts.append((modules, names, grey, _entering(modules[0], x, grey) if modules else x))
+            if stages:
+                x = _entering(stages[0][1], x, grey)
+            layers, own, names = [], [], list[str]()
+            for k, (name, module) in enumerate(stages):
+                layers.append(_layer(module, grey and k == 0))
+                start = len(names)
+                names += [f"{chain}.{name}.{parameter}" for parameter, _ in module.named_parameters()]
+                own.append(slice(start, len(names)))
+            self.parts.append(_Part(layers, own, names, x))
 
     @property
     def names(self) -> list[str]:
         """Of the parameters that the features are computed with."""
-        return [name for _, names, _, _ in self.parts for name in names]
+        return [name for part in self.parts for name in part.names]
 
     def __call__(self, params: Mapping[str, Tensor], rows: slice = slice(None)) -> Batch:
         """The features of some of the inputs, with `params` by name."""
@@ -211,21 +237,15 @@ class Batch:
         x: [B, F].
     """
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[list[nn.Module], list[str], bool, Tensor]],
-        params: Mapping[str, Tensor],
-        rows: slice,
-    ) -> None:
+    def __init__(self, parts: Sequence[_Part], params: Mapping[str, Tensor], rows: slice) -> None:
         self.chains: list[Chain | None] = []  # None: all of a chain is frozen
-        self.names = [names for _, names, _, _ in parts]
+        self.names = [part.names for part in parts]
         self.outputs: list[Tensor] = []
-        for modules, names, grey, x in parts:
-            chain, y = None, x[rows]
-            if modules:
-                layers = [_layer(module, grey and module is modules[0]) for module in modules]
-                chain = Chain(layers, [len(list(module.parameters())) for module in modules])
-                y = chain.forward(y, [params[name] for name in names])
+        for part in parts:
+            chain, y = None, part.x[rows]
+            if part.layers:
+                chain = Chain([make() for make in part.layers], part.own)
+                y = chain.forward(y, [params[name] for name in part.names])
             self.chains.append(chain)
             self.outputs.append(y)
         self.x = math.prod(self.outputs[1:], start=self.outputs[0])

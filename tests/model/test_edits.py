@@ -51,7 +51,7 @@ def test_through_the_script(file: str, old: str, new: str, reason: str, tmp_path
     text = (tmp_path / file).read_text()
     (tmp_path / file).write_text(text.replace(old, new))
     default = train()
-    assert f"backend plain: model/fast gives other numbers than what is written: {reason}" in default.stdout
+    assert f"backend plain: fast gives other numbers than what is written: {reason}" in default.stdout
     assert losses(default) == losses(train("--backend=plain")) != before
     refused = train("--backend=fast")
     assert refused.returncode == 2

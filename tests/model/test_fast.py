@@ -14,10 +14,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model import method
-from model.fast import Backend, conv, inner_loop, learner, matmul, meta_loss, use_backend, winograd
+from model.fast import (
+    Backend,
+    choose_backend,
+    conv,
+    inner_loop,
+    learner,
+    matmul,
+    meta_loss,
+    use_backend,
+    winograd,
+)
 from model.fast.derivatives import Block, Conv, Flatten, GreyBlock, Layer, Linear, ReLU, Sigmoid, grey_patches
-from model.fast.guard import Use, choose_backend
 from model.fast.network import Batch
+from model.guard import Use
 from model.layers import ConvBlock, colour
 from model.learner import Settings
 from model.meta_test import new_run

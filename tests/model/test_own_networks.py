@@ -344,3 +344,48 @@ def test_check_as_a_command(call: Callable[..., Called]) -> None:
     done = call(check_tool, "sANML")
     assert done.returncode == 0, done.stderr
     assert "3,493,864 parameters in 7 layers, all checks passed" in done.stdout
+
+
+class OwnFrozen(Network):
+    """Its frozen part gives a tensor of activations, and its gate has batch norm."""
+
+    def __init__(self, num_classes: int = 20) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(196, num_classes)
+        self.passed = 0
+
+    def frozen(self, images: Tensor, trained: Any) -> Tensor:
+        self.passed += len(images)
+        return images if any(name.startswith("trunk") for name in trained) else self.trunk(images)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = self.trunk(inputs) if inputs.ndim == 4 else inputs
+        logits: Tensor = self.head(x * (1 + self.gate(inputs)))
+        return logits
+
+    def gate(self, inputs: Tensor) -> Tensor:
+        return torch.sigmoid(self.trunk(inputs) if inputs.ndim == 4 else inputs)
+
+
+def test_a_frozen_part_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes the checks, and each image passes it once at meta-test."""
+    monkeypatch.setitem(NETWORKS, "OwnFrozen", OwnFrozen)
+    check_network("OwnFrozen", every_cut=True)
+    net = new("OwnFrozen").eval()
+    assert isinstance(net, OwnFrozen)
+    outputs = FrozenOutputs(net, images(3, 4).float(), ["head.weight", "head.bias"])
+    index = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    net.passed = 0
+    found = [net(outputs.get(index)) for _ in range(3)]
+    assert net.passed == 12
+    torch.testing.assert_close(found[0], net(images(12).float()))
+    assert torch.equal(found[0], found[2])
+
+
+def test_asking_for_a_gate_leaves_buffers_alone() -> None:
+    net = OwnFrozen().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert net.has_gate
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not new("Tied").has_gate

@@ -1,4 +1,4 @@
-"""Lets the fast backend run only where it has just shown the numbers of the plain one.
+"""Compares a backend with plain at the start of a run, which it may serve only where the two agree.
 
 Plain is the definition: an untouched network that goes through `model.method` and `model.meta_test`'s learner
 as they stand in the working copy, edited or not. Both compute in float64: the logits, the meta-loss, the
@@ -9,7 +9,6 @@ of the run and a narrow one of its class, whose trajectory has all inner steps o
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,23 +17,17 @@ import torch
 from torch import Tensor
 
 from model import method
-from model.fast import Backend, inner_loop
-from model.fast.memory import keep_freed_memory
-from model.fast.network import use_fast_layers
 from model.inner_rules import MetaSGD
 from model.learner import MakeLearner, Settings
 from model.meta_test import LEARNERS
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
-from utils.errors import UserError
-
-log = logging.getLogger("anml")
 
 TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges
 NARROW = {"nm_channels": 6, "pln_channels": 8, "hidden": 12, "num_classes": 8}
 FEW_STEPS = 2  # inner steps of the network of the run
-OTHERS = 2  # images of the query beside the trajectory
+OTHERS = 1  # images of the query beside the trajectory
 
 
 @dataclass(frozen=True)
@@ -73,71 +66,49 @@ class Use:
         return trained_parameters(self.net, rln)
 
 
-class Chosen(NamedTuple):
-    """The backend of a run, and why it is that one."""
+class Candidate(NamedTuple):
+    """A backend that is to give plain's numbers.
 
-    name: Backend
-    why: str
-
-
-def choose_backend(asked: str, nets: Sequence[Network], device: torch.device, use: Use) -> Chosen:
-    """Give networks of one architecture the layers of `--backend`, in place; says in the log which runs, and
-    why.
-
-    Args:
-        asked: `plain`, `fast`, or `auto`, which is fast where fast has shown the numbers of plain.
-        nets: in evaluation mode or training mode, as they will be used.
-
-    Raises:
-        UserError: `fast` is asked for and differs, or does not know the network.
+    Attributes:
+        prepare: gives a network the backend's layers, in place. Raises NotImplementedError where the backend
+            does not know the network.
+        meta_loss, inner_loop: in place of `model.method`'s.
+        learner: in place of `model.meta_test.adam_learner`.
     """
-    keep_freed_memory()
-    if asked == "plain":
-        return Chosen("plain", "as asked for")
-    if device.type not in ("cpu", "cuda"):
-        fault: str | None = f"the fast backend has not been tried on {device.type}"
-    else:
-        fault = difference(nets[0], device, use)
-    if fault is None:
-        for net in nets:
-            use_fast_layers(net)
-        chosen = Chosen("fast", "it has just given the numbers of plain in float64")
-    elif asked == "fast":
-        raise UserError(f"--backend fast: {fault}; --backend plain runs what is written")
-    else:
-        chosen = Chosen("plain", fault)
-    log.info("backend %s: %s", *chosen)
-    return chosen
+
+    prepare: Callable[[Network], None]
+    meta_loss: MetaLoss
+    inner_loop: Callable[..., tuple[Params, Tensor]]
+    learner: MakeLearner
 
 
-def difference(net: Network, device: torch.device, use: Use) -> str | None:
-    """What the fast backend computes otherwise than plain, or why it knows nothing of a network; None if the
-    two agree."""
+def difference(net: Network, device: torch.device, use: Use, candidate: Candidate) -> str | None:
+    """What a backend computes otherwise than plain, or why it does not know a network; None if both agree."""
     try:
-        use_fast_layers(copy.deepcopy(net))
+        candidate.prepare(copy.deepcopy(net))
         widths = {name: min(value, NARROW.get(name, value)) for name, value in net.widths.items()}
         narrow = build(net.network, widths, torch.Generator().manual_seed(0)).train(net.training)
         for tried, steps in ((narrow, use.update_step), (net, min(use.update_step, FEW_STEPS))):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(0)
-                found = _difference(tried, device, use, steps)
+                found = _difference(tried, device, use, steps, candidate)
             if found is not None:
-                return f"model/fast gives other numbers than what is written: {found}"
+                return f"fast gives other numbers than what is written: {found}"
     except NotImplementedError as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
-        return f"model/fast fails: {' '.join(str(error).split()) or type(error).__name__}"
+        return f"fast fails: {' '.join(str(error).split()) or type(error).__name__}"
     return None
 
 
-def _difference(net: Network, device: torch.device, use: Use, steps: int) -> str | None:
+def _difference(net: Network, device: torch.device, use: Use, steps: int, candidate: Candidate) -> str | None:
     plain = _moved(copy.deepcopy(net).to(device).double())
     fast = copy.deepcopy(plain)
-    use_fast_layers(fast)
+    candidate.prepare(fast)
     images, labels = _examples(steps + OTHERS, use.channels, net.num_outputs, device)
-    both = (plain, method.meta_loss), (fast, inner_loop.meta_loss)
+    both = (plain, method.meta_loss), (fast, candidate.meta_loss)
 
-    logits = _of_both(lambda net, _: net(images), both)
+    logits = _of_both(lambda net, _: net(images[:2]), both)
     if not _same(*logits):
         return "the logits"
     (values, grads), (fast_values, fast_grads) = _of_both(
@@ -146,14 +117,14 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int) -> str
     scale = max(float(x.detach().abs().max()) for x in (values, *grads.values()))
     if not scale < EXPLODED:  # rounding has been amplified as much: smaller steps show more
         smaller = {**use.inner, "inner_lr": use.inner["inner_lr"] / 10}
-        return _difference(net, device, replace(use, inner=smaller), steps)
+        return _difference(net, device, replace(use, inner=smaller), steps, candidate)
     if not _same(values, fast_values):
-        return _cause(both, images, labels, use)
+        return _cause(both, images, labels, use, candidate)
     for name, grad in grads.items():
         if not _same(grad, fast_grads[name], scale):
             return f"the gradient of {name}"
 
-    learners = (plain, LEARNERS["adam"].make), (fast, inner_loop.adam_learner)
+    learners = (plain, LEARNERS["adam"].make), (fast, candidate.learner)
     (params, answers), (fast_params, fast_answers) = _of_both(
         lambda net, make: _online(net, make, images[-steps:][:FEW_STEPS], labels[-steps:][:FEW_STEPS], use),
         learners,
@@ -201,12 +172,14 @@ def _online(
     return [p.detach() for p in net.parameters()], learner.predict(inputs)
 
 
-def _cause(both: Sequence[tuple[Network, Any]], images: Tensor, labels: Tensor, use: Use) -> str:
+def _cause(
+    both: Sequence[tuple[Network, Any]], images: Tensor, labels: Tensor, use: Use, candidate: Candidate
+) -> str:
     """Which part of the meta-loss differs."""
 
     def after_one_step(net: Network, meta_loss: MetaLoss) -> list[Tensor]:
         params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
-        adapt = method.inner_loop if meta_loss is method.meta_loss else inner_loop.inner_loop
+        adapt = method.inner_loop if meta_loss is method.meta_loss else candidate.inner_loop
         adapted, losses = adapt(net, params, images[:1], labels[:1], **use.inner)
         return [*adapted.values(), losses]
 
