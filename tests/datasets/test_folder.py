@@ -76,6 +76,7 @@ def test_the_page_on_data(run: Run) -> None:
     results = json.loads(Path("runs/Omni_test_traj_0/results.json").read_text())
     assert [line["classes"] for line in results["summary"]] == [10]
     scratch = [flag for flag in commands[1][1:] if flag not in ("--model", "pictures.net")]
+    scratch[scratch.index("--runs") + 1] = "1"
     scratch += ["--scratch", "--rln=13", "--nm_channels=8", "--pln_channels=16", "--name=scratch"]
     run(evaluate_classification, *scratch, "--threads=1")
     untrained = json.loads(Path("runs/scratch_0/results.json").read_text())

@@ -227,7 +227,7 @@ VALUES = st.one_of(
     st.integers(1, 9),
     st.booleans(),
 )
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_a_search_that_stops_early_chooses_what_a_full_one_does(
     values: list[list[list[float]]], rates: list[float], number: int, full: bool
 ) -> None:

@@ -89,7 +89,7 @@ def tokens(kind: type[Flags]) -> st.SearchStrategy[list[str]]:
     return parts.map(lambda lists: [token for part in lists for token in part])
 
 
-@cases(350)
+@cases(150)
 @given(data=st.data(), kind=st.sampled_from([Training, Evaluation]))
 def test_flags(data: st.DataObject, kind: type[Flags]) -> None:
     argv = data.draw(tokens(kind))
@@ -146,7 +146,7 @@ def changed(sound: bytes) -> st.SearchStrategy[bytes]:
     return CONTENTS.map(lambda changes: torch_bytes({**torch.load(io.BytesIO(sound)), **changes}))
 
 
-@cases(250)
+@cases(150)
 @given(
     data=st.one_of(
         *(damaged(MODEL), damaged(STATE), changed(MODEL), changed(STATE)),
