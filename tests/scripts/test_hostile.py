@@ -1,8 +1,7 @@
-"""Made-up input, most of it wrong: it is taken, or refused in one line, and nothing else happens."""
+"""Made-up models and training states: each is taken, or refused in one line, and nothing else happens."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import tempfile
@@ -16,84 +15,28 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flags.evaluation import Evaluation
-from flags.training import Training
 from model.modelfactory import build, restore
 from model.optimizer import Adam
 from model.training_state import load_state, restore_training
 from tools.convert_released import convert
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.command_line import Parser, parse
 from utils.errors import UserError
-from utils.flag import Flags
 
 WIDTHS = {"nm_channels": 1, "pln_channels": 1, "num_classes": 2}
 
 
-def cases(number: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """That many cases, the same in every run."""
-    return settings(
-        max_examples=number,
-        deadline=None,  # a busy machine is no failure
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
 def refused_or(action: Callable[[], object]) -> object:
-    """What `action` returns, or None if it was refused as a user is: one line, exit code 2."""
-    stderr = io.StringIO()
+    """What `action` returns, or None if it was refused as a user is."""
     try:
-        with contextlib.redirect_stderr(stderr):
-            return action()
-    except (UserError, SystemExit) as ended:
-        refusal = ended
-    if isinstance(refusal, SystemExit):
-        assert refusal.code == 2
-        assert stderr.getvalue().count("\n") == 1
-        assert ": error: " in stderr.getvalue()
-    else:
-        assert str(refusal).strip()
-    return None
+        return action()
+    except UserError:
+        return None
 
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     """Thousands of warnings would be kept otherwise."""
     caplog.set_level(logging.CRITICAL, "anml")
-
-
-WORDS = st.sampled_from(
-    [
-        *("anml", "OML", "true", "1e-3", "10,20", "10 20", "nan", "-inf", "1e999", "-1", "0", "9" * 5000),
-        *("--steps", "--", "=", "a" * 300, "x/" * 40 + "y", "file/below", ".", "cuda:99", "\udcff", "\0"),
-        *("ANML-FT:PLN", "Scratch", "random", "evaluation"),
-    ]
-)
-VALUES = st.one_of(
-    WORDS,
-    st.integers().map(str),
-    st.floats().map(str),
-    st.text(st.characters(exclude_characters="/"), max_size=8),
-)
-
-
-def tokens(kind: type[Flags]) -> st.SearchStrategy[list[str]]:
-    """Command lines: flags with values, with `=` or without, and what is no flag at all."""
-    options = [option for action in Parser(kind).flags.values() for option in action.option_strings]
-    flags = st.sampled_from([*options, *("--seeds", "--commit", "--resume", "--unknown")])
-    joined = st.tuples(flags, VALUES).map(lambda pair: [f"{pair[0]}={pair[1]}"])
-    apart = st.tuples(flags, VALUES).map(list)
-    parts = st.lists(st.one_of(joined, apart, flags.map(lambda flag: [flag])), max_size=5)
-    return parts.map(lambda lists: [token for part in lists for token in part])
-
-
-@cases(150)
-@given(data=st.data(), kind=st.sampled_from([Training, Evaluation]))
-def test_flags(data: st.DataObject, kind: type[Flags]) -> None:
-    argv = data.draw(tokens(kind))
-    refused_or(lambda: parse(kind, argv))
 
 
 SCALARS = st.one_of(st.booleans(), st.integers(), st.floats(), st.text(max_size=6), st.none())
@@ -146,7 +89,13 @@ def changed(sound: bytes) -> st.SearchStrategy[bytes]:
     return CONTENTS.map(lambda changes: torch_bytes({**torch.load(io.BytesIO(sound)), **changes}))
 
 
-@cases(150)
+@settings(
+    max_examples=150,
+    deadline=None,  # a busy machine is no failure
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     data=st.one_of(
         *(damaged(MODEL), damaged(STATE), changed(MODEL), changed(STATE)),

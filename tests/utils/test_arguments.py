@@ -112,8 +112,10 @@ WRONG: dict[type[Flags], dict[str, str]] = {
     Training: {
         "--steps 0": "--steps",
         "--steps 1.5": "--steps",
+        f"--steps {'9' * 5000}": "--steps",
         "--step 5": "--step",  # no abbreviations
         "--meta_lr nan": "--meta_lr",
+        "--meta_lr 1e999": "--meta_lr",
         "--update_lr -0.1": "--update_lr",
         "--seed -1": "--seed",
         "--seed 4294967296": "--seed",
@@ -123,6 +125,10 @@ WRONG: dict[type[Flags], dict[str, str]] = {
         "--device gpu": "--device",
         "--name a/b": "--name",
         "--name ..": "--name",
+        "--name \0": "--name",
+        "--name \udcff": "--name",
+        "--seed=": "--seed",
+        "--unknown=1": "--unknown",
         "--checkpoint": "--saved_model",
         "--saved_model m.net": "--checkpoint",
         "--tasks 21": "--update_step",
