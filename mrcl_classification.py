@@ -6,6 +6,7 @@
     python mrcl_classification.py --dataset glyphs --steps 100               # without any data
     python mrcl_classification.py --resume runs/mrcl_omniglot_0              # go on after an interruption
     python mrcl_classification.py --config configs/prototypes.toml           # for a head of class means
+    python mrcl_classification.py --learner iid                              # for Pretrain & Transfer
     python mrcl_classification.py --meta_batch 2 --processes 2               # two cores, or two GPUs
 
 Each step draws a class, learns its 20 images one by one, and improves the weights it started from so
@@ -22,7 +23,6 @@ import logging
 import math
 import sys
 import time
-from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -41,6 +41,7 @@ from flags.training import Plan, Training
 from model.check import check_network
 from model.fast import Backend, capture, choose_backend, meta_loss
 from model.guard import Use
+from model.iid import BatchStep, IidLearner
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
@@ -56,7 +57,13 @@ from utils.run import Run, log_to_terminal
 
 log = logging.getLogger("anml")
 
-OuterLearner = MetaLearner | PrototypeLearner
+OuterLearner = MetaLearner | PrototypeLearner | IidLearner
+OUTER_LEARNERS: dict[str, type[OuterLearner]] = {
+    "sgd": MetaLearner,
+    "prototypes": PrototypeLearner,
+    "iid": IidLearner,
+}
+"""What `--learner` names."""
 
 
 def initial_network(args: Training, state: Checkpoint | None) -> Network:
@@ -83,13 +90,13 @@ def first_seed(args: Training, net: Network) -> int:
 def make_learner(
     args: Training, plan: Plan, net: Network, images: Pool, group: Group, backend: Backend
 ) -> OuterLearner:
-    """What takes the outer steps of `--learner`."""
-    generator = torch.Generator().manual_seed(first_seed(args, net))
+    """The outer loop of `--learner`."""
+    parts = net, images, torch.Generator().manual_seed(first_seed(args, net))
+    if args.learner == "iid":
+        return IidLearner(*parts, meta_lr=args.meta_lr, batch_size=args.batch_size)
     if args.learner == "prototypes":
         return PrototypeLearner(
-            net,
-            images,
-            generator,
+            *parts,
             meta_lr=args.meta_lr,
             steps=args.steps,
             shots=args.shots,
@@ -97,9 +104,7 @@ def make_learner(
             augment=args.augment,
         )
     return MetaLearner(
-        net,
-        images,
-        generator,
+        *parts,
         meta_lr=args.meta_lr,
         update_lr=args.update_lr,
         rln=plan.rln,
@@ -115,13 +120,18 @@ def make_learner(
     )
 
 
-def differentiate(args: Training, learner: OuterLearner) -> tuple[torch.Tensor, MetaStep | EpisodeStep]:
-    """Draw what a step sees, and leave its gradient in `.grad`.
+def differentiate(
+    args: Training, learner: OuterLearner
+) -> tuple[torch.Tensor, MetaStep | EpisodeStep | BatchStep]:
+    """Draw what a step sees, and leave its gradient in `.grads`.
 
     Returns:
         [B, 2] (class, image) of some of its images, and what it measured.
     """
     size = learner.images.sizes, learner.generator
+    if isinstance(learner, IidLearner):
+        batch = next(learner.batches)
+        return batch, learner.differentiate(batch)
     if isinstance(learner, PrototypeLearner):
         drawn = args.shots + args.queries
         episode = sample_episode(*size, ways=args.ways, images=drawn, symmetries=args.symmetries)
@@ -136,7 +146,7 @@ def differentiate(args: Training, learner: OuterLearner) -> tuple[torch.Tensor, 
 def train(
     args: Training, plan: Plan, run: Run, learner: OuterLearner, group: Group, interrupt: Interrupt, done: int
 ) -> int:
-    """Meta-train after `done` steps until `--steps` or a signal; returns the number of steps done."""
+    """Train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     net, images, generator = learner.net, learner.images, learner.generator
     with run.progress(args.steps, every=args.log_every, done=done) as progress:
         for step in range(done + 1, args.steps + 1):
@@ -156,8 +166,7 @@ def train(
                 statistics = gate_statistics(net, gather(images, shown)[0])
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
             if args.eval_every and step % args.eval_every == 0 and group.first:
-                head = "ncm" if args.learner == "prototypes" else "adam"
-                validate(run, net, images, step, args.eval_classes, head)
+                validate(run, net, images, step, args.eval_classes, learner.head)
             if args.keep_every and step % args.keep_every == 0 and group.first:
                 save_model(run.folder / f"model_{step}.net", state_after(args, plan, run, learner, step))
             if step % args.save_every == 0 and step < args.steps:
@@ -168,12 +177,12 @@ def train(
 
 
 def check_images(args: Training, images: ImageSet) -> None:
-    """Raise UserError where the images are too few for the trajectories and checks that are asked for."""
+    """Raise UserError where the images are too few for the steps and checks that are asked for."""
     if args.learner == "prototypes":
         drawn = args.shots + args.queries
         images.require(drawn, f"--shots {args.shots} and --queries {args.queries}")
         check_episode(images.sizes, args.ways, drawn, args.symmetries)
-    else:
+    elif args.learner == "sgd":
         images.require(longest_share(args.update_step, args.tasks), f"--update_step {args.update_step}")
         check_trajectory(images.sizes, args.update_step, args.tasks, args.remember)
     if args.eval_every:
@@ -196,10 +205,10 @@ def stop_diverged(
     except UserError as error:
         kept = f"the state before it is not kept: {error}"
     rates, one = f"--meta_lr {args.meta_lr:g}", "it"
-    if args.learner == "sgd":
+    if learner.inner_loop:
         rates, one = f"{rates} --update_lr {args.update_lr:g}", "one of the learning rates"
     raise UserError(
-        f"step {step}: the meta-loss is {loss:g} and its gradient not finite with {rates} --seed "
+        f"step {step}: the loss is {loss:g} and its gradient not finite with {rates} --seed "
         f"{args.seed}; lower {one}; {kept}"
     )
 
@@ -221,10 +230,11 @@ def main() -> None:
     run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
-    if args.learner == "prototypes":
-        refuse_several("--learner prototypes")
+    inner_loop = OUTER_LEARNERS[args.learner].inner_loop
+    if not inner_loop:
+        refuse_several(f"--learner {args.learner}")
     group = join(device, recorded(args))
-    if args.learner == "sgd" and args.meta_batch < group.size:
+    if args.meta_batch < group.size:
         raise UserError(f"--meta_batch {args.meta_batch} is too few for {group.size} processes to share")
     state = load_state(args.resume) if args.resume else None
     done = state.step if state else 0
@@ -238,24 +248,22 @@ def main() -> None:
     if group.first:
         check_writable(plan.model_name, "--model_name")
     net.normalisation = images.normalisation or net.normalisation
-    sgd = args.learner == "sgd"
-    order = {"first_order": args.first_order, "second_order_steps": args.second_order_steps} if sgd else {}
     check_network(
         net.network,
         net.widths,
-        plan.rln if sgd else None,
-        second_order=sgd and not args.first_order and args.second_order_steps != 0,
+        plan.rln,
+        second_order=inner_loop and not args.first_order and args.second_order_steps != 0,
         channels=images.channels,
     )
-    use = Use(net, channels=images.channels)
-    if sgd:
-        use = replace(
-            use,
-            rln=plan.rln,
-            inner={"inner_lr": args.update_lr, **order},
-            update_step=args.update_step,
-            learn_update_lr=args.learn_update_lr,
-        )
+    order = {"first_order": args.first_order, "second_order_steps": args.second_order_steps}
+    use = Use(
+        net,
+        rln=plan.rln,
+        inner={"inner_lr": args.update_lr, **order},
+        update_step=args.update_step,
+        learn_update_lr=args.learn_update_lr,
+        channels=images.channels,
+    )
     backend, why = choose_backend(args.backend, [net], device, use)
     learner = make_learner(args, plan, net.to(device).train(), images.pool(device), group, backend)
     if state:

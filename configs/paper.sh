@@ -123,7 +123,7 @@ paper() {
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
   train train_oml "6 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
   train train_prototypes "1 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
-  train train_pretrain "less than 23 h" Pretrain_Model.net pretrain_classification.py --images 1680000
+  train train_pretrain "less than 23 h" Pretrain_Model.net mrcl_classification.py --learner iid --steps 20000
 
   # Treatments. Learning rates are chosen by test accuracy (--test), as the released code reports it;
   # anml_blind chooses on meta-training classes instead.

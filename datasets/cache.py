@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from utils.files import atomic_write
+from utils.errors import UserError
+from utils.files import write_bytes
 
 log = logging.getLogger("anml")
 
@@ -28,15 +29,13 @@ def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> ND
 
     Before the file is used, up to 20 of its images from the first to the last are made anew. Where one of
     them differs, the code that prepares images has changed, and the file is built again. So is a file that
-    is damaged or of another origin. One line of the log says why.
+    is damaged or of another origin. One line of the log says why. A folder that cannot be written costs a
+    warning, not the run.
 
     Args:
         name: of the data set; a folder keeps one file for each name.
         origin: what the images are made of, such as names, sizes and times of files.
         make: gives the images at some positions, uint8 [N, ...]. Its exceptions pass through.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     path, key = folder / f"{name}.npz", hashlib.sha256(origin).hexdigest()
     try:
@@ -58,6 +57,8 @@ def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> ND
     images = np.concatenate([make(range(count)[start : start + PART]) for start in bar])
     content = io.BytesIO()
     np.savez(content, key=np.array(key), images=images)
-    with atomic_write(path) as target:
-        target.write(content.getbuffer())
+    try:
+        write_bytes(path, content.getvalue())
+    except UserError as error:
+        log.warning("%s; without this cache (--cache_dir) every start prepares the images again", error)
     return images

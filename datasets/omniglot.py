@@ -6,17 +6,19 @@ All names, counts and pictures are checked before they are used. A message names
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import io
 import logging
 import os
 import re
+import socket
+import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import urlopen
+from urllib.error import HTTPError
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ from numpy.typing import NDArray
 
 from datasets.cache import cached
 from datasets.images import DAMAGE, OMNIGLOT, SIZE, ImageSet, open_picture, reason, shrink
-from utils.errors import UserError
-from utils.files import atomic_write
+from utils.errors import UserError, refusing
+from utils.files import write_bytes
 
 log = logging.getLogger("anml")
 
@@ -102,14 +104,12 @@ def characters(name: str, split: str, images: NDArray[np.uint8], classes: tuple[
 
 def _find(split: str, root: Path) -> Path:
     """The split's folder or zip under `root`, which is downloaded where neither is there."""
-    try:
+    with refusing(f"look into {root}", "; choose another root"):
         places = _places(root)
         for place in places:
             for found in (place / f"images_{split}", place / f"images_{split}.zip"):
                 if os.path.lexists(found):
                     return found
-    except OSError as error:
-        raise UserError(f"cannot look into {root}: {error.strerror}; choose another root") from error
     return _download(split, places[0] / f"images_{split}.zip")
 
 
@@ -128,19 +128,25 @@ def _places(root: Path) -> list[Path]:
 
 def _download(split: str, archive: Path) -> Path:
     """Download a split's official zip to `archive`, which appears whole or not at all; returns `archive`."""
+    from torchvision.datasets.utils import download_url  # a second to import, which other starts do without
+
     log.info("downloading Omniglot's %s split to %s", split, archive)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        with urlopen(f"{URL}/images_{split}.zip", timeout=TIMEOUT) as reply:  # noqa: S310 (a fixed address)
-            content = reply.read()
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[split]:
-            raise ValueError(f"{URL} sent another file than the published one")
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            download_url(f"{URL}/images_{split}.zip", folder, "draft.zip", MD5[split])
+            content = Path(folder, "draft.zip").read_bytes()
     except (*DAMAGE, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it holds the connection
         raise UserError(
             f"{archive} is missing and cannot be downloaded ({reason(error)}); connect to the "
             "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
         ) from error
-    with atomic_write(archive) as file:
-        file.write(content)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    write_bytes(archive, content)
     return archive
 
 

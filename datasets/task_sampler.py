@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -195,24 +196,23 @@ def sample_task(
     return Task(index[:, :train_images], index[:, train_images:])
 
 
-def shuffled_batches(
-    sizes: Sequence[int], generator: torch.Generator, *, total: int, batch_size: int
-) -> Iterator[Tensor]:
-    """Batches of a stream of `total` images: all images in random order, then all in another random order.
+def shuffled_batches(sizes: Sequence[int], seed: int, *, batch_size: int, skip: int = 0) -> Iterator[Tensor]:
+    """Batches of an endless stream of images: all images in random order, then all in another random order.
 
     Args:
         sizes: images of each class.
-        generator: source of all randomness.
-        total: images in all batches together. An image counts each time it is drawn.
-        batch_size: images in each batch; the last has what is left.
+        seed: of all random orders, 0 to 2**64 - 1.
+        batch_size: images in each batch.
+        skip: batches to leave out at the beginning. Drawing 20,000 of them takes 0.2 s.
 
     Yields:
         [batch_size, 2] (class, image).
     """
+    generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
-    for start in range(0, total, batch_size):
-        size = min(batch_size, total - start)
-        while len(order) < size:
+    for number in count():
+        while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(sum(sizes), generator=generator)])
-        drawn, order = order[:size], order[size:]
-        yield _pairs(drawn, sizes)
+        drawn, order = order[:batch_size], order[batch_size:]
+        if number >= skip:
+            yield _pairs(drawn, sizes)

@@ -91,12 +91,8 @@ def _load(path: Path) -> Model:
     saved = load_checkpoint(path)
     log.info("%s: %s after %d steps", path, saved.network, saved.step)
     net, sha256 = restore_model(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()
-    return Model(str(path), net, weights_of(saved.arguments), sha256, saved.step, saved.arguments)
-
-
-def weights_of(arguments: Mapping[str, Any]) -> Weights:
-    """How the weights of a model file were made, from the arguments in it."""
-    return "pretrained" if arguments.get("weights") == "pretrained" else "meta-trained"
+    weights: Weights = "pretrained" if saved.arguments.get("weights") == "pretrained" else "meta-trained"
+    return Model(str(path), net, weights, sha256, saved.step, saved.arguments)
 
 
 def _distinct(models: list[Model]) -> list[Model]:

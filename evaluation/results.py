@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.scores import ACCURACY, MEASURES, RUNS, accuracies
-from utils.errors import UserError
+from utils.errors import UserError, refusing
 from utils.files import read_text, write_text
 
 FEW = 10  # fewer values than these have Student's t interval; as many or more have a bootstrap interval
@@ -105,7 +105,7 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
         UserError: no such file, or no such columns of numbers, or no steps at all.
     """
     path = _file(path, "metrics.csv", "mrcl_classification.py")
-    lines = _text(path).splitlines(keepends=True)
+    lines = text_of(path).splitlines(keepends=True)
     rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
     try:
         columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in METRICS}
@@ -116,18 +116,16 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     return columns
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has exactly these columns; raises UserError as :func:`parse_table` does, or
-    where the file cannot be read."""
-    return parse_table(_text(path), path, columns)
+def read_table(path: Path, columns: Sequence[str], text: str | None = None) -> list[dict[str, str]]:
+    """The rows of a CSV file that has exactly these columns.
 
-
-def parse_table(text: str, path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of the text of a CSV file that has exactly these columns.
+    Args:
+        text: the file's content where it is read already.
 
     Raises:
-        UserError: other columns, or a row with too few or too many fields; the message names `path`.
+        UserError: the file cannot be read, has other columns, or a row with too few or too many fields.
     """
+    text = text_of(path) if text is None else text
     try:
         lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
     except csv.Error as error:
@@ -147,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read or holds something else.
     """
     try:
-        content = json.loads(_text(path))
+        content = json.loads(text_of(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(content, dict):
@@ -164,11 +162,11 @@ def _file(path: Path, name: str, writer: str) -> Path:
     return path / name
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text in a file; raises UserError where the file cannot be read or is not text."""
     try:
-        return read_text(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        with refusing(f"read {path}"):
+            return read_text(path)
     except ValueError:
         raise UserError(f"{path} is not text") from None
 

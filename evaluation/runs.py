@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from evaluation.models import Model
 from evaluation.plots import forgetting_figure, save_png
-from evaluation.results import Row, parse_table, summarise, write_results, write_table
+from evaluation.results import Row, read_table, summarise, write_results, write_table
 from flags.evaluation import Evaluation
 from model.meta_test import LEARNERS, PURPOSES, MetaTest, Purpose
 from model.rate_search import Draw, RateSearch, next_tries
 from model.scores import MEASURES, Answers, Score, accuracies
 from utils.distributed import Group
-from utils.errors import UserError
+from utils.errors import UserError, refusing
 from utils.files import sync
 from utils.run import Progress, Run
 
@@ -198,9 +198,8 @@ class Runs:
             together = jobs[start : start + self.group.size]
             for part in self.group.gather([self._make(purpose, job) for job in self.group.shard(together)]):
                 for found, tracked in part:
-                    for classes, rows in tracked.items():
-                        if self.group.first:
-                            _write_forgetting(self.run, classes, rows)
+                    for classes, rows in tracked.items() if self.group.first else ():
+                        _write_forgetting(self.run, classes, rows)
                     for key, score in found.items():
                         self.known[key] = score
                         if self.journal:
@@ -275,22 +274,19 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         columns = [*Key._fields, *MEASURES]
-        try:
+        with refusing(f"write {path}"):
             content = path.read_bytes() if path.exists() else b""
             whole = content.rfind(b"\n") + 1
             self.known = self._parsed(content[:whole], columns) if whole else {}
             self._file = path.open("ab", buffering=0)
             self._file.truncate(whole)
-            if not whole:
-                self._append(columns)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        if not whole:
+            self._append(columns)
 
     def _parsed(self, content: bytes, columns: list[str]) -> dict[Key, Score]:
         known: dict[Key, Score] = {}
         try:
-            table = parse_table(content.decode("utf-8-sig"), self.path, columns)
-            for cells in table:
+            for cells in read_table(self.path, columns, content.decode("utf-8-sig")):
                 purpose, model, classes, draw, lr = (cells[name] for name in Key._fields)
                 if purpose not in PURPOSES:
                     raise ValueError(f"{purpose!r} is none of {', '.join(PURPOSES)}")
@@ -306,22 +302,17 @@ class Journal:
         Raises:
             UserError: it cannot be written.
         """
-        try:
-            self._append([*key, *score.values()])
-        except OSError as error:
-            raise self._unwritable(error) from error
+        self._append([*key, *score.values()])
         self.known[key] = score
 
     def _append(self, values: Sequence[object]) -> None:
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(values)
         data = line.getvalue().encode()
-        if self._file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(self._file.fileno())
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {error.strerror or error}")
+        with refusing(f"write {self.path}"):
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

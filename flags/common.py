@@ -29,9 +29,9 @@ RESUME = (
 NO_COMMIT = {"commit": "nothing is committed; the run folder records the current git commit"}
 
 
-def treatment_flag(default: str) -> Any:
-    """The field of `--treatment`."""
-    return choice(default, NETWORKS, "network (Neuromodulation: ANML)", aliases=ALIASES)
+def treatment_flag(shown: str = "ANML") -> Any:
+    """The field of `--treatment`; `shown` is its default as `--help` gives it."""
+    return choice("ANML", NETWORKS, "network (Neuromodulation: ANML)", aliases=ALIASES, shown=shown)
 
 
 @dataclass(frozen=True, kw_only=True)

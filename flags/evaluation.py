@@ -49,8 +49,8 @@ class MethodFlags(Flags):
     model: list[Path] | None = flag(
         None,
         file_path,
-        "model file that mrcl_classification.py or pretrain_classification.py wrote; of several, "
-        "each is tested on draws of its own, and all of them are one row of the results",
+        "model file that mrcl_classification.py wrote; of several, each is tested on draws of its own, and "
+        "all of them are one row of the results",
         shown="none: give it, or --scratch",
         nargs="+",
         action="extend",
@@ -175,7 +175,7 @@ class ScratchFlags(common.NetworkFlags):
 
     group = "network, for --scratch without --model"
 
-    treatment: str = common.treatment_flag("ANML")
+    treatment: str = common.treatment_flag()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from flags import common
 from flags.common import DataFlags, NetworkFlags
 from model.modelfactory import NETWORKS
+from model.treatments import Weights
 from utils.errors import UserError
 from utils.flag import (
     SEED,
@@ -40,18 +41,22 @@ class MethodFlags(Flags):
 
     group = "method"
 
-    treatment: str = common.treatment_flag("ANML")
-    learner: Literal["sgd", "prototypes"] = choice(
+    treatment: str = common.treatment_flag("ANML, with --learner iid OML")
+    learner: Literal["sgd", "prototypes", "iid"] = choice(
         "sgd",
-        ("sgd", "prototypes"),
-        "what the network is to be good for: sgd, a step on each image of a trajectory (the paper), or "
-        "prototypes, a head of class means; each has a group of flags of its own",
+        ("sgd", "prototypes", "iid"),
+        "what the network is to be good for: sgd, a step on each image of a trajectory (the paper); "
+        "prototypes, a head of class means; iid, telling the meta-training classes apart, which Pretrain & "
+        "Transfer begins with; each has a group of flags of its own",
     )
     steps: int = flag(
         20000, whole(1), "outer (meta) steps; with prototypes, also the length of the cosine schedule"
     )
     meta_lr: float = flag(
-        0.001, positive, "learning rate of the outer Adam; with prototypes, of its first step"
+        0.001,
+        positive,
+        "learning rate of the outer Adam; with prototypes, of its first step",
+        shown="0.001, with iid 0.0001",
     )
     train_classes: int | None = flag(
         None, whole(1), "classes to meta-train on, the first of the data", shown="963 of Omniglot, else all"
@@ -133,6 +138,17 @@ class EpisodeFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchFlags(Flags):
+    """The batches of shuffled images of all meta-training classes."""
+
+    group = "batches of --learner iid"
+
+    batch_size: int = flag(
+        84, whole(1), "images per step; 84 are as many as a step of the paper's meta-training sees"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckFlags(common.ReportFlags):
     """Small meta-tests of the network that is being trained."""
 
@@ -154,7 +170,7 @@ class TrainingRunFlags(common.RunFlags):
         None,
         file_path,
         "file for the trained weights",
-        shown="Neuromodulation_Model.net for ANML, NAME_Model.net for another",
+        shown="Neuromodulation_Model.net for ANML, NAME_Model.net for another, with iid Pretrain_Model.net",
         metavar="FILE",
     )
     resume: Path | None = flag(
@@ -170,7 +186,11 @@ class TrainingRunFlags(common.RunFlags):
     )
 
 
-OF_LEARNER = {"sgd": own_flags(TrajectoryFlags), "prototypes": own_flags(EpisodeFlags)}
+OF_LEARNER = {
+    "sgd": own_flags(TrajectoryFlags),
+    "prototypes": own_flags(EpisodeFlags),
+    "iid": own_flags(BatchFlags),
+}
 """The flags that a learner of meta-training has alone."""
 
 
@@ -179,6 +199,7 @@ class Training(
     MethodFlags,
     TrajectoryFlags,
     EpisodeFlags,
+    BatchFlags,
     NetworkFlags,
     DataFlags,
     CheckFlags,
@@ -194,6 +215,13 @@ class Training(
         "model": "choose the network with --treatment, weights with --saved_model",
         **common.NO_COMMIT,
     }
+
+    deciding: ClassVar = frozenset({"learner"})
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        # Pretrain & Transfer is one of OML's network, which has no norm and needs the smaller rate.
+        return {"treatment": "OML", "meta_lr": 0.0001} if given.get("learner") == "iid" else {}
 
     def changeable(self) -> frozenset[str]:
         # The schedule of episodes is as long as they are many, which makes their numbers.
@@ -244,18 +272,22 @@ class Plan:
         rln: layers frozen in the inner loop.
         train_classes: classes to train on.
         model_name: file for the trained weights.
+        weights: what makes them.
     """
 
     rln: int
     train_classes: int
     model_name: Path
+    weights: Weights
 
     @classmethod
     def of(cls, args: Training, classes: int) -> Plan:
         """The plan for what is asked, on so many classes."""
-        network = NETWORKS[args.treatment]
+        network, iid = NETWORKS[args.treatment], args.learner == "iid"
+        name = "Pretrain_Model.net" if iid else network.model_name or f"{args.treatment}_Model.net"
         return cls(
             rln=network.rln_training if args.rln is None else args.rln,
             train_classes=classes,
-            model_name=args.model_name or Path(network.model_name or f"{args.treatment}_Model.net"),
+            model_name=args.model_name or Path(name),
+            weights="pretrained" if iid else "meta-trained",
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.modelfactory import (
     Network,
     build,
+    layer_parameters,
     reset_head,
     restore,
     trained_parameters,
@@ -62,7 +63,7 @@ def check_network(
         trained_parameters(net, rln)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            cuts = range(net.num_layers) if every_cut else (rln, net.default_meta_test_rln)
+            cuts = range(len(layer_parameters(net))) if every_cut else (rln, net.default_meta_test_rln)
             _check(net, cuts, channels, second_order)
     except _FaultError as fault:
         raise UserError(f"network {name}: {fault}") from None

@@ -6,7 +6,7 @@ The method itself is `model.method`. No step here reads a value back from the de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,14 @@ class OuterLoop:
         learned: what learns.
         optimizer: of `learned`.
         rule: holds what learns beside the network; training states and model files keep it.
+
+    Attributes:
+        inner_loop: whether a step has an inner loop. Processes can share the trajectories of such a step.
+        head: what learns in small meta-tests of the network, a key of `model.meta_test.LEARNERS`.
     """
+
+    inner_loop: ClassVar[bool] = False
+    head: ClassVar[str] = "adam"
 
     def __init__(
         self,
@@ -120,6 +127,8 @@ class MetaLearner(OuterLoop):
         capture: turns the meta-gradient into a function that may be faster, and whose results the next call
             may overwrite.
     """
+
+    inner_loop = True
 
     def __init__(
         self,

@@ -8,11 +8,10 @@ nowhere else.
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,8 +19,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from datasets.images import OMNIGLOT, SIZE, Normalisation
-from model.layers import Inputs, colour, conv_blocks, run_frozen, run_rest
+from datasets.images import OMNIGLOT, Normalisation
+from model.layers import Inputs, as_read, conv_blocks, on_colour, run_frozen, run_rest
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.device import seed_layers
 from utils.errors import UserError
@@ -33,36 +32,6 @@ PLNChannels = Annotated[int, "channels of each convolution of the prediction net
 NumClasses = Annotated[
     int, "outputs of the head, no fewer than classes to train on or to learn in a meta-test", Range(1)
 ]
-
-
-def _as_read(net: Network, images: Tensor) -> Tensor:
-    """Images with as many channels as the network's first convolution reads; a view of grey ones.
-
-    What a network's own `frozen` made of images passes as it is.
-
-    Raises:
-        ValueError: images are of another size, or have other channels.
-    """
-    if type(net).frozen is not Network.frozen and images.shape[1:] != (1, SIZE, SIZE):
-        return images
-    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
-    images = images if first is None else colour(images, first.in_channels)
-    if first is not None and images.shape[-3:] != (first.in_channels, SIZE, SIZE):
-        raise ValueError(
-            f"images are {list(images.shape)}; {net.network} reads [B, {first.in_channels}, {SIZE}, {SIZE}], "
-            f"or grey ones [B, 1, {SIZE}, {SIZE}]"
-        )
-    return images
-
-
-def _on_colour(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that takes images, given as many equal channels of grey ones as the network reads."""
-
-    @functools.wraps(method)
-    def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
-        return method(net, _as_read(net, inputs) if isinstance(inputs, Tensor) else inputs, *args)
-
-    return wrapped
 
 
 class Network(nn.Module):
@@ -82,6 +51,7 @@ class Network(nn.Module):
             they are those of the constructor, drawn from the run's generator.
         chains: names of the `nn.Sequential`s that images enter, whose stages `frozen` may run.
         no_effect: names of trained parameters that are known to have no effect.
+        own_frozen: whether the class has a `frozen` of its own, whose outputs its methods take as they are.
         widths: the constructor's arguments, as a model file stores them.
         normalisation: of the images that it was trained on.
     """
@@ -95,6 +65,7 @@ class Network(nn.Module):
     kaiming: ClassVar[bool] = False
     chains: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[tuple[str, ...]] = ()
+    own_frozen: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Network:
         """Note the constructor's arguments (a copy comes without, and with `widths` of its own)."""
@@ -123,7 +94,8 @@ class Network(nn.Module):
     def __init_subclass__(cls) -> None:
         for name in ("forward", "frozen", "features", "gate", "features_before_gate"):
             if name in cls.__dict__:
-                setattr(cls, name, _on_colour(cls.__dict__[name]))
+                setattr(cls, name, on_colour(cls.__dict__[name]))
+        cls.own_frozen = cls.frozen is not Network.frozen
 
     def frozen(self, images: Tensor, trained: Collection[str]) -> Inputs:
         """What `forward` may be given in place of `images`, computed without the parameters `trained`.
@@ -135,7 +107,7 @@ class Network(nn.Module):
         if not self.chains:
             return images
         chains = [getattr(self, name) for name in self.chains]
-        return run_frozen(chains, _as_read(self, images), [self.get_parameter(name) for name in trained])
+        return run_frozen(chains, as_read(self, images), [self.get_parameter(name) for name in trained])
 
     def features(self, inputs: Any) -> Tensor:
         """[B, F] what enters the head, of images or of what `frozen` made of them."""
@@ -173,16 +145,9 @@ class Network(nn.Module):
         return int(outputs)
 
     @property
-    def num_layers(self) -> int:
-        """Layers with parameters that learn; `--rln` may freeze all but the last."""
-        return len(layer_parameters(self))
-
-    @property
     def default_meta_test_rln(self) -> int:
         """`--rln` of the main treatment: `rln_meta_test`, or all layers but those of the head."""
-        if self.rln_meta_test is not None:
-            return self.rln_meta_test
-        return self.layers_below_head
+        return self.layers_below_head if self.rln_meta_test is None else self.rln_meta_test
 
     @property
     def layers_below_head(self) -> int:
@@ -196,7 +161,17 @@ class Network(nn.Module):
         return type(self).gate is not Network.gate
 
 
-class ANML(Network):
+class _Published(Network):
+    """A head on features, and Kaiming normal weights."""
+
+    kaiming = True
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        logits: Tensor = self.head(self.features(inputs))
+        return logits
+
+
+class ANML(_Published):
     """Neuromodulatory network (NM) that gates the features of a prediction network (PLN).
 
     Paper, section 3 and figure 1; the released code calls it `Neuromodulation`. At the published
@@ -205,7 +180,6 @@ class ANML(Network):
 
     rln_training = 7  # NM does not change in the inner loop
     model_name = "Neuromodulation_Model.net"
-    kaiming = True
     chains = ("nm", "pln")
     no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in (1, 2, 3))
 
@@ -223,10 +197,6 @@ class ANML(Network):
         self.pln = nn.Sequential(conv_blocks(pln_channels))
         self.head = nn.Linear(features, num_classes)
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        logits: Tensor = self.head(self.features(inputs))
-        return logits
-
     def features(self, inputs: Inputs) -> Tensor:
         return self.features_before_gate(inputs) * self.gate(inputs)
 
@@ -237,7 +207,7 @@ class ANML(Network):
         return run_rest(self.pln, inputs, 1)
 
 
-class SANML(Network):
+class SANML(_Published):
     """ANML without its neuromodulatory network: the prediction network alone.
 
     The inner loop trains all of it.
@@ -246,7 +216,6 @@ class SANML(Network):
     learning* (2024), where it is called sANML.
     """
 
-    kaiming = True
     chains = ("pln",)
     no_effect = tuple(f"pln.block{k}.conv.bias" for k in (1, 2, 3))
 
@@ -255,15 +224,11 @@ class SANML(Network):
         self.pln = nn.Sequential(conv_blocks(pln_channels))
         self.head = nn.Linear(pln_channels * SPATIAL, num_classes)
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        logits: Tensor = self.head(self.features(inputs))
-        return logits
-
     def features(self, inputs: Inputs) -> Tensor:
         return run_rest(self.pln, inputs, 0)
 
 
-class OML(Network):
+class OML(_Published):
     """The OML network of the released code: six convolutions, a hidden layer, a head; no norm, no gate.
 
     Javed and White, *Meta-learning representations for continual learning* (2019).
@@ -271,7 +236,6 @@ class OML(Network):
 
     rln_training = 6  # the convolutions do not change in the inner loop
     rln_meta_test = 6
-    kaiming = True
     chains = ("body",)
 
     def __init__(
@@ -292,10 +256,6 @@ class OML(Network):
         self.body.add_module("relu7", nn.ReLU())
         self.head = nn.Linear(hidden, num_classes)
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        logits: Tensor = self.head(self.features(inputs))
-        return logits
-
     def features(self, inputs: Inputs) -> Tensor:
         return run_rest(self.body, inputs, 0)
 
@@ -315,41 +275,44 @@ def build(name: str, widths: Mapping[str, Any], generator: torch.Generator) -> N
     """
     kind = NETWORKS[name]
     if not kind.kaiming:
-        return _construct(kind, widths, _seed(generator))
+        return _construct(kind, widths, generator)
     net = _construct(kind, widths)
-    for parameter_name, parameter in net.named_parameters():
-        initialise(parameter_name, parameter, generator)
+    reset_parameters(net, [name for name, _ in net.named_parameters()], generator)
     return net
 
 
-def _construct(kind: type[Network], widths: Mapping[str, Any], seed: int = 0) -> Network:
-    """Call a constructor with torch's own generator seeded, and leave that as it was."""
+def _construct(
+    kind: type[Network], widths: Mapping[str, Any], generator: torch.Generator | None = None
+) -> Network:
+    """A network whose weights torch's own generator draws. That generator is seeded by `generator` or with
+    0, and afterwards left as it was."""
+    seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         seed_layers(seed)
         return kind(**widths)
 
 
-def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator))
-
-
 @torch.no_grad()
-def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Give a parameter the value it has in a new network of the published ones, in place."""
-    if name.endswith("bias"):
-        parameter.zero_()
-    elif parameter.ndim == 1:  # the scale of a norm
-        parameter.fill_(1)
-    else:
-        parameter.copy_(kaiming_normal(parameter.shape, parameter.dtype, generator))
+def reset_parameters(net: Network, names: Collection[str], generator: torch.Generator) -> None:
+    """Give parameters the values that they have in a new network, in place (Scratch)."""
+    fresh = None if net.kaiming else _construct(type(net), net.widths, generator)
+    for name in names:
+        parameter = net.get_parameter(name)
+        if fresh is not None:
+            parameter.copy_(fresh.get_parameter(name))
+        elif name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:  # the scale of a norm
+            parameter.fill_(1)
+        else:
+            parameter.copy_(_kaiming_normal(parameter.shape, parameter.dtype, generator))
 
 
-def kaiming_normal(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _kaiming_normal(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Kaiming normal weights: fan-in the number of inputs of a row, gain sqrt 2 (released code:
     `kaiming_normal_`). The numbers are drawn on the CPU in the precision of the weight."""
-    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").mul_(
-        math.sqrt(2 / math.prod(shape[1:]))
-    )
+    drawn = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+    return drawn.mul_(math.sqrt(2 / math.prod(shape[1:])))
 
 
 @torch.no_grad()
@@ -360,48 +323,26 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
     In the published networks, weights are Kaiming normal and biases zero; in others rows are those of a
     new network. (Released code: `reset_classifer`, which leaves biases alone as well.)
     """
-    rows = {
-        name: parameter
-        for name, parameter in net.head.named_parameters()
-        if _has_rows(net, parameter) and (parameter.ndim > 1 or classes is None)
-    }
-    if not net.kaiming:
-        fresh = dict(_construct(type(net), net.widths, _seed(generator)).head.named_parameters())
-    for name, parameter in rows.items():
-        if classes is None and net.kaiming:
-            initialise(name, parameter, generator)
-        elif classes is None:
-            parameter.copy_(fresh[name])
-        else:
-            shape = torch.Size((len(classes), *parameter.shape[1:]))
-            drawn = kaiming_normal(shape, parameter.dtype, generator) if net.kaiming else fresh[name][classes]
-            for row, values in zip(classes, drawn, strict=True):
-                parameter[row].copy_(values)
+    if classes is None:
+        names = [f"head.{name}" for name, p in net.head.named_parameters() if _has_rows(net, p)]
+        reset_parameters(net, names, generator)
+        return
+    fresh = None if net.kaiming else head_rows(_construct(type(net), net.widths, generator))
+    for k, parameter in enumerate(head_rows(net)):
+        shape = torch.Size((len(classes), *parameter.shape[1:]))
+        drawn = fresh[k][classes] if fresh else _kaiming_normal(shape, parameter.dtype, generator)
+        for row, values in zip(classes, drawn, strict=True):
+            parameter[row].copy_(values)
 
 
 def head_rows(net: Network) -> list[nn.Parameter]:
     """The parameters of the head, [outputs, ...], of which `reset_head` draws rows anew."""
-    return [
-        parameter for parameter in net.head.parameters() if parameter.ndim > 1 and _has_rows(net, parameter)
-    ]
+    return [p for p in net.head.parameters() if p.ndim > 1 and _has_rows(net, p)]
 
 
 def _has_rows(net: Network, parameter: Tensor) -> bool:
     """Whether a parameter of the head has a row, or a number, for each class."""
     return parameter.ndim > 0 and len(parameter) == net.num_outputs
-
-
-@torch.no_grad()
-def reset_parameters(net: Network, names: Collection[str], generator: torch.Generator) -> None:
-    """Give parameters the values that they have in a new network, in place (Scratch)."""
-    fresh = (
-        {} if net.kaiming else dict(_construct(type(net), net.widths, _seed(generator)).named_parameters())
-    )
-    for name in names:
-        if net.kaiming:
-            initialise(name, net.get_parameter(name), generator)
-        else:
-            net.get_parameter(name).copy_(fresh[name])
 
 
 def restore(name: str, widths: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> Network:

@@ -82,6 +82,8 @@ class PrototypeLearner(OuterLoop):
         augment: strength of `distort` on every image.
     """
 
+    head = "ncm"
+
     def __init__(
         self,
         net: Network,

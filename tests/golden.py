@@ -30,7 +30,7 @@ TRAIN = {
     for backend in ("plain", "fast")
 }
 TRAIN["episodes"] = ["mrcl_classification.py", *NET, "--learner=prototypes", "--steps=3", "--ways=20"]
-TRAIN["iid"] = ["pretrain_classification.py", "--treatment=OML", "--pln_channels=16", "--images=1680"]
+TRAIN["iid"] = ["mrcl_classification.py", "--learner=iid", "--pln_channels=16", "--steps=20"]
 LEARNERS = {"adam": ["--lr=0.01"], "ncm": [], "map": [], "slda": []}
 
 

@@ -52,19 +52,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("anml")
 
 LABELS = 60  # names along an axis, beyond which none is readable
-CLASSES_SHOWN = 6  # of each alphabet in the embedding: more would hide each other
+SHOWN = 6  # images whose activations are drawn, of classes spread over the data
+ALPHABETS, CLASSES_SHOWN = 5, 6  # in the embedding, and of each of them: more would hide each other
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalysisFlags(common.SplitFlags):
-    """What is looked at."""
+class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
+    """Measure and draw a model's features and gate on classes it has never seen.
+
+    python -m tools.analyze_representation --model Neuromodulation_Model.net
+    """
 
     group = "analysis"
 
     model: Path = flag(
         None,
         file_path,
-        "model file that mrcl_classification.py or pretrain_classification.py wrote",
+        "model file that mrcl_classification.py wrote",
         shown="none: it must be given",
         metavar="FILE",
     )
@@ -74,24 +78,8 @@ class AnalysisFlags(common.SplitFlags):
         "meta-test classes to look at, the first of the data",
         shown="650 of Omniglot, else all",
     )
-    samples: int = flag(6, whole(1, 20), "images whose activations are drawn, of different classes")
-    alphabets: int = flag(5, whole(1), "alphabets in the picture of the embedding, the first of the data")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnalysisRunFlags(common.RunFlags):
-    """Where the analysis is recorded."""
-
     name: str = flag("representation", folder_name, common.NAME)
     seed: int = flag(222, SEED, common.SEEDED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Analysis(AnalysisFlags, common.DataFlags, AnalysisRunFlags):
-    """Measure and draw a model's features and gate on classes it has never seen.
-
-    python -m tools.analyze_representation --model Neuromodulation_Model.net
-    """
 
     def validate(self) -> None:
         if "model" not in self.given:
@@ -109,9 +97,7 @@ def table(measured: dict[str, float], gated: bool, published: bool) -> str:
     return aligned(lines)
 
 
-def pictures(
-    args: Analysis, representation: Representation, task: Task, images: ImageSet
-) -> dict[str, Figure]:
+def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, Figure]:
     """All figures by name."""
     names = images.classes
     alphabets = [name.partition("/")[0] for name in names]
@@ -123,8 +109,7 @@ def pictures(
         rows = {"before the gate": before, "gate": gate, "after the gate": after}
     figures = {}
 
-    # A test image each of classes spread over the data.
-    spread = torch.linspace(0, len(names) - 1, min(args.samples, len(names))).long()
+    spread = torch.linspace(0, len(names) - 1, min(SHOWN, len(names))).long()
     shown = task.test[spread, 0]
     figures["activations"] = activations_figure(
         gather(Pool(images.images, images.sizes), shown)[0].movedim(1, -1).numpy(),
@@ -138,7 +123,7 @@ def pictures(
 
     chosen = [
         label
-        for alphabet in list(dict.fromkeys(alphabets))[: args.alphabets]
+        for alphabet in list(dict.fromkeys(alphabets))[:ALPHABETS]
         for label in [k for k, other in enumerate(alphabets) if other == alphabet][:CLASSES_SHOWN]
     ]
     points = {title: torch.cat([part[label] for label in chosen]) for title, part in features.items()}
@@ -276,7 +261,7 @@ def main() -> None:
         run.scalars(step, {f"representation/{key}": value for key, value in measured.items()})
         content = {**about, "arguments": recorded(args), "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")
-        for name, figure in pictures(args, representation, task, images).items():
+        for name, figure in pictures(representation, task, images).items():
             run.image(f"representation/{name}", save_png(figure, run.folder / f"{name}.png"), step)
         log.info("%s", table(measured, representation.gate is not None, args.dataset == "omniglot"))
         log.info("representation.json and the pictures are in %s", run.folder)

@@ -4,16 +4,16 @@
     python -m tools.benchmark --json benchmark.json            # and keep the numbers
     python -m tools.benchmark --only second-order anml-13      # some of it
 
-No data is needed. A line is a meta-step; at meta-test the frozen layers, an update or an answer, all for one
-image; or a whole command, estimated by those. Columns:
+No data is needed. A line is a meta-step or, at meta-test, the frozen layers, an update or an answer, each for
+one image. Columns, in ms:
 
 - fast, plain: `--backend fast` and `--backend plain`.
 - textbook: `tests/reference.py` in float32, image by image, frozen layers recomputed, unfused.
 - machine: what the arithmetic takes at the machine's rate of convolutions (FLOPs of plain PyTorch, as torch
-  counts them) and, of an update, Adam's pass at its rate of copies.
+  counts them) and, of an update, Adam's pass at the machine's rate of copies.
 
-They are measured in turns, and ratios are medians over the turns, so that a machine that slows down or is
-shared changes them little.
+All are measured in turns, and ratios are medians over the turns, so that a machine that slows down or is
+shared changes the ratios little.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -41,16 +40,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from datasets.images import SIZE, normalise
 from datasets.omniglot import DRAWINGS
 from datasets.task_sampler import sample_task, sample_trajectory
-from flags.evaluation import SCHEDULE, Evaluation
+from evaluation.results import aligned
 from flags.training import Training
 from model.fast import Backend, capture, learner, meta_loss, use_backend
 from model.fast.memory import keep_freed_memory
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
-from model.modelfactory import ANML, build, trained_parameters
+from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
 from tests import reference
-from tools.timing import Rate, Spread, convolution_rate, copy_bandwidth, seconds, spread
 from utils.command_line import parse
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
@@ -63,46 +61,99 @@ ORDERS = {"first-order": True, "second-order": False}
 TREATMENTS = {"anml-13": ("ANML", 13), "anml-7": ("ANML", 7), "anml-0": ("ANML", 0), "oml-6": ("OML", 6)}
 PARTS = (*ORDERS, *TREATMENTS)
 BACKENDS: tuple[Backend, ...] = ("fast", "plain")
+COLUMNS = (*BACKENDS, "textbook", "machine")
 
 WIDTHS = {name: arguments(ANML)[name].default for name in ("nm_channels", "pln_channels")}
 TRAIN_IMAGES = 15  # of a class at meta-test
 TEXTBOOK_IMAGES = 3  # in a turn of the textbook's meta-test
 ADAM_BYTES = 4 * 7  # a weight, its gradient and two moments read; all but the gradient written
-GIGA = 1e9
 PART_SECONDS = 14  # after which a part begins no other turn
 QUIET_SHARE, QUIET_RATE = 0.9, 0.8  # of the cores' time, and of the best rate, that a quiet machine gives
-COLUMNS = (*BACKENDS, "textbook", "machine")
+CALLS = 3  # of which a rate is the median
+COPIED = 64 * 2**20  # float32 values, far more than a cache holds
+
+Rate = tuple[float, float]
+"""What the machine does in a second, and the part of its threads' time that it gave to this process: nearly 1
+on a quiet CPU, less where others or a quota take the cores. Of a GPU the second says nothing."""
+Work = tuple[str, str, Callable[[], object], int]
+"""What a turn measures: line and column of the table, and what is done to how many images or steps."""
 
 
-class Line(NamedTuple):
-    """A line of the table: of each column its times in s, and how many times those of `fast` they are."""
-
-    name: str
-    seconds: dict[str, Spread]
-    ratios: dict[str, float]
-
-
-class Work(NamedTuple):
-    """What is measured in each turn: for a line and a column, something done to `number` images or steps."""
-
-    line: str
-    column: str
-    do: Callable[[], object]
-    number: int = 1
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time in s that `work` takes on `device`, its kernels included."""
+    moments = []
+    for do in (list, work):  # nothing first, so that earlier kernels have ended
+        do()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        moments.append(time.perf_counter())
+    return moments[1] - moments[0]
 
 
-class Setup(NamedTuple):
-    """What all measurements share."""
+@torch.no_grad()
+def rate(amount: float, work: Callable[[], object], device: torch.device) -> Rate:
+    """The rate of `work`, which does `amount` of something: the median of calls, after one not counted."""
+    work()
+    cpu, start = time.process_time(), time.perf_counter()
+    times = [seconds(work, device) for _ in range(CALLS)]
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - start
+    return amount / median(times), cpu / wall / torch.get_num_threads()
+
+
+def convolution_rate(device: torch.device) -> Rate:
+    """FLOP/s of the PLN's second convolution over a query, nearly all of a meta-step: forward, float32."""
+    x, kernel = torch.ones(84, 256, 13, 13, device=device), torch.ones(256, 256, 3, 3, device=device)
+    return rate(2 * 84 * 256**2 * 9 * 11**2, lambda: F.conv2d(x, kernel), device)
+
+
+def copy_bandwidth(device: torch.device) -> Rate:
+    """Bytes/s of copying a large float32 tensor, bytes read and bytes written both counted."""
+    source, target = torch.ones(COPIED, device=device), torch.empty(COPIED, device=device)
+    return rate(2 * 4 * COPIED, lambda: target.copy_(source), device)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements share, and what they have found: by line and column the s of each turn, and the
+    machine's rates of convolutions, one before each turn."""
 
     device: torch.device
     images: Tensor
     widths: dict[str, int]
     repeats: int
     copies: float  # bytes/s
+    times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    rates: list[Rate] = field(default_factory=list)
 
-    def network(self, kind: str) -> dict[str, int]:
-        """The widths that a network of this kind has."""
-        return self.widths if kind == "ANML" else {k: v for k, v in self.widths.items() if k != "nm_channels"}
+    def network(self, kind: str, backend: Backend) -> Network:
+        """A network of this kind that computes as `backend` does."""
+        widths = {name: self.widths[name] for name in arguments(NETWORKS[kind]).keys() & self.widths}
+        net = build(kind, widths, torch.Generator().manual_seed(0)).to(self.device)
+        use_backend(net, backend)
+        return net
+
+    def in_turns(
+        self, works: Callable[[int], Iterable[Work]], line: str, floor: Callable[[float], float]
+    ) -> None:
+        """Measure the works of each turn, which `works` gives by the number of the turn from 1.
+
+        Args:
+            floor: the s that the machine needs for `line` at a rate of convolutions (FLOP/s).
+        """
+        begin = time.perf_counter()
+        for turn in range(1, self.repeats + 1):
+            if turn > 1 and time.perf_counter() - begin > PART_SECONDS:
+                break
+            self.rates.append(convolution_rate(self.device))
+            taken = [(line, "machine", floor(self.rates[-1][0]))]
+            taken += [(name, column, seconds(do, self.device) / n) for name, column, do, n in works(turn)]
+            for name, column, value in taken:
+                self.times.setdefault(name, {}).setdefault(column, []).append(value)
+
+    def ratios(self, line: str) -> dict[str, float]:
+        """How many times those of `fast` the times of each column are: the median over the turns."""
+        fast, columns = self.times[line]["fast"], self.times[line].items()
+        return {name: median(b / a for a, b in zip(fast, of, strict=True)) for name, of in columns}
 
 
 def synthetic_images(classes: int, device: torch.device, seed: int = 0) -> Tensor:
@@ -126,52 +177,13 @@ def count_flops(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def in_turns(
-    setup: Setup, works: Callable[[int], Iterable[Work]], floors: Mapping[str, Callable[[float], float]]
-) -> tuple[list[Line], list[Rate]]:
-    """A line for each line of the works, and the machine's rates of convolutions, one before each turn.
-
-    Args:
-        works: what is done in a turn, by its number from 1.
-        floors: of a line, the s that the machine needs at a rate of convolutions (FLOP/s).
-    """
-    found: dict[str, dict[str, list[float]]] = {}
-    rates: list[Rate] = []
-    begin = time.perf_counter()
-    for turn in range(1, setup.repeats + 1):
-        if turn > 1 and time.perf_counter() - begin > PART_SECONDS:
-            break
-        rates.append(convolution_rate(setup.device))
-        for work in works(turn):
-            taken = seconds(work.do, setup.device) / work.number
-            found.setdefault(work.line, {}).setdefault(work.column, []).append(taken)
-    for name, floor in floors.items():
-        found[name]["machine"] = [floor(rate.per_second) for rate in rates]
-    return [
-        Line(
-            name,
-            {column: spread(times) for column, times in of.items()},
-            {
-                column: median(b / a for a, b in zip(of["fast"], times, strict=True))
-                for column, times in of.items()
-            },
-        )
-        for name, of in found.items()
-    ], rates
-
-
-def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
+def measure_meta_step(bench: Bench, part: str) -> None:
     """Meta-steps of ANML with the defaults of training; `part` is a key of `ORDERS`."""
     defaults = parse(Training, [])
     generator = torch.Generator().manual_seed(0)
-    learners: dict[str, MetaLearner] = {}
-    for backend in BACKENDS:
-        net = build("ANML", setup.network("ANML"), torch.Generator().manual_seed(0)).to(setup.device)
-        use_backend(net, backend)
-        learners[backend] = MetaLearner(
-            net,
-            setup.images,
-            generator,
+    learners = {
+        backend: MetaLearner(
+            *(bench.network("ANML", backend), bench.images, generator),
             meta_lr=defaults.meta_lr,
             update_lr=defaults.update_lr,
             rln=ANML.rln_training,
@@ -179,14 +191,16 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
             meta_loss=meta_loss(backend),
             capture=capture(backend),
         )
+        for backend in BACKENDS
+    }
     weights = [parameter.detach().clone() for parameter in learners["plain"].net.parameters()]
 
-    def step(backend: str) -> None:
-        learners[backend].step(sample_trajectory([DRAWINGS] * len(setup.images), generator))
+    def step(backend: Backend) -> None:
+        learners[backend].step(sample_trajectory([DRAWINGS] * len(bench.images), generator))
 
     def textbook() -> None:
-        trajectory = sample_trajectory([DRAWINGS] * len(setup.images), generator)
-        query, labels = gather(setup.images, trajectory.query)
+        trajectory = sample_trajectory([DRAWINGS] * len(bench.images), generator)
+        query, labels = gather(bench.images, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
         settings = len(trajectory.support), defaults.update_lr, ANML.rln_training, not ORDERS[part]
         reference.meta_gradient(weights, grey, classes, *settings)
@@ -196,31 +210,27 @@ def measure_meta_step(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
     flops = count_flops(partial(step, "plain"))
     if not ORDERS[part]:
         # torch differentiates the inner steps with respect to the image as well, which nobody asks for.
-        flops -= defaults.update_step * 2 * 3 * 9 * setup.widths["pln_channels"] * 26 * 26
+        flops -= defaults.update_step * 2 * 3 * 9 * bench.widths["pln_channels"] * 26 * 26
     name = f"meta-step, {part.replace('-', ' ')}"
-    works = [
-        *(Work(name, backend, partial(step, backend)) for backend in BACKENDS),
-        Work(name, "textbook", textbook),
-    ]
-    return in_turns(setup, lambda _: works, {name: lambda rate: flops / rate})
+    works: list[Work] = [(name, backend, partial(step, backend), 1) for backend in BACKENDS]
+    works.append((name, "textbook", textbook, 1))
+    bench.in_turns(lambda _: works, name, lambda rate: flops / rate)
 
 
-def measure_meta_test(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
+def measure_meta_test(bench: Bench, part: str) -> None:
     """Frozen layers, updates and answers, each for an image; `part` is a key of `TREATMENTS`."""
     kind, rln = TREATMENTS[part]
     generator = torch.Generator().manual_seed(0)
-    pool = setup.images[: setup.repeats + 1]
+    pool = bench.images[: bench.repeats + 1]
     task = sample_task([DRAWINGS] * len(pool), len(pool), generator, train_images=TRAIN_IMAGES)
     many = task.train[0].repeat(CHUNK, 1)[:CHUNK]  # as many as an evaluation tests at a time
     outputs, learners = {}, {}
     for backend in BACKENDS:
-        net = build(kind, setup.network(kind), torch.Generator().manual_seed(0)).to(setup.device)
-        use_backend(net, backend)
+        net = bench.network(kind, backend)
         trained = trained_parameters(net, rln)
         outputs[backend] = FrozenOutputs(net, pool, trained)
-        learners[backend] = learner("adam", backend)(
-            new_run(net, trained, generator), trained, Settings(0.001)
-        )
+        run = new_run(net, trained, generator)
+        learners[backend] = learner("adam", backend)(run, trained, Settings(0.001))
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
 
@@ -241,102 +251,39 @@ def measure_meta_test(setup: Setup, part: str) -> tuple[list[Line], list[Rate]]:
         for backend in BACKENDS:
             index, output = task.train[turn], outputs[backend]
             if rln:  # all drawings of the class
-                yield Work(frozen, backend, partial(output.get, index), DRAWINGS)
-            yield Work(updated, backend, partial(update, backend, turn), TRAIN_IMAGES)
-            yield Work(tested, backend, partial(answers, learners[backend], output, many), CHUNK)
-        yield Work(updated, "textbook", partial(textbook, turn, tested=False), TEXTBOOK_IMAGES)
-        yield Work(tested, "textbook", partial(textbook, turn, tested=True), TEXTBOOK_IMAGES)
+                yield frozen, backend, partial(output.get, index), DRAWINGS
+            yield updated, backend, partial(update, backend, turn), TRAIN_IMAGES
+            yield tested, backend, partial(answers, learners[backend], output, many), CHUNK
+        yield updated, "textbook", partial(textbook, turn, tested=False), TEXTBOOK_IMAGES
+        yield tested, "textbook", partial(textbook, turn, tested=True), TEXTBOOK_IMAGES
 
-    for work in works(0):
-        work.do()
+    for *_, work, _ in works(0):
+        work()
     flops = count_flops(partial(update, "plain", 0)) / TRAIN_IMAGES
-    adam = ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :]) / setup.copies
-    return in_turns(setup, works, {updated: lambda rate: flops / rate + adam})
+    adam = ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :]) / bench.copies
+    bench.in_turns(works, updated, lambda rate: flops / rate + adam)
 
 
-def evaluation_images(*, nested: bool, decided: bool) -> tuple[int, int]:
-    """Images that an evaluation with default flags learns, and that it tests.
-
-    Args:
-        nested: with `--nested`.
-        decided: at best, where one rate wins all draws at all class counts. Else at most: every try is
-            made, and each class count has a best rate of its own.
-    """
-    defaults = parse(Evaluation, ["--scratch"])
-    draws, apart, together = defaults.lr_search_runs, sum(SCHEDULE), max(SCHEDULE)
-    tries = len(defaults.lrs) * (draws // 2 + 1 if decided else draws)
-    searched, reported = together if nested else apart, together if nested and decided else apart
-    learned = tries * searched + defaults.runs * reported
-    return TRAIN_IMAGES * learned, DRAWINGS * (tries + defaults.runs) * apart
-
-
-def estimate(lines: Sequence[Line]) -> Iterator[Line]:
-    """Whole commands with default flags by what was measured, without start and reading data.
-
-    For an evaluation, `low` is at best, and all else at most (see `evaluation_images`).
-    """
-    by_name = {line.name: line.seconds for line in lines}
-
-    def sum_up(name: str, most: dict[str, float], least: dict[str, float]) -> Line:
-        times = {column: Spread(most[column], least[column], most[column], 0) for column in most}
-        return Line(name, times, {column: most[column] / most["fast"] for column in most})
-
-    steps = Training.steps
-    for order in ("first order", "second order"):
-        if (step := by_name.get(f"meta-step, {order}")) is not None:
-            whole = {column: steps * times.median for column, times in step.items()}
-            yield sum_up(f"train command, {order}", whole, whole)
-    for rln in (13, 0):
-        if (update := by_name.get(f"ANML --rln {rln}, update")) is None:
-            continue
-        test = by_name[f"ANML --rln {rln}, test"]
-        for nested in (False, True):
-            most, least = (
-                {column: learned * update[column].median + tested * test[column].median for column in test}
-                for learned, tested in (evaluation_images(nested=nested, decided=d) for d in (False, True))
-            )
-            yield sum_up(f"evaluate command, --rln {rln}{' --nested' * nested}", most, least)
-
-
-def digits(value: float) -> str:
-    """Three of a number, or all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def cells(line: Line) -> list[str]:
-    """A line of the table: whole commands in hours, all else in milliseconds."""
-    fast = line.seconds["fast"]
-    unit, scale = ("ms", 1e3) if fast.number else ("h", 1 / 3600)
-    return [
-        f"{line.name}, {unit}",
-        *(digits(scale * line.seconds[c].median) if c in line.seconds else "-" for c in COLUMNS),
-        f"{digits(scale * fast.low)} - {digits(scale * fast.high)}" + f" ({fast.number})" * (fast.number > 0),
-        *(f"{line.ratios[c]:.2f}" if c in line.ratios else "-" for c in COLUMNS[1:]),
-    ]
-
-
-def render(lines: Sequence[Line]) -> str:
-    """The table for the terminal: first column to the left, the others to the right."""
-    header = ["", *COLUMNS, "fast: range (n)", *(f"{column} / fast" for column in COLUMNS[1:])]
-    rows = [header, *map(cells, lines)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
+def render(bench: Bench) -> str:
+    """The table for the terminal."""
+    rows = [["ms", *COLUMNS, "fast: range (n)", *(f"{column} / fast" for column in COLUMNS[1:])]]
+    for line, times in bench.times.items():
+        fast, ratios = [1e3 * value for value in times["fast"]], bench.ratios(line)
+        row = [line, *(f"{1e3 * median(times[c]):.4g}" if c in times else "-" for c in COLUMNS)]
+        row.append(f"{min(fast):.4g} - {max(fast):.4g} ({len(fast)})")
+        rows.append([*row, *(f"{ratios[c]:.2f}" if c in ratios else "-" for c in COLUMNS[1:])])
+    return aligned(rows)
 
 
 def busy(rates: Sequence[Rate], device: torch.device) -> str | None:
     """A warning where others took part of the machine while its rates were measured; None if not."""
-    share = median(rate.share for rate in rates)
-    low, high = (choose(rate.per_second for rate in rates) for choose in (min, max))
+    (low, _), (high, _), share = min(rates), max(rates), median(share for _, share in rates)
     if low >= QUIET_RATE * high and (share >= QUIET_SHARE or device.type != "cpu"):
         return None
-    given = (
-        f"cores gave this process {min(share, 1):.0%} of their time, and the " if device.type == "cpu" else ""
-    )
+    given = f"cores gave this process {min(share, 1):.0%} of their time, and the " * (device.type == "cpu")
     return (
         f"warning: this machine was busy, and times say little: the {given}rate of convolutions was between "
-        f"{low / GIGA:.0f} and {high / GIGA:.0f} GFLOP/s"
+        f"{low / 1e9:.0f} and {high / 1e9:.0f} GFLOP/s"
     )
 
 
@@ -360,19 +307,13 @@ def main() -> None:
     begin = time.perf_counter()
     device = choose_device(args.device, args.threads)
     keep_freed_memory()
-    widths = {"nm_channels": args.nm_channels, "pln_channels": args.pln_channels}
-    copies = copy_bandwidth(device)
-    setup = Setup(device, synthetic_images(963, device), widths, args.repeats, copies.per_second)
-    lines: list[Line] = []
-    rates: list[Rate] = []
+    widths = {name: getattr(args, name) for name in WIDTHS}
+    copies, _ = copy_bandwidth(device)
+    bench = Bench(device, synthetic_images(963, device), widths, args.repeats, copies)
     for part in (part for part in PARTS if part in args.only):
         try_to_write(f"{time.perf_counter() - begin:5.0f} s  {part}\n", sys.stderr)
-        measure = measure_meta_step if part in ORDERS else measure_meta_test
-        found, of_part = measure(setup, part)
-        lines += found
-        rates += of_part
-    lines += estimate(lines)
-    flops_per_second = median(rate.per_second for rate in rates)
+        (measure_meta_step if part in ORDERS else measure_meta_test)(bench, part)
+    flops_per_second = median(flops for flops, _ in bench.rates)
     machine = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -380,23 +321,18 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "convolution_flops_per_second": flops_per_second,
-        "copy_bytes_per_second": copies.per_second,
+        "copy_bytes_per_second": copies,
         "paper_size": widths == WIDTHS,
-        "busy": busy(rates, device),
+        "busy": busy(bench.rates, device),
     }
     said = "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}".format(**machine)
-    say(f"{said}; {flops_per_second / GIGA:.0f} GFLOP/s, {copies.per_second / GIGA:.1f} GB/s\n")
-    say(render(lines))
-    say("\nEvaluations: at most (every try made, a rate for each class count); the range begins at best.")
+    say(f"{said}; {flops_per_second / 1e9:.0f} GFLOP/s, {copies / 1e9:.1f} GB/s\n")
+    say(render(bench))
     if machine["busy"] is not None:
         say(f"\n{machine['busy']}")
     if args.json is not None:
-        numbers = {
-            line.name: {column: times._asdict() for column, times in line.seconds.items()}
-            | {"ratios": line.ratios}
-            for line in lines
-        }
-        write_text(args.json, json.dumps({"machine": machine, "lines": numbers}, indent=2) + "\n")
+        lines = {name: {"seconds": s, "ratios": bench.ratios(name)} for name, s in bench.times.items()}
+        write_text(args.json, json.dumps({"machine": machine, "lines": lines}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

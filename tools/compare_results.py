@@ -1,7 +1,7 @@
 """Test whether two evaluations differ: Mann-Whitney U at each class count, as in the paper.
 
 python -m tools.compare_results runs/anml_0 runs/oml_0
-python -m tools.compare_results results/anml.csv runs/Omni_test_traj_3/results.json --json
+python -m tools.compare_results results/anml.csv runs/Omni_test_traj_3/results.json
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from evaluation.results import Results, aligned, compare, read_results
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say
-from utils.flag import Flags, file_path, flag, switch
+from utils.flag import Flags, file_path, flag
 
 
 def describe(path: Path, results: Results) -> str:
@@ -33,13 +32,8 @@ def describe(path: Path, results: Results) -> str:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The comparison for the terminal: mean accuracies in percent, U of A, two-sided p."""
-    rows = [
-        [
-            "classes",
-            "runs",
-            *(text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")),
-        ]
-    ]
+    headings = [text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")]
+    rows = [["classes", "runs", *headings]]
     for line in lines:
         cells = [str(line["classes"]), f"{line['runs_a']}/{line['runs_b']}"]
         for key in accuracies():
@@ -63,31 +57,23 @@ class Comparison(Flags):
 
     a: Path = results_flag("A")
     b: Path = results_flag("B")
-    json: bool = switch(False, "print JSON instead of a table")
 
 
 def main() -> None:
     args = parse(Comparison)
-    results = {"A": read_results(args.a), "B": read_results(args.b)}
     paths = {"A": args.a, "B": args.b}
+    results = {name: read_results(path) for name, path in paths.items()}
     counts = {name: {row["classes"] for row in result.rows} for name, result in results.items()}
-    only = {"A": sorted(counts["A"] - counts["B"]), "B": sorted(counts["B"] - counts["A"])}
     lines = compare(results["A"].rows, results["B"].rows)
     if not lines:
-        raise UserError(
-            f"no class count is in both: {args.a} has {', '.join(map(str, only['A']))}; "
-            f"{args.b} has {', '.join(map(str, only['B']))}"
-        )
-    if args.json:
-        content = {"a": str(args.a), "b": str(args.b), "only_a": only["A"], "only_b": only["B"]}
-        say(json.dumps({**content, "comparison": lines}, indent=2))
-        return
+        found = [f"{path} has {', '.join(map(str, sorted(counts[name])))}" for name, path in paths.items()]
+        raise UserError(f"no class count is in both: {'; '.join(found)}")
     for name, result in results.items():
         say(f"{name}  {describe(paths[name], result)}")
-        if only[name]:
-            say(f"   only in {name}, not compared: {' '.join(map(str, only[name]))} classes")
-    say("Mann-Whitney U, two-sided:")
-    say(table(lines))
+        only = sorted(counts[name] - {line["classes"] for line in lines})
+        if only:
+            say(f"   only in {name}, not compared: {' '.join(map(str, only))} classes")
+    say(f"Mann-Whitney U, two-sided:\n{table(lines)}")
 
 
 if __name__ == "__main__":

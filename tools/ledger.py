@@ -23,7 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.results import FEW, read_json, read_results, read_table, summarise
+from evaluation.results import FEW, read_json, read_results, read_table, summarise, text_of
 from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_targets
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
@@ -209,10 +209,7 @@ class Ledger(Flags):
 def main() -> None:
     args = parse(Ledger)
     page = ROOT / "docs/results.md"
-    try:
-        text = page.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {page}: {error}") from None
+    text = text_of(page)
     current = inserted(text, ledger(ROOT / "results"), page)
     if not args.check:
         write_text(page, current)

@@ -295,7 +295,8 @@ def _parse(kind: type[FlagsT], tokens: Sequence[str]) -> FlagsT:
         if token.endswith("=--"):
             raise UserError(f"argument {token[:-3]}: expected one argument")
     choosers = {part.metadata["registry"].chooser for part in fields(kind) if "registry" in part.metadata}
-    first = Parser(kind, only={"config", "resume", *choosers})
+    deciding = choosers | kind.deciding
+    first = Parser(kind, only={"config", "resume", *deciding})
     typed = vars(first.parse_known_args(tokens)[0])
     config, resume = typed.get("config"), typed.get("resume")
     of_config, of_run = Path(str(config)), Path(str(resume), "config.json")
@@ -304,8 +305,8 @@ def _parse(kind: type[FlagsT], tokens: Sequence[str]) -> FlagsT:
     earlier_config = run.pop("config", None)
     chosen: dict[str, str] = {}
     for source, path in ((settings, of_config), (typed, of_config), (run, of_run)):
-        chosen |= first.values({key: source[key] for key in choosers & source.keys()}, path)
-    parser = Parser(kind, chosen)
+        chosen |= first.values({key: source[key] for key in deciding & source.keys()}, path)
+    parser = Parser(kind, {**kind.implied(chosen), **chosen})
     before = parser.values(run, of_run, skip=choosers)
     given = parser.values(settings, of_config, skip=choosers & typed.keys()) | parser.read(tokens)
     if resume is not None:

@@ -37,12 +37,14 @@ class Flags:
     Attributes:
         group: heading in `--help` of the flags that a class adds.
         no_effect: flags that are accepted, with or without values, and what to do instead.
+        deciding: flags that may imply the entry of a registry; see `implied`.
         given: the flags that were typed or stand in a config file or the run that is resumed.
         places: by flag, field and argument of the flags that `arguments_of` made.
     """
 
     group: ClassVar[str] = "options"
     no_effect: ClassVar[Mapping[str, str]] = {}
+    deciding: ClassVar[frozenset[str]] = frozenset()
 
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)

@@ -7,8 +7,11 @@ import io
 import logging
 import os
 import shutil
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -353,17 +356,38 @@ def test_a_damaged_cache_is_built_again(
     assert warnings_of(caplog) == []
 
 
+def test_a_cache_that_cannot_be_written_is_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root.parent / "file").write_text("no folder")
+    images = load(root, root.parent / "file").images
+    (warning,) = warnings_of(caplog)
+    assert "every start prepares the images again" in warning
+    assert torch.equal(images, load(root).images)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
 @pytest.fixture
-def mirror(tmp_path: Path, template: Path, few_classes: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of the address of Omniglot's zips, with one of them."""
+def mirror(
+    tmp_path: Path, template: Path, few_classes: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A server on this machine in place of Omniglot's; its folder, with one zip."""
     served = tmp_path / "served"
     served.mkdir()
     archive = served / "images_background.zip"
     pack(template, archive)
-    monkeypatch.setattr(omniglot, "URL", served.as_uri())
     md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
     monkeypatch.setitem(omniglot.MD5, "background", md5)
-    return served
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(served))) as server:
+        monkeypatch.setattr(omniglot, "URL", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield served
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize("pointed_at", ["", "omniglot-py"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +195,3 @@ def test_comparing_two_evaluations(tmp_path: Path, call: Callable[..., Called]) 
     assert "only in A, not compared: 75 classes" in out
     assert "only in B, not compared: 50 100 classes" in out
     assert " ".join(out.splitlines()[-1].split()) == "10 5/5 20.0 20.0 12.5 1 90.0 90.0 12.5 1"
-    content = json.loads(call(compare_results, str(a), str(b), "--json").stdout)
-    assert (content["only_a"], content["only_b"]) == ([75], [50, 100])
-    assert content["comparison"] == compare(shared, shared)

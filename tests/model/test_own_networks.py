@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import evaluate_classification
 import mrcl_classification
-import pretrain_classification
 from datasets.task_sampler import sample_trajectory
 from model import method
 from model.check import check_network
@@ -65,7 +64,7 @@ def test_check(name: str) -> None:
 def test_meta_gradient_at_every_cut(name: str, options: dict[str, Any]) -> None:
     net = network(name)[0] if name in WIDTHS else new(name).double()
     query, labels = images(5), torch.tensor([0, 5, 3, 3, 4])
-    for rln in range(net.num_layers):
+    for rln in range(len(layer_parameters(net))):
         params: Params = {n: net.get_parameter(n) for n in trained_parameters(net, rln)}
         torch.manual_seed(5)  # of dropout
         inputs = net.frozen(query, params)
@@ -87,7 +86,7 @@ def test_meta_test_updates(name: str) -> None:
     before = copy.deepcopy(net.state_dict())
     pool, index = images(3, 4), torch.tensor([[0, 1], [0, 2], [2, 3], [1, 0]])
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    for rln, kind in itertools.product(range(net.num_layers), kinds):
+    for rln, kind in itertools.product(range(len(layer_parameters(net))), kinds):
         trained = trained_parameters(net, rln)
         run = new_run(net, trained, torch.Generator().manual_seed(1))
         shared = {n for n, p in run.named_parameters() if p.data_ptr() == net.get_parameter(n).data_ptr()}
@@ -185,8 +184,8 @@ def test_through_the_scripts_and_resume(name: str, scripts: Run) -> None:
 
 
 def test_pretraining(scripts: Run) -> None:
-    flags = ["--treatment=BatchNorm", "--train_classes=10", "--batch_size=8"]
-    scripts(pretrain_classification, *flags, "--images=24", "--model_name=p.net")
+    flags = ["--learner=iid", "--treatment=BatchNorm", "--train_classes=10", "--batch_size=8"]
+    scripts(mrcl_classification, *flags, "--steps=3", "--model_name=p.net")
     scripts(evaluate_classification, "--model=p.net", *TEST)
     results = json.loads(Path("runs/test_0/results.json").read_text())
     assert results["treatment"] == "BatchNorm (pretrained) --rln 3"

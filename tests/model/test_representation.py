@@ -145,7 +145,7 @@ def test_script_leaves_numbers_and_pictures(
     # Of Omniglot they stand beside ANML's, which they are of.
     assert ("81.1" in table(measured, name == "ANML", published=True)) == (name == "ANML")
     if name == "ANML":
-        again = call(analyze_representation, *flags, "--samples=1", "--alphabets=1")
+        again = call(analyze_representation, *flags)
         second = json.loads((tmp_path / "runs/representation_1/representation.json").read_text())
         assert second["measured"] == measured
         assert "representation_1" in again.stdout

@@ -220,7 +220,7 @@ def test_help_is_that_of_the_chosen_network(call: Callable[..., Called]) -> None
         assert said in " ".join(text.split())
 
 
-@pytest.mark.parametrize("name", ["features", "network", "gate", "frozen", "num_layers", "widths", "train"])
+@pytest.mark.parametrize("name", ["features", "network", "gate", "frozen", "num_outputs", "widths", "train"])
 def test_names_of_layers_that_are_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Layers(Network):
         def __init__(self) -> None:

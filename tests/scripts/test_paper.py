@@ -16,7 +16,6 @@ import pytest
 from evaluation.targets import read_targets
 from flags.common import DataFlags, RunFlags
 from flags.evaluation import Evaluation
-from flags.pretraining import Pretraining
 from flags.training import Training
 from tests.conftest import ROOT, process
 from tests.tools.test_ledger import write_accuracies
@@ -29,7 +28,6 @@ from utils.flag import Flags
 
 KINDS: dict[str, type[Flags]] = {
     "mrcl_classification.py": Training,
-    "pretrain_classification.py": Pretraining,
     "evaluate_classification.py": Evaluation,
     "tools/analyze_representation.py": Analysis,
     "tools/plot_results.py": Plot,

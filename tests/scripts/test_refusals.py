@@ -12,7 +12,6 @@ import pytest
 
 import evaluate_classification
 import mrcl_classification
-import pretrain_classification
 from model.treatments import TABLE
 from tests.conftest import ROOT, Called, process
 from tests.tools.test_ledger import write_accuracies
@@ -29,7 +28,7 @@ from tools import (
 GLYPHS = "--dataset glyphs --threads 1"
 SMOKE = f"--config {ROOT}/configs/smoke.toml --model_name new.net --threads 1"
 PROTOTYPES = f"{GLYPHS} --learner prototypes --train_classes 20 --ways 5 --nm_channels 2 --pln_channels 2"
-PRETRAIN = f"{GLYPHS} --pln_channels 6 --train_classes 5 --num_classes 8"
+IID = f"{GLYPHS} --learner iid --pln_channels 6 --train_classes 5 --num_classes 8"
 EVALUATE = f"{GLYPHS} --model m.net --test_classes 10"
 PRESET = f"{EVALUATE} --treatment-preset"
 ANALYZE = f"{GLYPHS} --model m.net"
@@ -53,13 +52,12 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PROTOTYPES} --shots 19": "21 of each class",
         f"{PROTOTYPES} --symmetries 3": "invalid choice: 3",
         f"{PROTOTYPES} --augment -1": "'-1': choose 0 or greater",
-    },
-    pretrain_classification: {
-        f"{PRETRAIN} --images 0": "--images",
-        f"{PRETRAIN} --train_classes 9": "--num_classes 8",
-        f"{PRETRAIN} --train_classes 965 --num_classes 1000": "964 classes",
-        f"{PRETRAIN} --model_name file/m.net": "--model_name file/m.net",
-        f"{PRETRAIN} --update_lr 0.1": "--update_lr",
+        f"{PROTOTYPES} --batch_size 5": "--batch_size 5 means nothing with --learner prototypes",
+        f"{IID} --batch_size 0": "--batch_size",
+        f"{IID} --train_classes 9": "--num_classes 8",
+        f"{IID} --update_lr 0.1": "--update_lr 0.1 means nothing with --learner iid",
+        f"{IID} --ways 5": "--ways 5 means nothing with --learner iid",
+        f"{IID} --nm_channels 5": "--nm_channels means nothing with --treatment OML",
     },
     evaluate_classification: {
         f"{EVALUATE} --rln 14": "--rln 14",

@@ -10,6 +10,7 @@ import pytest
 
 from flags.evaluation import Evaluation
 from flags.training import Plan, Training
+from model.treatments import Weights
 from tools import plot_results
 from utils.command_line import Parser, parse, recorded
 from utils.flag import Flags
@@ -92,8 +93,9 @@ def test_both_spellings_of_every_flag() -> None:
 
 def test_defaults_follow_the_treatment() -> None:
     oml = train("--treatment oml")
-    assert (oml.treatment, Plan.of(oml, 9)) == ("OML", Plan(6, 9, Path("OML_Model.net")))
-    assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"))
+    made: Weights = "meta-trained"
+    assert (oml.treatment, Plan.of(oml, 9)) == ("OML", Plan(6, 9, Path("OML_Model.net"), made))
+    assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"), made)
     # With a model file, the network is unknown until the file is read.
     known = evaluate("--model m")
     assert (known.rln, recorded(known)["treatment"], known.constructor) == (None, None, {})

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import evaluate_classification
 import mrcl_classification
-import pretrain_classification
 from tests.conftest import TINY, rows
 from tools import analyze_representation
 
@@ -132,5 +131,5 @@ def test_what_follows_training_without_float64(script: Script) -> None:
 
 def test_pretraining_without_float64(script: Script) -> None:
     small = ("--train_classes=20", "--num_classes=20", "--pln_channels=2", "--hidden=8", "--threads=1")
-    script(pretrain_classification, "--dataset=glyphs", *small, "--images=40", "--batch_size=20")
-    script(pretrain_classification, "--resume=runs/pretrain_0")
+    script(mrcl_classification, "--learner=iid", "--dataset=glyphs", *small, "--steps=2", "--name=iid")
+    script(mrcl_classification, "--resume=runs/iid_0", "--steps=3")
