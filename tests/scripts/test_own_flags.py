@@ -136,7 +136,8 @@ def test_names_that_flags_have(call: Callable[..., Called]) -> None:
     config = json.loads(Path("runs/t_0/config.json").read_text())
     assert config["data"] == "noise 8 3.0 once background"
     assert (config["arguments"]["rln"], config["arguments"]["train_classes"]) == (None, None)
-    assert config["plan"] == {"rln": 0, "train_classes": 12, "model_name": str(Path("m.net").resolve())}
+    plan = {"rln": 0, "train_classes": 12, "model_name": str(Path("m.net").resolve())}
+    assert config["plan"] == plan | {"weights": "meta-trained"}
     same = ["--net_channels=2", "--dataset=Noise", "--rln=0", "--train_classes=12"]
     done = call(mrcl_classification, "--resume=runs/t_0", "--steps=2", *same)
     assert done.returncode == 0, done.stderr

@@ -293,7 +293,6 @@ def test_folders_that_cannot_be_resumed(trainer: Trainer, capsys: pytest.Capture
         ("[" * 100_000, "damaged"),
         ('{"arguments": {"stepz": 1}}', "stepz"),
         ('{"arguments": {"steps": "one"}}', "steps"),
-        ('{"arguments": {"name": null}}', "name"),
         ('{"arguments": {"rln": [1, {}]}}', "rln"),
         (None, "not a run folder"),
     ):
