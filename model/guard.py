@@ -25,6 +25,7 @@ from model.modelfactory import Network, build, trained_parameters
 
 TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges
+SMALLEST_LR = 1e-4  # of the inner loop, below which a network that explodes does so by itself
 NARROW = {"nm_channels": 6, "pln_channels": 8, "hidden": 12, "num_classes": 8}
 FEW_STEPS = 2  # inner steps of the network of the run
 OTHERS = 1  # images of the query beside the trajectory
@@ -115,7 +116,8 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
         lambda net, meta_loss: _meta_gradient(net, meta_loss, images, labels, steps, use), both
     )
     scale = max(float(x.detach().abs().max()) for x in (values, *grads.values()))
-    if not scale < EXPLODED:  # rounding has been amplified as much: smaller steps show more
+    # Rounding has been amplified as much: smaller steps show more.
+    if not scale < EXPLODED and use.inner["inner_lr"] > SMALLEST_LR:
         smaller = {**use.inner, "inner_lr": use.inner["inner_lr"] / 10}
         return _difference(net, device, replace(use, inner=smaller), steps, candidate)
     if not _same(values, fast_values):

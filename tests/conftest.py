@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import csv
 import logging
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +19,19 @@ import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+import evaluate_classification
 import mrcl_classification
 from model.fast.memory import keep_freed_memory
+from model.modelfactory import build
 from model.training_state import load_state
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import run_script
 
 keep_freed_memory()  # or tests at paper widths spend a sixth of their time in page faults
 
+ROOT = Path(__file__).parents[1]
 TINY = [
-    *("--config", str(Path(__file__).parents[1] / "configs/smoke.toml"), "--eval_every=0"),
+    *("--config", str(ROOT / "configs/smoke.toml"), "--eval_every=0"),
     *("--nm_channels=2", "--pln_channels=2", "--update_step=2", "--log_every=10", "--threads=1"),
 ]
 """Flags of training steps that take milliseconds."""
@@ -104,6 +109,63 @@ class Called(NamedTuple):
     stderr: str
 
 
+def process(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder`, with one thread, to which this project's modules are known."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        check=False,
+    )
+
+
+Run = Callable[..., None]
+Evaluate = Callable[[str], Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a script or tool, a module, with flags, in this process and a folder of its own; errors are
+    raised."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(module: ModuleType, *flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
+        module.main()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small untrained models: three of ANML, and one of sANML, OML and Pretrain each."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("ANML", "ANML1", "ANML2", "OML", "Pretrain", "sANML")):
+        kind = {"Pretrain": "OML"}.get(name, name.rstrip("12"))
+        widths = {"pln_channels": 4, "num_classes": 4 if kind == "sANML" else 20}
+        widths |= {"nm_channels": 4} if kind == "ANML" else {}
+        net = build(kind, widths, torch.Generator().manual_seed(seed))
+        arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
+        Checkpoint(kind, net.widths, dict(net.state_dict()), arguments, 0).save(folder / f"{name}.net")
+    return folder
+
+
+@pytest.fixture
+def evaluate(models: Path, cache: Path, tmp_path: Path, run: Run) -> Evaluate:
+    """Runs an evaluation in this process, beside copies of the models; returns the latest run folder."""
+    for path in models.glob("*.net"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def start(flags: str) -> Path:
+        run(evaluate_classification, *flags.split(), f"--cache_dir={cache}")
+        return max(Path("runs").iterdir(), key=lambda folder: int(folder.name.rpartition("_")[2]))
+
+    return start
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
     """Runs a script or tool, a module, with flags in this process."""
@@ -123,20 +185,16 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 class Trainer:
     """Runs the training script in a folder of its own, within this process."""
 
-    def __init__(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.run, self.flags = folder / "runs/smoke_0", [*TINY, f"--cache_dir={cache}"]
-        self.monkeypatch = monkeypatch
-        monkeypatch.chdir(folder)
+    def __init__(self, folder: Path, cache: Path, start: Run) -> None:
+        self.run, self.flags, self.start = folder / "runs/smoke_0", [*TINY, f"--cache_dir={cache}"], start
 
     def __call__(self, *flags: str) -> None:
         """Train anew."""
-        self.monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", *self.flags, *flags])
-        mrcl_classification.main()
+        self.start(mrcl_classification, *self.flags, *flags)
 
     def resume(self, *flags: str) -> None:
         """Go on with the first run."""
-        self.monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", "--resume", str(self.run), *flags])
-        mrcl_classification.main()
+        self.start(mrcl_classification, "--resume", str(self.run), *flags)
 
     def state(self) -> Checkpoint:
         """The state that the first run would go on from."""
@@ -146,5 +204,5 @@ class Trainer:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    return Trainer(tmp_path, cache, monkeypatch)
+def trainer(tmp_path: Path, cache: Path, run: Run) -> Trainer:
+    return Trainer(tmp_path, cache, run)

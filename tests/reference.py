@@ -111,9 +111,10 @@ def unrolled(
     labels: Tensor,
     sizes: Mapping[str, Tensor],
     last: int,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Mean query loss of any network after the inner loop over the last three query images, and its gradient
-    with respect to all parameters and those of `sizes` that take one.
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Mean query loss of any network after the inner loop over the last three query images, the losses before
+    the inner steps, and the gradient of the first with respect to all parameters and those of `sizes` that
+    take one.
 
     Args:
         names: the parameters that the inner loop changes, each in all modules that hold it.
@@ -131,8 +132,10 @@ def unrolled(
         if parameter is current[name]
     ]
     unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    losses = []
     for t in (-3, -2, -1):
         loss = F.cross_entropy(net(query[t][None]), labels[t][None])
+        losses.append(loss.detach())
         grads = torch.autograd.grad(loss, list(current.values()), create_graph=True, **unused)
         for name, grad in zip(names, grads, strict=True):
             current[name] = current[name] - sizes[name] * (grad if -t <= last else grad.detach())
@@ -140,7 +143,7 @@ def unrolled(
             table[key] = current[name]
     loss = F.cross_entropy(net(query), labels)
     inputs = [*learned.values(), *(size for size in sizes.values() if size.requires_grad)]
-    return loss, torch.autograd.grad(loss, inputs, **unused)
+    return loss, torch.stack(losses), torch.autograd.grad(loss, inputs, **unused)
 
 
 class Adam:

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,10 @@ from datasets.images import shrink
 from datasets.task_sampler import sample_episode, sample_task, sample_trajectory, shuffled_batches
 from model.meta_test import CHUNK, FrozenOutputs
 from model.modelfactory import build, load_network, trained_parameters
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY, Run
 from tools import analyze_representation
 from utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 Colour = tuple[int, ...]
 
 
@@ -60,19 +58,7 @@ def root(tmp_path: Path) -> Path:
     return fill(tmp_path / "root", splits)
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs a script in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(script: Any, *flags: str) -> None:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
-        script.main()
-
-    return call
-
-
-def test_the_page_on_data(run: Callable[..., None]) -> None:
+def test_the_page_on_data(run: Run) -> None:
     """What docs/data.md shows, run as it stands there, learns better than chance and an untrained network."""
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     exec(code(text, "pictures"), {})  # noqa: S102 (our own documentation)
@@ -90,6 +76,7 @@ def test_the_page_on_data(run: Callable[..., None]) -> None:
     results = json.loads(Path("runs/Omni_test_traj_0/results.json").read_text())
     assert [line["classes"] for line in results["summary"]] == [10]
     scratch = [flag for flag in commands[1][1:] if flag not in ("--model", "pictures.net")]
+    scratch[scratch.index("--runs") + 1] = "1"
     scratch += ["--scratch", "--rln=13", "--nm_channels=8", "--pln_channels=16", "--name=scratch"]
     run(evaluate_classification, *scratch, "--threads=1")
     untrained = json.loads(Path("runs/scratch_0/results.json").read_text())
@@ -104,7 +91,7 @@ def code(text: str, mark: str) -> str:
 def test_a_loader_of_ones_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    run: Callable[..., None],
+    run: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """That of docs/data.md, of thirty lines, has flags and help and passes through training and meta-test."""
@@ -133,7 +120,7 @@ def test_a_loader_of_ones_own(
     assert "arrays: Images and labels of ROOT/images.npz" in " ".join(capsys.readouterr().out.split())
 
 
-def test_classes_of_few_images_in_colour(tmp_path: Path, run: Callable[..., None]) -> None:
+def test_classes_of_few_images_in_colour(tmp_path: Path, run: Run) -> None:
     fill(tmp_path / "own", {f"{k}": 6 for k in range(6)}, "RGB")
     data = ["--dataset=folder", "--dataset-path=own", "--evaluation_classes=3", "--threads=1"]
     run(mrcl_classification, *TINY, *data, "--train_classes=3", "--model_name=p.net")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -13,25 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import evaluate_classification
 from evaluation.results import compare, read_results, table
 from model.heads import NearestClassMean, fit_prior, view
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest
 from model.modelfactory import build
-from utils.checkpoint import Checkpoint
+from tests.conftest import ROOT, Evaluate
 from utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 CLASSES = 6
-WIDTHS = {
-    "ANML": {"nm_channels": 2, "pln_channels": 2, "num_classes": 20},
-    "OML": {"pln_channels": 2, "num_classes": 20},
-    "sANML": {"pln_channels": 2, "num_classes": 4},
-}
+WIDTHS = {"nm_channels": 2, "pln_channels": 2, "num_classes": 20}
 TINY = "--dataset glyphs --test_classes 10 --threads 1 --name e --backend plain"
-
-Evaluate = Callable[[str], Path]
 
 
 def direct(name: str, train: Tensor, settings: Settings) -> Callable[[Tensor], Tensor]:
@@ -56,7 +47,7 @@ def direct(name: str, train: Tensor, settings: Settings) -> Callable[[Tensor], T
 @pytest.mark.parametrize(("name", "features"), [("ncm", "gated"), ("map", "gate"), ("slda", "both")])
 def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, power: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    net = build("ANML", WIDTHS["ANML"], generator).double().eval()
+    net = build("ANML", WIDTHS, generator).double().eval()
     pool = torch.randn(CLASSES, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
     settings = Settings(features=features, power=power, shrinkage=0.3)
     with torch.no_grad():
@@ -97,7 +88,7 @@ def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, powe
 
 
 def test_what_is_not_finite_is_no_class() -> None:
-    net = build("ANML", WIDTHS["ANML"], torch.Generator().manual_seed(0))
+    net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
     pool = torch.zeros(CLASSES, 20, 1, 28, 28)
     for name in ("ncm", "map", "slda"):
         kind = LEARNERS[name]
@@ -113,25 +104,6 @@ def test_what_is_not_finite_is_no_class() -> None:
                 background=pool,
             )
             assert tester.score(3, None, "report", 0)["diverged"] == diverged
-
-
-@pytest.fixture
-def evaluate(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
-    """Runs the script in this process, beside small untrained models; returns the latest run folder."""
-    for seed, name in enumerate(("ANML", "ANML1", "OML", "Pretrain", "sANML")):
-        kind = {"Pretrain": "OML", "ANML1": "ANML"}.get(name, name)
-        net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(seed))
-        arguments = {"weights": "pretrained"} if name == "Pretrain" else {}
-        Checkpoint(kind, net.widths, dict(net.state_dict()), arguments, 0).save(tmp_path / f"{name}.net")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("anml"), "handlers", [])
-
-    def run(flags: str) -> Path:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *flags.split(), f"--cache_dir={cache}"])
-        evaluate_classification.main()
-        return max(Path("runs").iterdir(), key=lambda folder: int(folder.name.rpartition("_")[2]))
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -158,9 +130,8 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
     flags = f"{TINY} --schedule 2 5 --model ANML.net ANML1.net --learner slda --track_every 2"
     whole = evaluate(f"{flags} --runs 3")
     begun = evaluate(f"{flags} --runs 2")
-    for more in ("", "--features both"):
-        evaluate(f"--resume {begun} --runs 3 {more}")
-        assert (begun / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    evaluate(f"--resume {begun} --runs 3 --features both")
+    assert (begun / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     results = read_results(whole)
     assert (begun / "forgetting_5.csv").read_bytes() == (whole / "forgetting_5.csv").read_bytes()
     assert results.rows[0]["lr"] is None

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import model.meta_test
 from datasets.task_sampler import Task, sample_task
@@ -54,32 +53,14 @@ def test_frozen_outputs_take_memory_for_the_images_in_use() -> None:
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])
 @pytest.mark.parametrize("iid", [False, True])
-def test_as_many_classes_as_outputs_of_a_larger_pool(
-    backend: Backend, iid: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The numbers are those of the same draw from a pool of these classes alone."""
+def test_as_many_classes_as_outputs_of_a_larger_pool(backend: Backend, iid: bool) -> None:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
     use_backend(net, backend)
     outputs = net.num_outputs
     pool = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     pool = pool[:, :1] + 0.1 * pool
-    drawn: list[Tensor] = []
-
-    def spy(sizes: tuple[int, ...], *args: Any, **options: Any) -> Task:
-        task = sample_task([20] * (outputs + 9), *args, **options)
-        if len(sizes) > outputs:
-            drawn.append(task.train[:, 0, 0])
-            return task
-        positions = torch.arange(outputs)[:, None]
-        for part in (task.train, task.test):
-            part[..., 0] = positions
-        return task
-
-    monkeypatch.setattr(model.meta_test, "sample_task", spy)
     options: Any = {"learner": learner("adam", backend), "iid": iid}
-    score = MetaTest(net, pool, 13, 0, **options).score(outputs, 0.01, "report", 0)
-    assert score == MetaTest(net, pool[drawn[0]], 13, 0, **options).score(outputs, 0.01, "report", 0)
-    assert score["test"] > 2 / outputs
+    assert MetaTest(net, pool, 13, 0, **options).score(outputs, 0.01, "report", 0)["test"] > 2 / outputs
     assert MetaTest(net, pool, 0, 0, **options).score(2, 1e30, "report", 0)["diverged"]
     with pytest.raises(UserError, match=f"{outputs} outputs"):
         MetaTest(net, pool, 13, 0).score(outputs + 1, 0.01, "report", 0)
@@ -105,7 +86,7 @@ def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])
-@pytest.mark.parametrize(("rln", "kind"), [(0, "adam"), (7, "adam"), (13, "adam"), (13, "map"), (13, "slda")])
+@pytest.mark.parametrize(("rln", "kind"), [(0, "adam"), (13, "adam"), (13, "map"), (13, "slda")])
 def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
     rln: int, kind: str, backend: Backend
 ) -> None:
@@ -114,6 +95,7 @@ def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
     use_backend(net, backend)
     pool = torch.randn(10, 20, 1, 28, 28, generator=generator)
     fit = model.meta_test.LEARNERS[kind].fit
+    kept_or_not = []
     for budget in (2**30, 0):  # frozen outputs are kept, or computed for every pass
         meta_test = MetaTest(
             *(net, pool, rln, 0),
@@ -128,10 +110,12 @@ def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
         way = [answers.score() for answers in walk((1, 2, 7, 9), drawn=10)]
         ends = [answers.score() for n in (1, 2, 7, 9) for answers in walk((n,), drawn=10)]
         assert way == ends
+        kept_or_not.append(way)
         assert [answers.score() for answers in walk((2, 5), drawn=5)][-1] == meta_test.score(
             5, 0.01, "report", 0
         )
         assert meta_test.score(9, 0.01, "report", 0) != ends[-1]  # another draw
+    assert kept_or_not[0] == kept_or_not[1]
     moments = [by_class(answers) for answers in walk((2, 5), drawn=5)]
     assert [(row["seen"], row["position"]) for rows in moments for row in rows] == [
         (seen, position) for seen in (2, 5) for position in range(seen)

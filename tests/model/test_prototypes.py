@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from datasets.augmentation import distort, show
 from datasets.task_sampler import sample_episode
 from model.fast import Backend, use_backend
 from model.prototypes import PrototypeLearner, prototype_logits
-from tests.conftest import assert_same_run
+from tests.conftest import Run, assert_same_run
 from tests.model.test_method import CLASSES, images, network
 
 FLAGS = [
@@ -79,17 +78,11 @@ def test_both_backends_give_the_gradient_of_the_loss() -> None:
     assert abs(float(plain_loss) - float(F.cross_entropy(torch.zeros(1, 6), torch.tensor([0])))) < 1
 
 
-def train(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["mrcl_classification.py", *flags])
-    mrcl_classification.main()
-
-
 def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     flags = [*FLAGS, f"--cache_dir={cache}", "--eval_every=2", "--eval_classes=5", "--save_every=2"]
-    train(monkeypatch, *flags)
+    run(mrcl_classification, *flags)
     log = (tmp_path / "runs/p_0/log.txt").read_text()
     assert "step 2 meta-test on 5 meta-training classes: test" in log
 
@@ -102,8 +95,8 @@ def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(PrototypeLearner, "update", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(patch, *flags)
-    train(monkeypatch, "--resume", "runs/p_1")
+            run(mrcl_classification, *flags)
+    run(mrcl_classification, "--resume", "runs/p_1")
     assert_same_run(tmp_path / "runs/p_0", tmp_path / "runs/p_1")
     with pytest.raises(SystemExit):  # the schedule's length is not a matter of how long
-        train(monkeypatch, "--resume", "runs/p_1", "--steps", "6")
+        run(mrcl_classification, "--resume", "runs/p_1", "--steps", "6")

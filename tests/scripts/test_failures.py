@@ -19,7 +19,7 @@ import torch
 from flags.training import Training
 from model import training_state
 from model.training_state import save_model
-from tests.conftest import Trainer, curve
+from tests.conftest import Trainer
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse
 from utils.errors import UserError
@@ -174,18 +174,7 @@ def test_a_run_killed_between_its_two_models_takes_both_for_its_own(
     assert not list(Path("runs").glob("smoke.*.net"))
 
 
-def test_a_full_disk_stops_the_run_that_logs_or_draws(tmp_path: Path) -> None:
-    def write(run: Run) -> None:
-        with largest_file(4_000), run:
-            for step in range(10_000):
-                run.scalars(step, {"loss": 1.0})
-
-    run = Run.open(tmp_path, "n", None, parse(Training, []))
-    with pytest.raises(UserError, match="File too large"):
-        write(run)
-    steps = [step for step, _ in curve(run.folder, "loss")]  # what was written before can be read
-    assert steps == list(range(len(steps)))
-    assert len(steps) > 10
+def test_a_full_disk_stops_the_run_that_logs(tmp_path: Path) -> None:
     run = Run.open(tmp_path, "n", None, parse(Training, []))
     with (run.folder / "log.txt").open("ab") as file:
         file.write(b"\n" * 2_000_000)
@@ -193,10 +182,7 @@ def test_a_full_disk_stops_the_run_that_logs_or_draws(tmp_path: Path) -> None:
         logging.getLogger("anml").info("one line more")
 
 
-@pytest.mark.parametrize(
-    ("flag", "last"),
-    [("--update_lr=1e30", 0), ("--meta_lr=1e36", 1)],
-)
+@pytest.mark.parametrize(("flag", "last"), [("--update_lr=1e30", 0), ("--meta_lr=1e36", 1)])
 def test_divergence_stops_with_the_last_finite_state(flag: str, last: int, trainer: Trainer) -> None:
     with pytest.raises(UserError) as ended:
         trainer("--steps=50", flag)

@@ -78,13 +78,6 @@ class Tuple(Taken):
         super().__init__(num_classes=num_classes)
 
 
-class Any_(Taken):  # noqa: N801
-    """Arguments without names."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-
-
 def noise(
     split: str,
     root: Path,
@@ -107,7 +100,6 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for network in (Taken, Mine, Other, Tuple):
         monkeypatch.setitem(NETWORKS, network.__name__, network)
-    monkeypatch.setitem(NETWORKS, "Any", Any_)
     monkeypatch.setitem(DATASETS, "Noise", noise)
     kind = LearnerKind(NearestClassMean, "cosine", {"features": "gated", "power": 0.5})
     monkeypatch.setitem(LEARNERS, "Cosine", kind)
@@ -144,8 +136,8 @@ def test_names_that_flags_have(call: Callable[..., Called]) -> None:
     config = json.loads(Path("runs/t_0/config.json").read_text())
     assert config["data"] == "noise 8 3.0 once background"
     assert (config["arguments"]["rln"], config["arguments"]["train_classes"]) == (None, None)
-    made = {"model_name": str(Path("m.net").resolve()), "weights": "meta-trained"}
-    assert config["plan"] == {"rln": 0, "train_classes": 12, **made}
+    plan = {"rln": 0, "train_classes": 12, "model_name": str(Path("m.net").resolve())}
+    assert config["plan"] == plan | {"weights": "meta-trained"}
     same = ["--net_channels=2", "--dataset=Noise", "--rln=0", "--train_classes=12"]
     done = call(mrcl_classification, "--resume=runs/t_0", "--steps=2", *same)
     assert done.returncode == 0, done.stderr
@@ -193,10 +185,7 @@ def test_one_name_for_the_arguments_of_two_networks_and_two_data_sets(call: Call
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (
-            "--treatment OML --nm_channels 8",
-            "--nm_channels means nothing with --treatment OML",
-        ),
+        ("--treatment OML --nm_channels 8", "--nm_channels means nothing with --treatment OML"),
         ("--treatment OML --nm-channels 8", "--treatment ANML"),
         ("--hidden 8", "--hidden means nothing with --treatment ANML: it belongs to --treatment OML"),
         ("--glyph_seed 8", "--glyph_seed means nothing with --dataset Noise: it belongs to --dataset glyphs"),
@@ -208,11 +197,7 @@ def test_one_name_for_the_arguments_of_two_networks_and_two_data_sets(call: Call
         ("--treatment Mine --kind relu", "--treatment Mine needs --width"),
         ("--treatment Mine --kind relu --width 2 --shift -6", "choose -5 or greater, at most 5"),
         ("--treatment Mine --kind=\udcff --width 2", "is not a text"),
-        (
-            "--treatment Tuple",
-            "Tuple: its argument `sizes: tuple[int, ...] = (3, 4)` can be no flag",
-        ),
-        ("--treatment Any", "Any: Any_: its argument `**options: Any` can be no flag"),
+        ("--treatment Tuple", "Tuple: its argument `sizes: tuple[int, ...] = (3, 4)` can be no flag"),
     ],
 )
 def test_refused_in_one_line(flags: str, said: str, call: Callable[..., Called]) -> None:
@@ -221,13 +206,6 @@ def test_refused_in_one_line(flags: str, said: str, call: Callable[..., Called])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert said in done.stderr
     assert not Path("runs").exists()
-
-
-def test_network_flags_beside_a_model_are_refused(call: Callable[..., Called]) -> None:
-    for flags in ("--treatment ANML", "--nm_channels 112"):
-        done = call(evaluate_classification, "--model=m.net", *flags.split())
-        assert done.returncode == 2
-        assert f"{flags} means nothing with --model" in done.stderr
 
 
 def test_help_is_that_of_the_chosen_network(call: Callable[..., Called]) -> None:

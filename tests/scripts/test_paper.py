@@ -17,6 +17,7 @@ from evaluation.targets import read_targets
 from flags.common import DataFlags, RunFlags
 from flags.evaluation import Evaluation
 from flags.training import Training
+from tests.conftest import ROOT, process
 from tests.tools.test_ledger import write_accuracies
 from tools.analyze_representation import Analysis
 from tools.compare_results import Comparison
@@ -25,7 +26,6 @@ from tools.plot_results import Plot
 from utils.command_line import parse
 from utils.flag import Flags
 
-ROOT = Path(__file__).parents[2]
 KINDS: dict[str, type[Flags]] = {
     "mrcl_classification.py": Training,
     "evaluate_classification.py": Evaluation,
@@ -61,15 +61,8 @@ def project(tmp_path: Path) -> Path:
 
 
 def paper(project: Path, *words: str, fail_at: str = "nothing") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": "./fake", "ROOT": "some data", "FAIL_AT": fail_at}
-    return subprocess.run(
-        ["bash", str(project / "configs/paper.sh"), *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-        check=False,
-    )
+    script = ("bash", str(project / "configs/paper.sh"))
+    return process(project.parent, *script, *words, PYTHON="./fake", ROOT="some data", FAIL_AT=fail_at)
 
 
 def calls(project: Path) -> list[str]:

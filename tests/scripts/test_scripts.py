@@ -6,45 +6,37 @@ import ast
 import csv
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import evaluate_classification
 import mrcl_classification
-from tests.conftest import curve, rows
+from tests.conftest import ROOT, Run, curve, process, rows
 from utils.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--config", str(ROOT / "configs/smoke.toml")]
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]
 
 
 def command(script: str, cache: Path, *flags: str) -> list[str]:
-    program = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
-    return [sys.executable, *program, *flags, f"--cache_dir={cache}", "--threads=1"]
-
-
-Inside = Callable[..., None]
+    return [sys.executable, str(ROOT / script), *flags, f"--cache_dir={cache}", "--threads=1"]
 
 
 @pytest.fixture
-def inside(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inside:
+def inside(cache: Path, run: Run) -> Run:
     """Runs one of the two scripts with its smallest config, in this process."""
-    monkeypatch.chdir(tmp_path)
 
     def start(script: ModuleType, *flags: str) -> None:
         config = TINY if script is mrcl_classification else TINY_EVALUATE
-        monkeypatch.setattr(sys, "argv", command(f"{script.__name__}.py", cache, *config, *flags)[1:])
-        script.main()
+        run(script, *config, *flags, f"--cache_dir={cache}", "--threads=1")
 
     return start
 
@@ -64,10 +56,10 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
     folder = trained / "runs/smoke_0"
     config = json.loads((folder / "config.json").read_text())
-    assert config["arguments"]["update_step"] == 5
-    assert config["arguments"]["seed"] == 9
+    assert (config["arguments"]["update_step"], config["arguments"]["seed"]) == (5, 9)
     assert re.fullmatch("[0-9a-f]{64}", config["data_hash"])
     assert config["versions"]["torch"] == torch.__version__
+    assert config["machine"]["threads"] == torch.get_num_threads()
     assert [int(row["step"]) for row in rows(folder)] == [1, 2, 3, 4]
     assert all(0 <= float(row["accuracy_remember"]) <= 1 for row in rows(folder))
     assert "run folder" in (folder / "log.txt").read_text()
@@ -94,6 +86,11 @@ def test_training_curves_in_tensorboard(trained: Path) -> None:
         "meta_val/accuracy_train",
         "meta_val/gate",
     } <= set(reader.Tags()["tensors"])
+    table = reader.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| seed | 9 |" in table
+    content = reader.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["seed"].number_value == 9
     steps, losses = zip(*curve(folder), strict=True)
     assert steps == (1, 2, 3, 4)
     assert losses == pytest.approx([float(row["loss"]) for row in rows(folder)])
@@ -120,37 +117,25 @@ def test_evaluation_leaves_results(trained: Path) -> None:
     assert "meta_test/accuracy" in EventAccumulator(str(folder)).Reload().Tags()["tensors"]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--rln", "0"),
-        ("--rln", "7", "--iid", "--epoch", "2"),
-        ("--no-freeze", "--split", "dataset", "--class-order", "dataset"),
-        ("--lr_search_split", "background", "--test", "--neuromodulation"),
-        ("--scratch",),
-    ],
-)
-def test_treatments(
-    flags: tuple[str, ...], trained: Path, inside: Inside, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--model", str(trained / "runs/smoke.net"), "--schedule", "2", "--runs", "1")
-    inside(evaluate_classification, *options, *flags)
+def test_rates_and_draws_as_released(trained: Path, inside: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--no-freeze", "--split=dataset", "--class-order=dataset", "--test", "--neuromodulation")
+    model = ("--lr_search_split=background", f"--model={trained}/runs/smoke.net")
+    inside(evaluate_classification, *options, *model, "--schedule=2", "--runs=1")
     out = capsys.readouterr().out
     assert "meta-test test %" in out
-    if "background" in flags:
-        assert "meta-training classes, none of those reported on" in out
+    assert "meta-training classes, none of those reported on" in out
 
 
 @pytest.mark.parametrize("flags", [("--first_order",), ("--treatment", "OML", "--update_lr=0.03")])
 def test_other_methods_train_and_evaluate(
-    flags: tuple[str, ...], inside: Inside, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], inside: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inside(mrcl_classification, *flags)
     inside(evaluate_classification, "--lr", "0.001", "--schedule", "3")
     assert "learning rate 0.001 as given" in capsys.readouterr().out
 
 
-def test_same_seed_same_weights(trained: Path, inside: Inside, tmp_path: Path) -> None:
+def test_same_seed_same_weights(trained: Path, inside: Run, tmp_path: Path) -> None:
     inside(mrcl_classification, "--eval_every", "0")  # and looking on the way changes nothing
     inside(mrcl_classification, "--seed", "10", "--model_name", "other.net")
     first = load_checkpoint(trained / "runs/smoke.net").state_dict
@@ -161,7 +146,7 @@ def test_same_seed_same_weights(trained: Path, inside: Inside, tmp_path: Path) -
     assert not torch.equal(first["pln.block2.conv.weight"], other["pln.block2.conv.weight"])
 
 
-def test_training_starts_from_a_model_file(trained: Path, inside: Inside, tmp_path: Path) -> None:
+def test_training_starts_from_a_model_file(trained: Path, inside: Run, tmp_path: Path) -> None:
     model = str(trained / "runs/smoke.net")
     start = ("--checkpoint", "--saved_model", model, "--steps", "1", "--meta_lr", "1e-12")
     inside(mrcl_classification, *start, "--no-reset", "--model_name", "next.net")
@@ -172,15 +157,7 @@ def test_training_starts_from_a_model_file(trained: Path, inside: Inside, tmp_pa
 
 def shell(folder: Path, line: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a line of bash in which `"$@"` is the command; of a pipe, the exit code is the command's."""
-    return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}", "bash", *command],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-        check=False,
-    )
+    return process(folder, "bash", "-c", f"set -o pipefail; {line}", "bash", *command, **environment)
 
 
 @pytest.mark.parametrize(
@@ -236,10 +213,12 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_begins_with_what_must_come_before_torch(script: str) -> None:
+    """And ends with what makes one line of a user's error."""
     name = script.removeprefix("-m ").removesuffix(".py").replace(".", "/")
     body = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body
     first = next(node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and not _future(node))
     assert ast.unparse(first) == "import utils.start"
+    assert ast.unparse(body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
 
 
 def _future(node: ast.Import | ast.ImportFrom) -> bool:

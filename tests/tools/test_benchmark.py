@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tools import benchmark
 
-CPU = torch.device("cpu")
 NM, PLN = 4, 6  # channels
 
 
@@ -32,36 +30,6 @@ def arithmetic(second_order: bool) -> int:
     steps, query = 20, 84
     products = query * (3 * sum(nm) - nm[0]) + (steps + query) * (3 * sum(pln) - pln[0])
     return 2 * (products + second_order * steps * (6 * sum(pln) - 4 * pln[0]))
-
-
-def test_synthetic_images_are_mostly_paper() -> None:
-    images = benchmark.synthetic_images(30, CPU)
-    assert images.shape == (30, 20, 1, 28, 28)
-    paper = (images == images.max()).double().mean().item()
-    assert 0.6 < paper < 0.95
-
-
-@pytest.mark.parametrize(
-    ("rates", "device", "said"),
-    [
-        ([(9e10, 0.99), (1e11, 0.92), (1e11, 0.4)], "cpu", None),
-        ([(1e11, 0.5)] * 3, "cpu", "gave this process 50% of their time"),
-        (
-            [(7e10, 1.01), (1e11, 1.01)],
-            "cpu",
-            "100% of their time, and the rate of convolutions was between 70 and 100",
-        ),
-        ([(1e13, 0.05)] * 3, "cuda", None),
-        (
-            [(7e12, 0.05), (1e13, 0.05)],
-            "cuda",
-            "little: the rate of convolutions was between 7000 and 10000",
-        ),
-    ],
-)
-def test_a_busy_machine_is_said(rates: list[tuple[float, float]], device: str, said: str | None) -> None:
-    found = benchmark.busy(rates, torch.device(device))
-    assert found is None if said is None else found is not None and said in found
 
 
 def test_the_whole_at_tiny_widths(

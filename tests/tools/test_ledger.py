@@ -69,17 +69,6 @@ def test_published_numbers_are_those_of_the_sources() -> None:
             assert target.tolerance == max(2, 2 * target.spread)
 
 
-def test_without_results_everything_is_not_run(tmp_path: Path) -> None:
-    tables = ledger(write_ledger(tmp_path))
-    assert "6 published numbers: 0 met, 0 missed (difference in bold), 6 not run" in tables
-    assert (
-        "| ANML | test accuracy | 10 | 88 ± 5 | Numenta, second order | not run |  |  | "
-        "`configs/paper.sh anml` |" in tables
-    )
-    assert "| Pretrain | test accuracy | 600 | about 1 |" in tables
-    assert "made by" not in tables
-
-
 def test_results_are_set_beside_targets(tmp_path: Path) -> None:
     results = write_ledger(
         tmp_path,
@@ -90,6 +79,7 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
     (results / "representation.json").write_text(json.dumps({"measured": {"dead": 0.004, "knn_gate": 0.5}}))
     tables = ledger(results)
     assert "6 published numbers: 3 met, 2 missed (difference in bold), 1 not run" in tables
+    assert "| Pretrain | test accuracy | 600 | about 1 | paper | not run |  |  | `configs/paper.sh" in tables
     rows = {tuple(line.split(" | ")[:3]): line for line in tables.splitlines() if line.startswith("| ")}
     # At the edge of a tolerance is within it; the interval is that of two runs, 97 and 99: 12.7 points.
     assert "| 98.0 ± 12.7 | +10.0 | 20,000 steps |" in rows["| ANML", "test accuracy", "10"]
@@ -186,12 +176,10 @@ def test_markers_are_needed_once(text: str) -> None:
         ("anml,ANML,speed,10,88,5,10,s", "'speed'"),
         ("anml,ANML,test,ten,88,5,10,s", "'ten'"),
         ("anml,ANML,test,,88,5,10,s", "count of classes"),
-        ("anml,ANML,test,0,88,5,10,s", "count of classes"),
         ("anml,ANML,dead,10,88,5,10,s", "no count"),
         ("anml,ANML,test,10,880,5,10,s", "'880'"),
         ("anml,ANML,test,10,nan,5,10,s", "'nan'"),
         ("anml,ANML,test,10,88,5,,s", "percentage"),
-        ("anml,,test,10,88,5,10,s", "treatment"),
         ("anml,A|B,test,10,88,5,10,s", "treatment"),
         ("anml,ANML,test,10,88,5,10,s\nanml,ANML,test,10,89,5,10,s", "line 3: the same target"),
         ('anml,"ANML,test,10,88,5,10,s', "CSV"),

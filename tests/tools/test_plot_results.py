@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +17,10 @@ from evaluation.plots import bars_figure, comparison_figure, figure_pixels, trai
 from evaluation.results import Results, read_metrics, write_results
 from evaluation.targets import Target
 from model.scores import ACCURACY, MEASURES, Measure, accuracies
-from tests.conftest import Called
+from tests.conftest import Called, process
 from tests.tools.test_ledger import write_accuracies
 from tools import plot_results
 from tools.analyze_representation import activations_figure, embedding_figure
-
-ROOT = Path(__file__).parents[2]
 
 
 def summary(values: dict[int, float]) -> list[dict[str, float]]:
@@ -127,7 +123,9 @@ def test_embedding_marks_alphabets() -> None:
     np.testing.assert_array_equal(after.collections[1].get_offsets(), -points[2:5])
 
 
-def test_accuracy_on_the_way(tmp_path: Path) -> None:
+def test_accuracy_on_the_way(
+    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [
         {"model": f"{step}.net", "classes": classes, "run": run, "lr": 0.001, "test": test + shift}
         | {"train": test + 0.1, "above_chance": 1, "diverged": 0}
@@ -141,12 +139,15 @@ def test_accuracy_on_the_way(tmp_path: Path) -> None:
     np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
     np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
     write_results(tmp_path, rows, {"models": models})
-    done = plot(tmp_path, ".", "again=.", "--against=steps", "--out=figures")
+    monkeypatch.chdir(tmp_path)
+    done = call(plot_results, ".", "again=.", "--against=steps", "--out=figures")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["figures/results_steps.png", "figures/results_steps.pdf"]
 
 
-def test_what_trainings_measured(tmp_path: Path) -> None:
+def test_what_trainings_measured(
+    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = np.random.default_rng(0).random((120, 3))
     rows = [f"{k + 1},{loss},{a},{b},0.1\n" for k, (loss, a, b) in enumerate(values.tolist())]
     for name, part in (("long", rows), ("short", rows[:3])):
@@ -158,21 +159,10 @@ def test_what_trainings_measured(tmp_path: Path) -> None:
     np.testing.assert_allclose(lines(loss)["short"], [[2, values[:3, 0].mean()]])
     np.testing.assert_allclose(lines(accuracy)["trajectory, long"][0], [25.5, 100 * values[:50, 1].mean()])
     np.testing.assert_allclose(lines(accuracy)["remember, long"][0], [25.5, 100 * values[:50, 2].mean()])
-    done = plot(tmp_path, "long", "b=short/metrics.csv", "--against=training", "--out=figures")
+    monkeypatch.chdir(tmp_path)
+    done = call(plot_results, "long", "b=short/metrics.csv", "--against=training", "--out=figures")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["figures/results_training.png", "figures/results_training.pdf"]
-
-
-def plot(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.plot_results", *flags],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-        check=False,
-    )
 
 
 def run_folder(folder: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
@@ -190,7 +180,8 @@ def test_script_writes_both_figures(
     (tmp_path / "matplotlibrc").write_text(
         "font.size: 30\nsavefig.dpi: 10\ntext.usetex: True\naxes.grid: True\n"
     )
-    done = plot(tmp_path, *flags, MPLBACKEND="nonsense", DISPLAY=":77")
+    script = (sys.executable, "-m", "tools.plot_results")
+    done = process(tmp_path, *script, *flags, MPLBACKEND="nonsense", DISPLAY=":77")
     assert done.returncode == 0, done.stderr
     files = sorted(tmp_path.glob("figures/*"))
     assert [file.name for file in files] == ["x_bars.pdf", "x_bars.png", "x_curves.pdf", "x_curves.png"]

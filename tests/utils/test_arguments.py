@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,18 +12,10 @@ from flags.evaluation import Evaluation
 from flags.training import Plan, Training
 from model.treatments import Weights
 from tools import plot_results
-from tools.analyze_representation import Analysis
-from tools.benchmark import Benchmark
-from tools.compare_results import Comparison
-from tools.plot_results import Plot
 from utils.command_line import Parser, parse, recorded
 from utils.flag import Flags
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ALL: list[type[Flags]] = [
-    *(Training, Evaluation, Analysis, Plot),
-    *(Comparison, Benchmark),
-]
 RELEASED_TRAIN = """--steps 5 --model_name m.net --treatment Neuromodulation --checkpoint
     --saved_model s.net --seed 9 --seeds 1 2 --tasks 2 --meta_lr 0.001 --update_lr 0.1
     --update_step 20 --name n --dataset omniglot --commit --no-reset --rln 7 --model none"""
@@ -121,49 +110,49 @@ def test_schedule_in_every_form(typed: list[str]) -> None:
     assert arguments.schedule == [10, 50]
 
 
-@pytest.mark.parametrize(
-    ("typed", "named"),
-    [
-        ("--steps 0", "--steps"),
-        ("--steps 1.5", "--steps"),
-        ("--step 5", "--step"),  # no abbreviations
-        ("--meta_lr nan", "--meta_lr"),
-        ("--meta_lr inf", "--meta_lr"),
-        ("--update_lr -0.1", "--update_lr"),
-        ("--seed -1", "--seed"),
-        ("--seed 4294967296", "--seed"),
-        ("--rln -1", "--rln"),
-        ("--treatment MAML", "--treatment"),
-        ("--dataset cifar", "--dataset"),
-        ("--device gpu", "--device"),
-        ("--name a/b", "--name"),
-        ("--name ..", "--name"),
-        ("--checkpoint", "--saved_model"),
-        ("--saved_model m.net", "--checkpoint"),
-        ("--tasks 21", "--update_step"),
-        ("--train_classes 1001", "--num_classes"),
-        ("--eval_every 5 --eval_classes 9 --train_classes 8", "--eval_classes"),
-        ("--config no_such_file.toml", "no_such_file.toml"),
-    ],
-)
-def test_wrong_train_flags(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert named in refused(Training, typed.split(), capsys)
+WRONG: dict[type[Flags], dict[str, str]] = {
+    Training: {
+        "--steps 0": "--steps",
+        "--steps 1.5": "--steps",
+        f"--steps {'9' * 5000}": "--steps",
+        "--step 5": "--step",  # no abbreviations
+        "--meta_lr nan": "--meta_lr",
+        "--meta_lr 1e999": "--meta_lr",
+        "--update_lr -0.1": "--update_lr",
+        "--seed -1": "--seed",
+        "--seed 4294967296": "--seed",
+        "--rln -1": "--rln",
+        "--treatment MAML": "--treatment",
+        "--dataset cifar": "--dataset",
+        "--device gpu": "--device",
+        "--name a/b": "--name",
+        "--name ..": "--name",
+        "--name \0": "--name",
+        "--name \udcff": "--name",
+        "--seed=": "--seed",
+        "--unknown=1": "--unknown",
+        "--checkpoint": "--saved_model",
+        "--saved_model m.net": "--checkpoint",
+        "--tasks 21": "--update_step",
+        "--train_classes 1001": "--num_classes",
+        "--eval_every 5 --eval_classes 9 --train_classes 8": "--eval_classes",
+        "--config no_such_file.toml": "no_such_file.toml",
+    },
+    Evaluation: {
+        "": "--model",
+        "--model m --no-freeze --rln 7": "--no-freeze",
+        "--model m --schedule 10 60 --test_classes 50": "--test_classes",
+        "--model m --schedule ten": "--schedule",
+        "--model m --schedule ,": "--schedule",
+        "--model m --lrs 0.1 0": "--lrs",
+        "--model m --runs 0": "--runs",
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("typed", "named"),
-    [
-        ("", "--model"),
-        ("--model m --no-freeze --rln 7", "--no-freeze"),
-        ("--model m --schedule 10 60 --test_classes 50", "--test_classes"),
-        ("--model m --schedule ten", "--schedule"),
-        ("--model m --schedule ,", "--schedule"),
-        ("--model m --lrs 0.1 0", "--lrs"),
-        ("--model m --runs 0", "--runs"),
-    ],
-)
-def test_wrong_evaluate_flags(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert named in refused(Evaluation, typed.split(), capsys)
+@pytest.mark.parametrize(("kind", "typed"), [(kind, typed) for kind in WRONG for typed in WRONG[kind]])
+def test_wrong_flags(kind: type[Flags], typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert WRONG[kind][typed] in refused(kind, typed.split(), capsys)
 
 
 def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
@@ -190,11 +179,9 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
         ("steps = 0", "steps"),
         ("steps = true", "steps"),
         ("steps = 5.0", "steps"),
-        ("steps = [5]", "steps"),
         ("first_order = 1", "first_order"),
         ("first_order = 'true'", "'true' is not true or false"),
         ("name = true", "name"),
-        ("name = [1]", "name"),
         ("name = 2026-01-01", "name"),
         ("meta_lr = inf", "meta_lr"),
         ("dataset = 'cifar'", "dataset"),
@@ -224,19 +211,6 @@ def test_config_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "c.toml", tmp_path):
         assert str(path) in refused(Training, ["--config", str(path)], capsys)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_the_home_folder_in_every_path(kind: type[Flags], home: Path) -> None:
-    """A shell expands `--runs_dir ~/x` but not `--runs_dir=~/x`."""
-    found = {}
-    for action in Parser(kind)._actions:
-        read: Any = action.type
-        with suppress(TypeError, ValueError, ArgumentTypeError):  # of flags that take something else
-            if isinstance(read("file"), Path):
-                found[action.dest] = read("~/x")
-    assert found
-    assert found == dict.fromkeys(found, home / "x")
 
 
 def test_the_home_folder_in_a_config(home: Path, tmp_path: Path) -> None:

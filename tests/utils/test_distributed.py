@@ -25,13 +25,12 @@ from datasets.task_sampler import sample_trajectory
 from model.meta_learner import MetaLearner
 from model.modelfactory import NETWORKS, build
 from model.training_state import load_state
-from tests.conftest import TINY, Called, Trainer, rows
+from tests.conftest import ROOT, TINY, Called, Trainer, process, rows
 from tests.kill import start
 from tests.networks import OWN
 from utils.distributed import Group, join, launched, refuse_several, run_as
 from utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml"), "--threads=1"]
 
 SMALL = {"ANML": {"nm_channels": 2, "pln_channels": 3}, "BatchNorm": {"width": 2}}
@@ -63,9 +62,9 @@ def server() -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe) as process:
-        yield process
-        process.communicate("")
+    with subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe) as started:
+        yield started
+        started.communicate("")
 
 
 @pytest.fixture
@@ -184,16 +183,7 @@ def test_a_process_that_dies_ends_the_job(cache: Path, tmp_path: Path) -> None:
     script.write_text(SAYS_WHAT_IS_LEFT, encoding="utf-8")
     (tmp_path / "file").touch()
     flags = [*TINY, f"--cache_dir={cache}", "--meta_batch=2", "--processes=2", "--runs_dir=file/x"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(script), *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
+    done = process(tmp_path, sys.executable, str(script), *flags)
     assert done.returncode == 2, done.stderr  # for a reason that rank 0 alone finds out
     assert "cannot write the run folder file/x" in done.stderr
     assert done.stderr.count("a group is left: False") == 3  # the launcher and two processes
@@ -211,7 +201,6 @@ def test_more_processes_than_trajectories(trainer: Trainer, monkeypatch: pytest.
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}, True),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "7"}, True),
         ({"RANK": "0", "WORLD_SIZE": "1"}, False),
-        ({"TORCHELASTIC_RUN_ID": "7"}, False),
         ({"WORLD_SIZE": "2"}, False),
         ({"RANK": "high", "WORLD_SIZE": "all"}, False),
     ],
@@ -260,7 +249,6 @@ def test_evaluation_gives_the_same_table(
     ("error", "ending"),
     [
         (ChildFailedError("script", {0: ProcessFailure(0, 0, -9, "")}), 137),
-        (ChildFailedError("script", {0: ProcessFailure(0, 0, 143, "")}), 143),
         (SignalException("", signal.SIGTERM), 143),
         (RuntimeError("no port is free"), "--processes 2: no port is free"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import subprocess
@@ -11,16 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_png
 from flags.training import Training
 from tests.conftest import curve
 from utils.command_line import parse
 from utils.errors import UserError
-from utils.run import Run, log_to_terminal
+from utils.run import Run
 
 log = logging.getLogger("anml")
 ROOT = Path(__file__).parents[2]
@@ -28,55 +24,6 @@ ROOT = Path(__file__).parents[2]
 
 def arguments(text: str = "") -> Training:
     return parse(Training, text.split())
-
-
-def test_everything_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log_to_terminal()
-    log.info("before the run")
-    asked = arguments("--seed 4 --seeds 1")
-    with Run.open(tmp_path / "a", "n", None, asked, {"data_hash": "abc", "device": "cpu"}) as run:
-        log.info("within")
-        run.metrics({"step": 1, "loss": 0.5})
-        run.metrics({"step": 2, "loss": 0.25})
-        run.scalars(1, {"meta_train/loss": 0.5, "meta_train/rate": 3.0})
-        run.scalars(2, {"meta_train/loss": 0.25})
-        run.image("gates", figure_pixels(gate_figure(np.eye(3), [5, 6, 7])), 2)
-    log.info("after")
-
-    assert run.folder == tmp_path / "a" / "n_0"
-    config = json.loads((run.folder / "config.json").read_text())
-    assert config["arguments"]["seed"] == 4
-    assert config["arguments"]["dataset_path"] == str(Path("data").resolve())
-    assert (config["data_hash"], config["device"]) == ("abc", "cpu")
-    assert config["versions"]["torch"] == torch.__version__
-    assert config["machine"]["threads"] == torch.get_num_threads()
-    with (run.folder / "metrics.csv").open(newline="") as file:
-        assert list(csv.reader(file)) == [["step", "loss"], ["1", "0.5"], ["2", "0.25"]]
-    text = (run.folder / "log.txt").read_text()
-    lines = [line.split(" ", 3)[2:] for line in text.splitlines()]
-    assert lines == [
-        ["INFO", "before the run"],
-        ["WARNING", "--seeds has no effect: give one seed with --seed"],
-        ["INFO", "within"],
-    ]
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    assert captured.out.splitlines() == [
-        "before the run",
-        "warning: --seeds has no effect: give one seed with --seed",
-        "within",
-        "after",
-    ]
-
-    assert curve(run.folder) == [(1, 0.5), (2, 0.25)]
-    reader = EventAccumulator(str(run.folder)).Reload()
-    assert reader.Tensors("gates")[0].step == 2
-    table = reader.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| seed | 4 |" in table
-    plugin = HParamsPluginData.FromString(
-        reader.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    )
-    assert plugin.session_start_info.hparams["seed"].number_value == 4
 
 
 def test_a_crash_is_in_the_log(tmp_path: Path) -> None:
@@ -101,13 +48,6 @@ def test_the_smallest_free_number(tmp_path: Path) -> None:
     (tmp_path / "n_3").mkdir()
     with Run.open(tmp_path, "n", None, arguments()) as run:
         assert run.folder.name == "n_2"
-
-
-def test_a_file_in_place_of_the_runs_folder(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("")
-    for place in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
-        with pytest.raises(UserError, match="--runs_dir"):
-            Run.open(place, "n", None, arguments())
 
 
 def test_the_commit_is_recorded(tmp_path: Path) -> None:
