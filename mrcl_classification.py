@@ -43,6 +43,7 @@ from model.fast import Backend, capture, choose_backend, meta_loss
 from model.guard import Use
 from model.iid import BatchStep, IidLearner
 from model.meta_learner import MetaLearner, MetaStep, gather
+from model.method import InnerLoop
 from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import load_state, restore_training, save_model, save_progress, state_of
@@ -106,10 +107,8 @@ def make_learner(
     return MetaLearner(
         *parts,
         meta_lr=args.meta_lr,
-        update_lr=args.update_lr,
+        inner=inner_settings(args),
         rln=plan.rln,
-        first_order=args.first_order,
-        second_order_steps=args.second_order_steps,
         learn_update_lr=args.learn_update_lr,
         reset=args.reset,
         reset_copy=args.reset_copy,
@@ -118,6 +117,11 @@ def make_learner(
         meta_loss=meta_loss(backend),
         capture=capture(backend),
     )
+
+
+def inner_settings(args: Training) -> InnerLoop:
+    """The inner loop of the flags."""
+    return InnerLoop(args.update_lr, 0 if args.first_order else args.second_order_steps)
 
 
 def differentiate(
@@ -252,14 +256,13 @@ def main() -> None:
         net.network,
         net.widths,
         plan.rln,
-        second_order=inner_loop and not args.first_order and args.second_order_steps != 0,
+        second_order=inner_loop and inner_settings(args).second_order_steps != 0,
         channels=images.channels,
     )
-    order = {"first_order": args.first_order, "second_order_steps": args.second_order_steps}
     use = Use(
         net,
         rln=plan.rln,
-        inner={"inner_lr": args.update_lr, **order},
+        inner=inner_settings(args),
         update_step=args.update_step,
         learn_update_lr=args.learn_update_lr,
         channels=images.channels,

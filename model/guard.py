@@ -9,8 +9,8 @@ of the run and a narrow one of its class, whose trajectory has all inner steps o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,12 @@ from model import method
 from model.inner_rules import MetaSGD
 from model.learner import MakeLearner, Settings
 from model.meta_test import LEARNERS
-from model.method import MetaLoss, Params
+from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
 
 TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges
+DEFAULT = InnerLoop(0.1)
 SMALLEST_LR = 1e-4  # of the inner loop, below which a network that explodes does so by itself
 NARROW = {"nm_channels": 6, "pln_channels": 8, "hidden": 12, "num_classes": 8}
 FEW_STEPS = 2  # inner steps of the network of the run
@@ -38,7 +39,7 @@ class Use:
     Attributes:
         net: gives the defaults of `rln` and `meta_test_rln`.
         rln: layers that the inner loop leaves alone.
-        inner: keyword arguments of `method.meta_loss`.
+        inner: settings of the inner loop, without a rule.
         update_step: inner steps.
         learn_update_lr: whether the inner rule is `MetaSGD`.
         meta_test_rln: layers that the online learner leaves alone.
@@ -48,7 +49,7 @@ class Use:
 
     net: Network
     rln: int | None = None
-    inner: Mapping[str, Any] = field(default_factory=lambda: {"inner_lr": 0.1})
+    inner: InnerLoop = DEFAULT
     update_step: int = 20
     learn_update_lr: bool = False
     meta_test_rln: int | None = None
@@ -117,9 +118,9 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
     )
     scale = max(float(x.detach().abs().max()) for x in (values, *grads.values()))
     # Rounding has been amplified as much: smaller steps show more.
-    if not scale < EXPLODED and use.inner["inner_lr"] > SMALLEST_LR:
-        smaller = {**use.inner, "inner_lr": use.inner["inner_lr"] / 10}
-        return _difference(net, device, replace(use, inner=smaller), steps, candidate)
+    if not scale < EXPLODED and use.inner.lr > SMALLEST_LR:
+        smaller = replace(use, inner=replace(use.inner, lr=use.inner.lr / 10))
+        return _difference(net, device, smaller, steps, candidate)
     if not _same(values, fast_values):
         return _cause(both, images, labels, use, candidate)
     for name, grad in grads.items():
@@ -150,11 +151,11 @@ def _meta_gradient(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All that the meta-loss returns, in one tensor, and its gradient with respect to each parameter."""
     params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
-    rule = MetaSGD(params, use.inner["inner_lr"]) if use.learn_update_lr else None
+    rule = MetaSGD(params, use.inner.lr) if use.learn_update_lr else None
     # Frozen outputs are a shortcut too: plain passes whole images.
     inputs = images if meta_loss is method.meta_loss else net.frozen(images, params)
     support, query = (inputs[-steps:], labels[-steps:]), (inputs, labels)
-    loss, logits, inner_losses = meta_loss(net, params, support, query, rule=rule, **use.inner)
+    loss, logits, inner_losses = meta_loss(net, params, support, query, replace(use.inner, rule=rule))
     learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True, materialize_grads=True)
     values = torch.cat([loss[None], logits.flatten(), inner_losses])
@@ -182,7 +183,7 @@ def _cause(
     def after_one_step(net: Network, meta_loss: MetaLoss) -> list[Tensor]:
         params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
         adapt = method.inner_loop if meta_loss is method.meta_loss else candidate.inner_loop
-        adapted, losses = adapt(net, params, images[:1], labels[:1], **use.inner)
+        adapted, losses = adapt(net, params, images[:1], labels[:1], use.inner)
         return [*adapted.values(), losses]
 
     plain, fast = _of_both(after_one_step, both)

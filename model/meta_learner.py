@@ -6,6 +6,7 @@ The method itself is `model.method`. No step here reads a value back from the de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from datasets.images import Pool
 from datasets.task_sampler import Trajectory
 from model import method
 from model.inner_rules import MetaSGD
-from model.method import MetaLoss, Params
+from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters
 from model.optimizer import Adam
 from utils.device import seed_layers
@@ -114,12 +115,10 @@ class MetaLearner(OuterLoop):
             as many images.
         generator: draws the head rows (CPU).
         meta_lr: Adam's step size in the outer loop.
-        update_lr: SGD's step size in the inner loop.
+        inner: settings of the inner loop.
         rln: layers that the inner loop leaves alone; the outer step trains everything.
-        first_order: treat inner gradients as constants.
-        second_order_steps: treat those of all but this many last inner steps as constants.
         learn_update_lr: give every parameter of the inner loop a step size of its own, learned from
-            `update_lr` on by the outer Adam (Meta-SGD).
+            `inner.lr` on by the outer Adam (Meta-SGD).
         reset: draw the sampled classes' rows of the head anew before each trajectory.
         reset_copy: with `reset`, in the inner loop's copy of the weights alone.
         shard, all_reduce: how several processes share the trajectories of a step.
@@ -137,10 +136,8 @@ class MetaLearner(OuterLoop):
         generator: torch.Generator,
         *,
         meta_lr: float,
-        update_lr: float,
+        inner: InnerLoop,
         rln: int,
-        first_order: bool = False,
-        second_order_steps: int | None = None,
         learn_update_lr: bool = False,
         reset: bool = True,
         reset_copy: bool = False,
@@ -149,15 +146,13 @@ class MetaLearner(OuterLoop):
         meta_loss: MetaLoss = method.meta_loss,
         capture: Capture = no_capture,
     ) -> None:
-        self.update_lr = update_lr
-        self.first_order = first_order
-        self.second_order_steps = second_order_steps
         self.reset = reset
         self.reset_copy = reset_copy
         self.shard, self.all_reduce = shard, all_reduce
         self.meta_loss = meta_loss
         self.params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
-        self.inner_rule = MetaSGD(self.params, update_lr) if learn_update_lr else None
+        self.inner_rule = MetaSGD(self.params, inner.lr) if learn_update_lr else None
+        self.inner = replace(inner, rule=self.inner_rule)
         learned = [weight for weight in net.parameters() if weight.requires_grad]
         if self.inner_rule is not None:
             learned += self.inner_rule.parameters()
@@ -240,16 +235,8 @@ class MetaLearner(OuterLoop):
         # The frozen part does not change in the inner loop: one pass over the query, whose end is the
         # trajectory, serves both loops.
         inputs = self.net.frozen(images, self.params)
-        loss, logits, inner_losses = self.meta_loss(
-            self.net,
-            self.params,
-            (inputs[-steps:], support),
-            (inputs, labels),
-            inner_lr=self.update_lr,
-            first_order=self.first_order,
-            second_order_steps=self.second_order_steps,
-            rule=self.inner_rule,
-        )
+        examples = (inputs[-steps:], support), (inputs, labels)
+        loss, logits, inner_losses = self.meta_loss(self.net, self.params, *examples, self.inner)
         grads = self.grads_of(loss)
         correct = (logits.detach().argmax(1) == labels).to(loss.dtype)
         return grads, MetaStep(loss.detach(), correct[-steps:].mean(), correct[:-steps].mean(), inner_losses)

@@ -8,6 +8,7 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,21 +31,24 @@ Examples = tuple[Inputs, Tensor]
 """Images [B, C, 28, 28] or a network's frozen output of them, and class ids [B]."""
 
 
-class MetaLoss(Protocol):
-    """:func:`meta_loss`, or what gives the same numbers."""
+@dataclass(frozen=True)
+class InnerLoop:
+    """Settings of the inner loop.
 
-    def __call__(
-        self,
-        net: nn.Module,
-        params: Params,
-        support: Examples,
-        query: Examples,
-        *,
-        inner_lr: float,
-        first_order: bool = False,
-        second_order_steps: int | None = None,
-        rule: InnerRule | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    Attributes:
+        lr: step size.
+        second_order_steps: the last steps that are differentiated through; the gradients of the steps before
+            are constants. None: all steps (paper). 0: first order (released code).
+        rule: takes the place of `sgd(lr)`.
+    """
+
+    lr: float
+    second_order_steps: int | None = None
+    rule: InnerRule | None = None
+
+    def constant(self, steps: int) -> int:
+        """How many of `steps` steps, the first ones, have constants for gradients."""
+        return 0 if self.second_order_steps is None else max(0, steps - self.second_order_steps)
 
 
 class Optimizer(Protocol):
@@ -109,15 +113,7 @@ def loss_and_grads(
 
 
 def inner_loop(
-    net: nn.Module,
-    params: Params,
-    images: Inputs,
-    labels: Tensor,
-    *,
-    inner_lr: float,
-    first_order: bool = False,
-    second_order_steps: int | None = None,
-    rule: InnerRule | None = None,
+    net: nn.Module, params: Params, images: Inputs, labels: Tensor, inner: InnerLoop
 ) -> tuple[Params, Tensor]:
     """One SGD step on each image in turn (paper, algorithm 1).
 
@@ -126,20 +122,15 @@ def inner_loop(
 
     Args:
         images, labels: the trajectory, T images in order.
-        inner_lr: step size.
-        first_order: all gradients are constants.
-        second_order_steps: gradients are constants in all but this many last steps; None: in none.
-        rule: takes the place of `sgd(inner_lr)`.
 
     Returns:
         the fast weights, and [T] the loss before each step.
     """
-    rule = rule or sgd(inner_lr)
+    rule = inner.rule or sgd(inner.lr)
     forward = functional(net, params)
-    constant = 0 if second_order_steps is None else len(labels) - second_order_steps
     losses = []
     for t in range(len(labels)):
-        create_graph = not first_order and t >= constant
+        create_graph = t >= inner.constant(len(labels))
         loss, grads = loss_and_grads(forward, params, images[t : t + 1], labels[t : t + 1], create_graph)
         params = rule(params, grads)
         losses.append(loss.detach())
@@ -147,15 +138,7 @@ def inner_loop(
 
 
 def meta_loss(
-    net: nn.Module,
-    params: Params,
-    support: Examples,
-    query: Examples,
-    *,
-    inner_lr: float,
-    first_order: bool = False,
-    second_order_steps: int | None = None,
-    rule: InnerRule | None = None,
+    net: nn.Module, params: Params, support: Examples, query: Examples, inner: InnerLoop
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss that meta-training minimises; its `.backward()` gives the meta-gradient.
 
@@ -163,22 +146,17 @@ def meta_loss(
         params: initial values of the parameters that the inner loop changes.
         support: the trajectory.
         query: what is tested at the fast weights: remember set and trajectory.
-        inner_lr, first_order, second_order_steps, rule: see `inner_loop`.
 
     Returns:
         mean cross-entropy of the query, its logits [B, classes], and [T] the inner losses.
     """
-    fast_params, inner_losses = inner_loop(
-        net,
-        params,
-        *support,
-        inner_lr=inner_lr,
-        first_order=first_order,
-        second_order_steps=second_order_steps,
-        rule=rule,
-    )
+    fast_params, inner_losses = inner_loop(net, params, *support, inner)
     logits = functional(net, params)(fast_params, query[0])
     return F.cross_entropy(logits, query[1]), logits, inner_losses
+
+
+MetaLoss = Callable[[nn.Module, Params, Examples, Examples, InnerLoop], tuple[Tensor, Tensor, Tensor]]
+""":func:`meta_loss`, or what gives the same numbers."""
 
 
 def classify(logits: Tensor) -> Tensor:

@@ -69,8 +69,8 @@ EDITS = (
     Edit(
         "second order in the last two steps",
         METHOD,
-        "create_graph = not first_order and t >= constant",
-        "create_graph = not first_order and t >= len(labels) - 2",
+        "create_graph = t >= inner.constant(len(labels))",
+        "create_graph = t >= max(inner.constant(len(labels)), len(labels) - 2)",
     ),
     Edit(
         "the meta-loss of the trajectory alone",
@@ -229,6 +229,7 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     from model.learner import Settings
     from model.meta_learner import MetaLearner
     from model.meta_test import FrozenOutputs, answers, learn, new_run
+    from model.method import InnerLoop
     from model.modelfactory import NETWORKS, build, trained_parameters
 
     logging.getLogger("anml").setLevel(logging.ERROR)
@@ -244,7 +245,7 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
             for parameter in net.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn(parameter.shape, generator=generator))
-        inner = {"inner_lr": 0.05, "first_order": first_order}
+        inner = InnerLoop(0.05, 0 if first_order else None)
         use = Use(net, inner=inner, update_step=6)
         backend, _ = choose_backend(asked, [net], torch.device("cpu"), use)
         used.append(backend)
@@ -253,9 +254,8 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
             images,
             generator,
             meta_lr=0.001,
-            update_lr=0.05,
+            inner=inner,
             rln=net.rln_training,
-            first_order=first_order,
             meta_loss=meta_loss(backend),
             capture=capture(backend),
         )

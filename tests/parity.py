@@ -30,7 +30,7 @@ from model.fast import Backend, learner, meta_loss, use_backend
 from model.learner import Settings
 from model.meta_learner import gather
 from model.meta_test import FrozenOutputs, answers, learn
-from model.method import Params
+from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
 from model.optimizer import Adam
 from utils.errors import UserError, run_script
@@ -154,8 +154,7 @@ def quantities(fixture: Fixture, skip: re.Pattern[str]) -> Iterator[tuple[str, A
             params,
             (inputs[-steps:], labels[-steps:]),
             (inputs, labels),
-            inner_lr=fixture.update_lr,
-            first_order=order == "first",
+            InnerLoop(fixture.update_lr, 0 if order == "first" else None),
         )
         yield f"inner_losses_{order}", inner_losses.numpy()
         yield f"meta_loss_{order}", loss.detach().numpy()
@@ -180,8 +179,7 @@ def quantities(fixture: Fixture, skip: re.Pattern[str]) -> Iterator[tuple[str, A
                 params,
                 net.frozen(query[-steps:][: int(after)], params),
                 labels[-steps:][: int(after)],
-                inner_lr=fixture.update_lr,
-                first_order=True,
+                InnerLoop(fixture.update_lr, 0),
             )
             weights = [p.detach() for p in {**dict(net.named_parameters()), **fast}.values()]
             yield f"fast_norm_after_{after}", _norms(weights)

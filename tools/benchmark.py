@@ -47,6 +47,7 @@ from model.fast.memory import keep_freed_memory
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
+from model.method import InnerLoop
 from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
 from tests import reference
 from utils.command_line import parse
@@ -185,9 +186,8 @@ def measure_meta_step(bench: Bench, part: str) -> None:
         backend: MetaLearner(
             *(bench.network("ANML", backend), bench.images, generator),
             meta_lr=defaults.meta_lr,
-            update_lr=defaults.update_lr,
+            inner=InnerLoop(defaults.update_lr, 0 if ORDERS[part] else None),
             rln=ANML.rln_training,
-            first_order=ORDERS[part],
             meta_loss=meta_loss(backend),
             capture=capture(backend),
         )

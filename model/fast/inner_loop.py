@@ -19,7 +19,7 @@ from model.fast.matmul import matmul, row_matmul
 from model.fast.network import Batch, Features, by_chain, refuse_create_graph
 from model.layers import Inputs
 from model.learner import Learner, Settings
-from model.method import Examples, InnerRule, OnlineLearner, Optimizer, Params
+from model.method import Examples, InnerLoop, OnlineLearner, Optimizer, Params
 from model.modelfactory import Network
 from model.optimizer import OPTIMIZERS
 
@@ -27,31 +27,21 @@ HEAD = ["head.weight", "head.bias"]
 
 
 def meta_loss(
-    net: nn.Module,
-    params: Params,
-    support: Examples,
-    query: Examples,
-    *,
-    inner_lr: float,
-    first_order: bool = False,
-    second_order_steps: int | None = None,
-    rule: InnerRule | None = None,
+    net: nn.Module, params: Params, support: Examples, query: Examples, inner: InnerLoop
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`model.method.meta_loss`, of which it takes arguments and gives results.
 
     Raises:
         NotImplementedError: another inner rule, or a head that does not learn.
     """
-    if rule is not None or list(params)[-2:] != HEAD:
+    if inner.rule is not None or list(params)[-2:] != HEAD:
         raise NotImplementedError("model/fast knows SGD as inner rule, with a head that learns")
     assert isinstance(net, Network)
     of_support, of_query = by_chain(net, support[0]), by_chain(net, query[0])
     support, query = (of_support, support[1]), (of_query, query[1])
-    steps = len(support[1])
-    second_order = 0 if first_order else steps if second_order_steps is None else second_order_steps
     # The first stage that learns may have parameters that the inner loop leaves alone.
     others = [name for name in Features(net, query[0]).names if name not in params]
-    loop = _Loop(net, [*params, *others], len(params), support, query, inner_lr, min(steps, second_order))
+    loop = _Loop(net, [*params, *others], len(params), support, query, inner)
     tensors = [*params.values(), *map(net.get_parameter, others)]
     tensors += [*of_support.activations, *of_query.activations]
     loss, logits, inner_losses = _MetaLoss.apply(loop, *tensors)
@@ -66,8 +56,7 @@ class _Loop(NamedTuple):
     learned: int  # how many of them, the first, the inner loop changes
     support: Examples
     query: Examples
-    lr: float
-    second_order: int  # last inner steps that are differentiated through
+    inner: InnerLoop
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -95,9 +84,9 @@ def _value_and_grads(
     loop: _Loop, params: Params, need: tuple[Sequence[bool], Sequence[bool]]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Params, list[Tensor | None]]:
     """Loss, logits and inner losses; gradients of the params; those of the inputs of support and query."""
-    net, lr = loop.net, loop.lr
+    net, lr = loop.net, loop.inner.lr
     body = [name for name in loop.names[: loop.learned] if name not in HEAD]
-    constant = len(loop.support[1]) - loop.second_order  # images whose steps are constants
+    constant = loop.inner.constant(len(loop.support[1]))
     fast, head, steps, inner_losses = _adapt(net, params, body, loop.support, lr, constant)
 
     weight, bias = head.weights()
@@ -155,11 +144,11 @@ def _adapt(
 
 @torch.no_grad()
 def inner_loop(
-    net: Network, params: Params, images: Inputs, labels: Tensor, *, inner_lr: float, **_others: Any
+    net: Network, params: Params, images: Inputs, labels: Tensor, inner: InnerLoop
 ) -> tuple[Params, Tensor]:
     """The values of `model.method.inner_loop`, without a graph."""
     body = [name for name in params if name not in HEAD]
-    fast, head, _, losses = _adapt(net, params, body, (images, labels), inner_lr, len(labels))
+    fast, head, _, losses = _adapt(net, params, body, (images, labels), inner.lr, len(labels))
     fast["head.weight"], fast["head.bias"] = head.weights()
     return {name: fast[name] for name in params}, torch.stack(losses)
 

@@ -15,6 +15,7 @@ from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import FrozenOutputs, learn
+from model.method import InnerLoop
 from model.modelfactory import shared_copy, trained_parameters
 from model.prototypes import PrototypeLearner
 from tests.model.test_method import CLASSES, images, network
@@ -38,9 +39,8 @@ def meta_learner(
         *(network(kind, backend)[0].to(device), images(CLASSES, 20).to(device)),
         torch.Generator().manual_seed(7),
         meta_lr=0.001,
-        update_lr=0.03,
+        inner=InnerLoop(0.03, 0 if first_order else None),
         rln=rln,
-        first_order=first_order,
         meta_loss=meta_loss(backend),
         capture=capture(backend),
     )

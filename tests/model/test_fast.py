@@ -31,7 +31,7 @@ from model.guard import Use
 from model.layers import ConvBlock, colour
 from model.learner import Settings
 from model.meta_test import new_run
-from model.method import Params
+from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
 from tests.model.test_method import CPU, WIDTHS, differentiate, images, network
 from utils.errors import UserError
@@ -209,8 +209,8 @@ def test_nothing_is_differentiated_twice() -> None:
     params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, 7)}
     examples = normal(2, 1, 28, 28), torch.tensor([3, 3])
     with pytest.raises(RuntimeError, match="differentiable once"):
-        method.meta_loss(net, params, examples, examples, inner_lr=0.1)
-    loss, _, _ = meta_loss("fast")(net, params, examples, examples, inner_lr=0.1)
+        method.meta_loss(net, params, examples, examples, InnerLoop(0.1))
+    loss, _, _ = meta_loss("fast")(net, params, examples, examples, InnerLoop(0.1))
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(loss, list(params.values()), create_graph=True)
 
@@ -236,10 +236,10 @@ def test_published_width_in_single_precision() -> None:
 @pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "channels": 3, "rln": 0}])
 @pytest.mark.parametrize("kind", WIDTHS)
 def test_the_guard_lets_equal_numbers_pass(kind: str, options: dict[str, Any]) -> None:
-    for order in ({"first_order": True}, {"second_order_steps": 1}):
+    for steps in (0, 1):
         net = network(kind)[0].float()
         before = copy.deepcopy(net.state_dict())
-        use = Use(net, inner={"inner_lr": 0.1, **order}, update_step=3, **options)
+        use = Use(net, inner=InnerLoop(0.1, steps), update_step=3, **options)
         chosen = choose_backend("auto", [net], CPU, use)
         assert chosen.name == "fast", chosen.why
         assert_equal(net.state_dict(), before, 0)

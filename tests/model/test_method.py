@@ -15,7 +15,7 @@ from datasets.task_sampler import Trajectory, sample_task, sample_trajectory
 from model.fast import Backend, meta_loss, use_backend
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import new_run
-from model.method import Params
+from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
 from model.rate_search import LOST, Draw, RateSearch, best_rate, next_tries
 from tests import reference
@@ -77,7 +77,7 @@ def differentiate(
     params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
     inputs = net.frozen(query, params)
     loss, _, inner_losses = meta_loss(backend)(
-        net, params, (inputs[-steps:], labels[-steps:]), (inputs, labels), inner_lr=lr, **options
+        net, params, (inputs[-steps:], labels[-steps:]), (inputs, labels), InnerLoop(lr, **options)
     )
     learned: Params = dict(net.named_parameters())
     if query.requires_grad:
@@ -113,9 +113,9 @@ def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
     assert_same((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-5, atol=0)
 
 
-def learner(net: Network, pixels: Tensor, **options: Any) -> MetaLearner:
+def learner(net: Network, pixels: Tensor, steps: int | None = None, **options: Any) -> MetaLearner:
     generator = torch.Generator().manual_seed(7)
-    return MetaLearner(net, pixels, generator, meta_lr=0.001, update_lr=0.1, rln=7, **options)
+    return MetaLearner(net, pixels, generator, meta_lr=0.001, inner=InnerLoop(0.1, steps), rln=7, **options)
 
 
 @pytest.mark.parametrize("first_order", [True, False])
@@ -123,7 +123,7 @@ def test_meta_steps_with_adam(first_order: bool) -> None:
     """Two whole meta-steps, so that Adam's moments count; no reset, to share the reference's head."""
     net, weights = network("ANML")
     pixels = images(CLASSES, 20)
-    ours = learner(net, pixels, first_order=first_order, reset=False)
+    ours = learner(net, pixels, 0 if first_order else None, reset=False)
     generator = torch.Generator().manual_seed(11)
     adam = reference.Adam(weights, 0.001)
     for _ in range(2):

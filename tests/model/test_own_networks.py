@@ -23,7 +23,7 @@ from model.check import check_network
 from model.learner import Settings
 from model.meta_learner import MetaLearner
 from model.meta_test import FrozenOutputs, adam_learner, learn, new_run
-from model.method import InnerRule, Params, meta_loss
+from model.method import InnerLoop, InnerRule, Params, meta_loss
 from model.modelfactory import (
     NETWORKS,
     Network,
@@ -59,9 +59,9 @@ def test_check(name: str) -> None:
     check_network(name, WIDTHS.get(name), every_cut=True)
 
 
-@pytest.mark.parametrize("options", [{"first_order": True}, {"second_order_steps": 2}, {}], ids=str)
+@pytest.mark.parametrize("last", [0, 2, None])
 @pytest.mark.parametrize("name", [*WIDTHS, *OWN])
-def test_meta_gradient_at_every_cut(name: str, options: dict[str, Any]) -> None:
+def test_meta_gradient_at_every_cut(name: str, last: int | None) -> None:
     net = network(name)[0] if name in WIDTHS else new(name).double()
     query, labels = images(5), torch.tensor([0, 5, 3, 3, 4])
     for rln in range(len(layer_parameters(net))):
@@ -69,13 +69,12 @@ def test_meta_gradient_at_every_cut(name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(5)  # of dropout
         inputs = net.frozen(query, params)
         support = inputs[-3:], labels[-3:]
-        loss, _, losses = meta_loss(net, params, support, (inputs, labels), inner_lr=0.1, **options)
+        loss, _, losses = meta_loss(net, params, support, (inputs, labels), InnerLoop(0.1, last))
         learned = list(net.parameters())
         grads = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
         torch.manual_seed(5)
-        last = 0 if "first_order" in options else options.get("second_order_steps", 3)
         sizes = dict.fromkeys(params, torch.tensor(0.1, dtype=torch.float64))
-        expected = unrolled(net, params, query, labels, sizes, last)
+        expected = unrolled(net, params, query, labels, sizes, 3 if last is None else last)
         torch.testing.assert_close((loss, losses, grads), expected, rtol=1e-8, atol=1e-11)
 
 
@@ -197,7 +196,7 @@ def test_pretraining(scripts: Run) -> None:
 def test_meta_test_leaves_training_mode_and_buffers_alone() -> None:
     net = new("BatchNorm").double().train()
     learner = MetaLearner(
-        net, images(10, 4), torch.Generator().manual_seed(0), meta_lr=0.001, update_lr=0.1, rln=0
+        net, images(10, 4), torch.Generator().manual_seed(0), meta_lr=0.001, inner=InnerLoop(0.1), rln=0
     )
     learner.step(sample_trajectory([4] * 10, torch.Generator(), update_step=2, remember=3))
     buffers = {name: value.clone() for name, value in net.named_buffers()}

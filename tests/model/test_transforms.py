@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from model.inner_rules import MetaSGD
-from model.method import Params, meta_loss
+from model.method import InnerLoop, InnerRule, Params, meta_loss
 from model.modelfactory import Network, load_network, trained_parameters
 from tests.conftest import Trainer, assert_same_run
 from tests.model.test_method import images, network
@@ -26,11 +26,13 @@ def examples(seed: int = 1) -> tuple[Tensor, Tensor]:
     return images(2 + STEPS, seed=seed), torch.tensor([0, 5, 3, 3, 3 + seed])
 
 
-def loss_of(net: Network, first_order: bool, **options: Any) -> Any:
+def loss_of(net: Network, first_order: bool, rule: InnerRule | None = None) -> Any:
+    inner = InnerLoop(LR, 0 if first_order else None, rule)
+
     def loss(params: Params, pixels: Tensor, labels: Tensor) -> Tensor:
         support = pixels[-STEPS:], labels[-STEPS:]
         query = pixels, labels
-        return meta_loss(net, params, support, query, inner_lr=LR, first_order=first_order, **options)[0]
+        return meta_loss(net, params, support, query, inner)[0]
 
     return loss
 

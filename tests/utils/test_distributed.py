@@ -23,6 +23,7 @@ import evaluate_classification
 import mrcl_classification
 from datasets.task_sampler import sample_trajectory
 from model.meta_learner import MetaLearner
+from model.method import InnerLoop
 from model.modelfactory import NETWORKS, build
 from model.training_state import load_state
 from tests.conftest import ROOT, TINY, Called, Trainer, process, rows
@@ -113,7 +114,7 @@ def meta_train() -> None:
     learner = MetaLearner(
         *(net, images, generator),
         meta_lr=0.01,
-        update_lr=0.1,
+        inner=InnerLoop(0.1),
         rln=net.rln_training,
         shard=group.shard,
         all_reduce=group.all_reduce,
