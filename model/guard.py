@@ -129,7 +129,7 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
 
     learners = (plain, LEARNERS["adam"].make), (fast, candidate.learner)
     (params, answers), (fast_params, fast_answers) = _of_both(
-        lambda net, make: _online(net, make, images[-steps:][:FEW_STEPS], labels[-steps:][:FEW_STEPS], use),
+        lambda net, make: _online(net, make, images[-steps:], labels[-steps:], use),
         learners,
     )
     if not all(map(_same, params, fast_params)):

@@ -91,6 +91,12 @@ EDITS = (
         "        for t in reversed(range(len(labels))):\n            self.step",
     ),
     Edit(
+        "images learned at random",
+        METHOD,
+        "        for t in range(len(labels)):\n            self.step",
+        "        for t in torch.randperm(len(labels)).tolist():\n            self.step",
+    ),
+    Edit(
         "another answer",
         METHOD,
         "return classify(self.net(images))",
