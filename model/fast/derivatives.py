@@ -87,18 +87,15 @@ class Conv(Layer):
         return conv.im2col(x, self.stride) if conv.few_positions(x, self.stride) else None
 
 
-class MaxPool(Layer):
+class MaxPool:
     """2x2 max-pool, [B, H, W, C] -> [B, H // 2, W // 2, C]. Its derivatives are linear maps."""
 
-    def forward(self, x: Tensor, *params: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         self.shape = x.shape
         values, winners = torch.ops.aten.max_pool2d_with_indices(x.permute(0, 3, 1, 2), [2, 2], [2, 2])
         small = torch.int16 if x.shape[1] * x.shape[2] < 2**15 else torch.int32  # a quarter of the memory
         self.winners = winners if len(x) == 1 else winners.to(small)
         return values.permute(0, 2, 3, 1)  # type: ignore[no-any-return]
-
-    def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        return self.spread(grad), ()
 
     def spread(self, grad: Tensor) -> Tensor:
         """The gradient of the input: each value goes to the pixel that it came from."""
@@ -143,6 +140,10 @@ class Norm:
         left = torch.addcmul(-mean, z, along_z).addcmul_(g, mean_vz).addcmul_(v, self.mean_z).mul_(-r * r)
         self.left = left.view(self.shape)
         return v_grad.view(self.shape)
+
+    def backward_both(self, grad: Tensor) -> Tensor:
+        """`backward` at the cotangent `grad`, plus what `double_backward` left."""
+        return self._project(grad.flatten(1, 2))[0].view(self.shape).add_(self.left)
 
     def _project(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, mean_z = g.mean(1, keepdim=True), (g * self.z).mean(1, keepdim=True)
@@ -189,7 +190,7 @@ class Block(Layer):
         passed = _where_positive(grad, self.y)
         spread = torch.addcmul(self.left_pooled, passed, self.scale)
         spread = self.pool.spread(spread) if self.pool else spread
-        to_conv = self.norm._project(spread.flatten(1, 2))[0].view(self.norm.shape).add_(self.norm.left)
+        to_conv = self.norm.backward_both(spread)
         to_x, to_weight = self.conv.backward_both(to_conv, need_x)
         return to_x, self._grads(to_weight[0], torch.addcmul(self.left_scale, passed, self.pooled), passed)
 

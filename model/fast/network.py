@@ -109,7 +109,7 @@ def use_fast_layers(net: nn.Module) -> None:
         for stage in net.get_submodule(name).children():
             _layer(stage, grey=False)  # whether there is one
     for module in modules:
-        if type(module) in (ConvBlock, nn.Conv2d) and not isinstance(module, FastConvBlock):
+        if type(module) in FAST:
             module.__class__ = FAST[type(module)]  # in place: other references to the module stay valid
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
