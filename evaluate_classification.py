@@ -34,8 +34,8 @@ from evaluation.plots import accuracy_figure, save_png
 from evaluation.results import summarise, table
 from evaluation.runs import Journal, Runs, evaluate, how_chosen
 from flags.evaluation import SCHEDULE, Evaluation
-from model.fast import Backend, choose_backend, learner
-from model.guard import Use
+from model.fast import choose_backend
+from model.guard import Backend, Use
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
@@ -71,7 +71,7 @@ def main() -> None:
     sets = images(args, net, group)
     plan = Plan.of(args, models[0], sets)
     use = Use(net, meta_test_rln=plan.rln, optimizer=args.optimizer or "adam")
-    backend, why = choose_backend(args.backend, [model.net for model in models], device, use)
+    backend = choose_backend(args.backend, [model.net for model in models], device, use)
     data = sets["evaluation"].about()
     if "background" in sets:
         data |= {"search_data": sets["background"].name, "search_data_hash": sets["background"].data_hash}
@@ -79,13 +79,13 @@ def main() -> None:
         fixed = {key: value for key, value in decided(plan).items() if key != "schedule"}
         models = match_earlier(models, fixed | data, args.resume)
     weights = [fingerprint(model.net)[:12] for model in models]
-    group.check_same({**data, "models": weights, "backend": backend})
+    group.check_same({**data, "models": weights, "backend": backend.name})
     about = {
         "network": net.network,
         "models": [model.about() for model in models],
         "device": str(device),
-        "backend": backend,
-        "backend_why": why,
+        "backend": backend.name,
+        "backend_why": backend.why,
         "points": INDEPENDENCE[args.nested],
         **data,
     }
@@ -239,7 +239,7 @@ def meta_test(
         split=args.split,
         train_images=args.train_images,
         test_images=args.test_images,
-        learner=learner(args.learner, backend),
+        learner=backend.learner(args.learner),
         settings=Settings(**plan.options),
         own_head=kind.takes_steps,
         fit=kind.fit,

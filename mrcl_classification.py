@@ -39,8 +39,8 @@ from datasets.task_sampler import (
 from evaluation.monitor import gate_statistics, validate
 from flags.training import Plan, Training
 from model.check import check_network
-from model.fast import Backend, capture, choose_backend, meta_loss
-from model.guard import Use
+from model.fast import choose_backend
+from model.guard import Backend, Use
 from model.iid import BatchStep, IidLearner
 from model.meta_learner import MetaLearner, MetaStep, gather
 from model.method import InnerLoop
@@ -114,8 +114,8 @@ def make_learner(
         reset_copy=args.reset_copy,
         shard=group.shard,
         all_reduce=group.all_reduce,
-        meta_loss=meta_loss(backend),
-        capture=capture(backend),
+        meta_loss=backend.meta_loss,
+        capture=backend.capture,
     )
 
 
@@ -267,14 +267,14 @@ def main() -> None:
         learn_update_lr=args.learn_update_lr,
         channels=images.channels,
     )
-    backend, why = choose_backend(args.backend, [net], device, use)
+    backend = choose_backend(args.backend, [net], device, use)
     learner = make_learner(args, plan, net.to(device).train(), images.pool(device), group, backend)
     if state:
         restore_training(state, learner.optimizer, learner.generator, str(args.resume), learner.rule)
     same = {"data": images.data_hash[:12], "weights": fingerprint(net)[:12], "steps done": done}
-    group.check_same({**same, "backend": backend})
+    group.check_same({**same, "backend": backend.name})
     extra = {"plan": decided(plan, absolute=True), "device": str(device), **images.about()}
-    extra |= {"backend": backend, "backend_why": why}
+    extra |= {"backend": backend.name, "backend_why": backend.why}
     with (
         Interrupt(patient=launched()) as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,

@@ -100,7 +100,7 @@ class RunFlags(Flags):
     threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
     backend: str = choice(
         "auto",
-        BACKENDS,
+        ("auto", *BACKENDS),
         "layers of the networks: plain torch, fast ones with the same numbers up to rounding, or auto: "
         "fast on the CPU and on CUDA, plain elsewhere",
     )

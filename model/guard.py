@@ -19,7 +19,8 @@ from torch import Tensor
 from model import method
 from model.inner_rules import MetaSGD
 from model.learner import MakeLearner, Settings
-from model.meta_test import LEARNERS
+from model.meta_learner import Capture, no_capture
+from model.meta_test import LEARNERS, adam_learner
 from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
 
@@ -68,23 +69,35 @@ class Use:
         return trained_parameters(self.net, rln)
 
 
-class Candidate(NamedTuple):
-    """A backend that is to give plain's numbers.
+class Backend(NamedTuple):
+    """How a run computes what `model.method` defines.
 
     Attributes:
+        name: `plain` or `fast`.
         prepare: gives a network the backend's layers, in place. Raises NotImplementedError where the backend
             does not know the network.
-        meta_loss, inner_loop: in place of `model.method`'s.
-        learner: in place of `model.meta_test.adam_learner`.
+        meta_loss: in place of `model.method`'s.
+        capture: turns a function of tensors that computes with a network into a faster one.
+        adam_learner: in place of `model.meta_test.adam_learner`.
+        why: what made the run choose it.
     """
 
+    name: str
     prepare: Callable[[Network], None]
     meta_loss: MetaLoss
-    inner_loop: Callable[..., tuple[Params, Tensor]]
-    learner: MakeLearner
+    capture: Capture
+    adam_learner: MakeLearner
+    why: str = "as asked for"
+
+    def learner(self, name: str) -> MakeLearner:
+        """The learner of `model.meta_test.LEARNERS` of that name."""
+        return self.adam_learner if name == "adam" else LEARNERS[name].make
 
 
-def difference(net: Network, device: torch.device, use: Use, candidate: Candidate) -> str | None:
+PLAIN = Backend("plain", lambda net: None, method.meta_loss, no_capture, adam_learner)
+
+
+def difference(net: Network, device: torch.device, use: Use, candidate: Backend) -> str | None:
     """What a backend computes otherwise than plain, or why it does not know a network; None if both agree."""
     try:
         candidate.prepare(copy.deepcopy(net))
@@ -103,93 +116,80 @@ def difference(net: Network, device: torch.device, use: Use, candidate: Candidat
     return None
 
 
-def _difference(net: Network, device: torch.device, use: Use, steps: int, candidate: Candidate) -> str | None:
+def _difference(net: Network, device: torch.device, use: Use, steps: int, candidate: Backend) -> str | None:
     plain = _moved(copy.deepcopy(net).to(device).double())
     fast = copy.deepcopy(plain)
     candidate.prepare(fast)
     images, labels = _examples(steps + OTHERS, use.channels, net.num_outputs, device)
-    both = (plain, method.meta_loss), (fast, candidate.meta_loss)
+    both = (plain, PLAIN), (fast, candidate)
 
     logits = _of_both(lambda net, _: net(images[:2]), both)
     if not _same(*logits):
         return "the logits"
     (values, grads), (fast_values, fast_grads) = _of_both(
-        lambda net, meta_loss: _meta_gradient(net, meta_loss, images, labels, steps, use), both
+        lambda net, backend: _meta_gradient(net, backend, images, labels, steps, use), both
     )
     scale = max(float(x.detach().abs().max()) for x in (values, *grads.values()))
     # Rounding has been amplified as much: smaller steps show more.
     if not scale < EXPLODED and use.inner.lr > SMALLEST_LR:
         smaller = replace(use, inner=replace(use.inner, lr=use.inner.lr / 10))
         return _difference(net, device, smaller, steps, candidate)
+    if not _same(values[:steps], fast_values[:steps]):
+        return "the inner step"
     if not _same(values, fast_values):
-        return _cause(both, images, labels, use, candidate)
+        return "the meta-loss"
     for name, grad in grads.items():
         if not _same(grad, fast_grads[name], scale):
             return f"the gradient of {name}"
 
-    learners = (plain, LEARNERS["adam"].make), (fast, candidate.learner)
     (params, answers), (fast_params, fast_answers) = _of_both(
-        lambda net, make: _online(net, make, images[-steps:], labels[-steps:], use),
-        learners,
+        lambda net, backend: _online(net, backend, images[-steps:], labels[-steps:], use), both
     )
     if not all(map(_same, params, fast_params)):
         return "the online update"
     return None if torch.equal(answers, fast_answers) else "the online learner's answers"
 
 
-def _of_both(compute: Callable[[Network, Any], Any], both: Sequence[tuple[Network, Any]]) -> list[Any]:
+def _of_both(
+    compute: Callable[[Network, Backend], Any], both: Sequence[tuple[Network, Backend]]
+) -> list[Any]:
     """What `compute` gives for both backends; both draw the same, say for dropout."""
     found = []
-    for net, function in both:
+    for net, backend in both:
         torch.manual_seed(1)
-        found.append(compute(net, function))
+        found.append(compute(net, backend))
     return found
 
 
 def _meta_gradient(
-    net: Network, meta_loss: MetaLoss, images: Tensor, labels: Tensor, steps: int, use: Use
+    net: Network, backend: Backend, images: Tensor, labels: Tensor, steps: int, use: Use
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """All that the meta-loss returns, in one tensor, and its gradient with respect to each parameter."""
+    """All that the meta-loss returns, the inner losses first, and its gradient with respect to each
+    parameter."""
     params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
     rule = MetaSGD(params, use.inner.lr) if use.learn_update_lr else None
     # Frozen outputs are a shortcut too: plain passes whole images.
-    inputs = images if meta_loss is method.meta_loss else net.frozen(images, params)
+    inputs = images if backend is PLAIN else net.frozen(images, params)
     support, query = (inputs[-steps:], labels[-steps:]), (inputs, labels)
-    loss, logits, inner_losses = meta_loss(net, params, support, query, replace(use.inner, rule=rule))
+    inner = replace(use.inner, rule=rule)
+    loss, logits, inner_losses = backend.meta_loss(net, params, support, query, inner)
     learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True, materialize_grads=True)
-    values = torch.cat([loss[None], logits.flatten(), inner_losses])
+    values = torch.cat([inner_losses, logits.flatten(), loss[None]])
     return values, dict(zip(learned, grads, strict=True))
 
 
 def _online(
-    net: Network, make: MakeLearner, images: Tensor, labels: Tensor, use: Use
+    net: Network, backend: Backend, images: Tensor, labels: Tensor, use: Use
 ) -> tuple[list[Tensor], Tensor]:
     """The parameters after some updates of the online learner, and its answers then."""
     net = copy.deepcopy(net).eval()
     trained = use.online_learned
-    learner = make(net, trained, Settings(lr=0.01, optimizer=use.optimizer))
+    learner = backend.adam_learner(net, trained, Settings(lr=0.01, optimizer=use.optimizer))
     with torch.no_grad():
         inputs = net.frozen(images, trained)
     learner.learn(inputs, labels)
     return [p.detach() for p in net.parameters()], learner.predict(inputs)
-
-
-def _cause(
-    both: Sequence[tuple[Network, Any]], images: Tensor, labels: Tensor, use: Use, candidate: Candidate
-) -> str:
-    """Which part of the meta-loss differs."""
-
-    def after_one_step(net: Network, meta_loss: MetaLoss) -> list[Tensor]:
-        params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
-        adapt = method.inner_loop if meta_loss is method.meta_loss else candidate.inner_loop
-        adapted, losses = adapt(net, params, images[:1], labels[:1], use.inner)
-        return [*adapted.values(), losses]
-
-    plain, fast = _of_both(after_one_step, both)
-    if not all(map(_same, plain, fast)):
-        return "the inner step"
-    return "the meta-loss" if use.update_step == 1 else "the inner loop or the meta-loss"
 
 
 @torch.no_grad()

@@ -230,7 +230,7 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     """The backend that ran, and what two meta-steps of each order and a meta-test gave on a small network."""
     from datasets import Pool
     from datasets.task_sampler import sample_trajectory
-    from model.fast import capture, choose_backend, learner, meta_loss
+    from model.fast import choose_backend
     from model.guard import Use
     from model.learner import Settings
     from model.meta_learner import MetaLearner
@@ -253,8 +253,8 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
                     parameter.add_(torch.randn(parameter.shape, generator=generator))
         inner = InnerLoop(0.05, 0 if first_order else None)
         use = Use(net, inner=inner, update_step=6)
-        backend, _ = choose_backend(asked, [net], torch.device("cpu"), use)
-        used.append(backend)
+        backend = choose_backend(asked, [net], torch.device("cpu"), use)
+        used.append(backend.name)
         outer = MetaLearner(
             net.train(),
             images,
@@ -262,8 +262,8 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
             meta_lr=0.001,
             inner=inner,
             rln=net.rln_training,
-            meta_loss=meta_loss(backend),
-            capture=capture(backend),
+            meta_loss=backend.meta_loss,
+            capture=backend.capture,
         )
         torch.manual_seed(0)
         for _ in range(2):
@@ -274,7 +274,7 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     trained = trained_parameters(net, net.default_meta_test_rln)
     net = new_run(net, trained, generator)
     outputs = FrozenOutputs(net, Pool.of(images), trained)
-    online = learner("adam", backend)(net, trained, Settings(lr=0.01))
+    online = backend.adam_learner(net, trained, Settings(lr=0.01))
     index = torch.cartesian_prod(torch.arange(12), torch.arange(8))
     learn(online, outputs, index)
     found += answers(online, outputs, index).double().tolist()

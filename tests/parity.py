@@ -26,7 +26,7 @@ from torch import Tensor
 
 from datasets import ImageSet, Source
 from model import method
-from model.fast import Backend, learner, meta_loss, use_backend
+from model.fast import BACKENDS
 from model.learner import Settings
 from model.meta_learner import gather
 from model.meta_test import FrozenOutputs, answers, learn
@@ -44,7 +44,7 @@ BIASES_BEFORE_NORM = [1, 5, 9, 15, 19, 23]
 class Fixture:
     """A fixture file, the network it describes and the images it names."""
 
-    def __init__(self, path: Path, root: Path, dtype: torch.dtype, backend: Backend = "fast") -> None:
+    def __init__(self, path: Path, root: Path, dtype: torch.dtype, backend: str = "fast") -> None:
         with np.load(path, allow_pickle=False) as file:
             self.arrays: Mapping[str, Array] = dict(file)
         self.dtype = dtype
@@ -55,7 +55,7 @@ class Fixture:
         self.rln = int(self.scalar("rln", 7))
         self.net = self._network()
         self.backend = backend
-        use_backend(self.net, backend)
+        BACKENDS[backend].prepare(self.net)
         self.data = Source("omniglot", root, Path("data/cache"))
         self.background = self.data.load("background")
 
@@ -122,7 +122,7 @@ class Fixture:
         with torch.no_grad():
             head.copy_(torch.from_numpy(draw * np.sqrt(2 / head.shape[1])))
             net.get_parameter("head.bias").zero_()
-        online = learner("adam", self.backend)(net, trained, Settings(lr))
+        online = BACKENDS[self.backend].adam_learner(net, trained, Settings(lr))
         learn(online, outputs, train.reshape(-1, 2))
         with torch.no_grad():
             logits = net(outputs.get(test.reshape(-1, 2)))
@@ -149,7 +149,7 @@ def quantities(fixture: Fixture, skip: re.Pattern[str]) -> Iterator[tuple[str, A
         if skip.match(f"meta_loss_{order}"):
             continue
         inputs = net.frozen(query, params)
-        loss, _, inner_losses = meta_loss(fixture.backend)(
+        loss, _, inner_losses = BACKENDS[fixture.backend].meta_loss(
             net,
             params,
             (inputs[-steps:], labels[-steps:]),
@@ -215,7 +215,7 @@ def errors(name: str, ours: Array, reference: Array) -> tuple[float, float]:
 
 
 def compare(
-    path: Path, root: Path, dtype: str, backend: Backend = "fast", skip: str = "(?!)"
+    path: Path, root: Path, dtype: str, backend: str = "fast", skip: str = "(?!)"
 ) -> list[tuple[str, float, float]]:
     """Name, relative error and absolute error of the zero rows for every quantity of a fixture, but for
     those whose names the regular expression `skip` matches (by default none)."""

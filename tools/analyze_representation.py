@@ -232,7 +232,7 @@ def main() -> None:
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
     net, step = restore_model(saved, args.model), saved.step
-    backend, _ = choose_backend(args.backend, [net], device, Use(net))
+    backend = choose_backend(args.backend, [net], device, Use(net)).name
     images = args.source().load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     images.require(

@@ -42,7 +42,7 @@ from datasets.omniglot import DRAWINGS
 from datasets.task_sampler import sample_task, sample_trajectory
 from evaluation.results import aligned
 from flags.training import Training
-from model.fast import Backend, capture, learner, meta_loss, use_backend
+from model.fast import BACKENDS
 from model.fast.memory import keep_freed_memory
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
@@ -61,8 +61,7 @@ from utils.signature import arguments
 ORDERS = {"first-order": True, "second-order": False}
 TREATMENTS = {"anml-13": ("ANML", 13), "anml-7": ("ANML", 7), "anml-0": ("ANML", 0), "oml-6": ("OML", 6)}
 PARTS = (*ORDERS, *TREATMENTS)
-BACKENDS: tuple[Backend, ...] = ("fast", "plain")
-COLUMNS = (*BACKENDS, "textbook", "machine")
+COLUMNS = ("fast", "plain", "textbook", "machine")
 
 WIDTHS = {name: arguments(ANML)[name].default for name in ("nm_channels", "pln_channels")}
 TRAIN_IMAGES = 15  # of a class at meta-test
@@ -126,11 +125,11 @@ class Bench:
     times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     rates: list[Rate] = field(default_factory=list)
 
-    def network(self, kind: str, backend: Backend) -> Network:
+    def network(self, kind: str, backend: str) -> Network:
         """A network of this kind that computes as `backend` does."""
         widths = {name: self.widths[name] for name in arguments(NETWORKS[kind]).keys() & self.widths}
         net = build(kind, widths, torch.Generator().manual_seed(0)).to(self.device)
-        use_backend(net, backend)
+        BACKENDS[backend].prepare(net)
         return net
 
     def in_turns(
@@ -188,14 +187,14 @@ def measure_meta_step(bench: Bench, part: str) -> None:
             meta_lr=defaults.meta_lr,
             inner=InnerLoop(defaults.update_lr, 0 if ORDERS[part] else None),
             rln=ANML.rln_training,
-            meta_loss=meta_loss(backend),
-            capture=capture(backend),
+            meta_loss=BACKENDS[backend].meta_loss,
+            capture=BACKENDS[backend].capture,
         )
         for backend in BACKENDS
     }
     weights = [parameter.detach().clone() for parameter in learners["plain"].net.parameters()]
 
-    def step(backend: Backend) -> None:
+    def step(backend: str) -> None:
         learners[backend].step(sample_trajectory([DRAWINGS] * len(bench.images), generator))
 
     def textbook() -> None:
@@ -230,11 +229,11 @@ def measure_meta_test(bench: Bench, part: str) -> None:
         trained = trained_parameters(net, rln)
         outputs[backend] = FrozenOutputs(net, pool, trained)
         run = new_run(net, trained, generator)
-        learners[backend] = learner("adam", backend)(run, trained, Settings(0.001))
+        learners[backend] = BACKENDS[backend].adam_learner(run, trained, Settings(0.001))
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
 
-    def update(backend: Backend, turn: int) -> None:
+    def update(backend: str, turn: int) -> None:
         learn(learners[backend], outputs[backend], task.train[turn])
 
     def textbook(turn: int, *, tested: bool) -> None:

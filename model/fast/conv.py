@@ -10,8 +10,6 @@ multiplies patches is a view of the kernel. Other layouts give the same numbers,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
@@ -24,85 +22,59 @@ FEW_POSITIONS = 256
 MANY_CHANNELS = 128  # below this number the transforms of `winograd` cost more than its products save
 
 
-def output_size(x: Tensor, stride: int) -> tuple[int, int]:
-    """H' and W' of the convolution of [B, H, W, C]."""
-    return (x.shape[1] - 3) // stride + 1, (x.shape[2] - 3) // stride + 1
+class Input:
+    """The input of a convolution, [B, H, W, I]; over few output positions with its patches."""
 
+    def __init__(self, x: Tensor, stride: int) -> None:
+        self.x, self.stride = x, stride
+        self.out = (len(x), (x.shape[1] - 3) // stride + 1, (x.shape[2] - 3) // stride + 1)  # B, H', W'
+        self.patches = self._im2col() if self.out[0] * self.out[1] * self.out[2] <= FEW_POSITIONS else None
 
-def few_positions(x: Tensor, stride: int) -> bool:
-    """Whether the convolution of `x` is computed with `im2col`."""
-    height, width = output_size(x, stride)
-    return len(x) * height * width <= FEW_POSITIONS
+    def _im2col(self) -> Tensor:
+        """The 3x3 patches as rows, [B * H' * W', 9 * I]; each copies three runs of memory."""
+        x = self.x.contiguous()
+        width, channels = x.shape[2:]
+        image, row, pixel, _ = x.stride()
+        strides = (image, self.stride * row, self.stride * pixel, width * channels, 1)
+        runs = x.as_strided((*self.out, 3, 3 * channels), strides, x.storage_offset())
+        return runs.reshape(-1, 9 * channels)
 
+    def convolve(self, weight: Tensor) -> Tensor:
+        """The output, [B, H', W', O]."""
+        if self.patches is not None:
+            return matmul(self.patches, _rows(weight).t()).view(*self.out, -1)
+        # The CPU's channels-last kernel adds up 9 * I products one after the other, the other one in blocks.
+        # Blocks have a third of the rounding error, and with it of the decisions of ReLU and max-pool that
+        # float32 gets wrong.
+        x = self.x.permute(0, 3, 1, 2).contiguous()
+        return F.conv2d(x, weight.contiguous(), stride=self.stride).permute(0, 2, 3, 1).contiguous()
 
-def im2col(x: Tensor, stride: int) -> Tensor:
-    """The 3x3 patches of [B, H, W, C] as rows, [B * H' * W', 9 * C]; each copies three runs of memory."""
-    x = x.contiguous()
-    batch, _, width, channels = x.shape
-    shape = (batch, *output_size(x, stride), 3, 3 * channels)
-    image, row, pixel, _ = x.stride()
-    runs = x.as_strided(shape, (image, stride * row, stride * pixel, width * channels, 1), x.storage_offset())
-    return runs.reshape(-1, 9 * channels)
+    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the input from that of the output."""
+        if self.patches is None:
+            return self._gradients(grad, weight, True, False)[0]
+        patches = matmul(grad.flatten(0, 2), _rows(weight)).view(*self.out, 3, 3, -1)
+        return winograd.add_up(patches, self.stride, (self.x.shape[1], self.x.shape[2]))
 
+    def gradients(self, grad: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        """The gradients of the input, where needed, and of the kernel from that of the output."""
+        if self.patches is None:
+            to_x, to_weight = self._gradients(grad, weight, need_x, True)
+            return to_x if need_x else None, to_weight
+        to_weight = matmul(grad.flatten(0, 2).t(), self.patches).view(len(weight), 3, 3, -1)
+        return self.grad_input(grad, weight) if need_x else None, to_weight.permute(0, 3, 1, 2)
 
-def convolve(x: Tensor, weight: Tensor, stride: int, patches: Tensor | None) -> Tensor:
-    """[B, H, W, I] -> [B, H', W', O]; `patches` is `im2col` of `x`, or None over many positions."""
-    if patches is not None:
-        return matmul(patches, _rows(weight).t()).view(len(x), *output_size(x, stride), len(weight))
-    # The CPU's channels-last kernel adds up 9 * I products one after the other, the other one in blocks.
-    # Blocks have a third of the rounding error, and with it of the decisions of ReLU and max-pool that
-    # float32 gets wrong.
-    y = F.conv2d(x.permute(0, 3, 1, 2).contiguous(), weight.contiguous(), stride=stride)
-    return y.permute(0, 2, 3, 1).contiguous()
-
-
-def grad_input(terms: Sequence[tuple[Tensor, Tensor]], x: Tensor, stride: int) -> Tensor:
-    """The sum of the input's gradients, of the shape of `x`, over pairs of output gradient and kernel."""
-    if few_positions(x, stride):
-        first, *others = (matmul(grad.flatten(0, 2), _rows(weight)) for grad, weight in terms)
-        for other in others:
-            first += other
-        patches = first.view(len(x), *output_size(x, stride), 3, 3, -1)
-        return winograd.add_up(patches, stride, (x.shape[1], x.shape[2]))
-    return torch.stack([_gradients(grad, x, weight, stride, True, False)[0] for grad, weight in terms]).sum(0)
-
-
-def grad_weight(terms: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight: Tensor, stride: int) -> Tensor:
-    """The sum of the kernel's gradients over triples of output gradient, input and patches of the input."""
-    total: Tensor | None = None
-    for grad, x, patches in terms:
-        if patches is not None:
-            grad = matmul(grad.flatten(0, 2).t(), patches).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        else:
-            grad = _gradients(grad, x, weight, stride, False, True)[1]
-        total = grad if total is None else total.add_(grad)
-    assert total is not None
-    return total
-
-
-def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, patches: Tensor | None, need_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the input, where needed, and of the kernel."""
-    if patches is None and need_x:
-        return _gradients(grad, x, weight, stride, True, True)  # less work together than one by one
-    to_x = grad_input([(grad, weight)], x, stride) if need_x else None
-    return to_x, grad_weight([(grad, x, patches)], weight, stride)
+    def _gradients(self, grad: Tensor, weight: Tensor, *need: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of input and kernel over many positions; without meaning where not needed."""
+        if self.x.device.type == "cpu" and self.stride == 1 and min(weight.shape[:2]) >= MANY_CHANNELS:
+            return winograd.gradients(grad, self.x, weight, *need)
+        to_x, to_weight, _ = torch.ops.aten.convolution_backward(
+            *(grad.permute(0, 3, 1, 2), self.x.permute(0, 3, 1, 2), weight, None),
+            *([self.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, (*need, False)),
+        )
+        return to_x.permute(0, 2, 3, 1) if need[0] else grad, to_weight
 
 
 def _rows(weight: Tensor) -> Tensor:
     """A kernel [O, I, 3, 3] as the matrix [O, 9 * I] that multiplies patches."""
     return weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of input and kernel over many positions; empty where not needed."""
-    if x.device.type == "cpu" and stride == 1 and min(weight.shape[:2]) >= MANY_CHANNELS:
-        return winograd.gradients(grad, x, weight, need_x, need_weight)
-    to_x, to_weight, _ = torch.ops.aten.convolution_backward(
-        *(grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None),
-        *([stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, (need_x, need_weight, False)),
-    )
-    return to_x.permute(0, 2, 3, 1) if need_x else x.new_empty(0), to_weight

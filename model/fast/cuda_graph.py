@@ -12,7 +12,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model.fast.network import is_known
 from model.layers import FrozenOutput, Inputs
 from model.method import OnlineLearner, Optimizer
 
@@ -63,13 +62,8 @@ class CudaGraph(Generic[T]):
 
 
 def capture(function: Callable[..., T], net: nn.Module) -> Callable[..., T]:
-    """A function that computes with `net`, as a CUDA graph where that is known to give the same."""
-    return CudaGraph(function) if may_capture(net) else function
-
-
-def may_capture(net: nn.Module) -> bool:
-    """Whether a network is on a GPU and known to do the same for any images."""
-    return is_known(net) and all(parameter.is_cuda for parameter in net.parameters())
+    """A function that computes with a known network, on a GPU as a CUDA graph."""
+    return CudaGraph(function) if all(parameter.is_cuda for parameter in net.parameters()) else function
 
 
 class GraphLearner(OnlineLearner):

@@ -1,90 +1,68 @@
 """Layers with their first and second derivatives written out, for a batch of images.
 
 Activations of blocks are [B, H, W, C]. A layer keeps what its formulas need of the batch that it was last
-given: one object serves one batch.
+given: one object serves one batch. A layer has four methods. The first two give the gradients of an inner
+step; the meta-gradient differentiates through that step.
 
-`forward` and `backward` give the gradients of an inner step. The meta-gradient differentiates through that
-step: `double_backward` is the vjp of `backward` with respect to the output's gradient, from the first layer
-to the last, and then `backward_both`, from the last layer to the first, is the vjp of `forward` plus the vjp
-of `backward` with respect to input and parameters. Cotangents of what `backward` returned are called v.
+- `forward(x, *params)`: the output, of the input and the layer's parameters in their order.
+- `backward(grad, need_x)`: gradients of the input, where needed, and of the parameters from the output's.
+- `double_backward(v_x, v_params)`: the cotangent of the output's gradient from those (v) of what `backward`
+  returned; v_x is None of an input that had no gradient. It runs from the first layer to the last.
+- `backward_both(grad, need_x)`: the vjp of `forward`, plus the vjp of the earlier `backward` with respect to
+  input and parameters, which `double_backward` prepared. It runs from the last layer to the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.fast import conv
-from model.fast.matmul import matmul, row_matmul
+from model.fast.matmul import matmul, outer
 
 Grads = Sequence[Tensor]
 CHUNK = 4  # grey images whose full-size activations exist at a time, few enough to stay in cache
+UNUSED: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
 PIXELS = (0, 1, 2)  # the dimensions of [B, H, W, C] that gradients of a channel's parameters are summed over
 
 
-class Layer:
-    """A layer without parameters or with few, and its derivatives."""
-
-    def forward(self, x: Tensor, *params: Tensor) -> Tensor:
-        """The output, of the input and the layer's parameters in their order."""
-        raise NotImplementedError
-
-    def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        """Gradients of the input, where needed, and of the parameters from the output's gradient."""
-        raise NotImplementedError
-
-    def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
-        """Cotangent of the output's gradient from those of `backward`'s results; none of an input that had
-        no gradient."""
-        raise NotImplementedError
-
-    def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        """`backward` at the cotangent `grad`, plus the vjp of the earlier `backward` that
-        `double_backward` prepared."""
-        raise NotImplementedError
-
-
-class Conv(Layer):
+class Conv:
     """3x3 convolution without padding; its parameters are the kernel and, where there is one, the bias."""
 
     def __init__(self, stride: int = 1) -> None:
         self.stride = stride
 
     def forward(self, x: Tensor, *params: Tensor) -> Tensor:
-        self.x, (self.weight, *self.bias) = x, params
-        self.patches = self._im2col(x)
-        y = conv.convolve(x, self.weight, self.stride, self.patches)
+        self.x, (self.weight, *self.bias) = conv.Input(x, self.stride), params
+        y = self.x.convolve(self.weight)
         return y + self.bias[0] if self.bias else y
 
     def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
         self.grad = grad
-        to_x, to_weight = conv.gradients(grad, self.x, self.weight, self.stride, self.patches, need_x)
+        to_x, to_weight = self.x.gradients(grad, self.weight, need_x)
         return to_x, self._grads(to_weight, grad)
 
     def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
-        self.v_x, (self.v_weight, *v_bias) = v_x, v_params
-        v_grad = conv.convolve(self.x, self.v_weight, self.stride, self.patches)
-        if v_x is not None:
-            self.v_patches = self._im2col(v_x)
-            v_grad += conv.convolve(v_x, self.weight, self.stride, self.v_patches)
+        self.v_weight, *v_bias = v_params
+        v_grad = self.x.convolve(self.v_weight)
+        self.v_x = None if v_x is None else conv.Input(v_x, self.stride)
+        if self.v_x is not None:
+            v_grad += self.v_x.convolve(self.weight)
         return v_grad + v_bias[0] if v_bias else v_grad
 
     def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        terms = [(grad, self.x, self.patches)]
+        to_x, to_weight = self.x.gradients(grad, self.weight, need_x)
         if self.v_x is not None:
-            terms.append((self.grad, self.v_x, self.v_patches))
-        to_weight = conv.grad_weight(terms, self.weight, self.stride)
-        pairs = [(grad, self.weight), (self.grad, self.v_weight)]
-        to_x = conv.grad_input(pairs, self.x, self.stride) if need_x else None
+            to_weight += self.v_x.gradients(self.grad, self.weight, need_x=False)[1]
+        if to_x is not None:
+            to_x += self.x.grad_input(self.grad, self.v_weight)
         return to_x, self._grads(to_weight, grad)
 
     def _grads(self, to_weight: Tensor, grad: Tensor) -> Grads:
         return (to_weight, grad.sum(PIXELS)) if self.bias else (to_weight,)
-
-    def _im2col(self, x: Tensor) -> Tensor | None:
-        return conv.im2col(x, self.stride) if conv.few_positions(x, self.stride) else None
 
 
 class MaxPool:
@@ -151,7 +129,7 @@ class Norm:
         return torch.sub(g, to_x, out=to_x).mul_(self.r), mean, mean_z
 
 
-class Block(Layer):
+class Block:
     """`model.layers.ConvBlock`: convolution, norm, ReLU and, where asked, max-pool.
 
     Pooling comes before scale and shift, on a quarter of the work. The norm takes the scale's sign, so that
@@ -199,70 +177,67 @@ class Block(Layer):
         return weight, torch.zeros_like(self.sign), scale.sum(PIXELS).mul_(self.sign), shift.sum(PIXELS)
 
 
-class GreyBlock(Layer):
+class GreyBlock:
     """`model.layers.ConvBlock` of grey images, whose norm needs no activations of full size.
 
     Images come as `grey_patches`. With w the kernel summed over its equal channels and Cov the covariance of
-    an image's patches, the variance of a channel's outputs is w.Cov.w, so that the kernel is normalised in
-    place of the outputs: v = w * f with f = s * i, i = 1 / sqrt(w.q + eps), q = Cov w and s the norm's scale.
-    (In the code: `wide`, `factor`, `scale`, `inverse` and `turned`; the last four for each image.) What is
-    that small is formed in float64. The output is linear in v and the shift where the pool's maxima are.
+    an image's patches, the variance of a channel's outputs is w.Cov.w. So the norm is applied to the kernel,
+    in float64: u = r w with r = 1 / sqrt(w.Cov.w + eps). The output is linear in the kernel s u, where s is
+    the scale, and in the shift, where the pool's maxima are. With t = Cov u, du = r (dw - u (t.dw)).
     """
 
     def __init__(self, eps: float) -> None:
         self.eps, self.pools = eps, list[MaxPool]()
 
     def forward(self, x: Tensor, *params: Tensor) -> Tensor:
-        weight, _, scale, shift = params
-        self.x, self.shape = x, weight.shape
+        self.x, (self.weight, self.bias, scale, shift) = x, params
         flat = x[..., :9].flatten(1, 2).double()
         self.covariance = _bmm(flat.transpose(1, 2), flat) / flat.shape[1]  # [B, 9, 9]
-        self.wide = weight.sum(1).flatten(1).double()  # [C, 9]
-        self.scale = scale.double()
-        self.turned = _bmm(self.wide[None], self.covariance)  # [B, C, 9]
-        self.inverse = torch.rsqrt((self.turned * self.wide).sum(2) + self.eps)  # [B, C]
-        self.factor = (self.scale * self.inverse)[:, :, None]
-        kernel = self._with_shift(self.wide * self.factor, shift)
+        w, self.s = self._of_weight(self.weight), scale.double()[:, None]
+        variance = _dot(_bmm(w, self.covariance), w)
+        self.r = torch.rsqrt(variance + self.eps)  # [B, C, 1]
+        self.u = self.r * w  # [B, C, 9]
+        self.t = _bmm(self.u, self.covariance)
+        kernel = self._with_shift(self.s * self.u, shift)
         self.pools = []
-        self.y = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight))
+        self.y = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(scale))
         for patches, of_image, y in zip(*self._chunks(x, kernel, self.y), strict=True):
             self.pools.append(MaxPool())
             torch.clamp_min(self.pools[-1].forward(_responses(patches, of_image)), 0, out=y)
         return self.y
 
     def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        self.to_kernel, to_shift = self._to_kernel(grad)
-        self.along = (self.to_kernel * self.wide).sum(2)
-        self.to_variance = -0.5 * self.along * self.scale * self.inverse**3
-        to_wide = self.to_kernel * self.factor + 2 * self.to_variance[:, :, None] * self.turned
-        return None, self._grads(to_wide, self.along * self.inverse, to_shift)
+        self.g, to_shift = self._to_kernel(grad)
+        self.to_w, self.to_s = self._through_norm(self.g)
+        return None, self._grads(self.s * self.to_w, self.to_s, to_shift)
 
     def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
         v_weight, _, v_scale, v_shift = v_params
-        wide, scale = v_weight.sum(1).flatten(1).double(), v_scale.double()
-        cube = 0.5 * self.inverse**3
-        variance = 2 * (wide * self.turned).sum(2)
-        along = scale * self.inverse - cube * self.scale * variance
-        self.left_wide = along[:, :, None] * self.to_kernel
-        self.left_turned = 2 * self.to_variance[:, :, None] * wide
-        self.left_scale = -cube * self.along * variance
-        self.left_inverse = self.along * (scale - 1.5 * self.scale * self.inverse**2 * variance)
-        self.left_factor = (wide * self.to_kernel).sum(2)
-        kernel = self._with_shift(wide * self.factor + along[:, :, None] * self.wide, v_shift)
+        v_w, v_s = self._of_weight(v_weight), v_scale.double()[:, None]
+        along = _dot(self.t, v_w)
+        v_u = self.r * (v_w - self.u * along)
+        self.left_s = _dot(self.g, v_u)
+        of_t = (_dot(self.g, v_w) - 2 * self.to_s * along) * self.t
+        of_t += self.to_s * _bmm(v_w, self.covariance)
+        self.left_w = (v_s - self.s * self.r * along) * self.to_w - self.s * self.r**2 * of_t
+        kernel = self._with_shift(v_s * self.u + self.s * v_u, v_shift)
         parts = zip(self.pools, *self._chunks(self.x, kernel), strict=True)
         selected = torch.cat([pool.select(_responses(patches, of)) for pool, patches, of in parts])
         return _where_positive(selected, self.y)
 
     def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        to_kernel, to_shift = self._to_kernel(grad)
-        factor = self.left_factor + (to_kernel * self.wide).sum(2)
-        inverse = self.left_inverse + factor * self.scale
-        variance = (-0.5 * self.inverse**3 * inverse)[:, :, None]
-        turned = self.left_turned + variance * self.wide
-        to_wide = (
-            self.left_wide + to_kernel * self.factor + variance * self.turned + _bmm(turned, self.covariance)
-        )
-        return None, self._grads(to_wide, self.left_scale + factor * self.inverse, to_shift)
+        g, to_shift = self._to_kernel(grad)
+        to_w, to_s = self._through_norm(g)
+        return None, self._grads(self.left_w + self.s * to_w, self.left_s + to_s, to_shift)
+
+    def _of_weight(self, weight: Tensor) -> Tensor:
+        """A weight [C, 3, 3, 3] as w, [1, C, 9]."""
+        return weight.sum(1).flatten(1).double()[None]
+
+    def _through_norm(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of w [B, C, 9], before the factor s, and of s [B, C, 1] from g, that of the kernel."""
+        to_s = _dot(self.u, g)
+        return self.r * (g - self.t * to_s), to_s
 
     def _chunks(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
         """A few images of each, on other devices than the CPU all."""
@@ -274,19 +249,19 @@ class GreyBlock(Layer):
         return torch.cat([kernel.to(self.x.dtype), shift.expand(len(kernel), -1)[:, :, None]], 2)
 
     def _to_kernel(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the normalised kernels [B, C, 9] and of the shift [B, C] from the output's."""
+        """Gradients of the kernels [B, C, 9] and of the shift [C] from the output's."""
         parts = []
         for pool, x, g, y in zip(self.pools, *self._chunks(self.x, grad, self.y), strict=True):
             spread = pool.spread(_where_positive(g, y)).flatten(1, 2)
             parts.append(_bmm(spread.transpose(1, 2), x.flatten(1, 2)))
         to_kernel = torch.cat(parts)
-        return to_kernel[:, :, :9].double(), to_kernel[:, :, 9]
+        return to_kernel[:, :, :9].double(), to_kernel[:, :, 9].sum(0)
 
-    def _grads(self, wide: Tensor, scale: Tensor, shift: Tensor) -> Grads:
-        """Those of the parameters, from each image's; all channels of the kernel have the same."""
-        weight = wide.sum(0).to(self.x.dtype).view(-1, 1, 3, 3).expand(self.shape)
+    def _grads(self, to_w: Tensor, to_s: Tensor, to_shift: Tensor) -> Grads:
+        """Those of the parameters; all channels of the weight have the same."""
+        weight = to_w.sum(0).to(self.x.dtype).view(-1, 1, 3, 3).expand_as(self.weight)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        return weight, torch.zeros_like(weight[:, 0, 0, 0]), scale.sum(0).to(self.x.dtype), shift.sum(0)
+        return weight, torch.zeros_like(self.bias), to_s.sum((0, 2)).to(self.x.dtype), to_shift
 
 
 def grey_patches(x: Tensor) -> Tensor:
@@ -306,136 +281,104 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return (a[0] @ b[0])[None] if len(b) == 1 else a @ b
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[B, C, K] and [B, C, K] -> [B, C, 1]"""
+    return (a * b).sum(2, keepdim=True)
+
+
 def _where_positive(grad: Tensor, y: Tensor) -> Tensor:
     """The gradient of a ReLU whose output is `y`."""
     passed: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
     return passed
 
 
-class Flatten(Layer):
-    """[B, H, W, C] -> [B, C * H * W]"""
+class Autograd:
+    """Any function of a tensor and parameters, with autograd's derivatives: for what takes little time."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
 
     def forward(self, x: Tensor, *params: Tensor) -> Tensor:
-        self.shape = x.permute(0, 3, 1, 2).shape
-        return x.permute(0, 3, 1, 2).flatten(1)
+        self.inputs = [value.detach().requires_grad_() for value in (x, *params)]
+        with torch.enable_grad():
+            self.y = self.function(*self.inputs)
+        return self.y.detach()
 
     def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        return grad.view(self.shape).permute(0, 2, 3, 1).contiguous(), ()
+        self.grad = grad.detach().requires_grad_()
+        self.grads = torch.autograd.grad(self.y, self.inputs[not need_x :], self.grad, create_graph=True)
+        found = [grad.detach().contiguous() for grad in self.grads]
+        return (found[0], found[1:]) if need_x else (None, found)
 
     def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
-        assert v_x is not None
-        return v_x.permute(0, 3, 1, 2).flatten(1)
+        v = v_params if v_x is None else (v_x, *v_params)
+        of = [self.grad, *self.inputs]
+        v_grad, *self.left = torch.autograd.grad(self.grads, of, v, retain_graph=True, **UNUSED)
+        return v_grad
 
     def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        return self.backward(grad, need_x)
+        found = torch.autograd.grad(self.y, self.inputs, grad)
+        to_x, *grads = ((one + other).contiguous() for one, other in zip(found, self.left, strict=True))
+        return to_x, grads
 
 
-class Linear(Layer):
+class Linear:
     """`nn.Linear`, [B, I] -> [B, O]."""
 
     def forward(self, x: Tensor, *params: Tensor) -> Tensor:
         self.x, (self.weight, bias) = x, params
-        return _product(x, self.weight.t()) + bias
+        return matmul(x, self.weight.t()) + bias
 
     def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
         self.grad = grad
-        to_x = _product(grad, self.weight) if need_x else None
-        return to_x, (outer(grad, self.x), grad.sum(0))
+        return matmul(grad, self.weight) if need_x else None, (outer(grad, self.x), grad.sum(0))
 
     def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
         self.v_x, (self.v_weight, v_bias) = v_x, v_params
-        v_grad = _product(self.x, self.v_weight.t()) + v_bias
-        return v_grad if v_x is None else v_grad + _product(v_x, self.weight.t())
+        v_grad = matmul(self.x, self.v_weight.t()) + v_bias
+        return v_grad if v_x is None else v_grad + matmul(v_x, self.weight.t())
 
     def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
         to_weight = outer(grad, self.x)
         if self.v_x is not None:
             to_weight += outer(self.grad, self.v_x)
-        to_x = _product(grad, self.weight) + _product(self.grad, self.v_weight) if need_x else None
+        to_x = matmul(grad, self.weight) + matmul(self.grad, self.v_weight) if need_x else None
         return to_x, (to_weight, grad.sum(0))
 
 
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix, where the matrix is a weight or its transpose."""
-    return row_matmul(x, matrix) if len(x) == 1 else matmul(x, matrix)
-
-
-def outer(grad: Tensor, x: Tensor) -> Tensor:
-    """grad.t() @ x, the gradient of a linear layer's weight: [B, O] and [B, I] -> [O, I]."""
-    return torch.outer(grad[0], x[0]) if len(x) == 1 else matmul(grad.t(), x)
-
-
-class Sigmoid(Layer):
-    """1 / (1 + exp(-x))"""
-
-    def forward(self, x: Tensor, *params: Tensor) -> Tensor:
-        self.y = x.sigmoid()
-        return self.y
-
-    def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        self.grad = grad
-        return torch.ops.aten.sigmoid_backward(grad, self.y), ()
-
-    def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
-        assert v_x is not None
-        self.left_y = v_x * self.grad * (1 - 2 * self.y)
-        v_grad: Tensor = torch.ops.aten.sigmoid_backward(v_x, self.y)
-        return v_grad
-
-    def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        return torch.ops.aten.sigmoid_backward(grad + self.left_y, self.y), ()
-
-
-class ReLU(Layer):
-    """max(x, 0)"""
-
-    def forward(self, x: Tensor, *params: Tensor) -> Tensor:
-        self.y = x.relu()
-        return self.y
-
-    def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        return _where_positive(grad, self.y), ()
-
-    def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
-        assert v_x is not None
-        return _where_positive(v_x, self.y)
-
-    def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        return _where_positive(grad, self.y), ()
+Layer = Block | Conv | GreyBlock | Linear | Autograd
 
 
 class Chain:
     """Layers one after the other, for one batch.
 
     Args:
-        layers: in order.
-        own: which of the parameters each has.
+        layers: in order, each with the names of its parameters.
     """
 
-    def __init__(self, layers: Sequence[Layer], own: Sequence[slice]) -> None:
-        self.layers, self.own = layers, own
+    def __init__(self, layers: Sequence[tuple[Layer, Sequence[str]]]) -> None:
+        self.layers = layers
 
-    def forward(self, x: Tensor, params: Grads) -> Tensor:
-        """The output, with the parameters of all layers in order."""
-        for layer, own in zip(self.layers, self.own, strict=True):
-            x = layer.forward(x, *params[own])
+    def forward(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """The output, with params by name."""
+        for layer, names in self.layers:
+            x = layer.forward(x, *(params[name] for name in names))
         return x
 
-    def backward(self, grad: Tensor, need_x: bool, both: bool = False) -> tuple[Tensor | None, Grads]:
-        """Gradients of the input, where needed, and of all parameters; `both`: by `backward_both`."""
-        grads: list[Tensor] = []
-        for k in reversed(range(len(self.layers))):
-            layer = self.layers[k]
-            to_x, of_layer = (layer.backward_both if both else layer.backward)(grad, need_x or k > 0)
-            grads[:0] = of_layer
-            if to_x is not None:
-                grad = to_x
-        return grad if need_x else None, grads
+    def backward(self, grad: Tensor, need_x: bool, both: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Gradients of the input, where needed, and of the params; `both`: by `backward_both`."""
+        of_params: dict[str, Tensor] = {}
+        to_x: Tensor | None = grad
+        for k, (layer, names) in reversed(list(enumerate(self.layers))):
+            assert to_x is not None
+            to_x, grads = (layer.backward_both if both else layer.backward)(to_x, need_x or k > 0)
+            of_params.update(zip(names, grads, strict=True))
+        return to_x if need_x else None, of_params
 
-    def double_backward(self, v_params: Grads) -> Tensor:
-        """Cotangent of the output's gradient from those of the parameters' gradients."""
+    def double_backward(self, v_params: Mapping[str, Tensor]) -> Tensor:
+        """Cotangent of the output's gradient from those of the params' gradients."""
         v: Tensor | None = None
-        for layer, own in zip(self.layers, self.own, strict=True):
-            v = layer.double_backward(v, v_params[own])
+        for layer, names in self.layers:
+            v = layer.double_backward(v, [v_params[name] for name in names])
         assert v is not None
         return v

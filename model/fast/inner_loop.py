@@ -15,9 +15,9 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from model.fast.cuda_graph import GraphLearner
-from model.fast.matmul import matmul, row_matmul
-from model.fast.network import Batch, Features, by_chain, refuse_create_graph
-from model.layers import Inputs
+from model.fast.matmul import matmul
+from model.fast.network import Batch, Features, refuse_create_graph
+from model.layers import FrozenOutput, Inputs
 from model.learner import Learner, Settings
 from model.method import Examples, InnerLoop, OnlineLearner, Optimizer, Params
 from model.modelfactory import Network
@@ -29,7 +29,7 @@ HEAD = ["head.weight", "head.bias"]
 def meta_loss(
     net: nn.Module, params: Params, support: Examples, query: Examples, inner: InnerLoop
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`model.method.meta_loss`, of which it takes arguments and gives results.
+    """`model.method.meta_loss`, of which it takes arguments, images as frozen outputs, and gives results.
 
     Raises:
         NotImplementedError: another inner rule, or a head that does not learn.
@@ -37,13 +37,13 @@ def meta_loss(
     if inner.rule is not None or list(params)[-2:] != HEAD:
         raise NotImplementedError("model/fast knows SGD as inner rule, with a head that learns")
     assert isinstance(net, Network)
-    of_support, of_query = by_chain(net, support[0]), by_chain(net, query[0])
-    support, query = (of_support, support[1]), (of_query, query[1])
+    assert isinstance(support[0], FrozenOutput)
+    assert isinstance(query[0], FrozenOutput)
     # The first stage that learns may have parameters that the inner loop leaves alone.
     others = [name for name in Features(net, query[0]).names if name not in params]
-    loop = _Loop(net, [*params, *others], len(params), support, query, inner)
+    loop = _Loop(net, [*params, *others], list(params)[:-2], support, query, inner)
     tensors = [*params.values(), *map(net.get_parameter, others)]
-    tensors += [*of_support.activations, *of_query.activations]
+    tensors += [*support[0].activations, *query[0].activations]
     loss, logits, inner_losses = _MetaLoss.apply(loop, *tensors)
     return loss, logits, inner_losses
 
@@ -53,7 +53,7 @@ class _Loop(NamedTuple):
 
     net: Network
     names: list[str]  # of the parameters that the gradient is asked for
-    learned: int  # how many of them, the first, the inner loop changes
+    body: list[str]  # those of them that the inner loop changes, but for the head's
     support: Examples
     query: Examples
     inner: InnerLoop
@@ -84,13 +84,13 @@ def _value_and_grads(
     loop: _Loop, params: Params, need: tuple[Sequence[bool], Sequence[bool]]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Params, list[Tensor | None]]:
     """Loss, logits and inner losses; gradients of the params; those of the inputs of support and query."""
-    net, lr = loop.net, loop.inner.lr
-    body = [name for name in loop.names[: loop.learned] if name not in HEAD]
-    constant = loop.inner.constant(len(loop.support[1]))
-    fast, head, steps, inner_losses = _adapt(net, params, body, loop.support, lr, constant)
+    net, body, lr, steps = loop.net, loop.body, loop.inner.lr, len(loop.support[1])
+    constant = loop.inner.constant(steps)
+    head = _Head(params, lr, steps)
+    passed, inner_losses = _adapt(loop, params, head, constant)
 
     weight, bias = head.weights()
-    batch = Features(net, loop.query[0])(fast)
+    batch = Features(net, loop.query[0])(params)
     labels = loop.query[1]
     logits = matmul(batch.x, weight.t()) + bias
     loss = F.cross_entropy(logits, labels)
@@ -100,8 +100,8 @@ def _value_and_grads(
     del batch  # and all that its layers keep
 
     of_support: list[list[Tensor]] = [[] for _ in need[0]]
-    for t in reversed(range(constant, len(loop.support[1]))):
-        batch = steps.pop()  # its activations go as soon as they have served
+    for t in reversed(range(constant, steps)):
+        batch = passed.pop()  # its activations go as soon as they have served
         v_grad_x = None
         if body:
             v_grad_x = batch.double_backward({n: g.mul(-lr if n in body else 0) for n, g in grads.items()})
@@ -119,38 +119,22 @@ def _value_and_grads(
     return (loss, logits, torch.stack(inner_losses)), grads, [*inputs, *of_query]
 
 
-def _adapt(
-    net: Network, params: Params, body: Sequence[str], support: Examples, lr: float, constant: int
-) -> tuple[Params, _Head, list[Batch], list[Tensor]]:
-    """The inner loop: all parameters after it but for the head's, which `_Head` has; for each step but the
-    first `constant` what its image passed; and the losses."""
-    fast = {name: p.detach() for name, p in net.named_parameters()} | params
-    head = _Head(params, lr, len(support[1]))
-    features = Features(net, support[0])
-    steps: list[Batch] = []
-    losses = []
-    for t, label in enumerate(support[1].split(1)):
-        batch = features(fast, slice(t, t + 1))
+def _adapt(loop: _Loop, params: Params, head: _Head, constant: int) -> tuple[list[Batch], list[Tensor]]:
+    """The inner loop, which changes `params` and the head: for each step but the first `constant` what its
+    image passed; and the losses."""
+    features = Features(loop.net, loop.support[0])
+    passed, losses = [], []
+    for t, label in enumerate(loop.support[1].split(1)):
+        batch = features(params, slice(t, t + 1))
         logits = head.logits(batch.x)
         losses.append(F.cross_entropy(logits, label))
-        grad_x = head.step(batch.x, logits, label, need_x=bool(body))
-        if body:
-            grads, _ = batch.backward(grad_x, [False] * len(net.chains))
-            fast |= {name: fast[name].add(grads[name], alpha=-lr) for name in body}
+        grad_x = head.step(batch.x, logits, label, need_x=bool(loop.body))
+        if loop.body:
+            grads, _ = batch.backward(grad_x, [False] * len(loop.net.chains))
+            params |= {name: params[name].add(grads[name], alpha=-loop.inner.lr) for name in loop.body}
         if t >= constant:
-            steps.append(batch)
-    return fast, head, steps, losses
-
-
-@torch.no_grad()
-def inner_loop(
-    net: Network, params: Params, images: Inputs, labels: Tensor, inner: InnerLoop
-) -> tuple[Params, Tensor]:
-    """The values of `model.method.inner_loop`, without a graph."""
-    body = [name for name in params if name not in HEAD]
-    fast, head, _, losses = _adapt(net, params, body, (images, labels), inner.lr, len(labels))
-    fast["head.weight"], fast["head.bias"] = head.weights()
-    return {name: fast[name] for name in params}, torch.stack(losses)
+            passed.append(batch)
+    return passed, losses
 
 
 class _Head:
@@ -222,11 +206,11 @@ class _Head:
 
     def _forward(self, x: Tensor, t: int) -> Tensor:
         """W_t x, [1, F] -> [1, O]"""
-        return row_matmul(x, self.weight.t()) - self.lr * (x @ self.x[:t].t()) @ self.d[:t]
+        return matmul(x, self.weight.t()) - self.lr * (x @ self.x[:t].t()) @ self.d[:t]
 
     def _transposed(self, d: Tensor, t: int) -> Tensor:
         """W_t' d, [1, O] -> [1, F]"""
-        return row_matmul(d, self.weight) - self.lr * (d @ self.d[:t].t()) @ self.x[:t]
+        return matmul(d, self.weight) - self.lr * (d @ self.d[:t].t()) @ self.x[:t]
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
@@ -257,10 +241,10 @@ class HandLearner(OnlineLearner):
         weight, bias = self.params[-2:]
         for t, target in enumerate(F.one_hot(labels, len(bias))):
             batch = features(self.all_params, slice(t, t + 1))
-            grad_logits = (row_matmul(batch.x, weight.t())[0] + bias).softmax(0) - target
+            grad_logits = (matmul(batch.x, weight.t())[0] + bias).softmax(0) - target
             grads: Params = {}
             if len(self.trained) > len(HEAD):
-                grads, _ = batch.backward(row_matmul(grad_logits[None], weight), need)
+                grads, _ = batch.backward(matmul(grad_logits[None], weight), need)
             grads["head.weight"] = torch.outer(grad_logits, batch.x[0], out=self.grad_weight)
             grads["head.bias"] = grad_logits
             self.optimizer.step([grads[name] for name in self.trained])

@@ -19,9 +19,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
     In float32 oneDNN errs by up to twice as much as a BLAS, which adds up shorter stretches of K.
     """
-    if not (_by_onednn(a) and _dense(b)):
-        return a @ b
-    return _onednn(a, b.t())
+    if len(a) == 1 and a.device.type == "cpu":
+        return _row_matmul(a, b)
+    return _onednn(a, b.t()) if _by_onednn(a) and _dense(b) else a @ b
 
 
 def _by_onednn(a: Tensor) -> bool:
@@ -50,16 +50,19 @@ def _has_onednn() -> bool:
         return False
 
 
-def row_matmul(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix for a single row, on the CPU in the blocks of `thread_blocks`."""
-    if x.device.type != "cpu":
-        return x @ matrix
+def _row_matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix for a single row and a matrix that is a weight or its transpose, in `thread_blocks`."""
     if matrix.stride(0) > 1:  # the weight itself, not its transpose
         blocks = thread_blocks(matrix)
         return torch.bmm(x.unflatten(1, blocks).transpose(0, 1), matrix.unflatten(0, blocks)).sum(0)
     # As matrix times column, a third faster than as row times matrix.
     parts = matrix.t().unflatten(0, thread_blocks(matrix.t()))
     return torch.bmm(parts, x.t().expand(len(parts), -1, -1)).view(1, -1)
+
+
+def outer(grad: Tensor, x: Tensor) -> Tensor:
+    """grad.t() @ x, the gradient of a linear layer's weight: [B, O] and [B, I] -> [O, I]."""
+    return torch.outer(grad[0], x[0]) if len(x) == 1 else matmul(grad.t(), x)
 
 
 def thread_blocks(weight: Tensor) -> tuple[int, int]:

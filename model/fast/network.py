@@ -1,6 +1,6 @@
 """The networks that the fast backend knows: drop-in blocks, and what enters the head, with its derivatives.
 
-Nothing here applies to a network of another class, or to one with other modules, hooks or shared parameters.
+Stages that are no block and no convolution have autograd's derivatives.
 """
 
 from __future__ import annotations
@@ -8,26 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from model.fast.derivatives import (
-    Block,
-    Chain,
-    Conv,
-    Flatten,
-    GreyBlock,
-    Layer,
-    Linear,
-    ReLU,
-    Sigmoid,
-    grey_patches,
-)
-from model.layers import ConvBlock, FrozenOutput, ImageNorm, Inputs, colour
+from model.fast.derivatives import Autograd, Block, Chain, Conv, GreyBlock, Layer, Linear, grey_patches
+from model.layers import ConvBlock, Inputs
 from model.method import Params
-from model.modelfactory import ANML, NETWORKS, OML, SANML, Network
+from model.modelfactory import ANML, OML, SANML, Network
 
 KNOWN = (ANML, SANML, OML)
 
@@ -79,35 +68,22 @@ class FastConv2d(nn.Conv2d):
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {ConvBlock: FastConvBlock, nn.Conv2d: FastConv2d}
-LAYERS: dict[type[nn.Module], type[Layer]] = {
-    nn.Flatten: Flatten,
-    nn.Linear: Linear,
-    nn.Sigmoid: Sigmoid,
-    nn.ReLU: ReLU,
-}
 
 
 def use_fast_layers(net: nn.Module) -> None:
     """Turn the blocks and convolutions of a network into their drop-ins, in place.
 
-    Parameters, state dict and numbers (up to rounding) stay. Kernels are laid out with the channels last.
+    Parameters, state dict and numbers (up to rounding) stay, if the network is as its class in
+    `modelfactory` has it: `model.guard` compares the numbers. Kernels are laid out with the channels last.
 
     Raises:
-        NotImplementedError: the network is not known; the message says why.
+        NotImplementedError: the network is of another class, or has hooks, which would not be called.
     """
-    if not isinstance(net, Network) or type(net) not in KNOWN:
-        known = ", ".join(name for name, kind in NETWORKS.items() if kind in KNOWN)
-        raise NotImplementedError(f"the fast backend is for {known} alone")
-    modules = [module for module in net.modules() if module is not net]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (net, *modules)):
+    if type(net) not in KNOWN:
+        raise NotImplementedError("the fast backend is for ANML, sANML and OML alone")
+    modules = list(net.modules())
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         raise NotImplementedError("the network has hooks")
-    if len(list(net.named_parameters(remove_duplicate=False))) != len(list(net.parameters())):
-        raise NotImplementedError("parameters of the network are shared")
-    if type(net.head) is not nn.Linear or net.head.bias is None:
-        raise NotImplementedError("the head is no linear layer with a bias")
-    for name in net.chains:
-        for stage in net.get_submodule(name).children():
-            _layer(stage, grey=False)  # whether there is one
     for module in modules:
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]  # in place: other references to the module stay valid
@@ -115,43 +91,24 @@ def use_fast_layers(net: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def is_known(net: nn.Module) -> bool:
-    """Whether `use_fast_layers` has been here."""
-    return type(net) in KNOWN and any(
-        isinstance(module, FastConvBlock | FastConv2d) for module in net.modules()
-    )
-
-
 def _layer(stage: nn.Module, grey: bool) -> Callable[[], Layer]:
-    """What makes the layer of `derivatives` that computes a stage.
-
-    Raises:
-        NotImplementedError: there is none.
-    """
-    if isinstance(stage, ConvBlock) and type(stage) in (ConvBlock, FastConvBlock):
-        _check_conv(stage.conv)
-        if type(stage.norm) is not ImageNorm or [name for name, _ in stage.named_parameters()] != PARAMETERS:
-            raise NotImplementedError("a block of another kind")
+    """What makes the layer of `derivatives` that computes a stage."""
+    if isinstance(stage, FastConvBlock):
         if grey and stage.pool:
             return partial(GreyBlock, stage.norm.eps)
         return partial(Block, stage.norm.eps, stage.pool)
-    if type(stage) in (nn.Conv2d, FastConv2d):
-        _check_conv(stage)
-        return partial(Conv, stage.stride[0])  # type: ignore[arg-type, index]
-    if type(stage) not in LAYERS or (isinstance(stage, nn.Linear) and stage.bias is None):
-        raise NotImplementedError(f"{type(stage).__name__} has no derivatives in model/fast")
-    return LAYERS[type(stage)]
+    if isinstance(stage, FastConv2d):
+        return partial(Conv, stage.stride[0])
+    if type(stage) is nn.Linear:
+        return Linear
+    names = [name for name, _ in stage.named_parameters()]
 
+    def compute(x: Tensor, *params: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+        y: Tensor = functional_call(stage, dict(zip(names, params, strict=True)), x)
+        return y.permute(0, 2, 3, 1) if y.ndim == 4 else y
 
-PARAMETERS = ["conv.weight", "conv.bias", "norm.weight", "norm.bias"]
-
-
-def _check_conv(conv: nn.Module) -> None:
-    assert isinstance(conv, nn.Conv2d)
-    stride = conv.stride[0]
-    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    if type(conv) not in (nn.Conv2d, FastConv2d) or shape != ((3, 3), (stride, stride), (0, 0), (1, 1), 1):
-        raise NotImplementedError("a convolution of another kind")
+    return partial(Autograd, compute)
 
 
 def is_grey(x: Tensor) -> bool:
@@ -168,31 +125,6 @@ def _entering(stage: nn.Module, x: Tensor, grey: bool) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def by_chain(net: Network, inputs: Inputs) -> FrozenOutput:
-    """Inputs of a network with a tensor for each chain; of images the images themselves."""
-    if isinstance(inputs, FrozenOutput):
-        return inputs
-    frozen = net.frozen(inputs, [name for name, _ in net.named_parameters()])
-    assert isinstance(frozen, FrozenOutput)
-    return frozen
-
-
-class _Part(NamedTuple):
-    """What the inputs of a network have still to pass of one of its chains, and the inputs.
-
-    Attributes:
-        layers: what makes the layers.
-        own: the parameters of each layer, in `names`.
-        names: of all parameters.
-        x: what enters the first layer, or the chain's output where it has no layers left.
-    """
-
-    layers: list[Callable[[], Layer]]
-    own: list[slice]
-    names: list[str]
-    x: Tensor
-
-
 class Features:
     """What enters the head of a known network: the product of the outputs of its chains.
 
@@ -202,52 +134,45 @@ class Features:
     """
 
     def __init__(self, net: Network, inputs: Inputs) -> None:
-        self.parts: list[_Part] = []
-        for position, chain in enumerate(net.chains):
-            if isinstance(inputs, FrozenOutput):
-                x, done = inputs.activations[position], inputs.done[position]
-            else:
-                x, done = colour(inputs), 0
+        if isinstance(inputs, Tensor):
+            inputs = net.frozen(inputs, [name for name, _ in net.named_parameters()])
+        assert not isinstance(inputs, Tensor)
+        # For each chain what makes the layers that are left, with the names of their params, and their input.
+        self.parts: list[tuple[list[tuple[Callable[[], Layer], list[str]]], Tensor]] = []
+        for chain, x, done in zip(net.chains, inputs.activations, inputs.done, strict=True):
             stages = list(net.get_submodule(chain).named_children())[done:]
             grey, x = is_grey(x), x.detach()
-            if stages:
-                x = _entering(stages[0][1], x, grey)
-            layers, own, names = [], [], list[str]()
-            for k, (name, module) in enumerate(stages):
-                layers.append(_layer(module, grey and k == 0))
-                start = len(names)
-                names += [f"{chain}.{name}.{parameter}" for parameter, _ in module.named_parameters()]
-                own.append(slice(start, len(names)))
-            self.parts.append(_Part(layers, own, names, x))
+            layers = [
+                (_layer(stage, grey and k == 0), [f"{chain}.{name}.{p}" for p, _ in stage.named_parameters()])
+                for k, (name, stage) in enumerate(stages)
+            ]
+            self.parts.append((layers, _entering(stages[0][1], x, grey) if stages else x))
 
     @property
     def names(self) -> list[str]:
         """Of the parameters that the features are computed with."""
-        return [name for part in self.parts for name in part.names]
+        return [name for layers, _ in self.parts for _, names in layers for name in names]
 
     def __call__(self, params: Mapping[str, Tensor], rows: slice = slice(None)) -> Batch:
         """The features of some of the inputs, with `params` by name."""
-        return Batch(self.parts, params, rows)
+        chains = [Chain([(make(), names) for make, names in layers]) for layers, _ in self.parts]
+        return Batch(chains, [x[rows] for _, x in self.parts], params)
 
 
 class Batch:
     """Features of a batch of images, and their derivatives.
 
+    Args:
+        chains: without layers where all of a chain is frozen.
+        inputs: of the chains.
+
     Attributes:
         x: [B, F].
     """
 
-    def __init__(self, parts: Sequence[_Part], params: Mapping[str, Tensor], rows: slice) -> None:
-        self.chains: list[Chain | None] = []  # None: all of a chain is frozen
-        self.names = [part.names for part in parts]
-        self.outputs: list[Tensor] = []
-        for part in parts:
-            chain, y = None, part.x[rows]
-            if part.layers:
-                chain = Chain([make() for make in part.layers], part.own)
-                y = chain.forward(y, [params[name] for name in part.names])
-            self.chains.append(chain)
-            self.outputs.append(y)
+    def __init__(self, chains: Sequence[Chain], inputs: Sequence[Tensor], params: Mapping[str, Tensor]):
+        self.chains = chains
+        self.outputs = [chain.forward(x, params) for chain, x in zip(chains, inputs, strict=True)]
         self.x = math.prod(self.outputs[1:], start=self.outputs[0])
         self.v: dict[int, Tensor] = {}  # by chain, cotangent of the gradient that it was handed
 
@@ -258,9 +183,7 @@ class Batch:
 
     def double_backward(self, v_params: Mapping[str, Tensor]) -> Tensor:
         """Cotangent of the gradient of `x` from those of the params' gradients."""
-        for k, (chain, names) in enumerate(zip(self.chains, self.names, strict=True)):
-            if chain is not None:
-                self.v[k] = chain.double_backward([v_params[name] for name in names])
+        self.v = {k: chain.double_backward(v_params) for k, chain in enumerate(self.chains) if chain.layers}
         first, *others = (self._product(v, k) for k, v in self.v.items())
         return sum(others, start=first)
 
@@ -284,12 +207,8 @@ class Batch:
         """From the gradients of the chains' outputs."""
         of_params: Params = {}
         of_inputs: list[Tensor | None] = []
-        for chain, names, grad, need_x in zip(self.chains, self.names, grads, need, strict=True):
-            to_x: Tensor | None = grad
-            if chain is not None:
-                to_x, found = chain.backward(grad, need_x, both)
-                of_params.update(zip(names, found, strict=True))
-                if to_x is not None and to_x.ndim == 4:
-                    to_x = to_x.permute(0, 3, 1, 2)
-            of_inputs.append(to_x if need_x else None)
+        for chain, grad, need_x in zip(self.chains, grads, need, strict=True):
+            to_x, found = chain.backward(grad, need_x, both)
+            of_params |= found
+            of_inputs.append(to_x.permute(0, 3, 1, 2) if to_x is not None and to_x.ndim == 4 else to_x)
         return of_params, of_inputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.task_sampler import Trajectory, sample_episode, sample_trajectory
-from model.fast import Backend, capture, learner, meta_loss
+from model.fast import BACKENDS
 from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings
 from model.meta_learner import MetaLearner, gather
@@ -23,8 +23,6 @@ from utils.device import choose_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-BACKENDS: tuple[Backend, ...] = ("plain", "fast")
-
 
 def assert_as_on_the_cpu(weights: Callable[[torch.device], Sequence[Tensor]]) -> None:
     """What `weights` gives on the one device and on the other is equal up to rounding."""
@@ -32,17 +30,15 @@ def assert_as_on_the_cpu(weights: Callable[[torch.device], Sequence[Tensor]]) ->
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
-def meta_learner(
-    kind: str, rln: int, backend: Backend, first_order: bool, device: torch.device
-) -> MetaLearner:
+def meta_learner(kind: str, rln: int, backend: str, first_order: bool, device: torch.device) -> MetaLearner:
     return MetaLearner(
         *(network(kind, backend)[0].to(device), images(CLASSES, 20).to(device)),
         torch.Generator().manual_seed(7),
         meta_lr=0.001,
         inner=InnerLoop(0.03, 0 if first_order else None),
         rln=rln,
-        meta_loss=meta_loss(backend),
-        capture=capture(backend),
+        meta_loss=BACKENDS[backend].meta_loss,
+        capture=BACKENDS[backend].capture,
     )
 
 
@@ -53,7 +49,7 @@ def trajectory(generator: torch.Generator) -> Trajectory:
 @pytest.mark.parametrize("first_order", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "rln"), [("ANML", 7), ("OML", 6)])
-def test_meta_steps(kind: str, rln: int, backend: Backend, first_order: bool) -> None:
+def test_meta_steps(kind: str, rln: int, backend: str, first_order: bool) -> None:
     def weights(device: torch.device) -> Sequence[Tensor]:
         learner = meta_learner(kind, rln, backend, first_order, device)
         generator = torch.Generator().manual_seed(11)
@@ -66,7 +62,7 @@ def test_meta_steps(kind: str, rln: int, backend: Backend, first_order: bool) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_episodes(backend: Backend) -> None:
+def test_episodes(backend: str) -> None:
     def weights(device: torch.device) -> Sequence[Tensor]:
         learner = PrototypeLearner(
             *(network("ANML", backend)[0].to(device), images(CLASSES, 20).to(device)),
@@ -90,14 +86,14 @@ def test_episodes(backend: Backend) -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "rln"), [("ANML", 13), ("ANML", 7), ("ANML", 0), ("OML", 6)])
-def test_meta_test(kind: str, rln: int, backend: Backend, optimizer: str) -> None:
+def test_meta_test(kind: str, rln: int, backend: str, optimizer: str) -> None:
     index = torch.tensor([[0, 1], [0, 2], [2, 5], [2, 6], [1, 0], [1, 3]])
 
     def weights(device: torch.device) -> Sequence[Tensor]:
         net = network(kind, backend)[0].to(device)
         pool, trained = images(3, 20).to(device), trained_parameters(net, rln)
         copied = shared_copy(net, trained)
-        online = learner("adam", backend)(copied, trained, Settings(0.001, optimizer))
+        online = BACKENDS[backend].adam_learner(copied, trained, Settings(0.001, optimizer))
         for part in index.split(4):
             learn(online, FrozenOutputs(net, pool, trained), part)
         return [copied.get_parameter(name) for name in trained]
@@ -107,7 +103,7 @@ def test_meta_test(kind: str, rln: int, backend: Backend, optimizer: str) -> Non
 
 @pytest.mark.parametrize("first_order", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_step_of_the_inner_loop_waits_for_the_device(backend: Backend, first_order: bool) -> None:
+def test_no_step_of_the_inner_loop_waits_for_the_device(backend: str, first_order: bool) -> None:
     learner = meta_learner("ANML", 7, backend, first_order, choose_device("cuda"))
     query, labels = gather(learner.images, trajectory(torch.Generator()).query)
     learner.meta_grads(query, labels, labels[-4:])  # what is chosen and captured once may wait

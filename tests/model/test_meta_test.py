@@ -11,7 +11,7 @@ import torch
 import model.meta_test
 from datasets.task_sampler import Task, sample_task
 from evaluation.runs import by_class
-from model.fast import Backend, learner, use_backend
+from model.fast import BACKENDS
 from model.meta_test import FrozenOutputs, MetaTest
 from model.method import classify
 from model.modelfactory import Network, build
@@ -53,13 +53,13 @@ def test_frozen_outputs_take_memory_for_the_images_in_use() -> None:
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])
 @pytest.mark.parametrize("iid", [False, True])
-def test_as_many_classes_as_outputs_of_a_larger_pool(backend: Backend, iid: bool) -> None:
+def test_as_many_classes_as_outputs_of_a_larger_pool(backend: str, iid: bool) -> None:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
-    use_backend(net, backend)
+    BACKENDS[backend].prepare(net)
     outputs = net.num_outputs
     pool = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     pool = pool[:, :1] + 0.1 * pool
-    options: Any = {"learner": learner("adam", backend), "iid": iid}
+    options: Any = {"learner": BACKENDS[backend].adam_learner, "iid": iid}
     assert MetaTest(net, pool, 13, 0, **options).score(outputs, 0.01, "report", 0)["test"] > 2 / outputs
     assert MetaTest(net, pool, 0, 0, **options).score(2, 1e30, "report", 0)["diverged"]
     with pytest.raises(UserError, match=f"{outputs} outputs"):
@@ -88,11 +88,11 @@ def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("backend", ["plain", "fast"])
 @pytest.mark.parametrize(("rln", "kind"), [(0, "adam"), (13, "adam"), (13, "map"), (13, "slda")])
 def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
-    rln: int, kind: str, backend: Backend
+    rln: int, kind: str, backend: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     net = build("ANML", WIDTHS, generator)
-    use_backend(net, backend)
+    BACKENDS[backend].prepare(net)
     pool = torch.randn(10, 20, 1, 28, 28, generator=generator)
     fit = model.meta_test.LEARNERS[kind].fit
     kept_or_not = []
@@ -101,7 +101,7 @@ def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
             *(net, pool, rln, 0),
             train_images=4,
             test_images=3,
-            learner=learner(kind, backend),
+            learner=BACKENDS[backend].learner(kind),
             fit=fit,
             background=pool,
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from datasets.task_sampler import Trajectory, sample_task, sample_trajectory
-from model.fast import Backend, meta_loss, use_backend
+from model.fast import BACKENDS
 from model.meta_learner import MetaLearner, gather
 from model.meta_test import new_run
 from model.method import InnerLoop, Params
@@ -35,7 +35,7 @@ def assert_same(ours: object, theirs: object, rtol: float = 1e-9, atol: float = 
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
-def network(kind: str, backend: Backend = "plain") -> tuple[Network, list[Tensor]]:
+def network(kind: str, backend: str = "plain") -> tuple[Network, list[Tensor]]:
     """A small float64 network, and its weights as a list for the reference. Norms and biases are not 1 and 0,
     so that a forgotten shift or scale shows, and some scales are negative."""
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def network(kind: str, backend: Backend = "plain") -> tuple[Network, list[Tensor
         for parameter in net.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
-    use_backend(net, backend)
+    BACKENDS[backend].prepare(net)
     return net, [parameter.detach().clone() for parameter in net.parameters()]
 
 
@@ -69,14 +69,14 @@ def differentiate(
     steps: int,
     rln: int,
     lr: float = 0.1,
-    backend: Backend = "plain",
+    backend: str = "plain",
     **options: Any,
 ) -> tuple[Tensor, Tensor, Params]:
     """Loss, inner losses and meta-gradient of a trajectory, the last `steps` images of the query; of images
     that take a gradient theirs as well."""
     params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
     inputs = net.frozen(query, params)
-    loss, _, inner_losses = meta_loss(backend)(
+    loss, _, inner_losses = BACKENDS[backend].meta_loss(
         net, params, (inputs[-steps:], labels[-steps:]), (inputs, labels), InnerLoop(lr, **options)
     )
     learned: Params = dict(net.named_parameters())

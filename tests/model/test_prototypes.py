@@ -12,7 +12,7 @@ from torch import Tensor
 import mrcl_classification
 from datasets.augmentation import distort, show
 from datasets.task_sampler import sample_episode
-from model.fast import Backend, use_backend
+from model.fast import BACKENDS
 from model.prototypes import PrototypeLearner, prototype_logits
 from tests.conftest import Run, assert_same_run
 from tests.model.test_method import CLASSES, images, network
@@ -54,9 +54,9 @@ def test_distortions_leave_half_alone_and_keep_what_is_on_the_image() -> None:
     assert torch.equal(distort(paper, torch.Generator().manual_seed(0), 0), paper)
 
 
-def grads(backend: Backend) -> tuple[Tensor, list[Tensor]]:
+def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
     net, _ = network("ANML")
-    use_backend(net, backend)
+    BACKENDS[backend].prepare(net)
     learner = PrototypeLearner(
         *(net, images(CLASSES, 20), torch.Generator().manual_seed(1)),
         meta_lr=0.001,
