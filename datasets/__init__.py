@@ -22,7 +22,7 @@ DATASETS: dict[str, Callable[..., ImageSet | Mapping[str, ImageSet]]] = {
 """The registry: `load(split, root, cache_dir, *, option=default, ...)` by the name that `--dataset` takes.
 
 A loader returns the images of a split, or of both by split where it reads both at once. The first line of its
-docstring and its options, see `utils.signature`, are its part of `--help`.
+docstring and its options, see `utils.flag`, are its part of `--help`.
 """
 
 log = logging.getLogger("anml")

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from datasets.cache import cached
 from datasets.images import DAMAGE, SIZE, SPLITS, ImageSet, open_picture, reason, shrink
 from utils.errors import UserError
-from utils.signature import Range
+from utils.flag import Range
 
 log = logging.getLogger("anml")
 

@@ -20,7 +20,7 @@ from PIL import Image
 from datasets.cache import cached
 from datasets.images import ImageSet, shrink
 from datasets.omniglot import CANVAS, CLASSES, DRAWINGS, characters
-from utils.signature import Range
+from utils.flag import Range
 
 ALPHABETS = {"background": 30, "evaluation": 20}
 

@@ -117,8 +117,7 @@ def match_earlier(models: list[Model], decided: Mapping[str, Any], folder: Path)
         UserError: models, by content, or something decided are not those of the folder.
     """
     config = read_config(folder)
-    plan = config.get("plan")
-    before = {**config, **(plan if isinstance(plan, dict) else {})}
+    before = {**config, **config["plan"]}
     for key, value in decided.items():
         if before.get(key, value) != value:  # runs of commit d362890 have no data hash
             raise UserError(f"--resume {folder}: its {key} was {before.get(key)}, and is now {value}")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import DATASETS, Source
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS
-from utils.flag import SEED, Flags, arguments_of, choice, device_name, file_path, flag, folder_name, whole
+from utils.flag import Flags, arguments_of, choice, device_name, file_path, flag, whole
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
-
-ALIASES = {"Neuromodulation": "ANML"}  # the released code's name
 
 NAME = "name of the run folder, which a number is added to"
 SEEDED = "seed of all random draws, 0 to 2**32-1"
@@ -31,27 +28,22 @@ NO_COMMIT = {"commit": "nothing is committed; the run folder records the current
 
 def treatment_flag(shown: str = "ANML") -> Any:
     """The field of `--treatment`; `shown` is its default as `--help` gives it."""
-    return choice("ANML", NETWORKS, "network (Neuromodulation: ANML)", aliases=ALIASES, shown=shown)
+    aliases = {"Neuromodulation": "ANML"}  # the released code's name
+    return choice("ANML", NETWORKS, "network (Neuromodulation: ANML)", aliases=aliases, shown=shown)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkFlags(Flags):
+class NetworkFlags(Flags, group="network"):
     """The shape of a new network.
 
     Attributes:
         constructor: arguments of its class.
     """
 
-    group = "network"
-
     constructor: dict[str, Any] = arguments_of("treatment", NETWORKS, "net")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitFlags(Flags):
+class SplitFlags(Flags, group="images of a class"):
     """The images of each class that a meta-test learns, and those that it tests."""
-
-    group = "images of a class"
 
     train_images: int = flag(15, whole(1), "images of each class to learn")
     test_images: int = flag(5, whole(1), "images of each class to test, none of those learned")
@@ -62,15 +54,12 @@ class SplitFlags(Flags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataFlags(Flags):
+class DataFlags(Flags, group="data"):
     """Where the images are.
 
     Attributes:
         options: of the data set's loader.
     """
-
-    group = "data"
 
     dataset: str = choice("omniglot", DATASETS, "images to learn from")
     dataset_path: Path = flag(
@@ -87,15 +76,10 @@ class DataFlags(Flags):
         return Source(self.dataset, self.dataset_path, self.cache_dir, self.options)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunFlags(Flags):
+class RunFlags(Flags, group="run"):
     """Where a run is recorded, and what it runs on. Each script has a name and a seed of its own."""
 
-    group = "run"
-
-    name: str = flag("run", folder_name, NAME)
     runs_dir: Path = flag(Path("runs"), file_path, "folder of run folders", metavar="DIR")
-    seed: int = flag(0, SEED, SEEDED)
     device: str = flag("auto", device_name, "auto (the best available), cpu, cuda, cuda:N or mps")
     threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
     backend: str = choice(
@@ -106,19 +90,4 @@ class RunFlags(Flags):
     )
     config: Path | None = flag(
         None, file_path, "TOML file of flags, which flags typed here override", metavar="FILE"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportFlags(Flags):
-    """How often a training says and saves where it is."""
-
-    group = "checks on the way"
-
-    log_every: int = flag(50, whole(1), "steps between lines of the log")
-    save_every: int = flag(
-        1000,
-        whole(1),
-        "steps between writes of --model_name and of the training state that --resume goes on from, "
-        "which the last step always writes",
     )

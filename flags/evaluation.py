@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,11 +39,8 @@ LEARNING_RATES = (
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodFlags(Flags):
+class MethodFlags(Flags, group="method"):
     """What is tested."""
-
-    group = "method"
 
     model: list[Path] | None = flag(
         None,
@@ -61,6 +57,7 @@ class MethodFlags(Flags):
         "random initial weights; the network is that of --model if given, else that of the "
         "network flags below",
     )
+    treatment: str = common.treatment_flag()
     learner: str = choice(
         "adam",
         LEARNERS,
@@ -69,11 +66,8 @@ class MethodFlags(Flags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepFlags(Flags):
+class StepFlags(Flags, group="steps of --learner adam"):
     """Which weights the steps of a meta-test change, and how."""
-
-    group = "steps of --learner adam"
 
     treatment_preset: str | None = choice(
         None,
@@ -100,11 +94,8 @@ class StepFlags(Flags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchFlags(Flags):
+class SearchFlags(Flags, group="learning rate"):
     """The choice of the steps' learning rate."""
-
-    group = "learning rate"
 
     lr: float | None = flag(None, positive, "learning rate of Adam; skips the search", shown="search")
     lrs: list[float] = flag(
@@ -139,11 +130,8 @@ class SearchFlags(Flags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadFlags(Flags):
+class HeadFlags(Flags, group="heads that need no gradient"):
     """Options of heads. None is the learner's default, which may depend on the network."""
-
-    group = "heads that need no gradient"
 
     features: View | None = choice(
         None,
@@ -169,20 +157,8 @@ OF_STEPS = own_flags(StepFlags) | own_flags(SearchFlags) - {"full_search"}  # wh
 OF_HEADS = own_flags(HeadFlags)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScratchFlags(common.NetworkFlags):
-    """The network that nobody has trained."""
-
-    group = "network, for --scratch without --model"
-
-    treatment: str = common.treatment_flag()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawFlags(common.SplitFlags):
+class DrawFlags(common.SplitFlags, group="evaluation"):
     """What is learned and measured."""
-
-    group = "evaluation"
 
     schedule: list[int] = flag(
         [],  # by the number of classes and outputs
@@ -220,7 +196,6 @@ class DrawFlags(common.SplitFlags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class EvaluationRunFlags(common.RunFlags):
     """Where an evaluation is recorded, and what it runs on."""
 
@@ -236,13 +211,12 @@ class EvaluationRunFlags(common.RunFlags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Evaluation(
     MethodFlags,
     StepFlags,
     SearchFlags,
     HeadFlags,
-    ScratchFlags,
+    common.NetworkFlags,
     DrawFlags,
     DataFlags,
     EvaluationRunFlags,
@@ -268,18 +242,14 @@ class Evaluation(
     def idle(self) -> Mapping[str, str]:
         options = LEARNERS[self.learner].options
         others = OF_HEADS if options is None else OF_STEPS | (OF_HEADS - options.keys())
-        of_scratch = own_flags(ScratchFlags) | own_flags(common.NetworkFlags) if self.model else frozenset()
+        of_scratch = ("treatment", "constructor") if self.model else ()
         return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
 
     def validate(self) -> None:
         if self.model is None and not self.scratch:
             raise UserError("give --model FILE, which mrcl_classification.py writes, or --scratch")
-        if self.model is not None:
-            twice = [str(path) for path in self.model if self.model.count(path) > 1]
-            if twice:
-                raise UserError(f"--model names {twice[0]} twice")
-            if self.scratch and len(self.model) > 1:
-                raise UserError("--scratch takes the network of one --model, not of several")
+        if self.scratch and len(self.model or ()) > 1:
+            raise UserError("--scratch takes the network of one --model, not of several")
         shuffled_or_repeated = self.iid or self.epoch > 1
         if self.track_every and shuffled_or_repeated:
             raise UserError(
@@ -289,11 +259,6 @@ class Evaluation(
             raise UserError(
                 "--nested tests on its way through classes learned one after another, once, in random order: "
                 "drop --iid, --epoch and --class_order"
-            )
-        if self.test_classes is not None and max(self.schedule, default=0) > self.test_classes:
-            raise UserError(
-                f"--schedule asks for {max(self.schedule)} classes of the {self.test_classes} that "
-                "--test_classes allows: lower the one or raise the other"
             )
 
     @classmethod

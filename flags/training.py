@@ -35,11 +35,8 @@ MAY_CHANGE = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodFlags(Flags):
+class MethodFlags(Flags, group="method"):
     """What is trained for what, and for how long."""
-
-    group = "method"
 
     treatment: str = common.treatment_flag("ANML, with --learner iid OML")
     learner: Literal["sgd", "prototypes", "iid"] = choice(
@@ -63,11 +60,8 @@ class MethodFlags(Flags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrajectoryFlags(Flags):
+class TrajectoryFlags(Flags, group="trajectories of --learner sgd"):
     """The inner loop of the paper."""
-
-    group = "trajectories of --learner sgd"
 
     rln: int | None = flag(
         None,
@@ -110,11 +104,8 @@ class TrajectoryFlags(Flags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpisodeFlags(Flags):
+class EpisodeFlags(Flags, group="episodes of --learner prototypes"):
     """The episodes that a head of class means is trained on."""
-
-    group = "episodes of --learner prototypes"
 
     ways: int = flag(60, whole(2), "classes of an episode")
     shots: int = flag(3, whole(1), "images of each that its mean is of")
@@ -137,26 +128,28 @@ class EpisodeFlags(Flags):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchFlags(Flags):
+class BatchFlags(Flags, group="batches of --learner iid"):
     """The batches of shuffled images of all meta-training classes."""
-
-    group = "batches of --learner iid"
 
     batch_size: int = flag(
         84, whole(1), "images per step; 84 are as many as a step of the paper's meta-training sees"
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckFlags(common.ReportFlags):
-    """Small meta-tests of the network that is being trained."""
+class CheckFlags(Flags, group="checks on the way"):
+    """How often a training says and saves where it is, and small meta-tests of its network."""
 
+    log_every: int = flag(50, whole(1), "steps between lines of the log")
+    save_every: int = flag(
+        1000,
+        whole(1),
+        "steps between writes of --model_name and of the training state that --resume goes on from, "
+        "which the last step always writes",
+    )
     eval_every: int = flag(0, whole(0), "steps between small meta-tests on meta-training classes; 0 for none")
     eval_classes: int = flag(20, whole(1), "classes in each of those meta-tests")
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingRunFlags(common.RunFlags):
     """What a meta-training starts from and leaves."""
 
@@ -194,7 +187,6 @@ OF_LEARNER = {
 """The flags that a learner of meta-training has alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Training(
     MethodFlags,
     TrajectoryFlags,
@@ -238,30 +230,10 @@ class Training(
             raise UserError("--saved_model needs --checkpoint as well to start from those weights")
         if self.reset_copy and not self.reset:
             raise UserError("--reset_copy says where rows are drawn anew: drop it or --no-reset")
-        self._check_sizes()
         if self.first_order and self.second_order_steps:
             raise UserError(
                 "--first_order differentiates through no inner step: drop it or --second_order_steps"
             )
-
-    def _check_sizes(self) -> None:
-        """Raise UserError where more is asked for than there is."""
-        sizes = {
-            "tasks": self.tasks if self.learner == "sgd" else None,
-            "update_step": self.update_step,
-            "train_classes": self.train_classes,
-            "num_classes": self.constructor.get("num_classes"),
-            "eval_classes": self.eval_classes if self.eval_every else None,
-        }
-        for smaller, larger in (
-            ("tasks", "update_step"),
-            ("tasks", "train_classes"),
-            ("train_classes", "num_classes"),
-            ("eval_classes", "train_classes"),
-        ):
-            low, high = sizes[smaller], sizes[larger]
-            if low is not None and high is not None and low > high:
-                raise UserError(f"--{smaller} {low} must not be larger than --{larger} {high}")
 
 
 @dataclass(frozen=True)

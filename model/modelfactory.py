@@ -24,7 +24,7 @@ from model.layers import Inputs, as_read, conv_blocks, on_colour, run_frozen, ru
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.device import seed_layers
 from utils.errors import UserError
-from utils.signature import Range
+from utils.flag import Range
 
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
 

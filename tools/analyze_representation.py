@@ -17,7 +17,6 @@ import utils.start  # noqa: F401 (before torch)
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,14 +55,11 @@ SHOWN = 6  # images whose activations are drawn, of classes spread over the data
 ALPHABETS, CLASSES_SHOWN = 5, 6  # in the embedding, and of each of them: more would hide each other
 
 
-@dataclass(frozen=True, kw_only=True)
-class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
+class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags, group="analysis"):
     """Measure and draw a model's features and gate on classes it has never seen.
 
     python -m tools.analyze_representation --model Neuromodulation_Model.net
     """
-
-    group = "analysis"
 
     model: Path = flag(
         None,

@@ -54,9 +54,8 @@ from utils.command_line import parse
 from utils.device import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, write_text
-from utils.flag import Flags, choice, file_path, flag, whole
+from utils.flag import Flags, arguments, choice, file_path, flag, whole
 from utils.run import cpu_name
-from utils.signature import arguments
 
 ORDERS = {"first-order": True, "second-order": False}
 TREATMENTS = {"anml-13": ("ANML", 13), "anml-7": ("ANML", 7), "anml-0": ("ANML", 0), "oml-6": ("OML", 6)}
@@ -286,7 +285,6 @@ def busy(rates: Sequence[Rate], device: torch.device) -> str | None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Benchmark(Flags):
     __doc__ = (__doc__ or "").partition("No data")[0]
 

@@ -10,7 +10,7 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ def results_flag(name: str) -> Any:
     return flag(MISSING, file_path, text, metavar=name)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Comparison(Flags):
     """Test whether two evaluations differ, at each class count that both have.
 

@@ -18,7 +18,6 @@ import utils.start  # noqa: F401 (before torch)
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,7 +195,6 @@ def inserted(text: str, tables: str, source: Path) -> str:
     return f"{before}{START}\n\n{tables}\n\n{END}{after}"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Ledger(Flags):
     """Write published numbers beside ours into docs/results.md.
 

@@ -17,7 +17,7 @@ import utils.start  # noqa: F401 (before torch)
 # isort: split
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -101,7 +101,6 @@ def on_the_way(results: dict[str, Results]) -> dict[str, list[dict[str, Any]]]:
     return curves
 
 
-@dataclass(frozen=True, kw_only=True)
 class Plot(Flags):
     """Draw accuracy against the number of classes, and the final accuracy as bars.
 

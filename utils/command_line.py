@@ -2,10 +2,6 @@
 
 A script's arguments are a subclass of `Flags`: each field is a flag, with default, reader and help.
 
-    @dataclass(frozen=True, kw_only=True)
-    class Training(DataFlags, RunFlags):
-        steps: int = flag(20000, whole(1), "outer (meta) steps")
-
 A flag, and a key of a config file (TOML), can be spelled with `-` in place of `_`; `--no_reset` is
 `reset = false`. Values of a config file and of a run that is resumed pass through the readers of the command
 line. What is typed wins over a config file, and must not change the numbers of a run that is resumed.
@@ -28,10 +24,9 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, NoReturn
 
-from utils.errors import UserError, try_to_write
+from utils.errors import UserError, refuse, refusing
 from utils.files import read_text
-from utils.flag import FlagInfo, Flags, FlagsT, Registry
-from utils.signature import REQUIRED, arguments
+from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,29 +37,16 @@ else:
 NOT_IN_CONFIG = {"config", "resume"}  # flags that stand in no config file
 
 
-def _groups(kind: type[Flags]) -> dict[str, str]:
-    """The heading in `--help` of each field, in the order of the help."""
-    known = {part.name for part in fields(kind) if part.metadata}
-    order = [base for base in kind.__mro__ if issubclass(base, Flags)]
-    found: dict[str, str] = {}
-    for group in dict.fromkeys(base.group for base in order):
-        for base in reversed([base for base in order if base.group == group]):
-            found |= {name: group for name in inspect.get_annotations(base) if name in known - found.keys()}
-    return found
-
-
 class HelpFirst(argparse.ArgumentParser):
     """An argument parser whose help begins with its description, a sentence and an example, as it is, and
-    whose errors are one line."""
+    whose errors are those of a user."""
 
     def __init__(self, **options: Any) -> None:
         style = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=argparse.SUPPRESS, formatter_class=style, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """End the process with exit code 2 and one line on stderr, without the usage."""
-        try_to_write(f"{self.prog}: error: {' '.join(message.split())}\n", sys.stderr)
-        sys.exit(2)
+        raise UserError(message)
 
 
 class Parser(HelpFirst):
@@ -74,7 +56,7 @@ class Parser(HelpFirst):
         kind: the script's arguments.
         chosen: entry of each registry by the field that names it; without it the field's default, else the
             first.
-        only: fields that are flags; default all.
+        only: fields that are flags, beside which tokens may hold others; default all fields.
 
     Attributes:
         flags: by every name, those that may stand in a config file.
@@ -91,52 +73,48 @@ class Parser(HelpFirst):
         about, _, example = (inspect.getdoc(kind) or "").partition("\n\n")
         super().__init__(
             description=f"{about}\n\n{indent(example, '    ')}",
-            exit_on_error=False,
             argument_default=argparse.SUPPRESS,
             add_help=only is None,
         )
         self.flags: dict[str, argparse.Action] = {}
         self.places: dict[str, tuple[str, str]] = {}
         self.chosen: dict[str, tuple[Registry, str]] = {}
-        self._taken = {"help", *kind.no_effect, *(part.name for part in fields(kind))}
+        self._only = only
         parts = {part.name: part for part in fields(kind) if only is None or part.name in only}
-        headings: dict[str, argparse._ActionsContainer] = {Flags.group: self}
-        for name, heading in _groups(kind).items():
-            if name in parts and heading not in headings:
-                headings[heading] = self.add_argument_group(heading)
-            if name in parts and "flag" in parts[name].metadata:
-                self._add(headings[heading], [name], parts[name].metadata["flag"])
+        self._taken = {"help", *kind.no_effect, *parts}
+        groups: dict[str, argparse._ActionsContainer] = {Flags.group: self}
+        registries = []
+        for base in (base for base in kind.__mro__ if issubclass(base, Flags)):
+            for part in (parts.pop(name) for name in inspect.get_annotations(base) if name in parts):
+                if base.group not in groups:
+                    groups[base.group] = self.add_argument_group(base.group)
+                if "registry" in part.metadata:
+                    registries.append((groups[base.group], part.name, part.metadata["registry"]))
+                elif "flag" in part.metadata:
+                    self._add(groups[base.group], [part.name], part.metadata["flag"])
         if only is None and kind.no_effect:
             group = self.add_argument_group("flags of the released code, accepted without effect")
             for key, instead in kind.no_effect.items():
                 text = f"no effect: {instead}"
                 group.add_argument(f"--{key}", nargs="*", dest=f"*{key}", metavar="VALUE", help=text)
-        for name, part in parts.items():
-            if "registry" in part.metadata:
-                registry: Registry = part.metadata["registry"]
-                default = parts[registry.chooser].default or next(iter(registry.table))
-                self.chosen[name] = registry, str((chosen or {}).get(registry.chooser, default))
-                self._add_arguments(headings[_groups(kind)[name]], name)
+        for place, name, registry in reversed(registries):  # in the order of the dataclass's fields
+            default = getattr(kind, registry.chooser, None) or next(iter(registry.table))
+            self.chosen[name] = registry, str((chosen or {}).get(registry.chooser, default))
+            self._add_arguments(place, name)
 
     def _add_arguments(self, group: argparse._ActionsContainer, name: str) -> None:
         """Make flags of the arguments of the entry that is chosen for a field."""
         registry, entry = self.chosen[name]
         choosing = f"--{registry.chooser}"
         group.description = f"those of {choosing} {entry} among them; {choosing} NAME --help shows another's"
-        try:
-            found = arguments(registry.table[entry], registry.skip)
-        except UserError as error:
-            raise UserError(f"{choosing} {entry}: {error}") from error
+        found = registry.arguments(entry)
         for argument, made in found.items():
             full = f"{registry.prefix}_{argument}"
             if full in found or self._is_taken(full):
                 raise UserError(f"{choosing} {entry}: --{full} is taken: rename its argument {argument!r}")
             spelled = [full] if self._is_taken(argument) else [argument, full]
             self.places[spelled[0]] = name, argument
-            shown = "none, it must be given" if made.default is REQUIRED else _shown(made.default)
-            read = None if made.kind is bool else made.read
-            metavar = {int: "N", float: "X", str: "TEXT"}.get(made.kind)
-            self._add(group, spelled, FlagInfo(None, read, made.text, shown, None, {"metavar": metavar}))
+            self._add(group, spelled, made)
         self._taken |= {argument for _, argument in registry.names()}
 
     def _is_taken(self, name: str) -> bool:
@@ -146,8 +124,11 @@ class Parser(HelpFirst):
         """Make a flag, whose values are kept under the first of its names."""
         text = made.text
         if isinstance(made.names, Mapping):
-            lines = [f"{name}: {_first_line(entry)}" for name, entry in made.names.items() if callable(entry)]
-            text = "; ".join([text, *lines])
+            entries = [(name, inspect.getdoc(entry)) for name, entry in made.names.items() if callable(entry)]
+            said = [
+                f"{name}: {(about or '').splitlines()[0].rstrip('.')}" for name, about in entries if about
+            ]
+            text = "; ".join([text, *said])
         if made.default is not MISSING:
             text += f" (default: {_shown(made.default) if made.shown is None else made.shown})"
         options: dict[str, Any] = {"help": text.strip().replace("%", "%%"), **made.options}
@@ -163,9 +144,9 @@ class Parser(HelpFirst):
         self.flags |= dict.fromkeys({*names} - NOT_IN_CONFIG, action)
 
     def read(self, tokens: Sequence[str]) -> dict[str, Any]:
-        """What tokens give, by field or argument; raises UserError or ArgumentError where one is wrong."""
+        """What tokens give, by field or argument; raises UserError where one is wrong."""
         found, unknown = self.parse_known_args(tokens)
-        if unknown:
+        if unknown and self._only is None:
             _, fault = self._of_another(unknown[0].partition("=")[0].removeprefix("--"))
             raise UserError(fault or f"unrecognized arguments: {' '.join(unknown)}")
         return vars(found)
@@ -181,19 +162,18 @@ class Parser(HelpFirst):
         Raises:
             UserError: a setting is none of a flag that may stand in a config file, or has a wrong value.
         """
-        found: dict[str, Any] = {}
-        for key, value in settings.items():
-            name = key.replace("-", "_")
-            if name not in self.flags:
+        tokens = []
+        try:
+            for key, value in settings.items():
+                name = key.replace("-", "_")
                 chooser, fault = self._of_another(name)
-                if chooser in skip:
-                    continue
-                raise UserError(f"{path}: {fault or f'unknown key {key!r}; --help lists the flags'}")
-            try:
-                found |= vars(self.parse_args(_spelled(self.flags[name], value)))
-            except argparse.ArgumentError as error:
-                raise UserError(f"{path}: {key}: {error.message}") from error
-        return found
+                if name in self.flags:
+                    tokens += _spelled(self.flags[name], value)
+                elif self._only is None and chooser not in skip:
+                    raise UserError(fault or f"unknown key {key!r}; --help lists the flags")
+            return self.read(tokens) if tokens else {}
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def filled(self, kind: type[FlagsT], given: Mapping[str, Any]) -> FlagsT:
         """Arguments of which some are given, the others at their defaults.
@@ -204,21 +184,20 @@ class Parser(HelpFirst):
         found = {**kind.implied(given), **given}
         values: dict[str, Any] = {part.name: found[part.name] for part in fields(kind) if part.name in found}
         for name, (registry, entry) in self.chosen.items():
-            made = arguments(registry.table[entry], registry.skip)
-            values[name] = {argument: made[argument].default for argument in made}
+            values[name] = {key: made.default for key, made in registry.arguments(entry).items()}
         for key, (name, argument) in self.places.items():
             values[name][argument] = given.get(key, values[name][argument])
         flags = kind(**values, given=frozenset(given), places=self.places)
         idle = flags.idle()
-        for key, action in self.flags.items():
+        for key in self.flags:
             name, argument = self.places.get(key, (key, ""))
             if name in idle and key in given:
-                typed = _spelled(action, plain(given[key]))[0].replace("=", " ")
+                typed = as_typed(key, plain(given[key]))
                 raise UserError(f"{typed} means nothing with {idle[name]}: drop one of them")
             if name not in idle and argument and values[name][argument] is REQUIRED:
                 registry, entry = self.chosen[name]
                 raise UserError(f"--{registry.chooser} {entry} needs --{key}")
-        without: dict[str, Any] = {name: {} for name in self.chosen.keys() & idle.keys()}
+        without: dict[str, Any] = {name: {} for name in self.chosen if name in idle}
         return replace(flags, **without)
 
     def _of_another(self, key: str) -> tuple[str, str]:
@@ -233,11 +212,6 @@ class Parser(HelpFirst):
                     )
                     return registry.chooser, fault
         return "", ""
-
-
-def _first_line(function: object) -> str:
-    """The first line of a docstring, without its full stop."""
-    return (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
 
 
 def _shown(default: Any) -> str:
@@ -256,22 +230,20 @@ def _underscored(token: str) -> str:
 
 
 def _spelled(action: argparse.Action, value: object) -> list[str]:
-    """The tokens that say the same as a setting.
+    """The tokens that say the same as a setting; raises UserError where none can.
 
     A value shares a token with its flag, since it may begin with a dash.
-
-    Raises:
-        argparse.ArgumentError: no token can say it.
     """
+    name = action.option_strings[0]
     if isinstance(action, _Switch):
         if not isinstance(value, bool):
-            raise argparse.ArgumentError(action, f"{value!r} is not true or false")
+            raise UserError(f"{name}: {value!r} is not true or false")
         return [action.option_strings[0 if value else len(action.option_strings) // 2]]
     values = value if isinstance(value, list) and action.nargs else [value]
     for item in values:
         if isinstance(item, bool) or not isinstance(item, str | int | float):
-            raise argparse.ArgumentError(action, f"{item!r} is no number and no text")
-    return [f"{action.option_strings[0]}={item}" for item in values] or [action.option_strings[0]]
+            raise UserError(f"{name}: {item!r} is no number and no text")
+    return [f"{name}={item}" for item in values] or [name]
 
 
 def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
@@ -284,36 +256,36 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     """
     try:
         return _parse(kind, sys.argv[1:] if argv is None else argv)
-    except (UserError, argparse.ArgumentError) as error:
-        HelpFirst().error(str(error))
+    except UserError as error:
+        refuse(str(error))
 
 
 def _parse(kind: type[FlagsT], tokens: Sequence[str]) -> FlagsT:
-    """The arguments that tokens give; raises UserError or ArgumentError where one is wrong."""
+    """The arguments that tokens give; raises UserError where one is wrong."""
     tokens = [_underscored(token) for token in tokens]
     for token in tokens:  # of `--flag=--` argparse drops the value before Python 3.12
         if token.endswith("=--"):
             raise UserError(f"argument {token[:-3]}: expected one argument")
     choosers = {part.metadata["registry"].chooser for part in fields(kind) if "registry" in part.metadata}
-    deciding = choosers | kind.deciding
-    first = Parser(kind, only={"config", "resume", *deciding})
-    typed = vars(first.parse_known_args(tokens)[0])
+    first = Parser(kind, only={"config", "resume", *choosers, *kind.deciding})
+    typed = first.read(tokens)
     config, resume = typed.get("config"), typed.get("resume")
     of_config, of_run = Path(str(config)), Path(str(resume), "config.json")
-    settings = {} if config is None else _settings_of_config(config)
-    run, plan = ({}, {}) if resume is None else _settings_of_run(resume)
+    settings = {} if config is None else _settings_of_config(of_config)
+    parts = {} if resume is None else read_config(resume)
+    run, plan = (
+        {key: value for key, value in parts.get(part, {}).items() if value not in (None, [])}
+        for part in ("arguments", "plan")
+    )
     earlier_config = run.pop("config", None)
-    chosen: dict[str, str] = {}
-    for source, path in ((settings, of_config), (typed, of_config), (run, of_run)):
-        chosen |= first.values({key: source[key] for key in deciding & source.keys()}, path)
+    chosen = first.values(settings, of_config) | typed | first.values(run, of_run)
     parser = Parser(kind, {**kind.implied(chosen), **chosen})
-    before = parser.values(run, of_run, skip=choosers)
-    given = parser.values(settings, of_config, skip=choosers & typed.keys()) | parser.read(tokens)
+    before = parser.values(run, of_run, choosers)
+    given = parser.values(settings, of_config, choosers & typed.keys()) | parser.read(tokens)
     if resume is not None:
-        open_to_plan = (
-            plan.keys() & parser.flags.keys() - before.keys() - parser.filled(kind, before).idle().keys()
-        )
-        before |= parser.values({key: plan[key] for key in open_to_plan}, of_run)
+        asked = parser.filled(kind, before)
+        left_open = plan.keys() & parser.flags.keys() - before.keys() - asked.idle().keys()
+        before |= parser.values({key: plan[key] for key in left_open}, of_run)
         _refuse_contradictions(parser, parser.filled(kind, before), resume, given)
         if config is None and isinstance(earlier_config, str):
             given["config"] = Path(earlier_config)
@@ -323,55 +295,38 @@ def _parse(kind: type[FlagsT], tokens: Sequence[str]) -> FlagsT:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a run folder.
+    """The `config.json` of a run folder: a dict with the dicts `arguments` and `plan`.
 
     Raises:
         UserError: there is none, or it is not one that a run writes.
     """
     path = folder / "config.json"
+    with refusing(f"read {path}, so that {folder} is not a run folder"):
+        data = path.read_bytes()
     try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{folder} is not a run folder: cannot read its config.json: {error.strerror or error}"
-        ) from error
-    except (ValueError, RecursionError) as error:
+        config: dict[str, Any] = {"plan": {}, **json.loads(data)}
+    except (ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+    if not (isinstance(config.get("arguments"), dict) and isinstance(config["plan"], dict)):
         raise UserError(f"{path} is damaged: it holds no arguments")
     return config
-
-
-def _settings_of_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the run in a folder was asked for, and what it decided."""
-    try:
-        config = read_config(folder)
-    except UserError as error:
-        raise UserError(f"--resume: {error}") from error
-    plan = config.get("plan")
-    parts = config["arguments"], plan if isinstance(plan, dict) else {}
-    asked, decided = ({key: part[key] for key in part if part[key] not in (None, [])} for part in parts)
-    return asked, decided
 
 
 def _settings_of_config(path: Path) -> dict[str, Any]:
     """The settings that a TOML file holds."""
     try:
-        settings: dict[str, Any] = tomllib.loads(read_text(path))
+        with refusing(f"read --config {path}"):
+            settings: dict[str, Any] = tomllib.loads(read_text(path))
         return settings
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from error
     except ValueError as error:  # also what TOML and UTF-8 decoding raise
         raise UserError(f"--config {path}: not a TOML file: {error}") from error
 
 
 def _refuse_contradictions(parser: Parser, of_run: Flags, folder: Path, given: Mapping[str, Any]) -> None:
     """Raise UserError where what is given asks for another run than that of a folder."""
-    earlier, compared = (
-        recorded(of_run, absolute=True),
-        parser.flags.keys() & given.keys() - of_run.changeable(),
-    )
-    asked = {key: plain(given[key], absolute=True) for key in sorted(compared)}
+    earlier = recorded(of_run, absolute=True)
+    compared = sorted(parser.flags.keys() & given.keys() - of_run.changeable())
+    asked = {key: plain(given[key], absolute=True) for key in compared}
     contradictions = [
         f"--{key} is {value} and was {earlier[key]}" for key, value in asked.items() if value != earlier[key]
     ]
@@ -380,15 +335,12 @@ def _refuse_contradictions(parser: Parser, of_run: Flags, folder: Path, given: M
             f"--resume {folder} goes on as it began: {'; '.join(contradictions)}; drop these flags, or "
             "start a new run without --resume"
         )
-    for key in ("model", "model_name"):
-        found = earlier.get(key) or []
-        for path in [found] if isinstance(found, str) else found:
-            place = Path(path) if key == "model" else Path(path).parent
-            if key not in given and not place.exists():
-                raise UserError(
-                    f"--resume {folder}: its --{key} is {path}, and there is no {place} (any more); give "
-                    f"--{key} FILE as it is today"
-                )
+    place = Path(earlier.get("model_name") or "").parent
+    if "model_name" not in given and not place.exists():  # a run that was moved would write there again
+        raise UserError(
+            f"--resume {folder}: its --model_name is {earlier['model_name']}, and there is no {place} (any "
+            "more); give --model_name FILE as it is today"
+        )
 
 
 def recorded(flags: Flags, *, absolute: bool = False) -> dict[str, Any]:
@@ -426,7 +378,7 @@ def as_typed(name: str, value: object) -> str:
     """A setting as it is typed."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 class _Switch(argparse.Action):

@@ -1,38 +1,49 @@
-"""How the flags of a script are declared: fields of a dataclass, each with default, reader and help.
+"""How flags are declared: as fields of a dataclass, and as arguments of a network's constructor, a data set's
+loader and the like.
 
-    @dataclass(frozen=True, kw_only=True)
     class Training(DataFlags, RunFlags):
         steps: int = flag(20000, whole(1), "outer (meta) steps")
 
-`utils.command_line` makes a parser of such a class.
+    def __init__(self, width: Annotated[int, "channels of a layer", Range(1)] = 64, skip: bool = False)
+
+An annotation gives an argument's type, a text for `--help` and the range of a number. `utils.command_line`
+makes a parser of such a dataclass.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin
+
+from typing_extensions import dataclass_transform
 
 from utils.errors import UserError
 from utils.files import expand
-from utils.signature import Argument, Range, arguments
 
 Reader = Callable[[str], Any]
 """Makes a value of a text, or raises ArgumentTypeError."""
 
+KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+REQUIRED = inspect.Parameter.empty  # the default of an argument that has none
 
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """Base of a script's arguments and of parts of them, whose fields `flag`, `switch` and others make.
 
-    A script's own class has as docstring what its `--help` begins with, a sentence and an example. Where a
-    part redefines a field of its base, the flag keeps its place in the help.
+    Each subclass is a frozen dataclass. The docstring of a script's own class is what its `--help` begins
+    with, a sentence and an example.
 
     Attributes:
         group: heading in `--help` of the flags that a class adds.
@@ -48,6 +59,10 @@ class Flags:
 
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __init_subclass__(cls, group: str | None = None) -> None:
+        cls.group = group or cls.group
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def idle(self) -> Mapping[str, str]:
         """The fields that mean nothing beside another flag, by that flag as it is typed.
@@ -78,15 +93,22 @@ class Flags:
 FlagsT = TypeVar("FlagsT", bound=Flags)
 
 
+class Range(NamedTuple):
+    """The least and the greatest value of a number; None where there is no limit."""
+
+    low: float | None = None
+    high: float | None = None
+
+
 class FlagInfo(NamedTuple):
-    """How a field of `Flags`, or an argument of a registry's entry, is typed; see `flag` and `choice`."""
+    """How a field of `Flags`, or an argument of a registry's entry, is typed; see `flag`."""
 
     default: Any
-    read: Reader | None  # None of a switch
+    read: Reader | None
     text: str
-    shown: str | None
-    names: Collection[str] | None
-    options: Mapping[str, Any]
+    shown: str | None = None
+    names: Collection[str] | None = None
+    options: Mapping[str, Any] = {}
 
 
 class Registry(NamedTuple):
@@ -97,11 +119,18 @@ class Registry(NamedTuple):
     prefix: str
     skip: int
 
+    def arguments(self, entry: str) -> dict[str, FlagInfo]:
+        """The arguments of an entry, by name; raises UserError where one can be no flag."""
+        try:
+            return arguments(self.table[entry], self.skip)
+        except UserError as error:
+            raise UserError(f"--{self.chooser} {entry}: {error}") from error
+
     def names(self) -> Iterator[tuple[str, str]]:
         """Entry and argument, of all arguments of all entries that can be read."""
-        for entry, function in self.table.items():
+        for entry in self.table:
             with suppress(UserError):
-                yield from ((entry, argument) for argument in arguments(function, self.skip))
+                yield from ((entry, argument) for argument in self.arguments(entry))
 
 
 def flag(
@@ -171,9 +200,58 @@ def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: 
     return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix, skip)})
 
 
-def own_flags(kind: type[Flags]) -> frozenset[str]:
-    """The names of the flags that a part adds to its base."""
-    return frozenset(inspect.get_annotations(kind))
+def own_flags(*kinds: type[Flags]) -> frozenset[str]:
+    """The names of the flags that parts add to their bases."""
+    return frozenset(name for kind in kinds for name in inspect.get_annotations(kind))
+
+
+def arguments(function: Callable[..., Any], skip: int = 0) -> dict[str, FlagInfo]:
+    """The arguments of a function, or of a class's constructor, after the first `skip` ones, by name.
+
+    An argument without annotation has the type of its default.
+
+    Raises:
+        UserError: an argument is `*args` or `**kwargs`, or its type is neither one of `KINDS` nor `X | None`
+            of one.
+    """
+    name = getattr(function, "__name__", str(function))
+    if isinstance(function, type):
+        function, skip = function.__init__, skip + 1  # type: ignore[misc]
+    try:
+        parameters = list(inspect.signature(function, eval_str=True).parameters.values())[skip:]
+    except (NameError, TypeError, ValueError, SyntaxError, AttributeError) as error:
+        raise UserError(f"{name}: cannot read its arguments: {error}") from error
+    found = {}
+    for parameter in parameters:
+        kind, extras = _unwrapped(parameter.annotation)
+        if kind is parameter.empty:
+            kind = type(parameter.default)
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if kind not in KINDS or not named:
+            raise UserError(
+                f"{name}: its argument `{parameter}` can be no flag, which gives int, float, bool or str, "
+                "or None in place of one, to an argument of its name"
+            )
+        span = next((extra for extra in extras if isinstance(extra, Range)), Range())
+        found[parameter.name] = FlagInfo(
+            parameter.default,
+            None if kind is bool else reader(kind, *span),
+            next((extra for extra in extras if isinstance(extra, str)), ""),
+            "none, it must be given" if parameter.default is REQUIRED else None,
+            options={"metavar": {int: "N", float: "X", str: "TEXT"}.get(kind)},
+        )
+    return found
+
+
+def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
+    """The type within `Annotated` and `X | None`, and what `Annotated` adds."""
+    extras: list[Any] = []
+    while (origin := get_origin(annotation)) in (Annotated, Union, UnionType):
+        inner, *rest = (kind for kind in get_args(annotation) if kind is not NoneType)
+        if rest and origin is not Annotated:
+            break
+        annotation, extras = inner, extras + rest
+    return annotation, extras
 
 
 class Flat(argparse.Action):
@@ -187,16 +265,27 @@ class Flat(argparse.Action):
         setattr(kept, self.dest, list(dict.fromkeys(found)))
 
 
-def whole(low: int | None = None, high: int | None = None) -> Reader:
-    """A reader of whole numbers from `low` to `high` (`None`: no limit)."""
-    return Argument(int, span=Range(low, high)).read
+def reader(kind: type, low: float | None = None, high: float | None = None) -> Reader:
+    """A reader of values of a type, one of `KINDS` but bool, from `low` to `high` (`None`: no limit)."""
+    limits = [f"{low} or greater"] * (low is not None) + [f"at most {high}"] * (high is not None)
+
+    def read(text: str) -> Any:
+        value: Any
+        try:
+            text.encode()  # stray bytes could not be written into a log or a file
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if (isinstance(value, float) and not math.isfinite(value)) or "\0" in text:
+            raise ArgumentTypeError(f"{text!r} is not {KINDS[kind]}")
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise ArgumentTypeError(f"{text!r}: choose {', '.join(limits)}")
+        return value
+
+    return read
 
 
-def number(low: float | None = None, high: float | None = None) -> Reader:
-    """A reader of finite numbers from `low` to `high` (`None`: no limit)."""
-    return Argument(float, span=Range(low, high)).read
-
-
+whole, number = partial(reader, int), partial(reader, float)
 SEED = whole(0, 2**32 - 1)  # what every generator in use can be seeded with
 
 
@@ -230,12 +319,12 @@ def device_name(text: str) -> str:
 
 def file_path(text: str) -> Path:
     """The path that a text spells, `~` at its beginning being a home folder."""
-    return expand(str(Argument(str).read(text)))
+    return expand(reader(str)(text))
 
 
 def folder_name(text: str) -> str:
     """The name of a folder, without those above it, that a text spells."""
-    name = str(Argument(str).read(text))
+    name: str = reader(str)(text)
     if not name.strip(". ") or re.search(r"[/\\]", name):
         raise ArgumentTypeError(f"{text!r} is not a folder's name; see --runs_dir")
     return name

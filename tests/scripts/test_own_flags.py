@@ -21,7 +21,7 @@ from model.meta_test import LEARNERS
 from model.modelfactory import NETWORKS, Network, build, load_network
 from tests.conftest import Called
 from utils.errors import UserError
-from utils.signature import Range
+from utils.flag import Range
 
 
 class Taken(Network):

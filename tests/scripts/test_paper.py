@@ -23,7 +23,7 @@ from tools.analyze_representation import Analysis
 from tools.compare_results import Comparison
 from tools.ledger import Ledger, ledger
 from tools.plot_results import Plot
-from utils.command_line import parse
+from utils.command_line import parse, recorded
 from utils.flag import Flags
 
 KINDS: dict[str, type[Flags]] = {
@@ -103,7 +103,7 @@ def test_every_command_is_accepted(project: Path, monkeypatch: pytest.MonkeyPatc
         if isinstance(parsed, DataFlags):
             assert parsed.dataset_path == Path("some data")
         if isinstance(parsed, RunFlags):
-            assert parsed.name == f"paper_{name}"
+            assert recorded(parsed)["name"] == f"paper_{name}"
         for flag, value in pairwise(words):
             if flag == "--model":
                 assert {value, str(Path(value).parent)} & there, name
