@@ -54,7 +54,7 @@ from utils.distributed import Group, is_first, join, launched, refuse_several, r
 from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.interrupt import Interrupt
-from utils.run import Run, log_to_terminal
+from utils.run import Progress, Run, log_to_terminal
 
 log = logging.getLogger("anml")
 
@@ -152,7 +152,7 @@ def train(
 ) -> int:
     """Train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     net, images, generator = learner.net, learner.images, learner.generator
-    with run.progress(args.steps, every=args.log_every, done=done) as progress:
+    with Progress(args.steps, every=args.log_every, done=done) as progress:
         for step in range(done + 1, args.steps + 1):
             start = time.perf_counter()
             before = generator.get_state()

@@ -72,7 +72,7 @@ def search(args: Evaluation, runs: Runs, counts: Sequence[int]) -> dict[int, Rat
     draws = list(starmap(Draw, product(range(len(runs.models)), range(args.lr_search_runs))))
     objective = "test" if args.test else "train"
     searches = {n: RateSearch(args.lrs, draws, objective, full=args.full_search) for n in counts}
-    with runs.run.progress(len(draws) * len(args.lrs), every=len(args.lrs), unit="try") as bar:
+    with Progress(len(draws) * len(args.lrs), every=len(args.lrs), unit="try") as bar:
         while tries := next_tries(searches, runs.group.size):
             scores = runs.scores("search", list(starmap(Job, tries)))
             for (draw, lr, stops), found in zip(tries, scores, strict=True):
@@ -99,7 +99,7 @@ def report(args: Evaluation, runs: Runs, rates: Mapping[int, float | None]) -> l
     draws = starmap(Draw, product(range(len(runs.models)), range(args.runs)))
     jobs = [Job(draw, lr, stops[lr]) for draw, lr in product(draws, stops)]
     rows: list[dict[str, Any]] = []
-    with runs.run.progress(len(jobs), every=args.runs, unit="run") as bar:
+    with Progress(len(jobs), every=args.runs, unit="run") as bar:
         for job, found in zip(jobs, runs.scores("report", jobs), strict=True):
             name, number = runs.models[job.draw.model].name, job.draw.number
             for classes, score in found.items():

@@ -8,7 +8,6 @@ in one process at a time.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 import os
@@ -17,8 +16,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from logging.handlers import MemoryHandler
@@ -79,39 +78,6 @@ class _LogFile(logging.FileHandler):
             raise
 
 
-class _EventFile:
-    """A new file of TensorBoard events in a run folder, written in the thread that calls `write`.
-
-    (tensorboardX's `SummaryWriter` writes in a second thread. A full disk ends that thread without a word,
-    and the run hangs as soon as the queue between the threads is full.)
-
-    Args:
-        done: tell TensorBoard to drop the points that earlier files of the folder have after this step.
-    """
-
-    def __init__(self, folder: Path, done: int | None) -> None:
-        # TensorBoard reads the files of a folder in the order of their names.
-        path = folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
-        self._file = path.open("xb", buffering=0)  # without a buffer, a killed run keeps its curves
-        self.close = self._file.close
-        self.write(0, file_version="brain.Event:2")
-        # A reader takes the first START of a folder for that of the first run. So there are two.
-        for _ in range(0 if done is None else 2):
-            self.write((done or 0) + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, step: int, **content: Any) -> None:
-        """Append one event: its length, its content, and a checksum of each.
-
-        Raises:
-            OSError: the event is not in the file, or not all of it.
-        """
-        data = Event(wall_time=time.time(), step=step, **content).SerializeToString()
-        parts = (struct.pack("<Q", len(data)), data)
-        record = b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts)
-        while record:  # a disk that is nearly full takes a part, and raises at the next call
-            record = record[self._file.write(record) :]
-
-
 class Run:
     """One run's folder, log, metrics and TensorBoard events; a context manager.
 
@@ -152,31 +118,28 @@ class Run:
             UserError: the folder cannot be made, read or written, another process is at work in it, or
                 `extra["data_hash"]` is not that of the run: it would go on with other data.
         """
-        extra = dict(extra or {})
         if not is_first():
             return cls(resume or runs_dir, "", writes=False)
-        settings, now = {**recorded(arguments), **extra.get("plan", {})}, _circumstances()
+        extra, now = {"plan": {}, **(extra or {})}, _circumstances()
         folder = resume or _new_folder(runs_dir, name)
         earlier = extra if resume is None else read_config(folder)
-        data_hash = extra.get("data_hash")
-        before = earlier.get("data_hash", data_hash)  # absent in runs of commit d362890
-        if before != data_hash:
-            raise UserError(f"the data is not that of {folder}: data hash {data_hash}, then {before}")
-        if data_hash and "data_hash" not in earlier:
+        data_hash, before = extra.get("data_hash"), earlier.get("data_hash")
+        if data_hash and before is None:  # a run of commit d362890
             log.warning("%s records no data hash, so its images are not compared with those in use", folder)
-        config = {**now, **extra, **earlier}
-        config |= {"name": folder.name, "arguments": recorded(arguments, absolute=True)}
-        config |= {key: value for key, value in extra.items() if key == "plan"}
+        elif before != data_hash:
+            raise UserError(f"the data is not that of {folder}: data hash {data_hash}, then {before}")
+        config = {**now, **extra, **earlier, "name": folder.name, "plan": extra["plan"]}
+        config["arguments"] = recorded(arguments, absolute=True)
         if resume is not None:
             config["resumed"] = [*config.get("resumed", []), {"step": done, **now}]
         run = cls(folder, str(config.get("started")), writes=True)
         with _writing(folder), ExitStack() as opened:
-            opened.enter_context(_locked(folder))
+            opened.callback(_lock(folder).release)
             run._start(opened, None if resume is None else done)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
             if resume is None:
-                run._describe(settings)
-            run._opened = opened.pop_all()  # `close` closes it
+                run._describe({**recorded(arguments), **extra["plan"]})
+            run._opened = opened.pop_all()  # `__exit__` closes it
         for notice in arguments.notices:
             log.warning(notice)
         if done:
@@ -190,8 +153,14 @@ class Run:
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if done is not None:
             self._columns = _cut_back(self.folder, done)
-        self._events = _EventFile(self.folder, done)
-        opened.callback(self._events.close)
+        # TensorBoard reads the files of a folder in the order of their names.
+        path = self.folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
+        self._events = opened.enter_context(path.open("xb"))
+        self._write_event(0, file_version="brain.Event:2")
+        # START drops the points after its step. A reader takes the first one of a folder for that of the
+        # first run. So there are two.
+        for _ in range(0 if done is None else 2):
+            self._write_event((done or 0) + 1, session_log=SessionLog(status=SessionLog.START))
         memory = log_to_terminal()
         opened.callback(memory.setTarget, None)
         memory.setTarget(log_file)
@@ -204,10 +173,11 @@ class Run:
         A list of columns would be that of all runs, and is left out.
         """
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        self._events.write(0, summary=summary.text("arguments", f"| argument | value |\n|---|---|\n{table}"))
+        text = summary.text("arguments", f"| argument | value |\n|---|---|\n{table}")
         values = {key: value for key, value in settings.items() if value is not None}
         plain = {key: x if isinstance(x, bool | int | float | str) else str(x) for key, x in values.items()}
-        self._events.write(0, summary=summary.hparams(plain, {})[1])
+        for content in (text, summary.hparams(plain, {})[1]):
+            self._write_event(0, summary=content)
 
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`; the first row's keys are its columns.
@@ -223,13 +193,11 @@ class Run:
                 # Line-buffered, so that a killed run keeps its rows.
                 file = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
                 self._metrics = self._opened.enter_context(file)
-            writer = csv.writer(self._metrics)
+            writer = csv.DictWriter(self._metrics, self._columns or tuple(row))
             if self._columns is None:
                 self._columns = tuple(row)
-                writer.writerow(self._columns)
-            if tuple(row) != self._columns:
-                raise ValueError(f"metrics has the columns {self._columns}, not {tuple(row)}")
-            writer.writerow(row.values())
+                writer.writeheader()
+            writer.writerow(row)
 
     def sync(self) -> None:
         """Put the rows of `metrics.csv` on disk, before a training state that counts on them.
@@ -250,70 +218,71 @@ class Run:
         points = summary.Summary()
         for tag, value in values.items():
             points.MergeFrom(summary.scalar(tag, value))
-        self._write_event(step, points)
+        self._write_event(step, summary=points)
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
         """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard; raises UserError as :meth:`scalars`."""
-        self._write_event(step, summary.image(tag, pixels, dataformats="HWC"))
+        self._write_event(step, summary=summary.image(tag, pixels, dataformats="HWC"))
 
-    def _write_event(self, step: int, content: Any) -> None:
-        if self._writes:
-            with _writing(self.folder):
-                self._events.write(step, summary=content)
+    def _write_event(self, step: int, **content: Any) -> None:
+        """Append an event to TensorBoard's file: its length, its content, and a checksum of each.
 
-    @contextmanager
-    def progress(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> Iterator[Progress]:
-        """Follow a loop of `total` steps that reports every `every` of them, and at its last.
-
-        A bar shows it on a terminal, log lines elsewhere; `log.txt` has the lines either way.
-
-        Args:
-            done: steps of them that an earlier process did.
+        (tensorboardX's `SummaryWriter` writes in a second thread. A full disk ends that thread without a
+        word, and the run hangs as soon as the queue between the threads is full.)
         """
-        hidden = not (self._writes and sys.stderr.isatty())
-        with tqdm(total=total, initial=done, unit=unit, disable=hidden, leave=False) as bar:
-            yield Progress(bar, total, every, unit, done)
-
-    def close(self) -> None:
-        """Close all files; the run takes no more.
-
-        Raises:
-            UserError: something could not be written.
-        """
+        if not self._writes:
+            return
+        data = Event(wall_time=time.time(), step=step, **content).SerializeToString()
         with _writing(self.folder):
-            self._opened.close()
+            for part in (struct.pack("<Q", len(data)), data):
+                self._events.write(part + struct.pack("<I", masked_crc32c(part)))
+            self._events.flush()  # a killed run keeps its curves
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
-            self.close()
+            with _writing(self.folder):
+                self._opened.close()
             return
-        with suppress(UserError):  # the disk may be full: what ended the run is what is to be told
-            log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
+        # The disk may be full: what ended the run is what is to be told.
         with suppress(UserError):
-            self.close()
+            log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
+        with suppress(OSError):
+            self._opened.close()
 
 
 class Progress:
-    """Where a loop stands.
+    """Follows a loop of `total` steps that reports every `every` of them, and at its last.
 
-        with run.progress(steps, every=50) as progress:
+        with Progress(steps, every=50) as progress:
             for _ in range(steps):
                 ...
                 if progress.advance(loss=loss, accuracy=accuracy):
                     rate = progress.report()
 
+    A bar shows it on a terminal, log lines elsewhere; `log.txt` has the lines either way.
+
+    Args:
+        done: steps of them that an earlier process did.
+
     Attributes:
         step: steps done.
     """
 
-    def __init__(self, bar: tqdm[Any], total: int, every: int, unit: str, done: int = 0):
-        self.step = done
-        self._bar, self._total, self._every, self._unit = bar, total, every, unit
+    def __init__(self, total: int, every: int = 1, unit: str = "step", done: int = 0) -> None:
+        hidden = not (is_first() and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=hidden, leave=False)
+        self.step, self._total, self._every, self._unit = done, total, every, unit
         self._since = (done, time.perf_counter())
         self._sums: dict[str, float] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
     def advance(self, **values: float) -> bool:
         """Count one step with its values; true if it is one to report. The bar shows each step."""
@@ -360,9 +329,8 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
     return refusing(f"write the run folder {folder}", "; choose with --runs_dir")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder: two would cut and write each other's files.
+def _lock(folder: Path) -> FileLock:
+    """A lock that keeps other processes out of a run folder: two would cut and write each other's files.
 
     The system unlocks the folder when this process ends, however it ends.
 
@@ -376,10 +344,7 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} is in use: another process is at work on this run") from error
     except OSError:
         pass  # not every file system has locks
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock
 
 
 def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
@@ -391,21 +356,14 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     path = folder / "metrics.csv"
     if done == 0 and not path.exists():  # also of an evaluation, which has no rows
         return None
-    with refusing(f"read {path}"):
-        data = path.read_bytes() if path.exists() else b""
-    text = data.decode("utf-8-sig", "replace").replace("\0", "")
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
-    try:
-        header, *rows = csv.reader(map(str.strip, whole), quoting=csv.QUOTE_NONE)
-    except (ValueError, csv.Error):
-        header, rows = [], []
+    text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
+    lines = [line.strip() for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
+    header, *rows = [line.split(",") for line in lines] or [[]]  # numbers, so that no cell is quoted
     kept = {row[0]: row for row in rows if header[:1] == ["step"] and len(row) == len(header)}
     wanted = [kept[str(step)] for step in range(1, done + 1) if str(step) in kept]
     if len(wanted) < done:
         log.warning("%s lacks %d of the %d steps done", path, done - len(wanted), done)
-    content = io.StringIO(newline="")
-    csv.writer(content).writerows([header, *wanted] if kept else [])
-    write_text(path, content.getvalue())
+    write_text(path, "".join(f"{','.join(row)}\r\n" for row in ([header, *wanted] if kept else [])))
     return tuple(header) if kept else None
 
 

@@ -16,7 +16,7 @@ from flags.training import Training
 from tests.conftest import curve
 from utils.command_line import parse
 from utils.errors import UserError
-from utils.run import Run
+from utils.run import Progress, Run
 
 log = logging.getLogger("anml")
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def test_points_are_on_disk_before_the_end(tmp_path: Path) -> None:
         run.scalars(1, {"loss": 2.0})
         assert (run.folder / "metrics.csv").read_text().split() == ["step", "1"]
         assert curve(run.folder, "loss") == [(1, 2.0)]
-        with pytest.raises(ValueError, match="columns"):
+        with pytest.raises(ValueError, match="epoch"):
             run.metrics({"epoch": 1})
 
 
@@ -66,7 +66,7 @@ def test_progress(
     terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with Run.open(tmp_path, "n", None, arguments()) as run, run.progress(5, every=2) as progress:
+    with Run.open(tmp_path, "n", None, arguments()) as run, Progress(5, every=2) as progress:
         for loss in (1, 2, 3, 4, 5):
             if progress.advance(loss=loss):
                 assert progress.report() > 0
