@@ -41,8 +41,7 @@ from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
 from model.treatments import describe
 from utils.command_line import decided, parse, recorded
-from utils.device import choose_device
-from utils.distributed import Group, join, run_as
+from utils.distributed import Group, choose_device, is_first, join, run_as
 from utils.errors import UserError, run_script
 from utils.run import Run, log_to_terminal
 
@@ -91,7 +90,7 @@ def main() -> None:
     }
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}
     run = Run.open(args.runs_dir, args.name, args.resume, args, {"plan": decided(plan), **about})
-    with run, closing(Journal(run.folder / "scores.csv")) if group.first else nullcontext() as journal:
+    with run, closing(Journal(run.folder / "scores.csv")) if is_first() else nullcontext() as journal:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
@@ -99,7 +98,7 @@ def main() -> None:
         runs = Runs(args, run, journal, models, make, group)
         rows = evaluate(args, plan.schedule, runs, {**decided(plan), **about, "arguments": recorded(args)})
         group.leave()
-        if not group.first:
+        if not is_first():
             return
         pixels = save_png(accuracy_figure(summarise(rows)), run.folder / "accuracy.png")
         run.image("meta_test/accuracy", pixels, max(plan.schedule))

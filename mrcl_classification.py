@@ -49,11 +49,19 @@ from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import load_state, restore_training, save_model, save_progress, state_of
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import decided, parse, recorded
-from utils.device import choose_device, seed_layers
-from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
+from utils.distributed import (
+    Group,
+    Interrupt,
+    choose_device,
+    is_first,
+    join,
+    launched,
+    refuse_several,
+    run_as,
+    seed_layers,
+)
 from utils.errors import UserError, run_script
 from utils.files import check_writable
-from utils.interrupt import Interrupt
 from utils.run import Progress, Run, log_to_terminal
 
 log = logging.getLogger("anml")
@@ -169,9 +177,9 @@ def train(
             if progress.advance(**values):
                 statistics = gate_statistics(net, gather(images, shown)[0])
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
-            if args.eval_every and step % args.eval_every == 0 and group.first:
+            if args.eval_every and step % args.eval_every == 0 and is_first():
                 validate(run, net, images, step, args.eval_classes, learner.head)
-            if args.keep_every and step % args.keep_every == 0 and group.first:
+            if args.keep_every and step % args.keep_every == 0 and is_first():
                 save_model(run.folder / f"model_{step}.net", state_after(args, plan, run, learner, step))
             if step % args.save_every == 0 and step < args.steps:
                 save(args, plan, run, learner, step)
@@ -249,7 +257,7 @@ def main() -> None:
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     check_images(args, images)
     plan = Plan.of(args, len(images))
-    if group.first:
+    if is_first():
         check_writable(plan.model_name, "--model_name")
     net.normalisation = images.normalisation or net.normalisation
     check_network(

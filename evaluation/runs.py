@@ -21,7 +21,7 @@ from flags.evaluation import Evaluation
 from model.meta_test import LEARNERS, PURPOSES, MetaTest, Purpose
 from model.rate_search import Draw, RateSearch, next_tries
 from model.scores import MEASURES, Answers, Score, accuracies
-from utils.distributed import Group
+from utils.distributed import Group, is_first
 from utils.errors import UserError, refusing
 from utils.files import sync
 from utils.run import Progress, Run
@@ -57,7 +57,7 @@ def evaluate(
             tags = {"lr": "lr"} | {name: m.kind.tag.format(name) for name, m in MEASURES.items()}
             points = {f"meta_test/{tag}": line[name] for name, tag in tags.items() if line[name] is not None}
             runs.run.scalars(line["classes"], points)
-        if runs.group.first:
+        if is_first():
             chosen = how_chosen(args, len(runs.models), rows)
             more = {"search": tries, "search_tries": numbers, "lr_chosen": chosen}
             write_results(runs.run.folder, rows, {**about, **more})
@@ -198,7 +198,7 @@ class Runs:
             together = jobs[start : start + self.group.size]
             for part in self.group.gather([self._make(purpose, job) for job in self.group.shard(together)]):
                 for found, tracked in part:
-                    for classes, rows in tracked.items() if self.group.first else ():
+                    for classes, rows in tracked.items() if is_first() else ():
                         _write_forgetting(self.run, classes, rows)
                     for key, score in found.items():
                         self.known[key] = score

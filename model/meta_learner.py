@@ -19,7 +19,7 @@ from model.inner_rules import MetaSGD
 from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters
 from model.optimizer import Adam
-from utils.device import seed_layers
+from utils.distributed import seed_layers
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from datasets.images import OMNIGLOT, Normalisation
 from model.layers import Inputs, as_read, conv_blocks, on_colour, run_frozen, run_rest
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.device import seed_layers
+from utils.distributed import seed_layers
 from utils.errors import UserError
 from utils.flag import Range
 

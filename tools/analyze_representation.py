@@ -38,8 +38,7 @@ from model.modelfactory import restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse, recorded
-from utils.device import choose_device
-from utils.distributed import refuse_several
+from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
 from utils.files import write_text
 from utils.flag import SEED, file_path, flag, folder_name, whole

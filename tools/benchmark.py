@@ -51,7 +51,7 @@ from model.method import InnerLoop
 from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
 from tests import reference
 from utils.command_line import parse
-from utils.device import choose_device
+from utils.distributed import choose_device
 from utils.errors import run_script, say, try_to_write
 from utils.files import check_writable, write_text
 from utils.flag import Flags, arguments, choice, file_path, flag, whole

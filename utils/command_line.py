@@ -24,7 +24,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, NoReturn
 
-from utils.errors import UserError, refuse, refusing
+from utils.errors import UserError, refusing
 from utils.files import read_text
 from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry
 
@@ -249,20 +249,13 @@ def _spelled(action: argparse.Action, value: object) -> list[str]:
 def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     """Read the command line (`argv`, default that of the process) and the config file it names.
 
-    Anything wrong ends the process with exit code 2 and one line on stderr.
-
     With `--resume`, arguments are those of the run, and what is given must agree with them but for
     the flags that may change.
+
+    Raises:
+        UserError: anything is wrong.
     """
-    try:
-        return _parse(kind, sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        refuse(str(error))
-
-
-def _parse(kind: type[FlagsT], tokens: Sequence[str]) -> FlagsT:
-    """The arguments that tokens give; raises UserError where one is wrong."""
-    tokens = [_underscored(token) for token in tokens]
+    tokens = [_underscored(token) for token in (sys.argv[1:] if argv is None else argv)]
     for token in tokens:  # of `--flag=--` argparse drops the value before Python 3.12
         if token.endswith("=--"):
             raise UserError(f"argument {token[:-3]}: expected one argument")

@@ -1,4 +1,5 @@
-"""The processes of one job, on one machine or several, as torchrun or `--processes` starts them.
+"""The processes of one job, on one machine or several, as torchrun or `--processes` starts them; the devices
+they use, and the signals that stop them.
 
 All processes draw the same random numbers and hold the same weights. Each process computes its share of what
 can be computed apart, and results are put together in the same order whatever the number of processes.
@@ -10,11 +11,13 @@ import atexit
 import hashlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -23,10 +26,12 @@ from torch import Tensor
 from utils.errors import UserError
 
 T = TypeVar("T")
-CPU = torch.device("cpu")
 HERE = "127.0.0.1"
-PLACES = ("config", "runs_dir", "cache_dir", "dataset_path", "model_name", "saved_model", "model")
-MAY_DIFFER = (*PLACES, "name", "device", "threads", "processes")
+STOPS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends the one, `kill` and Slurm the other
+MAY_DIFFER = (
+    *("config", "runs_dir", "name", "cache_dir", "dataset_path", "model_name", "saved_model", "model"),
+    *("device", "threads", "processes"),
+)
 """Flags that may differ between the processes of a job. The contents of what is read are compared."""
 
 
@@ -101,17 +106,10 @@ class Group:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        device: where tensors travel from: that of the work.
     """
 
     rank: int = 0
     size: int = 1
-    device: torch.device = CPU
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
-        return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
         """The items of this process: every `size`-th."""
@@ -127,15 +125,6 @@ class Group:
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        if self.size == 1:
-            return number
-        tensor = torch.tensor(number, device=self.device)
-        with _others_answer():
-            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-        return int(tensor.item())
-
     def gather(self, value: T) -> list[T]:
         """The processes' values, in the order of their ranks."""
         values: list[T] = [value] * self.size
@@ -146,12 +135,9 @@ class Group:
 
     def check_same(self, values: Mapping[str, object]) -> None:
         """Raise UserError, in all processes, with the names of the values that are not the same in all."""
-        every = self.gather(dict(values))
-        differ = []
-        for name in values:
-            found = dict.fromkeys(str(other.get(name)) for other in every)
-            if len(found) > 1:
-                differ.append(f"{name} ({', '.join(found)})")
+        every = self.gather({name: str(value) for name, value in values.items()})
+        found = {name: dict.fromkeys(other.get(name, "none") for other in every) for name in values}
+        differ = [f"{name} ({', '.join(each)})" for name, each in found.items() if len(each) > 1]
         if differ:
             raise UserError(
                 f"the processes of this job differ in {', '.join(differ)}: start all of them with the same "
@@ -163,13 +149,13 @@ class Group:
         others."""
         first = environment("LOCAL_RANK", 0) == 0
         value = work() if first else None
-        self.largest(0)  # which all processes wait for
+        self.gather(None)  # which all processes wait for
         return work() if value is None else value
 
     def leave(self) -> None:
         """End the group when all processes are done: a process that leaves early would end the job."""
         if self.size > 1:
-            self.largest(0)
+            self.gather(None)
             torch.distributed.destroy_process_group()
 
 
@@ -190,7 +176,7 @@ def join(device: torch.device, flags: Mapping[str, object]) -> Group:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type != "cuda":
         atexit.register(_end_threads)
-    group = Group(torch.distributed.get_rank(), size, device)
+    group = Group(torch.distributed.get_rank(), size)
     compared = {f"--{name}": value for name, value in flags.items() if name not in MAY_DIFFER}
     group.check_same({**compared, "code": _code(), "torch": str(torch.__version__)})
     return group
@@ -225,3 +211,87 @@ def _others_answer() -> Iterator[None]:
             "about a connection, another process of the job has ended or cannot be reached, and what that "
             "one wrote last says why)"
         ) from error
+
+
+def choose_device(name: str, threads: int | None = None) -> torch.device:
+    """The device for `--device`, and `--threads` CPU threads from now on (None: torch's choice).
+
+    `auto` is CUDA where there is a GPU, then MPS, then the CPU. On CUDA, TF32 and non-deterministic
+    kernels are off: the numbers are those of float32, and the same seed gives the same run. `cuda` without a
+    number gives each process of a job on one machine a GPU of its own.
+
+    Raises:
+        UserError: the machine does not have that device.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    here = [*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if name == "cuda" or (name == "auto" and gpus):
+        name = f"cuda:{environment('LOCAL_RANK', 0)}"
+    if name not in ("auto", *here):
+        raise UserError(f"--device {name}: not on this machine; it has {', '.join(here)}")
+    device = torch.device(here[0] if name == "auto" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+    return device
+
+
+def seed_layers(seed: int) -> None:
+    """Seed the generators that layers draw from (dropout), on the CPU and on the devices in use.
+
+    `torch.manual_seed` does the same, and takes more than a millisecond where there is no GPU.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
+class Interrupt:
+    """While this context is open, the first Ctrl-C, SIGTERM or SIGHUP is noted for the end of the step in
+    hand, so that what is saved is never half a step; a second one acts as usual.
+
+    A second SIGHUP does not act: the kernel and the shell both send one when a terminal is closed. A SIGHUP
+    that was ignored before, as `nohup` has it, stays ignored.
+
+    Args:
+        patient: let no second signal act. A launcher passes on what its terminal got, so that its processes
+            get one Ctrl-C twice.
+
+    Attributes:
+        signal: number of the first signal, 0 before it.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.signal, self._patient = 0, patient
+
+    def agree(self, group: Group) -> bool:
+        """Whether a signal asks any of the processes to stop, which all of them then do."""
+        self.signal = max(group.gather(self.signal))
+        return self.signal > 0
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that a signal has ended leaves by convention: 129, 130 or 143; 0 without one."""
+        return 128 + self.signal if self.signal else 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+        if not self._patient and number in STOPS:
+            for each in STOPS:
+                signal.signal(each, self._before[each])
+
+    def __enter__(self) -> Interrupt:
+        hangup = [signal.SIGHUP] if sys.platform != "win32" else []
+        heard = [number for number in hangup if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in (*STOPS, *heard)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,17 +40,12 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
     """
     with refusing(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        draft = Path(name)
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with draft.open("xb") as file:
                 yield file
                 file.flush()
                 sync(file.fileno())
-            umask = os.umask(0)  # the only way to read it
-            os.umask(umask)
-            with suppress(OSError):  # network shares and mounts of Windows may have modes of their own
-                draft.chmod(0o666 & ~umask)
             if previous is not None and path.exists():
                 path.replace(previous)
             draft.replace(path)
@@ -84,21 +80,11 @@ def keep_earlier(path: Path) -> Path | None:
         if not path.exists():
             return None
         content = path.read_bytes()
-        for number in count(1):
-            kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
-            if not kept.exists():
-                write_bytes(kept, content)
-            if kept.read_bytes() == content:
-                return kept
-    raise AssertionError("count() does not end")
-
-
-def remove_drafts(path: Path) -> None:
-    """Remove drafts of `path`, whose name may be a pattern: processes that were killed within
-    :func:`atomic_write` leave them."""
-    for draft in path.parent.glob(f".{path.name}.*"):
-        with suppress(OSError):
-            draft.unlink()
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+        kept = next(name for name in names if not name.exists() or name.read_bytes() == content)
+        if not kept.exists():
+            write_bytes(kept, content)
+        return kept
 
 
 def read_text(path: Path) -> str:

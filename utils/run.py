@@ -36,7 +36,7 @@ from tqdm import tqdm
 from utils.command_line import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, refusing, try_to_write
-from utils.files import remove_drafts, sync, write_text
+from utils.files import sync, write_text
 from utils.flag import Flags
 
 log = logging.getLogger("anml")
@@ -352,7 +352,9 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
 
     A last row without an end is torn, and goes as well. So do the drafts of files that a killed process left.
     """
-    remove_drafts(folder / "*")
+    for draft in folder.glob(".*.*"):  # see `atomic_write`
+        with suppress(OSError):
+            draft.unlink()
     path = folder / "metrics.csv"
     if done == 0 and not path.exists():  # also of an evaluation, which has no rows
         return None

@@ -19,7 +19,7 @@ from model.method import InnerLoop
 from model.modelfactory import shared_copy, trained_parameters
 from model.prototypes import PrototypeLearner
 from tests.model.test_method import CLASSES, images, network
-from utils.device import choose_device
+from utils.distributed import choose_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -16,6 +16,7 @@ from model.fast import BACKENDS
 from model.prototypes import PrototypeLearner, prototype_logits
 from tests.conftest import Run, assert_same_run
 from tests.model.test_method import CLASSES, images, network
+from utils.errors import UserError
 
 FLAGS = [
     *("--learner", "prototypes", "--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
@@ -98,5 +99,5 @@ def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
             run(mrcl_classification, *flags)
     run(mrcl_classification, "--resume", "runs/p_1")
     assert_same_run(tmp_path / "runs/p_0", tmp_path / "runs/p_1")
-    with pytest.raises(SystemExit):  # the schedule's length is not a matter of how long
+    with pytest.raises(UserError, match="steps"):  # the schedule's length is not a matter of how long
         run(mrcl_classification, "--resume", "runs/p_1", "--steps", "6")

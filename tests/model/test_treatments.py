@@ -100,14 +100,14 @@ def test_only_oracles_may_pass_the_stream_often() -> None:
     assert evaluate("--treatment-preset Scratch --treatment OML").treatment == "OML"
 
 
-def test_a_config_file_names_models_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_file_names_models_and_presets(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('model = ["a, b.net", "c.net"]\ntreatment_preset = "oml"\nschedule = 5\n')
     arguments = evaluate(f"--config {file}")
     assert arguments.model == [Path("a, b.net"), Path("c.net")]
     assert (arguments.treatment_preset, arguments.rln, arguments.schedule) == ("OML", 6, [5])
     file.write_text("model = [true]\n")
-    assert "model: True is no number and no text" in refused(Evaluation, ["--config", str(file)], capsys)
+    assert "model: True is no number and no text" in refused(Evaluation, ["--config", str(file)])
 
 
 def test_the_docs_say_the_same() -> None:

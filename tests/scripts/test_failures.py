@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import resource
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,28 +55,29 @@ def test_a_full_disk_keeps_the_last_good_state(size: int, trainer: Trainer) -> N
 
 
 @pytest.mark.parametrize(
-    ("target", "call"), [("state.pt", "fsync"), ("model.net", "mkstemp"), ("smoke.net", "fsync")]
+    ("target", "call"), [("state.pt", "fsync"), ("model.net", "open"), ("smoke.net", "fsync")]
 )
 def test_a_file_that_cannot_be_written_is_named(
     target: str, call: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer("--steps=5")
-    make, sync, drafts = tempfile.mkstemp, os.fsync, [""]
+    make, sync, drafts = Path.open, os.fsync, [""]
 
-    def mkstemp(**where: Any) -> tuple[int, str]:
-        drafts.append(where["prefix"])
-        if call == "mkstemp" and drafts[-1] == f".{target}.":
-            raise OSError(errno.EROFS, "Read-only file system")
-        return make(**where)
+    def open_file(path: Path, mode: str = "r", *how: Any, **more: Any) -> Any:
+        if mode == "xb":
+            drafts.append(path.name)
+            if call == "open" and path.name.startswith(f".{target}."):
+                raise OSError(errno.EROFS, "Read-only file system")
+        return make(path, mode, *how, **more)
 
     def fsync(handle: int) -> None:
-        if call == "fsync" and drafts[-1] == f".{target}.":
+        if call == "fsync" and drafts[-1].startswith(f".{target}."):
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(handle)
 
-    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(Path, "open", open_file)
     monkeypatch.setattr(os, "fsync", fsync)
-    reason = "Read-only file system" if call == "mkstemp" else "No space left on device"
+    reason = "Read-only file system" if call == "open" else "No space left on device"
     with pytest.raises(UserError, match=f"cannot write .*{target}: {reason}"):
         trainer.resume("--steps=9", "--save_every=100")
     # The state is written first: what fails after it loses nothing.

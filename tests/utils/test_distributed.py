@@ -29,7 +29,7 @@ from model.training_state import load_state
 from tests.conftest import ROOT, TINY, Called, Trainer, process, rows
 from tests.kill import start
 from tests.networks import OWN
-from utils.distributed import Group, join, launched, refuse_several, run_as
+from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
 from utils.errors import UserError
 
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml"), "--threads=1"]
@@ -124,7 +124,7 @@ def meta_train() -> None:
         torch.manual_seed(step)
         trajectories = [sample_trajectory([20] * 8, generator, update_step=4, remember=6) for _ in range(4)]
         results.append(list(learner.step(*trajectories)))
-    if group.first:
+    if is_first():
         state = dict(net.state_dict())
         state.pop("trunk.0.bias", None)  # before a norm its gradient is rounding, which Adam scales up
         torch.save([state, results], path)
@@ -226,7 +226,7 @@ def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with pytest.raises(UserError, match=r"^process 0 stops: NCCL error: Duplicate GPU \(if that"):
-        Group(0, 2).largest(1)
+        Group(0, 2).all_reduce([torch.zeros(1)])
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     run_as(2)  # which starts nothing within a job
