@@ -40,7 +40,7 @@ from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
 from model.treatments import describe
-from utils.command_line import decided, parse, recorded
+from utils.command_line import parse, plain, recorded
 from utils.distributed import Group, choose_device, is_first, join, run_as
 from utils.errors import UserError, run_script
 from utils.run import Run, log_to_terminal
@@ -69,13 +69,14 @@ def main() -> None:
     warn_of_other_data(models, args.source())
     sets = images(args, net, group)
     plan = Plan.of(args, models[0], sets)
+    decided = plain(vars(plan))
     use = Use(net, meta_test_rln=plan.rln, optimizer=args.optimizer or "adam")
     backend = choose_backend(args.backend, [model.net for model in models], device, use)
     data = sets["evaluation"].about()
     if "background" in sets:
         data |= {"search_data": sets["background"].name, "search_data_hash": sets["background"].data_hash}
     if args.resume is not None:
-        fixed = {key: value for key, value in decided(plan).items() if key != "schedule"}
+        fixed = {key: value for key, value in decided.items() if key != "schedule"}
         models = match_earlier(models, fixed | data, args.resume)
     weights = [fingerprint(model.net)[:12] for model in models]
     group.check_same({**data, "models": weights, "backend": backend.name})
@@ -89,14 +90,14 @@ def main() -> None:
         **data,
     }
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}
-    run = Run.open(args.runs_dir, args.name, args.resume, args, {"plan": decided(plan), **about})
+    run = Run.open(args.runs_dir, args.name, args.resume, args, {"plan": decided, **about})
     with run, closing(Journal(run.folder / "scores.csv")) if is_first() else nullcontext() as journal:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
         make = partial(meta_test, args, plan, backend, pools)
         runs = Runs(args, run, journal, models, make, group)
-        rows = evaluate(args, plan.schedule, runs, {**decided(plan), **about, "arguments": recorded(args)})
+        rows = evaluate(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
         group.leave()
         if not is_first():
             return

@@ -48,7 +48,7 @@ from model.modelfactory import Network, build, fingerprint, restore
 from model.prototypes import EpisodeStep, PrototypeLearner
 from model.training_state import load_state, restore_training, save_model, save_progress, state_of
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.command_line import decided, parse, recorded
+from utils.command_line import parse, plain, recorded
 from utils.distributed import (
     Group,
     Interrupt,
@@ -234,7 +234,7 @@ def save(args: Training, plan: Plan, run: Run, learner: OuterLearner, step: int)
 def state_after(args: Training, plan: Plan, run: Run, learner: OuterLearner, step: int) -> Checkpoint:
     """The training state after `step` steps."""
     parts = learner.net, learner.optimizer, learner.generator
-    return state_of(run, *parts, step, recorded(args) | decided(plan), learner.rule)
+    return state_of(run, *parts, step, recorded(args) | plain(vars(plan)), learner.rule)
 
 
 def main() -> None:
@@ -281,7 +281,7 @@ def main() -> None:
         restore_training(state, learner.optimizer, learner.generator, str(args.resume), learner.rule)
     same = {"data": images.data_hash[:12], "weights": fingerprint(net)[:12], "steps done": done}
     group.check_same({**same, "backend": backend.name})
-    extra = {"plan": decided(plan, absolute=True), "device": str(device), **images.about()}
+    extra = {"plan": plain(vars(plan), absolute=True), "device": str(device), **images.about()}
     extra |= {"backend": backend.name, "backend_why": backend.why}
     with (
         Interrupt(patient=launched()) as interrupt,

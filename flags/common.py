@@ -8,7 +8,7 @@ from typing import Any, Literal
 from datasets import DATASETS, Source
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS
-from utils.flag import Flags, arguments_of, choice, device_name, file_path, flag, whole
+from utils.flag import Flags, arguments_of, choice, file_path, flag, whole
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
@@ -80,7 +80,7 @@ class RunFlags(Flags, group="run"):
     """Where a run is recorded, and what it runs on. Each script has a name and a seed of its own."""
 
     runs_dir: Path = flag(Path("runs"), file_path, "folder of run folders", metavar="DIR")
-    device: str = flag("auto", device_name, "auto (the best available), cpu, cuda, cuda:N or mps")
+    device: str = flag("auto", str.lower, "auto (the best available), cpu, cuda, cuda:N or mps")
     threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
     backend: str = choice(
         "auto",

@@ -270,8 +270,7 @@ class Evaluation(
             typed["rln"] = 0
         preset = given.get("treatment_preset")
         if preset is None:
-            steps = LEARNERS[given.get("learner", cls.learner)].takes_steps
-            return {"rln": 0, **typed} if typed.get("scratch") and steps else typed
+            return typed
         row = TABLE[preset]
         if given.get("reset") and not row.scratch:
             raise UserError(f"--treatment-preset {preset} keeps the weights it starts from: drop --reset")

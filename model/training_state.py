@@ -80,7 +80,6 @@ def save_progress(run: Run, model_name: Path, state: Checkpoint) -> None:
     Raises:
         UserError: a file cannot be written, or the weights are not finite; what was there stays.
     """
-    run.sync()
     state.save(run.folder / NAME, previous=run.folder / PREVIOUS)
     if not run.saved and not _is_of(run, model_name):
         kept = keep_earlier(model_name)

@@ -32,7 +32,8 @@ from model.modelfactory import NETWORKS, Network
 from utils.checkpoint import Checkpoint
 from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script, say
-from utils.files import expand, keep_earlier
+from utils.files import keep_earlier
+from utils.flag import file_path
 
 PARTS = ("weight", "bias")
 RELEASED = tuple([f"vars.{number}" for number in range(count)] for count in (28, 16))
@@ -264,8 +265,8 @@ def _view(arguments: tuple[object, ...], numbers: Mapping[str, Tensor]) -> Tenso
 
 def main() -> None:
     parser = HelpFirst(prog="python -m tools.convert_released", description=__doc__)
-    parser.add_argument("source", type=expand, metavar="IN", help="model file to read")
-    parser.add_argument("target", type=expand, metavar="OUT", help="model file to write")
+    parser.add_argument("source", type=file_path, metavar="IN", help="model file to read")
+    parser.add_argument("target", type=file_path, metavar="OUT", help="model file to write")
     args = parser.parse_args()
     net, weights, rest = convert(args.source)
     kept = keep_earlier(args.target)

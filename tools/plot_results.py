@@ -26,7 +26,6 @@ from evaluation.results import Results, read_metrics, read_results, summarise
 from evaluation.targets import ACCURACIES, Target, read_targets
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say
-from utils.files import expand
 from utils.flag import Flags, choice, file_path, flag, folder_name, switch
 
 if TYPE_CHECKING:
@@ -39,11 +38,11 @@ Found = TypeVar("Found")
 def labelled(text: str) -> tuple[str, Path]:
     """A label and a path from `label=path`; a path alone is named after its run folder or file."""
     label, equals, rest = text.partition("=")
-    if equals and not expand(text).exists():
+    if equals and not file_path(text).exists():
         if not label.strip() or not rest:
             raise UserError(f"{text!r} is neither a path nor LABEL=PATH")
-        return label, expand(rest)
-    path = expand(text)
+        return label, file_path(rest)
+    path = file_path(text)
     return path.resolve().parent.name if path.stem in ("results", "metrics") else path.resolve().stem, path
 
 

@@ -138,10 +138,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _stored(value: Any) -> Any:
-    """A value with its tensors on the CPU. A view is cloned: torch.save would write its whole storage."""
+    """A value with copies of its tensors on the CPU: torch.save writes the whole storage of a view."""
     if isinstance(value, Tensor):
-        x = value.detach().cpu()
-        return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+        return value.detach().cpu().clone()
     if isinstance(value, dict):
         return {key: _stored(item) for key, item in value.items()}
     return [_stored(item) for item in value] if isinstance(value, list) else value

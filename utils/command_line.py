@@ -350,16 +350,13 @@ def recorded(flags: Flags, *, absolute: bool = False) -> dict[str, Any]:
         if "flag" in part.metadata and part.name != "resume"
     }
     found |= {key: getattr(flags, name).get(argument) for key, (name, argument) in flags.places.items()}
-    return {key: plain(value, absolute) for key, value in sorted(found.items())}
-
-
-def decided(plan: Any, *, absolute: bool = False) -> dict[str, Any]:
-    """What a plan, a dataclass, decides, as plain values; see `recorded`."""
-    return {part.name: plain(getattr(plan, part.name), absolute) for part in fields(plan)}
+    return dict(plain(dict(sorted(found.items())), absolute))
 
 
 def plain(value: object, absolute: bool = False) -> Any:
-    """A value with paths as texts."""
+    """A value, such as what a plan decides, with paths as texts."""
+    if isinstance(value, Mapping):
+        return {key: plain(item, absolute) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, absolute) for item in value]
     if isinstance(value, Path):

@@ -16,15 +16,6 @@ from typing import BinaryIO
 from utils.errors import refusing
 
 
-def expand(text: str) -> Path:
-    """The path that a user's text names: a leading `~` or `~user` is a home folder.
-
-    A shell expands `~/x`, but neither `--flag=~/x` nor a text in a file. `./~` and the `~` of a user that
-    does not exist stay as they are.
-    """
-    return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib takes ./~ for ~, and fails without a user)
-
-
 @contextmanager
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path`, complete and on disk, when the block ends well.

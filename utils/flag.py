@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -28,7 +29,6 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_arg
 from typing_extensions import dataclass_transform
 
 from utils.errors import UserError
-from utils.files import expand
 
 Reader = Callable[[str], Any]
 """Makes a value of a text, or raises ArgumentTypeError."""
@@ -309,17 +309,14 @@ def several(read: Reader) -> Callable[[str], list[Any]]:
     return read_all
 
 
-def device_name(text: str) -> str:
-    """The name of a device that a text spells, in lower case."""
-    device = text.lower()
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
-    return device
-
-
 def file_path(text: str) -> Path:
-    """The path that a text spells, `~` at its beginning being a home folder."""
-    return expand(reader(str)(text))
+    """The path that a text spells: a leading `~` or `~user` is a home folder.
+
+    A shell expands `~/x`, but neither `--flag=~/x` nor a text in a file. `./~` and the `~` of a user that
+    does not exist stay as they are.
+    """
+    path = os.path.expanduser(reader(str)(text))  # noqa: PTH111 (pathlib takes ./~ for ~)
+    return Path(path)
 
 
 def folder_name(text: str) -> str:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from utils.command_line import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, refusing, try_to_write
-from utils.files import sync, write_text
+from utils.files import write_text
 from utils.flag import Flags
 
 log = logging.getLogger("anml")
@@ -198,16 +198,6 @@ class Run:
                 self._columns = tuple(row)
                 writer.writeheader()
             writer.writerow(row)
-
-    def sync(self) -> None:
-        """Put the rows of `metrics.csv` on disk, before a training state that counts on them.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        if self._metrics is not None:
-            with _writing(self.folder):
-                sync(self._metrics.fileno())
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to the TensorBoard curve of each tag in `values`.

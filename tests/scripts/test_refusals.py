@@ -47,6 +47,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{SMOKE} --checkpoint --saved_model nowhere.net": "nowhere.net",
         f"{SMOKE} --dataset omniglot --dataset-path file": "file",
         f"{SMOKE} --device cuda:99": "cuda:99",
+        f"{SMOKE} --device gpu": "--device gpu: not on this machine; it has",
         f"{PROTOTYPES} --update_lr 0.1": "--update_lr 0.1 means nothing with --learner prototypes",
         f"{PROTOTYPES} --first_order": "--first_order means nothing with --learner prototypes",
         f"{PROTOTYPES} --learner sgd": "means nothing with --learner sgd",

@@ -96,7 +96,7 @@ def test_defaults_follow_the_treatment() -> None:
     known = evaluate("--model m")
     assert (known.rln, recorded(known)["treatment"], known.constructor) == (None, None, {})
     scratch = evaluate("--scratch --pln-channels 8")
-    assert (scratch.rln, scratch.treatment, scratch.constructor["pln_channels"]) == (0, "ANML", 8)
+    assert (scratch.rln, scratch.treatment, scratch.constructor["pln_channels"]) == (None, "ANML", 8)
     assert evaluate("--model m --no-freeze").rln == 0
 
 
@@ -120,7 +120,6 @@ WRONG: dict[type[Flags], dict[str, str]] = {
         "--rln -1": "--rln",
         "--treatment MAML": "--treatment",
         "--dataset cifar": "--dataset",
-        "--device gpu": "--device",
         "--name a/b": "--name",
         "--name ..": "--name",
         "--name \0": "--name",
