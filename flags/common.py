@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from datasets import DATASETS, Source
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS
-from utils.flag import Flags, arguments_of, choice, file_path, flag, whole
+from utils.flag import Flags, Heading, arguments_of, choice, file_path, flag, whole
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
@@ -32,19 +32,21 @@ def treatment_flag(shown: str = "ANML") -> Any:
     return choice("ANML", NETWORKS, "network (Neuromodulation: ANML)", aliases=aliases, shown=shown)
 
 
-class NetworkFlags(Flags, group="network"):
+class NetworkFlags(Flags):
     """The shape of a new network.
 
     Attributes:
         constructor: arguments of its class.
     """
 
+    _network: ClassVar = Heading("network")
     constructor: dict[str, Any] = arguments_of("treatment", NETWORKS, "net")
 
 
-class SplitFlags(Flags, group="images of a class"):
+class SplitFlags(Flags):
     """The images of each class that a meta-test learns, and those that it tests."""
 
+    _images: ClassVar = Heading("images of a class")
     train_images: int = flag(15, whole(1), "images of each class to learn")
     test_images: int = flag(5, whole(1), "images of each class to test, none of those learned")
     split: Literal["random", "dataset"] = choice(
@@ -54,13 +56,14 @@ class SplitFlags(Flags, group="images of a class"):
     )
 
 
-class DataFlags(Flags, group="data"):
+class DataFlags(Flags):
     """Where the images are.
 
     Attributes:
         options: of the data set's loader.
     """
 
+    _data: ClassVar = Heading("data")
     dataset: str = choice("omniglot", DATASETS, "images to learn from")
     dataset_path: Path = flag(
         Path("data"),
@@ -76,9 +79,10 @@ class DataFlags(Flags, group="data"):
         return Source(self.dataset, self.dataset_path, self.cache_dir, self.options)
 
 
-class RunFlags(Flags, group="run"):
+class RunFlags(Flags):
     """Where a run is recorded, and what it runs on. Each script has a name and a seed of its own."""
 
+    _run: ClassVar = Heading("run")
     runs_dir: Path = flag(Path("runs"), file_path, "folder of run folders", metavar="DIR")
     device: str = flag("auto", str.lower, "auto (the best available), cpu, cuda, cuda:N or mps")
     threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")

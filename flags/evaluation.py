@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flags import common
-from flags.common import DataFlags
 from model.learner import VIEWS, View
 from model.meta_test import LEARNERS
 from model.optimizer import OPTIMIZERS
@@ -16,14 +15,14 @@ from utils.command_line import as_typed
 from utils.errors import UserError
 from utils.flag import (
     SEED,
-    Flags,
     Flat,
+    Heading,
     choice,
     file_path,
     flag,
     folder_name,
+    headed,
     number,
-    own_flags,
     positive,
     several,
     switch,
@@ -39,9 +38,19 @@ LEARNING_RATES = (
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 
 
-class MethodFlags(Flags, group="method"):
-    """What is tested."""
+class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, common.RunFlags):
+    """Meta-test a model: learn unseen classes one after another, then measure accuracy.
 
+    python evaluate_classification.py --model Neuromodulation_Model.net --nested
+    """
+
+    no_effect: ClassVar = {
+        "memory": "no image is kept or replayed at meta-test",
+        "neuromodulation": "the model file says which network it is",
+        **common.NO_COMMIT,
+    }
+
+    _method: ClassVar = Heading("method")
     model: list[Path] | None = flag(
         None,
         file_path,
@@ -65,10 +74,7 @@ class MethodFlags(Flags, group="method"):
         "need no gradient, which sum features up",
     )
 
-
-class StepFlags(Flags, group="steps of --learner adam"):
-    """Which weights the steps of a meta-test change, and how."""
-
+    _steps: ClassVar = Heading("steps of --learner adam")
     treatment_preset: str | None = choice(
         None,
         tuple(TABLE),
@@ -93,10 +99,7 @@ class StepFlags(Flags, group="steps of --learner adam"):
         "SGD, which the paper speaks of",
     )
 
-
-class SearchFlags(Flags, group="learning rate"):
-    """The choice of the steps' learning rate."""
-
+    _search: ClassVar = Heading("learning rate")
     lr: float | None = flag(None, positive, "learning rate of Adam; skips the search", shown="search")
     lrs: list[float] = flag(
         list(LEARNING_RATES),
@@ -129,10 +132,7 @@ class SearchFlags(Flags, group="learning rate"):
         "are reported either way",
     )
 
-
-class HeadFlags(Flags, group="heads that need no gradient"):
-    """Options of heads. None is the learner's default, which may depend on the network."""
-
+    _heads: ClassVar = Heading("heads that need no gradient")
     features: View | None = choice(
         None,
         VIEWS,
@@ -152,14 +152,7 @@ class HeadFlags(Flags, group="heads that need no gradient"):
         shown="0.5",
     )
 
-
-OF_STEPS = own_flags(StepFlags) | own_flags(SearchFlags) - {"full_search"}  # which changes no number
-OF_HEADS = own_flags(HeadFlags)
-
-
-class DrawFlags(common.SplitFlags, group="evaluation"):
-    """What is learned and measured."""
-
+    _evaluation: ClassVar = Heading("evaluation")
     schedule: list[int] = flag(
         [],  # by the number of classes and outputs
         several(whole(1)),
@@ -195,10 +188,7 @@ class DrawFlags(common.SplitFlags, group="evaluation"):
         "accuracy on every class learned so far; 0 for none",
     )
 
-
-class EvaluationRunFlags(common.RunFlags):
-    """Where an evaluation is recorded, and what it runs on."""
-
+    _run: ClassVar = Heading("run")
     name: str = flag("Omni_test_traj", folder_name, common.NAME)
     seed: int = flag(222, SEED, common.SEEDED)
     processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
@@ -210,28 +200,6 @@ class EvaluationRunFlags(common.RunFlags):
         metavar="RUN_FOLDER",
     )
 
-
-class Evaluation(
-    MethodFlags,
-    StepFlags,
-    SearchFlags,
-    HeadFlags,
-    common.NetworkFlags,
-    DrawFlags,
-    DataFlags,
-    EvaluationRunFlags,
-):
-    """Meta-test a model: learn unseen classes one after another, then measure accuracy.
-
-    python evaluate_classification.py --model Neuromodulation_Model.net --nested
-    """
-
-    no_effect: ClassVar = {
-        "memory": "no image is kept or replayed at meta-test",
-        "neuromodulation": "the model file says which network it is",
-        **common.NO_COMMIT,
-    }
-
     def changeable(self) -> frozenset[str]:
         # None of these changes a number: more runs or class counts add to what there is. Models are compared
         # by content, and what the last ones decide by the evaluation's plan.
@@ -240,8 +208,10 @@ class Evaluation(
         return frozenset((*changeable, *common.PLACES, *decided))
 
     def idle(self) -> Mapping[str, str]:
-        options = LEARNERS[self.learner].options
-        others = OF_HEADS if options is None else OF_STEPS | (OF_HEADS - options.keys())
+        options, parts = LEARNERS[self.learner].options, headed(type(self))
+        of_heads = {*parts["heads that need no gradient"]}
+        of_steps = {*parts["steps of --learner adam"], *parts["learning rate"]} - {"full_search"}  # no number
+        others = of_heads if options is None else of_steps | (of_heads - options.keys())
         of_scratch = ("treatment", "constructor") if self.model else ()
         return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
 

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flags import common
-from flags.common import DataFlags, NetworkFlags
 from model.modelfactory import NETWORKS
 from model.treatments import Weights
 from utils.errors import UserError
 from utils.flag import (
     SEED,
-    Flags,
+    Heading,
     choice,
     file_path,
     flag,
     folder_name,
+    headed,
     number,
-    own_flags,
     positive,
     switch,
     whole,
@@ -35,9 +34,21 @@ MAY_CHANGE = frozenset(
 )
 
 
-class MethodFlags(Flags, group="method"):
-    """What is trained for what, and for how long."""
+class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
+    """Meta-train ANML or another network and write the initial weights found.
 
+    python mrcl_classification.py --config configs/anml.toml
+    """
+
+    no_effect: ClassVar = {
+        "seeds": "give one seed with --seed",
+        "model": "choose the network with --treatment, weights with --saved_model",
+        **common.NO_COMMIT,
+    }
+
+    deciding: ClassVar = frozenset({"learner"})
+
+    _method: ClassVar = Heading("method")
     treatment: str = common.treatment_flag("ANML, with --learner iid OML")
     learner: Literal["sgd", "prototypes", "iid"] = choice(
         "sgd",
@@ -59,10 +70,7 @@ class MethodFlags(Flags, group="method"):
         None, whole(1), "classes to meta-train on, the first of the data", shown="963 of Omniglot, else all"
     )
 
-
-class TrajectoryFlags(Flags, group="trajectories of --learner sgd"):
-    """The inner loop of the paper."""
-
+    _trajectories: ClassVar = Heading("trajectories of --learner sgd")
     rln: int | None = flag(
         None,
         whole(0),
@@ -103,10 +111,7 @@ class TrajectoryFlags(Flags, group="trajectories of --learner sgd"):
         "and not for good, as the released code",
     )
 
-
-class EpisodeFlags(Flags, group="episodes of --learner prototypes"):
-    """The episodes that a head of class means is trained on."""
-
+    _episodes: ClassVar = Heading("episodes of --learner prototypes")
     ways: int = flag(60, whole(2), "classes of an episode")
     shots: int = flag(3, whole(1), "images of each that its mean is of")
     queries: int = flag(2, whole(1), "images of each that are to be classified")
@@ -127,18 +132,12 @@ class EpisodeFlags(Flags, group="episodes of --learner prototypes"):
         "15 %, 0.15 and 2 pixels",
     )
 
-
-class BatchFlags(Flags, group="batches of --learner iid"):
-    """The batches of shuffled images of all meta-training classes."""
-
+    _batches: ClassVar = Heading("batches of --learner iid")
     batch_size: int = flag(
         84, whole(1), "images per step; 84 are as many as a step of the paper's meta-training sees"
     )
 
-
-class CheckFlags(Flags, group="checks on the way"):
-    """How often a training says and saves where it is, and small meta-tests of its network."""
-
+    _checks: ClassVar = Heading("checks on the way")
     log_every: int = flag(50, whole(1), "steps between lines of the log")
     save_every: int = flag(
         1000,
@@ -149,10 +148,7 @@ class CheckFlags(Flags, group="checks on the way"):
     eval_every: int = flag(0, whole(0), "steps between small meta-tests on meta-training classes; 0 for none")
     eval_classes: int = flag(20, whole(1), "classes in each of those meta-tests")
 
-
-class TrainingRunFlags(common.RunFlags):
-    """What a meta-training starts from and leaves."""
-
+    _run: ClassVar = Heading("run")
     name: str = flag("mrcl_omniglot", folder_name, common.NAME)
     seed: int = flag(9, SEED, common.SEEDED)
     processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
@@ -178,38 +174,6 @@ class TrainingRunFlags(common.RunFlags):
         None, file_path, "model file to start from, with --checkpoint", metavar="FILE"
     )
 
-
-OF_LEARNER = {
-    "sgd": own_flags(TrajectoryFlags),
-    "prototypes": own_flags(EpisodeFlags),
-    "iid": own_flags(BatchFlags),
-}
-"""The flags that a learner of meta-training has alone."""
-
-
-class Training(
-    MethodFlags,
-    TrajectoryFlags,
-    EpisodeFlags,
-    BatchFlags,
-    NetworkFlags,
-    DataFlags,
-    CheckFlags,
-    TrainingRunFlags,
-):
-    """Meta-train ANML or another network and write the initial weights found.
-
-    python mrcl_classification.py --config configs/anml.toml
-    """
-
-    no_effect: ClassVar = {
-        "seeds": "give one seed with --seed",
-        "model": "choose the network with --treatment, weights with --saved_model",
-        **common.NO_COMMIT,
-    }
-
-    deciding: ClassVar = frozenset({"learner"})
-
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         # Pretrain & Transfer is one of OML's network, which has no norm and needs the smaller rate.
@@ -220,8 +184,9 @@ class Training(
         return MAY_CHANGE - {"steps"} if self.learner == "prototypes" else MAY_CHANGE
 
     def idle(self) -> Mapping[str, str]:
-        others = frozenset().union(*OF_LEARNER.values()) - OF_LEARNER[self.learner]
-        return dict.fromkeys(others, f"--learner {self.learner}")
+        learner = f"--learner {self.learner}"
+        others = [head for head in headed(type(self)) if "of --learner" in head and learner not in head]
+        return {name: learner for head in others for name in headed(type(self))[head]}
 
     def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:

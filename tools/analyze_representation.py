@@ -19,7 +19,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
 from utils.files import write_text
-from utils.flag import SEED, file_path, flag, folder_name, whole
+from utils.flag import SEED, Heading, file_path, flag, folder_name, whole
 from utils.run import Run, log_to_terminal
 
 if TYPE_CHECKING:
@@ -54,12 +54,13 @@ SHOWN = 6  # images whose activations are drawn, of classes spread over the data
 ALPHABETS, CLASSES_SHOWN = 5, 6  # in the embedding, and of each of them: more would hide each other
 
 
-class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags, group="analysis"):
+class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
     """Measure and draw a model's features and gate on classes it has never seen.
 
     python -m tools.analyze_representation --model Neuromodulation_Model.net
     """
 
+    _analysis: ClassVar = Heading("analysis")
     model: Path = flag(
         None,
         file_path,

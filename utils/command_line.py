@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from utils.errors import UserError, refusing
 from utils.files import read_text
-from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry
+from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, headed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,16 +82,14 @@ class Parser(HelpFirst):
         self._only = only
         parts = {part.name: part for part in fields(kind) if only is None or part.name in only}
         self._taken = {"help", *kind.no_effect, *parts}
-        groups: dict[str, argparse._ActionsContainer] = {Flags.group: self}
         registries = []
-        for base in (base for base in kind.__mro__ if issubclass(base, Flags)):
-            for part in (parts.pop(name) for name in inspect.get_annotations(base) if name in parts):
-                if base.group not in groups:
-                    groups[base.group] = self.add_argument_group(base.group)
+        for heading, names in headed(kind).items():
+            group = self.add_argument_group(heading) if heading else self
+            for part in (parts[name] for name in names if name in parts):
                 if "registry" in part.metadata:
-                    registries.append((groups[base.group], part.name, part.metadata["registry"]))
+                    registries.append((group, part.name, part.metadata["registry"]))
                 elif "flag" in part.metadata:
-                    self._add(groups[base.group], [part.name], part.metadata["flag"])
+                    self._add(group, [part.name], part.metadata["flag"])
         if only is None and kind.no_effect:
             group = self.add_argument_group("flags of the released code, accepted without effect")
             for key, instead in kind.no_effect.items():

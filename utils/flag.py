@@ -37,6 +37,10 @@ KINDS = {int: "a whole number", float: "a finite number", bool: "true or false",
 REQUIRED = inspect.Parameter.empty  # the default of an argument that has none
 
 
+class Heading(str):
+    """A class variable of a `Flags` class: the heading in `--help` of the flags below it."""
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Flags:
@@ -46,22 +50,19 @@ class Flags:
     with, a sentence and an example.
 
     Attributes:
-        group: heading in `--help` of the flags that a class adds.
         no_effect: flags that are accepted, with or without values, and what to do instead.
         deciding: flags that may imply the entry of a registry; see `implied`.
         given: the flags that were typed or stand in a config file or the run that is resumed.
         places: by flag, field and argument of the flags that `arguments_of` made.
     """
 
-    group: ClassVar[str] = "options"
     no_effect: ClassVar[Mapping[str, str]] = {}
     deciding: ClassVar[frozenset[str]] = frozenset()
 
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
 
-    def __init_subclass__(cls, group: str | None = None) -> None:
-        cls.group = group or cls.group
+    def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
 
     def idle(self) -> Mapping[str, str]:
@@ -200,9 +201,17 @@ def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: 
     return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix, skip)})
 
 
-def own_flags(*kinds: type[Flags]) -> frozenset[str]:
-    """The names of the flags that parts add to their bases."""
-    return frozenset(name for kind in kinds for name in inspect.get_annotations(kind))
+def headed(kind: type[Flags]) -> dict[str, list[str]]:
+    """The names of a class's fields by their heading, which is empty for some, in the order of `--help`."""
+    found: dict[str, list[str]] = {"": []}
+    for base in kind.__mro__:
+        heading = ""
+        for name in inspect.get_annotations(base):
+            if isinstance(value := vars(base).get(name), Heading):
+                heading = value
+            elif all(name not in names for names in found.values()):
+                found.setdefault(heading, []).append(name)
+    return found
 
 
 def arguments(function: Callable[..., Any], skip: int = 0) -> dict[str, FlagInfo]:
