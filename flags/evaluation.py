@@ -15,7 +15,6 @@ from utils.command_line import as_typed
 from utils.errors import UserError
 from utils.flag import (
     SEED,
-    Flat,
     Heading,
     choice,
     file_path,
@@ -24,7 +23,6 @@ from utils.flag import (
     headed,
     number,
     positive,
-    several,
     switch,
     whole,
 )
@@ -103,10 +101,10 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     lr: float | None = flag(None, positive, "learning rate of Adam; skips the search", shown="search")
     lrs: list[float] = flag(
         list(LEARNING_RATES),
-        several(positive),
+        positive,
         "learning rates to search",
         nargs="+",
-        action=Flat,
+        action="extend",
         metavar="LR",
     )
     lr_search_runs: int = flag(
@@ -155,12 +153,12 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     _evaluation: ClassVar = Heading("evaluation")
     schedule: list[int] = flag(
         [],  # by the number of classes and outputs
-        several(whole(1)),
+        whole(1),
         "class counts to learn, each a curve's point, at most the outputs of the network; with fewer outputs "
         "than --test_classes, they stand for the classes of a draw in order, not for those of the data",
         shown=f"{' '.join(map(str, SCHEDULE))}; of fewer classes those that fit, and all",
         nargs="+",
-        action=Flat,
+        action="extend",
         metavar="N",
     )
     runs: int = flag(10, whole(1), "class draws per class count")
@@ -220,6 +218,9 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
             raise UserError("give --model FILE, which mrcl_classification.py writes, or --scratch")
         if self.scratch and len(self.model or ()) > 1:
             raise UserError("--scratch takes the network of one --model, not of several")
+        for name, values in (("schedule", self.schedule), ("lrs", self.lrs)):
+            if len({*values}) < len(values):
+                raise UserError(f"--{name} names a value twice")
         shuffled_or_repeated = self.iid or self.epoch > 1
         if self.track_every and shuffled_or_repeated:
             raise UserError(

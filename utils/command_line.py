@@ -132,13 +132,16 @@ class Parser(HelpFirst):
         options: dict[str, Any] = {"help": text.strip().replace("%", "%%"), **made.options}
         if made.names is not None:
             options.setdefault("metavar", f"{{{','.join(made.names)}}}")
-        options |= {"type": made.read} if made.read else {"action": _Switch, "nargs": 0}
+        options |= {"type": made.read} if made.read else {"action": "store_true"}
         if made.default is MISSING:
             group.add_argument(names[0], **options)
             return
-        spelled = names if made.read else [*names, *(f"no_{name}" for name in names)]
-        action = group.add_argument(*(f"--{name}" for name in spelled), dest=names[0], **options)
-        self._taken |= set(spelled)
+        action = group.add_argument(*(f"--{name}" for name in names), dest=names[0], **options)
+        if made.read is None:
+            opposite = [f"--no_{name}" for name in names]
+            group.add_argument(*opposite, dest=names[0], action="store_false")
+            self._taken |= {f"no_{name}" for name in names}
+        self._taken |= set(names)
         self.flags |= dict.fromkeys({*names} - NOT_IN_CONFIG, action)
 
     def read(self, tokens: Sequence[str]) -> dict[str, Any]:
@@ -233,10 +236,10 @@ def _spelled(action: argparse.Action, value: object) -> list[str]:
     A value shares a token with its flag, since it may begin with a dash.
     """
     name = action.option_strings[0]
-    if isinstance(action, _Switch):
+    if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"{name}: {value!r} is not true or false")
-        return [action.option_strings[0 if value else len(action.option_strings) // 2]]
+        return [name if value else name.replace("--", "--no_")]
     values = value if isinstance(value, list) and action.nargs else [value]
     for item in values:
         if isinstance(item, bool) or not isinstance(item, str | int | float):
@@ -367,10 +370,3 @@ def as_typed(name: str, value: object) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-
-
-class _Switch(argparse.Action):
-    """Keeps True after one of the first half of a flag's names, False after one of the others."""
-
-    def __call__(self, _: object, kept: argparse.Namespace, values: Any, name: str | None = None) -> None:
-        setattr(kept, self.dest, name in self.option_strings[: len(self.option_strings) // 2])

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -27,23 +27,23 @@ def run_script(main: Callable[[], None]) -> None:
     does for a wrong flag) and 130 after Ctrl-C. Any other exception is a defect and keeps its
     traceback.
     """
-    _take_any_text()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # whoever started this process has closed it
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (to the end)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        refuse(str(error))
+        line = " ".join(str(error).split())
+        try_to_write(f"{Path(sys.argv[0]).name}: error: {line}\n", sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         for stream in (sys.stdout, sys.stderr):  # here, since an error at exit would change the exit code
             try_to_write("", stream)
-
-
-def refuse(message: str) -> NoReturn:
-    """Leave the process with exit code 2 and `message` as one line on stderr."""
-    line = " ".join(message.split())
-    try_to_write(f"{Path(sys.argv[0]).name}: error: {line}\n", sys.stderr)
-    sys.exit(2)
 
 
 @contextmanager
@@ -78,13 +78,3 @@ def try_to_write(text: str, stream: TextIO) -> OSError | None:
             os.dup2(nowhere.fileno(), stream.fileno())
         return error
     return None
-
-
-def _take_any_text() -> None:
-    """Give this process a stdout and a stderr that can be written, and that escape what they cannot show."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # whoever started this process has closed it
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (to the end)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

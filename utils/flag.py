@@ -12,7 +12,6 @@ makes a parser of such a dataclass.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import math
 import os
@@ -247,7 +246,7 @@ def arguments(function: Callable[..., Any], skip: int = 0) -> dict[str, FlagInfo
             None if kind is bool else reader(kind, *span),
             next((extra for extra in extras if isinstance(extra, str)), ""),
             "none, it must be given" if parameter.default is REQUIRED else None,
-            options={"metavar": {int: "N", float: "X", str: "TEXT"}.get(kind)},
+            options={} if kind is bool else {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]},
         )
     return found
 
@@ -261,17 +260,6 @@ def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
             break
         annotation, extras = inner, extras + rest
     return annotation, extras
-
-
-class Flat(argparse.Action):
-    """Joins the lists of a flag's values: `10 50`, `10,50` and `"10 50"` give the same list.
-
-    A flag that is typed again adds to the list. A value that is there twice counts once.
-    """
-
-    def __call__(self, _: object, kept: argparse.Namespace, values: Any, name: str | None = None) -> None:
-        found = [*getattr(kept, self.dest, []), *(item for part in values for item in part)]
-        setattr(kept, self.dest, list(dict.fromkeys(found)))
 
 
 def reader(kind: type, low: float | None = None, high: float | None = None) -> Reader:
@@ -304,18 +292,6 @@ def positive(text: str) -> float:
     if found <= 0:
         raise ArgumentTypeError(f"{text!r} is not a number above 0")
     return found
-
-
-def several(read: Reader) -> Callable[[str], list[Any]]:
-    """A reader of one or more numbers with commas or spaces between."""
-
-    def read_all(text: str) -> list[Any]:
-        parts = text.replace(",", " ").split()
-        if not parts:
-            raise ArgumentTypeError("expected at least one number")
-        return [read(part) for part in parts]
-
-    return read_all
 
 
 def file_path(text: str) -> Path:

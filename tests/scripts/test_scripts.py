@@ -185,7 +185,14 @@ def test_training_goes_on_whatever_stdout_is(
 
 
 SAYS = "from utils.errors import *; run_script(lambda: say('a table'))"
-REFUSES = "from utils.errors import *; run_script(lambda: refuse('there is no file'))"
+REFUSES = """
+from utils.errors import *
+
+def main():
+    raise UserError("there is no file")
+
+run_script(main)
+"""
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,8 @@ def test_defaults_follow_the_treatment() -> None:
     assert evaluate("--model m --no-freeze").rln == 0
 
 
-@pytest.mark.parametrize("typed", [["10", "50"], ["10,50"], ["10 50"], ["10,", "50"]])
-def test_schedule_in_every_form(typed: list[str]) -> None:
-    arguments = parse(Evaluation, ["--scratch", "--schedule", *typed])
-    assert arguments.schedule == [10, 50]
+def test_a_flag_of_several_values_that_is_typed_again_adds_to_them() -> None:
+    assert evaluate("--scratch --schedule 10 50 --schedule 2").schedule == [10, 50, 2]
 
 
 WRONG: dict[type[Flags], dict[str, str]] = {
@@ -137,6 +135,7 @@ WRONG: dict[type[Flags], dict[str, str]] = {
         "--model m --schedule ,": "--schedule",
         "--model m --lrs 0.1 0": "--lrs",
         "--model m --runs 0": "--runs",
+        "--model m --schedule 5 --schedule 5": "--schedule",
     },
 }
 
