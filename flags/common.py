@@ -72,7 +72,7 @@ class DataFlags(Flags):
         metavar="DIR",
     )
     cache_dir: Path = flag(Path("data/cache"), file_path, "folder for the decoded images", metavar="DIR")
-    options: dict[str, Any] = arguments_of("dataset", DATASETS, "data", skip=3)
+    options: dict[str, Any] = arguments_of("dataset", DATASETS, "data")
 
     def source(self) -> Source:
         """The images that these flags name."""

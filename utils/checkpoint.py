@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import warnings
 import zipfile
 from dataclasses import dataclass, field, fields
@@ -96,7 +95,11 @@ class Checkpoint:
                 warnings.simplefilter("ignore")  # of what is in a foreign file
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # bytes that torch did not save make it raise nearly anything
-            raise ValueError(_unreadable(data, error)) from error
+            raise ValueError(
+                "the file is damaged, or it holds pickled Python objects, as the models of the released code "
+                "do, and loading those could run code; python -m tools.convert_released IN.net NEW.net reads "
+                "such models without running any"
+            ) from error
         fault = _fault(content, format_name)
         if fault is not None:
             raise ValueError(
@@ -134,7 +137,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         return Checkpoint.of_bytes(data)
     except ValueError as error:
-        raise UserError(f"cannot load the model {path}: {str(error).replace('IN.net', str(path))}") from error
+        raise UserError(f"cannot load the model {path}: {error}") from error
 
 
 def _stored(value: Any) -> Any:
@@ -144,16 +147,6 @@ def _stored(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _stored(item) for key, item in value.items()}
     return [_stored(item) for item in value] if isinstance(value, list) else value
-
-
-def _unreadable(data: bytes, error: Exception) -> str:
-    """Why torch could not read `data`, from its first bytes: torch's messages vary by version."""
-    if isinstance(error, pickle.UnpicklingError) and data.startswith((b"PK", b"\x80")):
-        return (
-            "it holds pickled Python objects, as the models of the released code do, and loading those could "
-            "run code; python -m tools.convert_released IN.net NEW.net reads such models without running any"
-        )
-    return "the file is damaged, cut short or no model file; mrcl_classification.py writes one"
 
 
 def _fault(content: Any, format_name: str) -> str | None:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from utils.errors import UserError, refusing
 from utils.files import read_text
-from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, headed
+from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, arguments, headed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,7 +105,7 @@ class Parser(HelpFirst):
         registry, entry = self.chosen[name]
         choosing = f"--{registry.chooser}"
         group.description = f"those of {choosing} {entry} among them; {choosing} NAME --help shows another's"
-        found = registry.arguments(entry)
+        found = arguments(registry.table[entry])
         for argument, made in found.items():
             full = f"{registry.prefix}_{argument}"
             if full in found or self._is_taken(full):
@@ -185,7 +185,7 @@ class Parser(HelpFirst):
         found = {**kind.implied(given), **given}
         values: dict[str, Any] = {part.name: found[part.name] for part in fields(kind) if part.name in found}
         for name, (registry, entry) in self.chosen.items():
-            values[name] = {key: made.default for key, made in registry.arguments(entry).items()}
+            values[name] = {key: made.default for key, made in arguments(registry.table[entry]).items()}
         for key, (name, argument) in self.places.items():
             values[name][argument] = given.get(key, values[name][argument])
         flags = kind(**values, given=frozenset(given), places=self.places)

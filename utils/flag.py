@@ -117,20 +117,12 @@ class Registry(NamedTuple):
     chooser: str
     table: Mapping[str, Callable[..., Any]]
     prefix: str
-    skip: int
-
-    def arguments(self, entry: str) -> dict[str, FlagInfo]:
-        """The arguments of an entry, by name; raises UserError where one can be no flag."""
-        try:
-            return arguments(self.table[entry], self.skip)
-        except UserError as error:
-            raise UserError(f"--{self.chooser} {entry}: {error}") from error
 
     def names(self) -> Iterator[tuple[str, str]]:
         """Entry and argument, of all arguments of all entries that can be read."""
-        for entry in self.table:
+        for entry, function in self.table.items():
             with suppress(UserError):
-                yield from ((entry, argument) for argument in self.arguments(entry))
+                yield from ((entry, argument) for argument in arguments(function))
 
 
 def flag(
@@ -188,16 +180,15 @@ def choice(
     return flag(default, read, text, names=names, **options)
 
 
-def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str, skip: int = 0) -> Any:
+def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str) -> Any:
     """A field for a dict of arguments of the registry entry that another flag names.
 
     Args:
         chooser: the field that names the entry.
         table: the registry. It is looked at when the parser is made.
         prefix: what always makes a flag of an argument's name.
-        skip: first arguments of the entries that are no flags.
     """
-    return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix, skip)})
+    return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix)})
 
 
 def headed(kind: type[Flags]) -> dict[str, list[str]]:
@@ -213,8 +204,8 @@ def headed(kind: type[Flags]) -> dict[str, list[str]]:
     return found
 
 
-def arguments(function: Callable[..., Any], skip: int = 0) -> dict[str, FlagInfo]:
-    """The arguments of a function, or of a class's constructor, after the first `skip` ones, by name.
+def arguments(function: Callable[..., Any]) -> dict[str, FlagInfo]:
+    """The arguments of a class's constructor, or those that a function takes by name alone.
 
     An argument without annotation has the type of its default.
 
@@ -223,14 +214,14 @@ def arguments(function: Callable[..., Any], skip: int = 0) -> dict[str, FlagInfo
             of one.
     """
     name = getattr(function, "__name__", str(function))
-    if isinstance(function, type):
-        function, skip = function.__init__, skip + 1  # type: ignore[misc]
     try:
-        parameters = list(inspect.signature(function, eval_str=True).parameters.values())[skip:]
+        parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     except (NameError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise UserError(f"{name}: cannot read its arguments: {error}") from error
     found = {}
     for parameter in parameters:
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and not isinstance(function, type):
+            continue  # what the caller of every entry gives
         kind, extras = _unwrapped(parameter.annotation)
         if kind is parameter.empty:
             kind = type(parameter.default)

@@ -124,7 +124,7 @@ def test_the_command_writes_a_model_that_loads(call: Callable[..., Called], tmp_
     net, path = network(), tmp_path / "m.net"
     save_released(path, net)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"python -m tools\.convert_released .*m\.net NEW\.net"):
+    with pytest.raises(UserError, match=r"python -m tools\.convert_released IN\.net NEW\.net"):
         load_checkpoint(path)
     done = call(convert_released, str(path), str(path))
     assert done.returncode == 0, done.stderr
