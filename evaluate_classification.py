@@ -23,16 +23,14 @@ import utils.start  # noqa: F401 (before torch)
 
 import logging
 from collections.abc import Mapping
-from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from datasets import ImageSet, Pool
-from evaluation.models import Model, match_earlier, models_to_test, warn_of_other_data
-from evaluation.plots import accuracy_figure, save_png
+from evaluation.plots import comparison_figure, save_png
 from evaluation.results import summarise, table
-from evaluation.runs import Journal, Runs, evaluate, how_chosen
+from evaluation.runs import Model, Runs, evaluate, how_chosen, match_earlier, models_to_test
 from flags.evaluation import SCHEDULE, Evaluation
 from model.fast import choose_backend
 from model.guard import Backend, Use
@@ -45,16 +43,16 @@ from utils.distributed import Group, choose_device, is_first, join, run_as
 from utils.errors import UserError, run_script
 from utils.run import Run, log_to_terminal
 
+RECORDED = ("name", "weights", "sha256", "step")  # of a model, in config.json
 FITTED = 200  # meta-training classes that a prior is fitted to; more change nothing
 
 log = logging.getLogger("anml")
 
-INDEPENDENCE = {
-    False: "each class count has draws of its own",
-    True: "all class counts share their draws: each point of a curve has the distribution that it has with "
-    "draws of its own, but the points are not independent of each other",
-}
-"""Whether the points of a curve are independent, by `--nested`: a line for the results."""
+INDEPENDENT = "each class count has draws of its own"
+DEPENDENT = (
+    "all class counts share their draws: each point of a curve has the distribution that it has with "
+    "draws of its own, but the points are not independent of each other"
+)
 
 
 def main() -> None:
@@ -65,8 +63,6 @@ def main() -> None:
     group = join(device, recorded(args))
     models = [model._replace(net=model.net.to(device)) for model in models_to_test(args)]
     net = models[0].net
-    check_network(args, net)
-    warn_of_other_data(models, args.source())
     sets = images(args, net, group)
     plan = Plan.of(args, models[0], sets)
     decided = plain(vars(plan))
@@ -82,31 +78,32 @@ def main() -> None:
     group.check_same({**data, "models": weights, "backend": backend.name})
     about = {
         "network": net.network,
-        "models": [model.about() for model in models],
+        "models": [{key: getattr(model, key) for key in RECORDED} for model in models],
         "device": str(device),
         "backend": backend.name,
         "backend_why": backend.why,
-        "points": INDEPENDENCE[args.nested],
+        "points": DEPENDENT if args.nested else INDEPENDENT,
         **data,
     }
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}
     run = Run.open(args.runs_dir, args.name, args.resume, args, {"plan": decided, **about})
-    with run, closing(Journal(run.folder / "scores.csv")) if is_first() else nullcontext() as journal:
+    with run:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
         make = partial(meta_test, args, plan, backend, pools)
-        runs = Runs(args, run, journal, models, make, group)
+        runs = Runs(args, run, models, make, group)
         rows = evaluate(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
         group.leave()
         if not is_first():
             return
-        pixels = save_png(accuracy_figure(summarise(rows)), run.folder / "accuracy.png")
+        figure = comparison_figure({plan.treatment: summarise(rows)})
+        pixels = save_png(figure, run.folder / "accuracy.png")
         run.image("meta_test/accuracy", pixels, max(plan.schedule))
         log.info("%s", how_chosen(args, len(models), rows))
         log.info("%s", table(rows))
         if args.nested:
-            log.info("%s", INDEPENDENCE[True])
+            log.info("%s", DEPENDENT)
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
 
 
@@ -155,7 +152,14 @@ class Plan:
                     f"--schedule asks for {max(schedule)} classes; there are {len(chosen)} "
                     f"of {chosen.name}" + (" (see --test_classes)" if split == "evaluation" else "")
                 )
-        rln, (options, named) = frozen_layers(args, net), learner_options(args, net)
+        options, named = learner_options(args, net)
+        rln = args.rln
+        if rln is None:
+            rln = net.default_meta_test_rln if kind.takes_steps else net.layers_below_head
+            rln = 0 if args.scratch else rln
+        if kind.takes_steps:
+            trained_parameters(net, rln)
+            check_outputs(net, max(schedule))
         treatment = describe(
             *(net.network, model.weights),
             # A learner that changes no weights is named after the network alone.
@@ -167,17 +171,6 @@ class Plan:
             learner=named,
         )
         return cls(treatment, rln, schedule, len(sets["evaluation"]), options)
-
-
-def frozen_layers(args: Evaluation, net: Network) -> int:
-    """The number of layers that stay as they are at meta-test: `--rln` or its default, which is 0 with
-    `--scratch`, the network's for a learner that takes steps, and all layers below the head for a learner
-    that takes none."""
-    if args.rln is not None:
-        return args.rln
-    if args.scratch:
-        return 0
-    return net.default_meta_test_rln if LEARNERS[args.learner].takes_steps else net.layers_below_head
 
 
 def learner_options(args: Evaluation, net: Network) -> tuple[dict[str, Any], str]:
@@ -198,14 +191,6 @@ def learner_options(args: Evaluation, net: Network) -> tuple[dict[str, Any], str
     asked = {name: getattr(args, name) for name in defaults}
     options = defaults | {name: value for name, value in asked.items() if value is not None}
     return options, kind.describe(options, defaults)
-
-
-def check_network(args: Evaluation, net: Network) -> None:
-    """Raise UserError where the flags do not fit the network, before images are read."""
-    learner_options(args, net)
-    if LEARNERS[args.learner].takes_steps:
-        trained_parameters(net, frozen_layers(args, net))
-        check_outputs(net, max(args.schedule, default=0))
 
 
 def images(args: Evaluation, net: Network, group: Group) -> dict[str, ImageSet]:

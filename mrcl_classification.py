@@ -36,7 +36,7 @@ from datasets.task_sampler import (
     sample_episode,
     sample_trajectory,
 )
-from evaluation.monitor import gate_statistics, validate
+from evaluation.runs import gate_statistics, validate
 from flags.training import Plan, Training
 from model.check import check_network
 from model.fast import choose_backend

@@ -1,11 +1,15 @@
-"""What an evaluation found: one row per run in `results.csv`, what it was and a summary in `results.json`."""
+"""The files that an evaluation leaves: every score in `scores.csv` as it is found, one row per run of the
+report in `results.csv`, what it was and a summary in `results.json`."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
+import os
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.scores import ACCURACY, MEASURES, RUNS, accuracies
+from model.scores import ACCURACY, MEASURES, RUNS, Score, accuracies
 from utils.errors import UserError, refusing
-from utils.files import read_text, write_text
+from utils.files import read_text, sync, write_text
+from utils.flag import Reader, positive, whole
 
 FEW = 10  # fewer values than these have Student's t interval; as many or more have a bootstrap interval
 RESAMPLES = 9999  # of a bootstrap
 
-COLUMNS = ("model", "classes", "run", "lr")  # of `results.csv`, the measures follow
 METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 """The columns of a training's `metrics.csv` that are drawn."""
 
@@ -38,14 +42,11 @@ class Results(NamedTuple):
 
 
 def write_results(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
-    """Write `results.csv` and `results.json` into `folder`, each whole or not at all.
+    """Write `results.csv` and `results.json` into a folder; raises UserError where one cannot be written.
 
     Args:
         rows: every run so far.
         about: what else `results.json` should say: treatment, models, plan, search.
-
-    Raises:
-        UserError: a file cannot be written.
     """
     write_table(folder / "results.csv", rows)
     content = {**about, "summary": summarise(rows)}
@@ -53,11 +54,7 @@ def write_results(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows of equal keys as a CSV file, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write rows of equal keys as a CSV file, whole or not at all; raises UserError where that fails."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -75,23 +72,15 @@ def read_results(path: Path) -> Results:
         UserError: no such file, or the CSV file is no table of runs: other columns, a value of the wrong
             kind or out of its range, a run twice, no runs at all.
     """
-    path = _file(path, "results.csv", "evaluate_classification.py")
+    path = path / "results.csv" if path.is_dir() else path
     path = path.with_suffix(".csv") if path.suffix == ".json" else path
     beside = path.with_suffix(".json")
     about = read_json(beside) if beside.is_file() else {}
-    rows: dict[tuple[object, ...], dict[str, Any]] = {}
-    for number, cells in enumerate(read_table(path, [*COLUMNS, *MEASURES]), start=2):
-        try:
-            row = _run(cells)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        key = tuple(row[name] for name in COLUMNS[:3])
-        if key in rows:
-            raise UserError(f"{path}, line {number}: the same model, classes and run as a line above")
-        rows[key] = row
+    columns = with_measures(model=str, classes=whole(1), run=whole(0), lr=optional(positive))
+    rows = read_table(path, columns, key=("model", "classes", "run"))
     if not rows:
         raise UserError(f"{path} holds no runs")
-    return Results(list(rows.values()), {key: about[key] for key in about if key != "summary"})
+    return Results(rows, {key: about[key] for key in about if key != "summary"})
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
@@ -104,46 +93,120 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
     Raises:
         UserError: no such file, or no such columns of numbers, or no steps at all.
     """
-    path = _file(path, "metrics.csv", "mrcl_classification.py")
-    lines = text_of(path).splitlines(keepends=True)
-    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-    try:
-        columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in METRICS}
-    except (LookupError, ValueError):
-        raise UserError(f"{path} is not the metrics.csv of a training: {', '.join(METRICS)}") from None
+    path = path / "metrics.csv" if path.is_dir() else path
+    whole_lines = [line for line in text_of(path).splitlines(keepends=True) if line.endswith("\n")]
+    rows = list(csv.DictReader(whole_lines))
+    fault = UserError(f"{path} holds no rows with the numbers {', '.join(METRICS)}")
     if not rows:
-        raise UserError(f"{path} holds no steps")
-    return columns
+        raise fault
+    try:
+        return {name: np.array([row[name] for row in rows], np.float64) for name in METRICS}
+    except (LookupError, ValueError):
+        raise fault from None
 
 
-def read_table(path: Path, columns: Sequence[str], text: str | None = None) -> list[dict[str, str]]:
-    """The rows of a CSV file that has exactly these columns.
+def read_table(
+    path: Path,
+    columns: Mapping[str, Reader],
+    key: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """The rows of a CSV file.
 
     Args:
-        text: the file's content where it is read already.
+        columns: what makes a value of a cell, by the heading of the column, in the order of the file.
+        key: columns whose values no two rows share.
 
     Raises:
-        UserError: the file cannot be read, has other columns, or a row with too few or too many fields.
+        UserError: the file cannot be read, has other columns, a row with too few or too many fields, a cell
+            that its reader refuses, or two rows of one key.
     """
-    text = text_of(path) if text is None else text
+    lines = csv.reader(io.StringIO(text_of(path)), strict=True)
+    rows: dict[object, dict[str, Any]] = {}
     try:
-        lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
+        if next(lines, []) != list(columns):
+            raise UserError(f"{path} does not begin with the columns {','.join(columns)}")
+        for cells in filter(None, lines):
+            place, row = f"{path}, line {lines.line_num}", {}
+            if len(cells) != len(columns):
+                raise UserError(f"{place}: {len(cells)} fields instead of {len(columns)}")
+            for (name, read), cell in zip(columns.items(), cells, strict=True):
+                try:
+                    row[name] = read(cell)
+                except (ValueError, LookupError, ArgumentTypeError) as error:
+                    raise UserError(f"{place}: {name}: {error}") from None
+            if rows.setdefault(tuple(row[name] for name in key) or len(rows), row) is not row:
+                raise UserError(f"{place}: the same {', '.join(key)} as a line above")
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
-    if not lines or lines[0] != list(columns):
-        raise UserError(f"{path} does not begin with the columns {','.join(columns)}")
-    for number, line in enumerate(lines, start=1):
-        if len(line) != len(columns):
-            raise UserError(f"{path}, line {number}: {len(line)} fields instead of {len(columns)}")
-    return [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+    return list(rows.values())
+
+
+class Key(NamedTuple):
+    """What a score is a function of, within one run folder. `purpose` is `search` or `report`, `lr` None for
+    a learner that takes no steps."""
+
+    purpose: str
+    model: str
+    classes: int
+    draw: int
+    lr: float | None
+
+
+def known_scores(path: Path) -> dict[Key, Score]:
+    """The scores that are in `scores.csv`, which is made where there is none.
+
+    A process killed at any moment, or a full disk, can at worst tear the last line: the line lacks its end,
+    is cut off here, and its score is computed again.
+
+    Raises:
+        UserError: the file cannot be read or written, or holds something else.
+    """
+    purpose, lr = one_of("search", "report"), optional(positive)
+    columns = with_measures(purpose=purpose, model=str, classes=whole(1), draw=whole(0), lr=lr)
+    with refusing(f"write {path}"):
+        end = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        if path.exists():
+            os.truncate(path, end)
+    if not end:
+        append(path, list(columns))
+    return {Key(*map(row.pop, Key._fields)): row for row in read_table(path, columns)}
+
+
+def append(path: Path, values: Sequence[object]) -> None:
+    """Append a line to a CSV file and put it on disk; numbers have all their digits.
+
+    Rewriting the whole file each time would be as safe, but would cost more with every score, of which a
+    search makes thousands.
+
+    Raises:
+        UserError: the line cannot be written.
+    """
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    data = line.getvalue().encode()
+    with refusing(f"write {path}"), path.open("ab", buffering=0) as file:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file.fileno())
+
+
+def optional(read: Reader) -> Reader:
+    """A reader that makes None of an empty text."""
+    return lambda text: read(text) if text else None
+
+
+def one_of(*names: str) -> Reader:
+    """A reader of one of several words."""
+    return dict(zip(names, names, strict=True)).__getitem__
+
+
+def with_measures(**columns: Reader) -> dict[str, Reader]:
+    """What makes a value of a cell, by column, of a file that has all measures beside `columns`."""
+    return columns | {name: measure.kind.read for name, measure in MEASURES.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
+    """The object in a JSON file; raises UserError where the file cannot be read or holds something else."""
     try:
         content = json.loads(text_of(path))
     except (ValueError, RecursionError) as error:
@@ -151,15 +214,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not an object")
     return content
-
-
-def _file(path: Path, name: str, writer: str) -> Path:
-    """The file `name` of a run folder, or `path` itself where it is no folder."""
-    if not path.is_dir():
-        return path
-    if not (path / name).is_file():
-        raise UserError(f"{path} holds no {name}; {writer} writes one")
-    return path / name
 
 
 def text_of(path: Path) -> str:
@@ -171,89 +225,36 @@ def text_of(path: Path) -> str:
         raise UserError(f"{path} is not text") from None
 
 
-def _run(cells: Mapping[str, str]) -> dict[str, Any]:
-    """One row of `results.csv`; raises ValueError with what is wrong in it."""
-    classes, run = int(cells["classes"]), int(cells["run"])
-    lr = float(cells["lr"]) if cells["lr"] else None
-    if classes < 1 or run < 0 or not (lr is None or 0 < lr < math.inf):
-        raise ValueError(f"{classes} classes, run {run} or lr {lr} is out of its range")
-    score = {name: measure.read(cells[name], classes) for name, measure in MEASURES.items()}
-    return {"model": cells["model"], "classes": classes, "run": run, "lr": lr, **score}
-
-
 def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, str] | None:
-    """95% interval of the mean of accuracies over models or, of one model, over its runs: its ends, and how
-    they were found. None for one run.
+    """95% interval of the mean of accuracies over models or, of one model, over its runs: its ends, within 0
+    to 1, and how they were found. None for one run.
 
-    Of fewer than `FEW` models or runs it is Student's t interval: resampling so few gives one that is far too
-    narrow.
+    Fewer than `FEW` models or runs have Student's t interval: resampling so few gives an interval that is far
+    too narrow. More have percentiles of the means of `RESAMPLES` draws of as many models or runs. The runs of
+    a model resemble each other, and may depend on each other in any way: they enter as a whole.
 
     Args:
         groups: the values of each model; none is empty.
     """
     of = "models" if len(groups) > 1 else "runs"
     units = groups if len(groups) > 1 else [[value] for value in groups[0]]
-    if len(units) < 2:
+    count, values = len(units), [value for unit in units for value in unit]
+    if count < 2:
         return None
-    if len(units) < FEW:
-        return *t_interval(units), f"Student's t over {of}"
-    within = " and runs" if max(map(len, units)) > 1 else ""
-    return *bootstrap_interval(units), f"bootstrap over {of}{within}"
+    method = f"Student's t over {of}" if count < FEW else f"bootstrap over {of}"
+    if len(set(values)) == 1:  # their means differ by rounding
+        return values[0], values[0], method
+    sizes, sums = np.array([len(unit) for unit in units]), np.array([sum(unit) for unit in units])
+    if count < FEW:
+        from scipy.special import stdtrit  # half a second to import
 
-
-def t_interval(units: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95% interval of the mean of all values by Student's t over the units they belong to, within 0 to 1.
-
-    The values of a unit may depend on each other in any way: with equally many in each it is the t interval
-    of the units' means.
-
-    Args:
-        units: two or more; none is empty.
-    """
-    from scipy.special import stdtrit  # half a second to import
-
-    sizes = np.array([len(unit) for unit in units])
-    sums = np.array([sum(unit) for unit in units])
-    mean = sums.sum() / sizes.sum()
-    count = len(units)
-    error = math.sqrt(count / (count - 1) * ((sums - sizes * mean) ** 2).sum()) / sizes.sum()
-    half = stdtrit(count - 1, 0.975) * error
-    return max(float(mean - half), 0.0), min(float(mean + half), 1.0)
-
-
-def bootstrap_interval(units: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean of all values by resampling units, then values within each drawn unit.
-
-    It is one over models and runs: runs of one model resemble each other, and say less of the treatment than
-    as many runs of different models.
-
-    Args:
-        units: the values of each model, or each run of one model as a unit of its own.
-
-    Returns:
-        percentiles of `RESAMPLES` bootstrap means.
-    """
-    sizes = np.array([len(unit) for unit in units])
-    values = np.zeros((len(units), sizes.max()))
-    for row, unit in zip(values, units, strict=True):
-        row[: len(unit)] = unit
-    if len({value for unit in units for value in unit}) == 1:  # their means differ by rounding
-        return float(values[0, 0]), float(values[0, 0])
-    rng = np.random.default_rng(seed)
-    if sizes.max() == 1:
-        drawn = rng.integers(len(units), size=(RESAMPLES, len(units)))
-        means = [values[:, 0][drawn].mean(1)]
-    else:
-        means = []
-        # In parts, since all resamples at once would take gigabytes.
-        for part in np.array_split(np.arange(RESAMPLES), 1 + RESAMPLES * values.size // 10**6):
-            drawn = rng.integers(len(units), size=(len(part), len(units), 1))
-            within = rng.random((len(part), *values.shape)) * sizes[drawn]
-            counted = np.arange(sizes.max()) < sizes[drawn]
-            picked = values[drawn, within.astype(int)] * counted
-            means.append(picked.sum((1, 2)) / counted.sum((1, 2)))
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
-    return float(low), float(high)
+        mean = sums.sum() / sizes.sum()
+        error = math.sqrt(count / (count - 1) * ((sums - sizes * mean) ** 2).sum()) / sizes.sum()
+        half = stdtrit(count - 1, 0.975) * error
+        return max(float(mean - half), 0.0), min(float(mean + half), 1.0), method
+    drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    low, high = np.percentile(sums[drawn].sum(1) / sizes[drawn].sum(1), (2.5, 97.5))
+    return float(low), float(high), method
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -269,81 +270,55 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     summary = []
     for classes in sorted({row["classes"] for row in rows}):
         runs = [row for row in rows if row["classes"] == classes]
-        models = list(dict.fromkeys(row["model"] for row in runs))
+        models = dict.fromkeys(row["model"] for row in runs)
         line: dict[str, Any] = {"classes": classes, "models": len(models), "runs": len(runs)}
         line["lr"] = runs[0]["lr"]
         all_diverged = all(row["diverged"] for row in runs)
         for name, measure in MEASURES.items():
-            groups = [[row[name] for row in runs if row["model"] == model] for model in models]
+            values = [row[name] for row in runs]
             if measure.kind is RUNS:
-                line[name] = sum(map(sum, groups))
+                line[name] = sum(values)
                 continue
-            line[name] = (
-                None if all_diverged else float(np.mean([value for group in groups for value in group]))
-            )
+            line[name] = None if all_diverged else float(np.mean(values))
             if measure.kind is ACCURACY:
-                found = None if all_diverged else interval(groups)
-                ends = ("low", "high", "interval")
-                line |= {f"{name}_{end}": value for end, value in zip(ends, found or [None] * 3, strict=True)}
+                groups = [[row[name] for row in runs if row["model"] == model] for model in models]
+                ends = (None if all_diverged else interval(groups)) or (None, None, None)
+                line |= {f"{name}_{end}": x for end, x in zip(("low", "high", "interval"), ends, strict=True)}
         summary.append(line)
     return summary
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The summary as lines for the terminal; accuracies in percent, 95% intervals in brackets."""
+    """The summary as lines for the terminal; accuracies in percent with the reach of their 95% intervals."""
     headings = [m.kind.heading.format(name.replace("_", " ")) for name, m in MEASURES.items()]
     lines = [["classes", "lr", "runs", *headings]]
     summary = summarise(rows)
     for line in summary:
-        lr = "-" if line["lr"] is None else f"{line['lr']:.6g}"
-        lines.append([str(line["classes"]), lr, str(line["runs"]), *(_cell(line, name) for name in MEASURES)])
-    text = aligned(lines)
+        cells = [line["classes"], "-" if line["lr"] is None else f"{line['lr']:.6g}", line["runs"]]
+        for name, measure in MEASURES.items():
+            number = "-" if line[name] is None else f"{line[name]:.4g}"
+            cells.append(shown(line, name) if measure.kind is ACCURACY else number)
+        lines.append([str(cell) for cell in cells])
     methods = {line[f"{name}_interval"] for line in summary for name in accuracies()} - {None}
-    return f"{text}\n[ ] 95% interval: {', '.join(sorted(methods))}" if methods else text
+    footer = f"\n± 95% interval: {', '.join(sorted(methods))}" if methods else ""
+    return aligned(lines) + footer
 
 
-def _cell(line: Mapping[str, Any], name: str) -> str:
-    """A measure of a line of the summary as the table shows it."""
-    value, kind = line[name], MEASURES[name].kind
-    if value is None:
-        return "diverged" if kind is ACCURACY else "-"
-    if kind is not ACCURACY:
-        return str(value) if kind is RUNS else f"{value:.1f}"
-    low, high = line[f"{name}_low"], line[f"{name}_high"]
-    span = "-" if low is None else f"[{100 * low:5.1f}, {100 * high:5.1f}]"
-    return f"{100 * value:5.1f} {span}"
+def shown(line: Mapping[str, Any], name: str) -> str:
+    """A fraction of a line of a summary in percent: its mean, how far from the mean its 95% interval reaches
+    where there is one, and how many runs diverged where others did not."""
+    mean, low, high = (line.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if mean is None:
+        return "diverged"
+    text = f"{100 * mean:.1f}"
+    if low is not None and high is not None:
+        reach = 100 * max(mean - low, high - mean)  # an interval ends at 0 and at 100
+        text += f" ± {reach:.1f}" if reach >= 0.05 else f" ± {reach:.1g}"  # never 0.0 for what is not 0
+    return f"{text} ({line['diverged']} diverged)" if line.get("diverged") else text
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Lines of equally many cells as text, each column as wide as its widest cell and aligned to the
     right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
-
-
-def compare(a: Sequence[Row], b: Sequence[Row]) -> list[dict[str, Any]]:
-    """Two-sided Mann-Whitney U test between two results at each class count that both have.
-
-    It is the paper's test, and takes all runs of all models of a result for independent.
-
-    Returns:
-        mappings with `classes`, `runs_a`, `runs_b`, and for each accuracy `key`: `key_a` and `key_b` (means,
-        0 to 1), `key_u` (U of `a`: pairs of runs in which `a` is better, ties counting half) and `key_p`
-        (probability of such a U, or one further from the middle, if both were alike). In order of class
-        count; empty if the results have none in common.
-    """
-    from scipy import stats  # a second to import
-
-    lines = []
-    for classes in sorted({row["classes"] for row in a} & {row["classes"] for row in b}):
-        runs = [[row for row in rows if row["classes"] == classes] for rows in (a, b)]
-        line: dict[str, Any] = {"classes": classes, "runs_a": len(runs[0]), "runs_b": len(runs[1])}
-        for key in accuracies():
-            of_a, of_b = ([row[key] for row in rows] for rows in runs)
-            line |= {f"{key}_a": float(np.mean(of_a)), f"{key}_b": float(np.mean(of_b))}
-            found = stats.mannwhitneyu(of_a, of_b, alternative="two-sided")
-            line |= {f"{key}_u": float(found.statistic), f"{key}_p": float(found.pvalue)}
-        lines.append(line)
-    return lines
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)

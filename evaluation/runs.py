@@ -1,32 +1,140 @@
-"""The paper's evaluation from top to bottom: the search of a learning rate, then the report of fresh draws at
-it, by runs each of which is made once and has its scores on disk before the next begins."""
+"""The paper's evaluation from top to bottom: the models, the search of a learning rate, then the report of
+fresh draws at it, by runs each of which is made once and has its scores on disk before the next begins."""
 
 from __future__ import annotations
 
-import csv
-import errno
-import io
+import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import product, starmap
+from itertools import chain, product, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.models import Model
-from evaluation.plots import forgetting_figure, save_png
-from evaluation.results import Row, read_table, summarise, write_results, write_table
+import torch
+from torch import Tensor
+
+from datasets import Pool, Source
+from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, save_png
+from evaluation.results import Key, Row, append, known_scores, summarise, write_results, write_table
 from flags.evaluation import Evaluation
-from model.meta_test import LEARNERS, PURPOSES, MetaTest, Purpose
-from model.rate_search import Draw, RateSearch, next_tries
-from model.scores import MEASURES, Answers, Score, accuracies
+from model.learner import Settings
+from model.meta_learner import active_fraction
+from model.meta_test import LEARNERS, MetaTest, Purpose
+from model.modelfactory import Network, build, fingerprint, restore_model
+from model.representation import represent
+from model.scores import MEASURES, Answers, Draw, Job, RateSearch, Score, accuracies, next_tries
+from model.treatments import TABLE, Weights
+from utils.checkpoint import load_checkpoint
+from utils.command_line import read_config
 from utils.distributed import Group, is_first
-from utils.errors import UserError, refusing
-from utils.files import sync
+from utils.errors import UserError
 from utils.run import Progress, Run
 
+VALIDATION_LR = 0.001  # of the small meta-tests of a training: the best rate for most class counts
+SHOWN = 10  # classes whose gates are drawn, two images each
+
 log = logging.getLogger("anml")
+
+
+class Model(NamedTuple):
+    """One model to test.
+
+    Attributes:
+        name: what the column `model` of the results holds: the file as it was typed, or `scratch`.
+        net: the network.
+        weights: what made its weights.
+        sha256: hexadecimal digest of the file; empty without a file.
+        step: meta-steps of its training.
+        arguments: flags of its training; empty without a file.
+    """
+
+    name: str
+    net: Network
+    weights: Weights
+    sha256: str = ""
+    step: int = 0
+    arguments: Mapping[str, Any] = {}
+
+
+def models_to_test(args: Evaluation) -> list[Model]:
+    """The models of `--model`, each once, on the CPU; for `--scratch` one new network, of the shape of
+    `--model` if that is given.
+
+    Raises:
+        UserError: a file is unreadable, or a model is not of the treatment of the others or of
+            `--treatment-preset`.
+    """
+    models: list[Model] = []
+    kinds: list[tuple[object, ...]] = []
+    for path in args.model or ():
+        saved = load_checkpoint(path)
+        log.info("%s: %s after %d steps", path, saved.network, saved.step)
+        net, sha256 = restore_model(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()
+        weights: Weights = "pretrained" if saved.arguments.get("weights") == "pretrained" else "meta-trained"
+        models.append(Model(str(path), net, weights, sha256, saved.step, saved.arguments))
+        kinds.append((weights, net.network, net.widths, net.normalisation))
+        if kinds[-1] != kinds[0]:
+            held = f"{models[0].name} holds {kinds[0]}, {path} holds {kinds[-1]}"
+            raise UserError(f"--model takes models of one treatment and data set: {held}")
+        _warn_of_other_data(models[-1], args.source())
+    if args.scratch:
+        shape = models[0].net if models else None
+        network, widths = (shape.network, shape.widths) if shape else (args.treatment, args.constructor)
+        net = build(network, widths, torch.Generator().manual_seed(args.seed))
+        models = [Model("scratch", net, "random")]
+    if args.treatment_preset is not None:
+        row, model = TABLE[args.treatment_preset], models[0]
+        if row.network not in (model.net.network, None) or row.weights != model.weights:
+            raise UserError(
+                f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
+                f"{model.name} holds {model.weights} {model.net.network}"
+            )
+    # Counted twice, weights such as those of the last model that training kept beside its final one would
+    # narrow an interval over models.
+    kept: dict[str, Model] = {}
+    for model in models:
+        first = kept.setdefault(fingerprint(model.net), model)
+        if first is not model:
+            log.warning("%s holds the same weights as %s: it is left out", model.name, first.name)
+    return list(kept.values())
+
+
+def match_earlier(models: list[Model], decided: Mapping[str, Any], folder: Path) -> list[Model]:
+    """The models under the names that the evaluation in a run folder gave them.
+
+    Args:
+        decided: what else must be as `config.json` has it: the plan, and what identifies the images.
+        folder: of the evaluation that is resumed.
+
+    Raises:
+        UserError: models, by content, or something decided are not those of the folder.
+    """
+    config = read_config(folder)
+    before = {**config, **config["plan"]}
+    for key, value in decided.items():
+        if before.get(key, value) != value:  # runs of commit d362890 have no data hash
+            raise UserError(f"--resume {folder}: its {key} was {before.get(key)}, and is now {value}")
+    try:
+        earlier = [(str(known["name"]), known["sha256"]) for known in config["models"]]
+    except (LookupError, TypeError):
+        raise UserError(f"--resume {folder}: its config.json names no --model") from None
+    if [model.sha256 for model in models] != [sha256 for _, sha256 in earlier]:
+        raise UserError(
+            f"--resume {folder}: it tests {', '.join(name for name, _ in earlier)}; --model "
+            f"{' '.join(model.name for model in models)} are other files, or have changed since"
+        )
+    return [model._replace(name=name) for model, (name, _) in zip(models, earlier, strict=True)]
+
+
+def _warn_of_other_data(model: Model, source: Source) -> None:
+    """Warn where a model was trained on the same data set with other options: of a folder that is split by a
+    draw, the training may have seen the classes that are tested."""
+    for name, value in source.options.items() if model.arguments.get("dataset") == source.dataset else ():
+        before = model.arguments.get(f"data_{name}", model.arguments.get(name, value))
+        if before != value:
+            other = f"{model.name} was trained with --{name} {before}, and this is {value}"
+            log.warning("%s: make sure that no class tested here was trained on", other)
 
 
 def evaluate(
@@ -47,11 +155,15 @@ def evaluate(
         if args.lr is None and LEARNERS[args.learner].takes_steps:
             for classes, made in search(args, runs, counts).items():
                 rates[classes] = made.best()
+                decided = f"decided by {len(made.scores)} tries of {made.most}"
+                log.info("%d classes: learning rate %g, %s", classes, made.best(), decided)
                 numbers.append({"classes": classes, "made": len(made.scores), "of": made.most})
                 for (draw, lr), score in made.scores.items():
                     name = runs.models[draw.model].name
                     tries.append({"model": name, "classes": classes, "draw": draw.number, "lr": lr, **score})
+                _warn_of_diverged("tries", tries[-len(made.scores) :])
         found = report(args, runs, rates)
+        _warn_of_diverged("runs", found)
         rows += found
         for line in summarise(found):
             tags = {"lr": "lr"} | {name: m.kind.tag.format(name) for name, m in MEASURES.items()}
@@ -71,22 +183,12 @@ def search(args: Evaluation, runs: Runs, counts: Sequence[int]) -> dict[int, Rat
     """
     draws = list(starmap(Draw, product(range(len(runs.models)), range(args.lr_search_runs))))
     objective = "test" if args.test else "train"
-    searches = {n: RateSearch(args.lrs, draws, objective, full=args.full_search) for n in counts}
+    searches = {n: RateSearch(args.lrs, draws, objective, args.full_search) for n in counts}
     with Progress(len(draws) * len(args.lrs), every=len(args.lrs), unit="try") as bar:
         while tries := next_tries(searches, runs.group.size):
-            scores = runs.scores("search", list(starmap(Job, tries)))
-            for (draw, lr, stops), found in zip(tries, scores, strict=True):
+            for job, found in runs.scores("search", tries, bar):
                 for classes, score in found.items():
-                    searches[classes].add(draw, lr, score)
-                _advance(bar, found[stops[-1]])
-    for classes, made in searches.items():
-        log.info(
-            "%d classes: learning rate %g, decided by %d tries of %d",
-            *(classes, made.best(), len(made.scores), made.most),
-        )
-        for lr in args.lrs:
-            tried = [score for (_, rate), score in made.scores.items() if rate == lr]
-            _warn_of_diverged(classes, lr, "tries", tried)
+                    searches[classes].scores[job.draw, job.lr] = score
     return searches
 
 
@@ -100,30 +202,21 @@ def report(args: Evaluation, runs: Runs, rates: Mapping[int, float | None]) -> l
     jobs = [Job(draw, lr, stops[lr]) for draw, lr in product(draws, stops)]
     rows: list[dict[str, Any]] = []
     with Progress(len(jobs), every=args.runs, unit="run") as bar:
-        for job, found in zip(jobs, runs.scores("report", jobs), strict=True):
+        for job, found in runs.scores("report", jobs, bar):
             name, number = runs.models[job.draw.model].name, job.draw.number
             for classes, score in found.items():
                 rows.append({"model": name, "classes": classes, "run": number, "lr": job.lr, **score})
-            _advance(bar, found[job.stops[-1]])
-    for classes, lr in rates.items():
-        _warn_of_diverged(classes, lr, "runs", [row for row in rows if row["classes"] == classes])
     return sorted(rows, key=lambda row: row["classes"])
 
 
-def _advance(bar: Progress, score: Score) -> None:
-    if bar.advance(**{name: score[name] for name in accuracies()}):
-        bar.report()
-
-
-def _warn_of_diverged(classes: int, lr: float | None, of: str, scores: Sequence[Mapping[str, Any]]) -> None:
+def _warn_of_diverged(of: str, rows: Sequence[Row]) -> None:
     """Warn where runs at a rate diverged: their accuracies say nothing else."""
-    diverged = sum(1 for score in scores if score["diverged"])
-    if diverged:
-        log.warning(
-            "%d classes: %d of %d %s diverged%s: weights or logits are not finite",
-            *(classes, diverged, len(scores), of),
-            "" if lr is None else f" at the learning rate {lr:g}",
-        )
+    for classes, lr in dict.fromkeys((row["classes"], row["lr"]) for row in rows):
+        diverged = [row["diverged"] for row in rows if (row["classes"], row["lr"]) == (classes, lr)]
+        at = "" if lr is None else f" at the learning rate {lr:g}"
+        found = f"{sum(diverged)} of {len(diverged)} {of} diverged{at}"
+        if any(diverged):
+            log.warning("%d classes: %s: weights or logits are not finite", classes, found)
 
 
 def how_chosen(args: Evaluation, models: int, rows: Sequence[Row]) -> str:
@@ -148,33 +241,12 @@ def how_chosen(args: Evaluation, models: int, rows: Sequence[Row]) -> str:
     return f"{text}; at the edge of these, beyond which a better one may lie: {at}"
 
 
-class Job(NamedTuple):
-    """A run to make: a draw, learned at a rate (None for a learner that takes no steps) and tested at each of
-    `stops`, class counts in ascending order."""
-
-    draw: Draw
-    lr: float | None
-    stops: tuple[int, ...]
-
-
-class Key(NamedTuple):
-    """What a score is a function of, within one run folder; `purpose` is one of `PURPOSES`, `lr` None for a
-    learner that takes no steps."""
-
-    purpose: str
-    model: str
-    classes: int
-    draw: int
-    lr: float | None
-
-
 class Runs:
-    """Makes the runs of several models, each once: a run whose scores the journal has is not made again.
+    """Makes the runs of several models, each once: a run whose scores are in `scores.csv` is not made again.
 
-    The processes of `group` make one run each at a time, and the first writes down what all of them found.
+    The processes of `group` make one run each at a time, and rank 0 writes down what all of them found.
 
     Args:
-        journal: of rank 0; None in the other processes.
         make: gives the meta-test of a model on a split of the data, `evaluation` or `background`.
     """
 
@@ -182,46 +254,50 @@ class Runs:
         self,
         args: Evaluation,
         run: Run,
-        journal: Journal | None,
         models: Sequence[Model],
         make: Callable[[Model, str], MetaTest],
         group: Group,
     ) -> None:
-        self.args, self.run, self.journal, self.models, self.group = args, run, journal, models, group
-        self.known: dict[Key, Score] = dict(group.gather(journal.known if journal else {})[0])
+        self.args, self.run, self.models, self.group = args, run, models, group
+        self.path = run.folder / "scores.csv"
+        self.known = group.gather(known_scores(self.path) if is_first() else {})[0]
         # Two are kept, since frozen outputs take memory: with one model the meta-tests of both splits.
         self._meta_test = lru_cache(maxsize=2)(lambda position, split: make(models[position], split))
 
-    def scores(self, purpose: Purpose, jobs: Sequence[Job]) -> Iterator[dict[int, Score]]:
-        """The scores of each job, by class count, in the order of the jobs."""
+    def scores(
+        self, purpose: Purpose, jobs: Sequence[Job], bar: Progress
+    ) -> Iterator[tuple[Job, dict[int, Score]]]:
+        """Each job and its scores by class count; `bar` counts the jobs."""
         for start in range(0, len(jobs), self.group.size):
             together = jobs[start : start + self.group.size]
-            for part in self.group.gather([self._make(purpose, job) for job in self.group.shard(together)]):
-                for found, tracked in part:
-                    for classes, rows in tracked.items() if is_first() else ():
-                        _write_forgetting(self.run, classes, rows)
-                    for key, score in found.items():
-                        self.known[key] = score
-                        if self.journal:
-                            self.journal.add(key, score)
-            yield from ({n: self.known[self._key(purpose, job, n)] for n in job.stops} for job in together)
+            own = [made for job in self.group.shard(together) for made in self._make(purpose, job)]
+            for key, score, remembered in chain(*self.group.gather(own)):
+                self.known[key] = score
+                if is_first() and remembered:
+                    _write_forgetting(self.run, key.classes, remembered)
+                if is_first():
+                    append(self.path, [*key, *score.values()])
+            for job in together:
+                found = {n: self.known[self._key(purpose, job, n)] for n in job.stops}
+                if bar.advance(**{name: found[job.stops[-1]][name] for name in accuracies()}):
+                    bar.report()
+                yield job, found
 
     def _key(self, purpose: Purpose, job: Job, classes: int) -> Key:
         return Key(purpose, self.models[job.draw.model].name, classes, job.draw.number, job.lr)
 
-    def _make(self, purpose: Purpose, job: Job) -> tuple[dict[Key, Score], dict[int, list[Row]]]:
-        """The scores of a run at stops that have none yet, and of a run that is tracked the accuracies by
-        class until each of these stops."""
-        stops = {n for n in job.stops if self._key(purpose, job, n) not in self.known}
+    def _make(self, purpose: Purpose, job: Job) -> Iterator[tuple[Key, Score, list[Row]]]:
+        """The score of a run at each stop that has none yet, and of a run that is tracked the accuracies by
+        class until that stop."""
+        keys = {n: self._key(purpose, job, n) for n in job.stops}
+        stops = {n for n, key in keys.items() if key not in self.known}
         if not stops:
-            return {}, {}
+            return
         every = self.args.track_every if (purpose, job.draw) == ("report", Draw(0, 0)) else 0
         on_the_way = set(range(every, max(stops), every)) if every else set()
         split = self.args.lr_search_split if purpose == "search" else "evaluation"
         tester = self._meta_test(job.draw.model, split)
-        found: dict[Key, Score] = {}
         rows: list[Row] = []
-        tracked: dict[int, list[Row]] = {}
         for answers in tester.walk(
             sorted(stops | on_the_way),
             job.lr,
@@ -231,13 +307,11 @@ class Runs:
             drawn=len(tester.images) if self.args.nested else job.stops[-1],
         ):
             seen = len(answers.classes)
+            now = by_class(answers) if every else []
             if seen in stops:
-                found[self._key(purpose, job, seen)] = answers.score()
-                if every:
-                    tracked[seen] = [*rows, *by_class(answers)]
+                yield keys[seen], answers.score(), [*rows, *now]
             if seen in on_the_way:
-                rows += by_class(answers)
-        return found, tracked
+                rows += now
 
 
 def by_class(answers: Answers) -> list[Row]:
@@ -256,64 +330,51 @@ def _write_forgetting(run: Run, classes: int, rows: Sequence[Row]) -> None:
     run.image(f"meta_test/forgetting_{classes}", pixels, classes)
 
 
-class Journal:
-    """`scores.csv` of a run folder, open for more scores.
+def validate(run: Run, net: Network, images: Pool, step: int, classes: int, learner: str) -> None:
+    """Log a small meta-test on meta-training classes of two or more images, and a picture of gates.
 
-    One line is appended per score and put on disk before the next run begins. Rewriting a whole file each
-    time would be as safe, but would cost more with every score, of which a search makes thousands. A process
-    killed at any moment, or a full disk, can at worst tear the last line: it lacks its end, is cut off when
-    the file is next opened, and its score is computed again. Numbers are written with all their digits.
+    Of the 20 images of a class 15 are learned and 5 tested; of fewer images, the same share. The picture
+    shows the gates of two images of each of the first `SHOWN` classes.
 
-    Attributes:
-        known: scores by key.
-
-    Raises:
-        UserError: the file cannot be read or written, or holds something else.
+    Args:
+        learner: key of `model.meta_test.LEARNERS`.
     """
+    kind = LEARNERS[learner]
+    options: dict[str, Any] = dict(kind.options or {})
+    smallest = min(20, *images.sizes)
+    test_images = max(1, smallest // 4)
+    test = MetaTest(
+        net,
+        images,
+        net.default_meta_test_rln,
+        seed=0,
+        train_images=smallest - test_images,
+        test_images=test_images,
+        learner=kind.make,
+        settings=Settings(**options),
+        own_head=kind.takes_steps,
+    )
+    score = test.score(classes, VALIDATION_LR, "validation", draw=0)
+    found = {name: score[name] for name in accuracies()}
+    run.scalars(step, {f"meta_val/accuracy_{name}": value for name, value in found.items()})
+    text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+    text = "diverged" if score["diverged"] else text
+    log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
+    shown = torch.stack([images[label][:2] for label in range(min(classes, SHOWN))])
+    gate = represent(net, shown).gate
+    if gate is not None:
+        labels = torch.arange(len(shown)).repeat_interleave(2).tolist()
+        run.image("meta_val/gate", figure_pixels(gate_figure(gate.rows.cpu().numpy(), labels)), step)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        columns = [*Key._fields, *MEASURES]
-        with refusing(f"write {path}"):
-            content = path.read_bytes() if path.exists() else b""
-            whole = content.rfind(b"\n") + 1
-            self.known = self._parsed(content[:whole], columns) if whole else {}
-            self._file = path.open("ab", buffering=0)
-            self._file.truncate(whole)
-        if not whole:
-            self._append(columns)
 
-    def _parsed(self, content: bytes, columns: list[str]) -> dict[Key, Score]:
-        known: dict[Key, Score] = {}
-        try:
-            for cells in read_table(self.path, columns, content.decode("utf-8-sig")):
-                purpose, model, classes, draw, lr = (cells[name] for name in Key._fields)
-                if purpose not in PURPOSES:
-                    raise ValueError(f"{purpose!r} is none of {', '.join(PURPOSES)}")
-                key = Key(purpose, model, int(classes), int(draw), float(lr) if lr else None)
-                known[key] = {name: m.read(cells[name], key.classes) for name, m in MEASURES.items()}
-        except ValueError as error:
-            raise UserError(f"{self.path}, after {len(known)} scores: {error}") from error
-        return known
-
-    def add(self, key: Key, score: Score) -> None:
-        """Write a score down.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        self._append([*key, *score.values()])
-        self.known[key] = score
-
-    def _append(self, values: Sequence[object]) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(values)
-        data = line.getvalue().encode()
-        with refusing(f"write {self.path}"):
-            if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            sync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
+    """Mean of the gate, and fraction of features that are active before and after it, on images [B, C, 28,
+    28]; in a network without a gate the fraction of active features alone."""
+    seen = represent(net, images[None])
+    if seen.gate is None:
+        return {"meta_train/active": active_fraction(seen.before.rows)}
+    return {
+        "meta_train/gate_mean": seen.gate.rows.mean().item(),
+        "meta_train/active_before_gate": active_fraction(seen.before.rows),
+        "meta_train/active_after_gate": active_fraction(seen.after.rows),
+    }

@@ -246,7 +246,7 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         if given.get("reset") and not row.scratch:
             raise UserError(f"--treatment-preset {preset} keeps the weights it starts from: drop --reset")
         # The paper gives Oracles of 1 and of 20 passes: their number is the user's.
-        epochs = typed.get("epoch", row.epochs) if row.iid else row.epochs
+        epochs = typed.get("epoch", 1) if row.iid else 1
         means = {"rln": row.rln, "scratch": row.scratch, "iid": row.iid, "epoch": epochs}
         for name, value in typed.items():
             if value != means[name]:

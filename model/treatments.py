@@ -23,8 +23,8 @@ class Treatment:
             head alone is.
         rln: layers frozen at meta-test; see `modelfactory.trained_parameters`.
         trained: what learns at meta-test, in words.
-        iid: the stream is shuffled (an Oracle) instead of class after class.
-        epochs: passes over the stream. The paper's Oracles make 1 or 20, all others 1.
+        iid: the stream is shuffled (an Oracle) instead of class after class. The paper's Oracles pass over
+            the stream 1 or 20 times, all others once.
     """
 
     name: str
@@ -33,7 +33,6 @@ class Treatment:
     rln: int
     trained: str
     iid: bool = False
-    epochs: int = 1
 
     @property
     def scratch(self) -> bool:
@@ -77,7 +76,8 @@ def describe(
     not one. A treatment without a row is spelled out: `ANML --rln 9`.
 
     Args:
-        network, weights, rln, iid, epochs: see :class:`Treatment`.
+        network, weights, rln, iid: see :class:`Treatment`.
+        epochs: passes over the stream.
         reset: whether every trained layer starts anew, in place of the head alone.
         optimizer: what takes the steps at meta-test; the name leaves Adam out.
         learner: what learns without steps, see `model.learner.LearnerKind.describe`; empty for an optimizer.
@@ -85,10 +85,9 @@ def describe(
     if reset and rln == 0:  # then no weights of the training are left
         weights, reset = "random", False
     kind = "" if weights == "meta-trained" else f" ({weights})"
-    name = f"{network}{kind} --rln {rln}"
-    for row in _SEQUENTIAL:
-        if row.network in (network, None) and (row.weights, row.rln) == (weights, rln):
-            name = row.name
+    alike = [row for row in _SEQUENTIAL if (row.weights, row.rln) == (weights, rln)]
+    named = [row.name for row in alike if row.network in (network, None)]
+    name = named[0] if named else f"{network}{kind} --rln {rln}"
     if reset:
         name += " --reset"
     if iid:

@@ -29,13 +29,13 @@ from datasets import ImageSet, Pool
 from datasets.task_sampler import Task, sample_task
 from evaluation.plots import STYLES, default_style, new_figure, save_png
 from evaluation.results import aligned
-from evaluation.targets import REPRESENTATION, read_targets
 from flags import common
 from model.fast import choose_backend
 from model.guard import Use
 from model.meta_learner import gather
 from model.modelfactory import restore_model
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
+from tools.ledger import REPRESENTATION, read_targets
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several

@@ -10,42 +10,51 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
+from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from evaluation.results import Results, aligned, compare, read_results
+from evaluation.results import Results, Row, aligned, read_results
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say
 from utils.flag import Flags, file_path, flag
+
+RESULTS = "run folder of an evaluation, or its results.csv or results.json"
+
+
+def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
+    """The comparison for the terminal at class counts that both results have: for each accuracy the means in
+    percent, U of `a` and the two-sided p.
+
+    U is the number of pairs of runs in which `a` is better, ties counting half. The test is the paper's, and
+    takes all runs of all models of a result for independent.
+    """
+    from scipy import stats  # a second to import
+
+    headings = [text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")]
+    lines = [["classes", "runs", *headings]]
+    for classes in counts:
+        of_a, of_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
+        line = [str(classes), f"{len(of_a)}/{len(of_b)}"]
+        for key in accuracies():
+            values = [[row[key] for row in rows] for rows in (of_a, of_b)]
+            found = stats.mannwhitneyu(*values, alternative="two-sided")
+            line += [*(f"{100 * fmean(side):.1f}" for side in values), f"{found.statistic:g}"]
+            line.append(f"{found.pvalue:.2g}")
+        lines.append(line)
+    return aligned(lines)
 
 
 def describe(path: Path, results: Results) -> str:
     """One line on a result: where it is, what it is of."""
     treatment = results.about.get("treatment", "treatment not recorded")
     models = len({row["model"] for row in results.rows})
+    counts = " ".join(map(str, sorted({row["classes"] for row in results.rows})))
     diverged = sum(row["diverged"] for row in results.rows)
     text = f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
-    return f"{text}, {diverged} of them diverged" if diverged else text
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """The comparison for the terminal: mean accuracies in percent, U of A, two-sided p."""
-    headings = [text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")]
-    rows = [["classes", "runs", *headings]]
-    for line in lines:
-        cells = [str(line["classes"]), f"{line['runs_a']}/{line['runs_b']}"]
-        for key in accuracies():
-            means = [f"{100 * line[f'{key}_{side}']:.1f}" for side in "ab"]
-            cells += [*means, f"{line[f'{key}_u']:g}", f"{line[f'{key}_p']:.2g}"]
-        rows.append(cells)
-    return aligned(rows)
-
-
-def results_flag(name: str) -> Any:
-    text = "run folder of an evaluation, or its results.csv or results.json"
-    return flag(MISSING, file_path, text, metavar=name)
+    return f"{text} after {counts} classes" + (f", {diverged} of them diverged" if diverged else "")
 
 
 class Comparison(Flags):
@@ -54,25 +63,18 @@ class Comparison(Flags):
     python -m tools.compare_results runs/a_0 runs/b_0
     """
 
-    a: Path = results_flag("A")
-    b: Path = results_flag("B")
+    a: Path = flag(MISSING, file_path, RESULTS, metavar="A")
+    b: Path = flag(MISSING, file_path, RESULTS, metavar="B")
 
 
 def main() -> None:
     args = parse(Comparison)
-    paths = {"A": args.a, "B": args.b}
-    results = {name: read_results(path) for name, path in paths.items()}
-    counts = {name: {row["classes"] for row in result.rows} for name, result in results.items()}
-    lines = compare(results["A"].rows, results["B"].rows)
-    if not lines:
-        found = [f"{path} has {', '.join(map(str, sorted(counts[name])))}" for name, path in paths.items()]
-        raise UserError(f"no class count is in both: {'; '.join(found)}")
-    for name, result in results.items():
-        say(f"{name}  {describe(paths[name], result)}")
-        only = sorted(counts[name] - {line["classes"] for line in lines})
-        if only:
-            say(f"   only in {name}, not compared: {' '.join(map(str, only))} classes")
-    say(f"Mann-Whitney U, two-sided:\n{table(lines)}")
+    a, b = read_results(args.a), read_results(args.b)
+    described = f"A  {describe(args.a, a)}\nB  {describe(args.b, b)}"
+    common = {row["classes"] for row in a.rows} & {row["classes"] for row in b.rows}
+    if not common:
+        raise UserError(f"no class count is in both: {described}")
+    say(f"{described}\nMann-Whitney U, two-sided:\n{table(a.rows, b.rows, sorted(common))}")
 
 
 if __name__ == "__main__":

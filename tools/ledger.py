@@ -3,10 +3,11 @@
     python -m tools.ledger            # write them into docs/results.md
     python -m tools.ledger --check    # exit 1 if docs/results.md does not say what results/ holds
 
-`results/` holds the targets (see `evaluation/targets.py`), our results as `<result>.csv`, the `results.csv`
-of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as `<result>.json` alone, the
-`representation.json` of an analysis, and `manifest.csv`, which says how each was made. What has no result is
-listed as not run; a result of a name that no target has stands in a table of its own.
+`results/` holds the published numbers (`targets.csv`, see :class:`Target`), our results as `<result>.csv`,
+the `results.csv` of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as
+`<result>.json` alone, the `representation.json` of an analysis, and `manifest.csv`, which says how each was
+made. What has no result is listed as not run; a result of a name that no target has stands in a table of its
+own.
 """
 
 from __future__ import annotations
@@ -16,107 +17,160 @@ import utils.start  # noqa: F401 (before torch)
 # isort: split
 
 import math
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.results import FEW, read_json, read_results, read_table, summarise, text_of
-from evaluation.targets import ACCURACIES, QUANTITIES, REPRESENTATION, Target, read_targets
+from evaluation.results import (
+    FEW,
+    one_of,
+    optional,
+    read_json,
+    read_results,
+    read_table,
+    shown,
+    summarise,
+    text_of,
+)
+from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import write_text
-from utils.flag import Flags, switch
+from utils.flag import Flags, Reader, number, switch, whole
 
 ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ROOT / "results/targets.csv"
 START = "<!-- ledger: `python -m tools.ledger` writes what is between these two lines -->"
 END = "<!-- end of the ledger -->"
 
+ACCURACIES = {name: f"{name} accuracy" for name in accuracies()}
+REPRESENTATION = {
+    "active_before": "active units before the gate",
+    "active_after": "active units after the gate",
+    "gate_mean": "mean gate",
+    "dead": "dead units",
+    "knn_before": "KNN on features before the gate",
+    "knn_gate": "KNN on the gate",
+    "knn_after": "KNN on features after the gate",
+}
+QUANTITIES = ACCURACIES | REPRESENTATION
+"""Quantities by the name they have in files, as people call them. All are fractions, shown in percent."""
 
-class Measured(NamedTuple):
-    """One of our numbers in percent (NaN where every run diverged), how far from it its 95% interval reaches
-    where there is one, and how many of its runs diverged."""
+NUMBERS = {"classes", "published", "ours", "difference"}  # columns that differ between class counts
 
-    mean: float
-    reach: float | None = None
-    diverged: int = 0
+
+class Target(NamedTuple):
+    """One published number in percent: a row of `results/targets.csv`.
+
+    Tolerances, in points: twice the spread published, at least 2; without a spread 3, and 5 for what is
+    measured of representations unless the number itself is small.
+
+    Attributes:
+        result: our result, `results/<result>.csv`, and the step of `configs/paper.sh` that makes it.
+        treatment: its name for people.
+        quantity: one of `QUANTITIES`.
+        classes: the class count of an accuracy; None for what is measured of a representation.
+        published: the number, after `<` if it is an upper limit and `~` if it is about that.
+        spread: as published; None where none was.
+        tolerance: points that ours may differ from it.
+        source: who published it.
+    """
+
+    result: str
+    treatment: str
+    quantity: str
+    classes: int | None
+    published: str
+    spread: float | None
+    tolerance: float
+    source: str
 
     def __str__(self) -> str:
-        if math.isnan(self.mean):
-            return "diverged"
-        text = f"{self.mean:.1f}"
-        if self.reach is not None:  # never 0.0 for what is not 0
-            text += f" ± {self.reach:.1f}" if self.reach >= 0.05 else f" ± {self.reach:.1g}"
-        return f"{text} ({self.diverged} diverged)" if self.diverged else text
+        spread = "" if self.spread is None else f" ± {self.spread:g}"
+        return self.published.replace("~", "about ") + spread  # Markdown strikes out what is between ~
 
-    def difference(self, target: Target) -> str:
-        """How far it is from a published number, in bold where it misses the number."""
-        text = "-" if math.isnan(self.mean) else f"{self.mean - target.published:+.1f}"
-        return text if target.met_by(self.mean) else f"**{text}**"
+    @property
+    def percent(self) -> float:
+        """The number alone."""
+        return float(self.published.lstrip("<~"))
 
-
-Result = dict[tuple[str, int | None], Measured]
-"""What one result says, by quantity and class count (None for a representation)."""
+    def met_by(self, percent: float) -> bool:
+        """Whether `percent` is within the tolerance, or below an upper limit."""
+        if self.published.startswith("<"):
+            return percent < self.percent + self.tolerance
+        return abs(percent - self.percent) <= self.tolerance
 
 
-def read_accuracies(path: Path) -> Result:
-    """The accuracies of an evaluation's `results.csv`; raises UserError where the file is none."""
-    return {
-        (key, line["classes"]): _measured(line, key)
-        for line in summarise(read_results(path).rows)
-        for key in ACCURACIES
-    }
+def _published(text: str) -> str:
+    number(0, 100)(text.removeprefix("<").removeprefix("~"))
+    return text
 
 
-def _measured(line: Mapping[str, Any], key: str) -> Measured:
-    mean, low, high = (line[f"{key}{end}"] for end in ("", "_low", "_high"))
-    if mean is None:
-        return Measured(math.nan)
-    # An interval ends at 0 and at 100.
-    reach = None if low is None else 100 * max(mean - low, high - mean)
-    return Measured(100 * mean, reach, line["diverged"])
+COLUMNS: dict[str, Reader] = {
+    **dict.fromkeys(Target._fields, str),
+    "quantity": one_of(*QUANTITIES),
+    "classes": optional(whole(1)),
+    "published": _published,
+    "spread": optional(number(0, 100)),
+    "tolerance": number(0, 100),
+}
 
 
-def read_representation(path: Path) -> Result:
-    """The quantities in a `representation.json`; raises UserError where the file is none."""
+def read_targets(path: Path = TARGETS) -> list[Target]:
+    """All published numbers, in the order of the file; raises UserError where the file is malformed."""
+    rows = read_table(path, COLUMNS, key=("result", "quantity", "classes", "source"))
+    return [Target(**row) for row in rows]
+
+
+def read_result(path: Path) -> Sequence[Mapping[str, Any]]:
+    """What the `results.csv` of an evaluation or the `representation.json` of an analysis says, as lines of a
+    summary: one per class count, or one without a class count.
+
+    Raises:
+        UserError: the file is neither.
+    """
+    if path.suffix == ".csv":
+        return summarise(read_results(path).rows)
     measured = read_json(path).get("measured")
-    if not isinstance(measured, dict):
-        measured = {"measured": None}
-    for quantity, value in measured.items():
-        if quantity not in REPRESENTATION or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise UserError(
-                f"{path} is not a representation.json of tools.analyze_representation: {quantity} = {value!r}"
-            )
-    return {(key, None): Measured(100 * value) for key, value in measured.items()}
+    measured = measured if isinstance(measured, dict) else {"measured": measured}
+    for key, value in measured.items():
+        if key not in REPRESENTATION or not isinstance(value, int | float) or not 0 <= value <= 1:
+            made_by = "a representation.json of tools.analyze_representation"
+            raise UserError(f"{path} is not {made_by}: {key} = {value!r}")
+    return [{"classes": None, **measured}]
 
 
-def our_results(folder: Path) -> tuple[dict[str, Result], list[dict[str, str]]]:
+def our_results(folder: Path) -> tuple[dict[str, Sequence[Mapping[str, Any]]], list[dict[str, str]]]:
     """All results in `folder` by name, and the rows of its manifest.
 
     Raises:
         UserError: a file is malformed, or is not in the manifest, or the other way round.
     """
-    manifest = read_table(folder / "manifest.csv", ("result", "training", "command"))
-    listed = [row["result"] for row in manifest]
-    if len(listed) != len(set(listed)) or any("|" in cell for row in manifest for cell in row.values()):
-        raise UserError(f"{folder / 'manifest.csv'}: a result listed twice, or a | that breaks the table")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):  # a .csv before the .json beside it, which says more of it
-        if path.suffix in (".csv", ".json") and path.name not in ("targets.csv", "manifest.csv"):
-            files.setdefault(path.stem, path)
-    for name in sorted(set(listed) ^ set(files)):
+    columns = dict.fromkeys(("result", "training", "command"), str)
+    manifest = read_table(folder / "manifest.csv", columns, key=["result"])
+    paths = [*folder.glob("*.json"), *folder.glob("*.csv")]  # a .csv in place of the .json beside it
+    files = {path.stem: path for path in paths if path.name not in ("targets.csv", "manifest.csv")}
+    for name in sorted({row["result"] for row in manifest} ^ files.keys()):
         where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
         raise UserError(f"{folder}: the result {name!r} {where}")
-    read = {".csv": read_accuracies, ".json": read_representation}
-    return {name: read[path.suffix](path) for name, path in files.items()}, manifest
+    return {name: read_result(path) for name, path in files.items()}, manifest
 
 
-def markdown(headings: str, rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; `headings` are separated by commas."""
-    names = headings.split(", ")
-    lines = [f"| {' | '.join(cells)} |" for cells in (names, *rows)]
-    return [lines[0], "|" + "---|" * len(names), *lines[1:]]
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of rows of equal keys; one line gives the numbers of all class counts that differ in
+    nothing else."""
+    lines = [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
+    for _, group in groupby(rows, lambda row: [row[key] for key in row if key not in NUMBERS]):
+        alike = list(group)
+        cells = {key: " / ".join(row[key] for row in alike) for key in NUMBERS & rows[0].keys()}
+        if all(row.get("ours") == "-" for row in alike):
+            cells |= {"ours": "not run", "difference": ""}
+        texts = [cell.replace("|", "\\|") for cell in {**alike[0], **cells}.values()]
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def ledger(folder: Path) -> str:
@@ -127,59 +181,42 @@ def ledger(folder: Path) -> str:
     """
     targets = read_targets(folder / "targets.csv")
     results, manifest = our_results(folder)
-    pairs = [
-        (target, results.get(target.result, {}).get((target.quantity, target.classes))) for target in targets
-    ]
-    outcomes = [None if ours is None else target.met_by(ours.mean) for target, ours in pairs]
     training = {row["result"]: row["training"] for row in manifest}  # beside each number: it may be short
-    lines = [
+    compared, outcomes = [], []
+    for target in targets:
+        key, classes = target.quantity, target.classes
+        found = [line for line in results.get(target.result, ()) if key in line]
+        line = next((line for line in found if line["classes"] == classes), {})
+        percent = 100 * (math.nan if line.get(key) is None else line[key])
+        difference = "-" if math.isnan(percent) else f"{percent - target.percent:+.1f}"
+        outcomes.append(target.met_by(percent) if line else None)
+        row = {"treatment": target.treatment, "quantity": QUANTITIES[key], "classes": str(classes or "")}
+        row |= {"published": str(target), "source": target.source, "ours": shown(line, key) if line else "-"}
+        row |= {"difference": f"**{difference}**" if outcomes[-1] is False else difference}
+        row |= {"training": training.get(target.result, ""), "command": f"`configs/paper.sh {target.result}`"}
+        compared.append(row)
+    others = [
+        {"result": name, "quantity": text, "classes": str(line["classes"] or ""), "ours": shown(line, key)}
+        for name in sorted(results.keys() - {target.result for target in targets})
+        for key, text in QUANTITIES.items()
+        for line in results[name]
+        if key in line
+    ]
+    made = [
+        {"result": row["result"], "training": row["training"], "made by": f"`{row['command']}`"}
+        for row in manifest
+    ]
+    parts = [
         f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
         f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is how far from it "
         "a 95% interval over runs (of several models, over these) reaches: Student's t for fewer than "
         f"{FEW} of them, else the bootstrap. Tolerances are in `results/targets.csv`: twice the published "
         "spread and at least 2 points, 3 or more without one. Second-hand: cited by others, not checked "
-        "against the paper's text.",
-        "",
-        *markdown(
-            "treatment, quantity, classes, published, source, ours, difference, training, command",
-            [_row(list(group), training) for _, group in groupby(pairs, key=_together)],
-        ),
+        "against the paper's text."
     ]
-    known = {target.result for target in targets}
-    beside = [row for name in results if name not in known for row in _without_target(name, results[name])]
-    if beside:
-        lines += ["", "Ours without a published number:", ""]
-        lines += markdown("result, quantity, classes, ours", beside)
-    if manifest:
-        made = [(row["result"], row["training"], f"`{row['command']}`") for row in manifest]
-        lines += ["", *markdown("result, training, made by", made)]
-    return "\n".join(lines)
-
-
-def _together(pair: tuple[Target, Measured | None]) -> tuple[str, ...]:
-    """What the class counts of one row of the table share."""
-    return (*pair[0][:3], pair[0].source)
-
-
-def _row(pairs: Sequence[tuple[Target, Measured | None]], training: Mapping[str, str]) -> list[str]:
-    first, _ = pairs[0]
-    counts = " / ".join(str(target.classes or "") for target, _ in pairs)
-    published = " / ".join(str(target) for target, _ in pairs)
-    ours, differences = "not run", ""
-    if any(measured for _, measured in pairs):
-        ours = " / ".join(str(measured or "-") for _, measured in pairs)
-        differences = " / ".join(m.difference(target) if m else "-" for target, m in pairs)
-    cells = [first.treatment, QUANTITIES[first.quantity], counts, published, first.source, ours, differences]
-    return [*cells, training.get(first.result, ""), f"`configs/paper.sh {first.result}`"]
-
-
-def _without_target(name: str, result: Result) -> list[list[str]]:
-    rows = []
-    for quantity in dict.fromkeys(key for key, _ in result):
-        found = {classes: value for (key, classes), value in result.items() if key == quantity}
-        counts = " / ".join(str(classes or "") for classes in found)
-        rows.append([name, QUANTITIES[quantity], counts, " / ".join(map(str, found.values()))])
-    return rows
+    for heading, rows in (("", compared), ("Ours without a published number:", others), ("", made)):
+        parts += [part for part in (heading, markdown(rows)) if part] if rows else []
+    return "\n\n".join(parts)
 
 
 def inserted(text: str, tables: str, source: Path) -> str:
@@ -188,11 +225,11 @@ def inserted(text: str, tables: str, source: Path) -> str:
     Raises:
         UserError: the markers are not there once each, in order.
     """
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    if (text.count(START), text.count(END), rest.count(END)) != (1, 1, 1):
+    parts = re.split(f"({re.escape(START)}|{re.escape(END)})", text)
+    if parts[1::2] != [START, END]:
         raise UserError(f"{source} must hold these two lines once each: {START} and {END}")
-    return f"{before}{START}\n\n{tables}\n\n{END}{after}"
+    parts[2] = f"\n\n{tables}\n\n"
+    return "".join(parts)
 
 
 class Ledger(Flags):

@@ -16,85 +16,166 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from evaluation.plots import bars_figure, comparison_figure, save_pdf, save_png, training_figure
-from evaluation.results import Results, read_metrics, read_results, summarise
-from evaluation.targets import ACCURACIES, Target, read_targets
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.plots import (
+    STYLES,
+    comparison_figure,
+    default_style,
+    new_figure,
+    percent,
+    save_png,
+    with_interval,
+)
+from evaluation.results import METRICS, Results, read_metrics, read_results, summarise
+from model.scores import MEASURES, accuracies
+from tools.ledger import ACCURACIES, read_targets
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say
+from utils.files import atomic_write
 from utils.flag import Flags, choice, file_path, flag, folder_name, switch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SMOOTHED = 50  # meta-steps, since that of one trajectory says little
+FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
 
 Found = TypeVar("Found")
+Line = Mapping[str, Any]
+"""One line of a summary; see `evaluation.results.summarise`."""
 
 
-def labelled(text: str) -> tuple[str, Path]:
-    """A label and a path from `label=path`; a path alone is named after its run folder or file."""
-    label, equals, rest = text.partition("=")
-    if equals and not file_path(text).exists():
-        if not label.strip() or not rest:
-            raise UserError(f"{text!r} is neither a path nor LABEL=PATH")
-        return label, file_path(rest)
-    path = file_path(text)
-    return path.resolve().parent.name if path.stem in ("results", "metrics") else path.resolve().stem, path
+@default_style()
+def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
+    """What trainings measured at each meta-step, as means over `SMOOTHED` steps: loss and accuracies.
+
+    Args:
+        runs: by the name in the legend, the columns that `evaluation.results.read_metrics` returns.
+    """
+    figure = new_figure(9, 3.6)
+    panels = figure.subplots(1, 2, sharex=True)
+    for (line, _, colour), (label, columns) in zip(cycle(STYLES), runs.items()):
+        width = min(SMOOTHED, len(columns["step"]))
+        steps, loss, trajectory, remember = (
+            np.convolve(columns[name], np.full(width, 1 / width), "valid") for name in METRICS
+        )
+        panels[0].plot(steps, loss, line, color=colour, label=label)
+        panels[1].plot(steps, 100 * remember, line, color=colour, label=f"remember, {label}")
+        panels[1].plot(steps, 100 * trajectory, ":", color=colour, label=f"trajectory, {label}")
+    for axes, title in zip(panels, ("loss of the query images", "accuracy (%)"), strict=True):
+        axes.set_title(title)
+        axes.set_xlabel(f"meta-step (means over {SMOOTHED})")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    return figure
+
+
+@default_style()
+def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]] = ()) -> Figure:
+    """Accuracies of several treatments after the same number of classes, as bars.
+
+    Args:
+        final: by name, the line of its summary at that class count.
+        published: lines at that class count, each with the name it belongs to.
+    """
+    (classes,) = {line["classes"] for line in final.values()}
+    names, lines = list(final), list(final.values())
+    rows = np.array([names.index(name) for name, _ in published])
+    figure = new_figure(7, 1.8 + 0.6 * len(names))
+    axes = figure.add_subplot()
+    step = 0.8 / len(accuracies())
+    for k, ((colour, hatch), name) in enumerate(zip(cycle(FILLS), accuracies())):
+        offset = (k - (len(accuracies()) - 1) / 2) * step
+        places = np.arange(len(names)) + offset
+        mean, low, high = (percent(lines, f"{name}{bound}") for bound in ("", "_low", "_high"))
+        style: dict[str, Any] = {"color": colour, "edgecolor": "black", "hatch": hatch}
+        axes.barh(places, mean, 0.95 * step, label=MEASURES[name].title, **style)
+        axes.errorbar(mean, places, xerr=(mean - low, high - mean), fmt="none", ecolor="black", capsize=3)
+        for place, value in zip(places, mean, strict=True):  # apart from the bars and what is on them
+            text = "-" if np.isnan(value) else f"{value:.1f}"
+            axes.text(110, place, text, ha="right", va="center", fontsize=9)
+        label = "published" if published and k == 0 else None
+        shown = percent([line for _, line in published], name)
+        axes.plot(shown, rows + offset, "kD", mfc="white", zorder=3, clip_on=False, label=label)
+    axes.axvline(100 / classes, color="black", linestyle=":", label="chance")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 111)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel(with_interval(f"accuracy after {classes} classes (%)", lines))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
 
 
 def read_all(texts: list[str], read: Callable[[Path], Found]) -> dict[str, Found]:
-    """What `read` finds, by label.
+    """What `read` finds at each `label=path`, by label; a path alone is named after its run folder or file.
 
     Raises:
-        UserError: nothing to read there, or two of the same label.
+        UserError: nothing to read there, or a label that is empty, is there twice or is none to matplotlib.
     """
     results: dict[str, Found] = {}
     for text in texts:
-        label, path = labelled(text)
-        if label.startswith("_") or "$" in label:  # which mean something else to matplotlib
-            raise UserError(f"the label {label!r} begins with _ or holds $: give another one, LABEL=PATH")
-        if label in results:
-            raise UserError(f"two results are called {label!r}: give one another LABEL=PATH")
+        label, equals, rest = text.partition("=")
+        path = file_path(text)
+        if equals and not path.exists():
+            path = file_path(rest)
+        else:
+            label = path.resolve().parent.name if path.stem in ("results", "metrics") else path.resolve().stem
+        if not label.strip() or label.startswith("_") or "$" in label or label in results:
+            raise UserError(f"{text!r}: no label, one that begins with _ or holds $, or one that is taken")
         results[label] = read(path)
     return results
 
 
-def published(results: dict[str, Results]) -> tuple[dict[str, str], list[Target]]:
-    """The treatment of each label that something is published of, and what is; ANML's if nothing is.
+def published(results: dict[str, Results], most: int) -> tuple[dict[str, str], dict[str, list[Line]]]:
+    """The treatment of each label that something is published of, and what is published of these at up to
+    `most` classes, as lines of a summary by the name in the legend; ANML's if nothing is.
 
     A label that names a treatment counts more than what the results say they are, which does not
     tell how a model was trained.
     """
-    accuracies = [target for target in read_targets() if target.quantity in ACCURACIES]
-    known = {target.treatment.lower(): target.treatment for target in accuracies}
+    targets = [target for target in read_targets() if target.quantity in ACCURACIES]
+    known = {target.treatment.lower(): target.treatment for target in targets}
     treatments: dict[str, str] = {}
     for label, result in results.items():
         for name in (label, str(result.about.get("treatment"))):
             if name.lower() in known:
                 treatments.setdefault(label, known[name.lower()])
-    shown = set(treatments.values()) or {"ANML"}
-    return treatments, [target for target in accuracies if target.treatment in shown]
+    lines: dict[str, list[Line]] = {}
+    for target in targets:
+        if target.treatment in (set(treatments.values()) or {"ANML"}) and (target.classes or 0) <= most:
+            mean, spread = target.percent / 100, (target.spread or math.nan) / 100
+            line = {"treatment": target.treatment, "classes": target.classes, target.quantity: mean}
+            line |= {f"{target.quantity}_low": mean - spread, f"{target.quantity}_high": mean + spread}
+            lines.setdefault(f"{target.treatment}, published: {target.source}", []).append(line)
+    return treatments, lines
 
 
-def on_the_way(results: dict[str, Results]) -> dict[str, list[dict[str, Any]]]:
+def on_the_way(results: dict[str, Results]) -> dict[str, list[Line]]:
     """A curve for each class count of each label: lines of a summary with the `step` of their models.
 
     Raises:
         UserError: results that do not say for how many steps their models were trained.
     """
-    curves: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, list[Line]] = {}
     for label, result in results.items():
         try:
             steps = {str(model["name"]): int(model["step"]) for model in result.about["models"]}
-            rows = [(steps[row["model"]], row) for row in result.rows]
+            step_of = [steps[row["model"]] for row in result.rows]
         except (LookupError, TypeError, ValueError):
             raise UserError(f"{label} does not say how many steps its models were trained for") from None
-        for step in sorted({step for step, _ in rows}):
-            for line in summarise([row for of, row in rows if of == step]):
+        for step in sorted(set(step_of)):
+            for line in summarise([row for row in result.rows if steps[row["model"]] == step]):
                 name = f"{line['classes']} classes" if len(results) == 1 else f"{label}, {line['classes']}"
                 curves.setdefault(name, []).append({"step": step, **line})
     return curves
@@ -136,28 +217,24 @@ def figures(args: Plot) -> dict[str, Figure]:
         return {"training": training_figure(read_all(args.results, read_metrics))}
     results = read_all(args.results, read_results)
     if args.against == "steps":
-        return {"steps": comparison_figure(on_the_way(results), against="step")}
+        return {"steps": comparison_figure(on_the_way(results))}
     summaries = {label: summarise(result.rows) for label, result in results.items()}
     common = set.intersection(*({line["classes"] for line in lines} for lines in summaries.values()))
     if not common:
         raise UserError(f"{', '.join(results)} have no class count in common: there are no bars to draw")
     longest = max(common)
-    final = {
-        label: next(line for line in lines if line["classes"] == longest)
-        for label, lines in summaries.items()
-    }
+    final = {label: line for label in summaries for line in summaries[label] if line["classes"] == longest}
     of_omniglot = all(str(r.about.get("data", "omniglot")).startswith("omniglot") for r in results.values())
-    treatments, targets = published(results) if args.published and of_omniglot else ({}, [])
     # Published numbers at more classes than ours would only squeeze the curves.
     end = max(line["classes"] for lines in summaries.values() for line in lines)
-    targets = [target for target in targets if target.classes is not None and target.classes <= end]
+    treatments, known = published(results, end) if args.published and of_omniglot else ({}, {})
     beside = [
-        (label, target)
+        (label, line)
         for label, treatment in treatments.items()
-        for target in targets
-        if (target.classes, target.treatment) == (longest, treatment)
+        for line in chain(*known.values())
+        if (line["treatment"], line["classes"]) == (treatment, longest)
     ]
-    return {"curves": comparison_figure(summaries, targets), "bars": bars_figure(final, beside)}
+    return {"curves": comparison_figure(summaries, known), "bars": bars_figure(final, beside)}
 
 
 def main() -> None:
@@ -165,7 +242,11 @@ def main() -> None:
     for name, figure in figures(args).items():
         png, pdf = (args.out / f"{args.name}_{name}.{suffix}" for suffix in ("png", "pdf"))
         save_png(figure, png)
-        save_pdf(figure, pdf)
+        with (
+            default_style(),
+            atomic_write(pdf) as file,
+        ):  # without its date: the same file for the same figure
+            figure.savefig(file, format="pdf", metadata={"CreationDate": None})
         say(f"{png}\n{pdf}")
 
 

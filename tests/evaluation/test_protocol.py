@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.results import read_results
-from evaluation.runs import Journal, Key, how_chosen
+from evaluation.results import Key, append, known_scores, read_results
+from evaluation.runs import how_chosen
 from flags.evaluation import Evaluation
 from model.meta_test import MetaTest
 from model.scores import ACCURACY, MEASURES, Measure, Score
@@ -88,7 +87,7 @@ def test_without_a_preset_the_name_is_found(evaluate: Evaluate) -> None:
         ("--model OML.net --treatment-preset Pretrain", ["pretrained OML", "meta-trained OML"]),
         ("--model Pretrain.net --treatment-preset OML", ["meta-trained OML", "pretrained OML"]),
         ("--model OML.net --rln 13", ["--rln 13", "OML"]),
-        ("--model ANML.net OML.net", ["one treatment", "OML.net"]),
+        ("--model ANML.net OML.net", ["one treatment", "OML.net holds ('meta-trained', 'OML'"]),
         ("--model OML.net Pretrain.net", ["one treatment", "Pretrain.net"]),
         ("--model ANML.net nowhere.net", ["nowhere.net"]),
         ("--resume nowhere", ["nowhere"]),
@@ -147,7 +146,7 @@ def test_a_model_given_twice_counts_once(evaluate: Evaluate, capsys: pytest.Capt
     assert [row["model"] for row in rows] == ["ANML.net"] * 2 + ["ANML1.net"] * 2
     evaluate(f"--resume {folder} --runs 3")
     assert [row for row in numbers(folder)[0] if row["run"] < 2] == rows
-    assert "another file" in refused(
+    assert "other files" in refused(
         lambda: evaluate(f"--resume {folder} --model ANML_7.net ANML.net ANML1.net copy.net"), capsys
     )
 
@@ -157,9 +156,9 @@ def test_rates_at_the_edge_of_the_search_are_pointed_out() -> None:
         rows = [{"classes": n, "lr": lr} for n, lr in ((10, 0.01), (50, 0.003), (100, 0.001))]
         return how_chosen(parse(Evaluation, ["--model=M.net", *flags]), 1, rows)
 
-    assert chosen("--lrs=0.01,0.003,0.001").endswith(": 0.01 for 10 classes, 0.001 for 100 classes")
-    for flags in ("--lrs=0.03,0.01,0.003,0.001,0.0003", "--lrs=0.01", "--lr=0.01"):
-        assert "edge" not in chosen(flags)
+    assert chosen("--lrs", "0.01", "0.003", "0.001").endswith(": 0.01 for 10 classes, 0.001 for 100 classes")
+    for flags in ("--lrs 0.03 0.01 0.003 0.001 0.0003", "--lrs=0.01", "--lr=0.01"):
+        assert "edge" not in chosen(*flags.split())
 
 
 def test_a_diverged_run_says_so(evaluate: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,20 +261,20 @@ def test_what_would_change_numbers_is_refused_by_name(
         ("--lrs 0.1 0.2", "--lrs is [0.1, 0.2] and was [0.1]"),
         ("--lr 0.1", "--lr is 0.1 and was None"),
         *((flag, flag.split()[0]) for flag in ("--iid", "--epoch 2", "--nested", "--test", "--glyph_seed 1")),
-        ("--model ANML1.net", "ANML1.net is another file"),
-        ("--model ANML.net ANML1.net", "2 models"),
+        ("--model ANML1.net", "it tests ANML.net; --model ANML1.net are other files"),
+        ("--model ANML.net ANML1.net", "it tests ANML.net; --model ANML.net ANML1.net are other"),
     ):
         line = refused(lambda flags=flags: evaluate(f"--resume {folder} {flags}"), capsys)  # type: ignore[misc]
         assert message in line
         assert "--resume" in line
     Path("ANML.net").write_bytes((models / "ANML1.net").read_bytes())
-    assert "has changed since" in refused(lambda: evaluate(f"--resume {folder}"), capsys)
+    assert "have changed since" in refused(lambda: evaluate(f"--resume {folder}"), capsys)
     Path("ANML.net").write_bytes((models / "ANML.net").read_bytes())
     config = json.loads((folder / "config.json").read_text())
     for damage, message in (
         ({"data_hash": "0" * 64}, "data_hash"),
         ({"models": None}, "--model"),
-        ({"models": [5]}, "ANML.net is another file"),
+        ({"models": [5]}, "--model"),
         ({"arguments": {"steps": 5}}, "unknown key 'steps'"),
         ({"arguments": []}, "config.json"),
     ):
@@ -313,27 +312,22 @@ def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     score: Score = {"test": 1 / 3, "train": 0.1 + 0.2, "above_chance": 7, "diverged": 0}
     nothing = dict.fromkeys(score, 0) | {"diverged": 1}
 
-    def known() -> dict[Key, Score]:
-        with closing(Journal(path)) as journal:
-            return journal.known
-
     def add(key: Key, score: Score) -> None:
-        with closing(Journal(path)) as journal:
-            journal.add(key, score)
-            assert path.read_bytes().endswith(f"{score['diverged']}\n".encode())  # at once
+        append(path, [*key, *score.values()])
 
+    assert known_scores(path) == {}
     add(key, score)
     whole = path.read_bytes()
     for torn in range(len(whole)):
         path.write_bytes(whole[:torn])
-        assert known() == {}
+        assert known_scores(path) == {}
         add(key, score)
         assert path.read_bytes() == whole
     other = key._replace(lr=0.0009)
     add(other, nothing)
     for edit in (path.read_bytes(), b"\xef\xbb\xbf" + path.read_bytes(), windows(path.read_bytes())):
         path.write_bytes(edit)
-        assert known() == {key: score, other: nothing}
+        assert known_scores(path) == {key: score, other: nothing}
 
 
 def test_one_more_measure_is_one_more_line(
@@ -355,14 +349,14 @@ def test_one_more_measure_is_one_more_line(
     with pytest.raises(UserError, match="columns"):
         read_results(folder)
     with pytest.raises(UserError, match="columns"):
-        Journal(folder / "scores.csv")
+        known_scores(folder / "scores.csv")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (f"{COLUMNS},test\n", "columns"),
-        (f"{COLUMNS}\nsearch,a,2,0,0.1,nan,0.5,1,0\n", "after 0 scores: test is 'nan'"),
+        (f"{COLUMNS}\nsearch,a,2,0,0.1,nan,0.5,1,0\n", "line 2: test: 'nan'"),
         (f"{COLUMNS}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2: 7 fields"),
         (f"{COLUMNS}\nlunch,a,2,0,0.1,0.5,0.5,1,0\n", "lunch"),
         (f"{COLUMNS}\nsearch,a,2,0,x,0.5,0.5,1,0\n", "'x'"),
@@ -373,7 +367,7 @@ def test_a_journal_of_something_else(text: str, message: str, tmp_path: Path) ->
     path = tmp_path / "s.csv"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
-        Journal(path)
+        known_scores(path)
     assert path.read_bytes() == text.encode("latin-1")
 
 

@@ -12,8 +12,6 @@ from scipy import stats
 
 from evaluation.results import (
     METRICS,
-    bootstrap_interval,
-    compare,
     interval,
     read_metrics,
     read_results,
@@ -57,17 +55,14 @@ def test_what_is_written_comes_back(tmp_path: Path, edited: Callable[[bytes], by
         (HEADER, "no runs"),
         (f"{HEADER},extra\n{LINE},1", "columns"),
         (f"{HEADER}\n{LINE}\na.net,10,1,0.5", "line 3: 4 fields instead of 8"),
-        (f"{HEADER}\n{LINE}".replace("0.8", "nan"), "line 2: test is 'nan', not an accuracy"),
-        (f"{HEADER}\n{LINE}".replace("0.8", ""), "test is '', not an accuracy"),
-        (f"{HEADER}\n{LINE}".replace("0.9", "-0.1"), "train is '-0.1'"),
+        (f"{HEADER}\n{LINE}".replace("0.8", "nan"), "line 2: test: 'nan' is not a finite number"),
+        (f"{HEADER}\n{LINE}".replace("0.8", ""), "test: '' is not"),
+        (f"{HEADER}\n{LINE}".replace("0.9", "-0.1"), "train: '-0.1': choose 0 or greater"),
         (f"{HEADER}\n{LINE}".replace(",10,0,", ",10.5,0,"), "'10.5'"),
-        (f"{HEADER}\n{LINE}".replace("0.001", "inf"), "lr inf"),
-        (f"{HEADER}\n{LINE}".replace("0.001", "0"), "lr 0"),
-        (
-            f"{HEADER}\n{LINE}".replace("0.9,10", "0.9,11"),
-            "above_chance is '11', not a number of classes from 0 to 10",
-        ),
-        (f"{HEADER}\n{LINE}"[:-1] + "2", "diverged is '2', not a whole number from 0 to 1"),
+        (f"{HEADER}\n{LINE}".replace("0.001", "inf"), "lr: 'inf'"),
+        (f"{HEADER}\n{LINE}".replace("0.001", "0"), "lr: '0'"),
+        (f"{HEADER}\n{LINE}".replace("0.9,10", "0.9,-1"), "above_chance: '-1': choose 0 or greater"),
+        (f"{HEADER}\n{LINE}"[:-1] + "2", "diverged: '2': choose 0 or greater, at most 1"),
         (f"{HEADER}\n{LINE}\n{LINE}", "line 3: the same"),
         (f'{HEADER}\n"{LINE}', "not a CSV"),
         ("\xff\xfe\x00", "not text"),
@@ -125,7 +120,7 @@ def test_few_runs_have_the_interval_of_student() -> None:
     (line,) = summarise(rows)
     assert (line["test_low"], line["test_high"]) == pytest.approx(expected)
     assert line["test_interval"] == "Student's t over runs"
-    assert table(rows).splitlines()[-1] == "[ ] 95% interval: Student's t over runs"
+    assert table(rows).splitlines()[-1] == "± 95% interval: Student's t over runs"
     assert interval([[value] * 4 for value in VALUES]) == pytest.approx(
         (*expected, "Student's t over models"), abs=1e-12
     )
@@ -148,21 +143,19 @@ def test_intervals_hold_what_they_promise() -> None:
         assert 0.92 < held / 1000 < 0.98, sizes  # resampling 3 values: 0.72
 
 
-def test_an_interval_of_models_that_are_alike() -> None:
-    """Models of one distribution: the variance is that of means of models and of runs within them."""
-    groups = np.random.default_rng(1).normal(0.5, 0.1, (10, 10))
-    # What resampling of both levels has as its variance, in closed form.
-    between = groups.mean(1).var() / 10
-    within = groups.var(1).mean() / 100
-    half = 1.96 * np.sqrt(between + within)
-    ends = groups.mean() - half, groups.mean() + half
-    assert bootstrap_interval(groups.tolist()) == pytest.approx(ends, abs=0.003)
+def test_an_interval_of_many_models() -> None:
+    """The variance of a mean over models is that of the models' means."""
+    groups = np.random.default_rng(1).normal(0.5, 0.1, (20, 10))
+    half = 1.96 * groups.mean(1).std() / np.sqrt(20)
+    found = interval(groups.tolist())
+    assert found == (
+        *(pytest.approx(groups.mean() + end, abs=0.003) for end in (-half, half)),
+        "bootstrap over models",
+    )
 
 
 def test_models_with_unequal_numbers_of_runs() -> None:
-    assert bootstrap_interval([[0.5], [0.5, 0.5]]) == (0.5, 0.5)
-    low, high = bootstrap_interval([[0.0], [1.0, 1.0, 1.0]])
-    assert (low, high) == (0.0, 1.0)  # a quarter of the resamples is of the one model twice, each
+    assert interval([[0.5], [0.5, 0.5]] * 5) == (0.5, 0.5, "bootstrap over models")
     rows = [row(test=0.0), *(row(model="b.net", run=k, test=1.0) for k in range(3))]
     (line,) = summarise(rows)
     assert (line["models"], line["runs"], line["test"]) == (2, 4, 0.75)
@@ -172,17 +165,12 @@ def test_mann_whitney_by_hand() -> None:
     """U is the number of pairs in which `a` is better, ties counting half."""
     a = [row(run=k, test=value) for k, value in enumerate((0.1, 0.5, 0.9))]
     b = [row(run=k, test=value) for k, value in enumerate((0.2, 0.5))]
-    (line,) = compare(a, [*b, row(classes=50)])
-    assert line["test_u"] == 0 + 1.5 + 2
-    assert (line["runs_a"], line["runs_b"], line["classes"]) == (3, 2, 10)
-    assert line["test_a"] == pytest.approx(0.5)
-    assert line["train_p"] == 1  # all equal
-    (back,) = compare(b, a)
-    assert (back["test_p"], back["test_u"]) == (pytest.approx(line["test_p"]), 3 * 2 - line["test_u"])
+    line = compare_results.table(a, [*b, row(classes=50)], [10]).splitlines()[1].split()
+    assert line[:5] == ["10", "3/2", "50.0", "35.0", str(0 + 1.5 + 2)]
+    assert line[6:] == ["90.0", "90.0", "3", "1"]  # all equal
     # 3 against 3 without overlap: the most extreme of 20 orders, on two sides.
-    apart = [[row(run=k, test=base + k / 100) for k in range(3)] for base in (0.1, 0.7)]
-    (line,) = compare(*apart)
-    assert (line["test_u"], line["test_p"]) == (0, pytest.approx(2 / 20))
+    a, b = ([row(run=k, test=base + k / 100) for k in range(3)] for base in (0.1, 0.7))
+    assert compare_results.table(a, b, [10]).splitlines()[1].split()[4:6] == ["0", str(2 / 20)]
 
 
 def test_comparing_two_evaluations(tmp_path: Path, call: Callable[..., Called]) -> None:
@@ -191,7 +179,5 @@ def test_comparing_two_evaluations(tmp_path: Path, call: Callable[..., Called]) 
     write_results(a, [*shared, row(classes=75)], {"treatment": "ANML"})
     write_results(b, [*shared, row(classes=50), row(classes=100)], {"treatment": "OML"})
     out = call(compare_results, str(a), str(b / "results.csv")).stdout
-    assert f"A  {a}: ANML, 6 runs of 1 model\n" in out
-    assert "only in A, not compared: 75 classes" in out
-    assert "only in B, not compared: 50 100 classes" in out
+    assert f"A  {a}: ANML, 6 runs of 1 model after 10 75 classes\n" in out
     assert " ".join(out.splitlines()[-1].split()) == "10 5/5 20.0 20.0 12.5 1 90.0 90.0 12.5 1"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation.results import compare, read_results, table
+from evaluation.results import read_results, table
 from model.heads import NearestClassMean, fit_prior, view
 from model.learner import Settings
 from model.meta_test import LEARNERS, MetaTest
@@ -136,8 +136,6 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
     assert (begun / "forgetting_5.csv").read_bytes() == (whole / "forgetting_5.csv").read_bytes()
     assert results.rows[0]["lr"] is None
     assert table(results.rows).splitlines()[1].split()[:3] == ["2", "-", "6"]
-    (line, _) = compare(results.rows, read_results(evaluate(f"{flags} --runs 1 --power 1")).rows)
-    assert 0 <= line["test_p"] <= 1
     with pytest.raises(UserError, match=r"its treatment was .* --power 1"):
         evaluate(f"--resume {begun} --power 1")
 

@@ -17,7 +17,7 @@ from model.meta_learner import MetaLearner, gather
 from model.meta_test import new_run
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
-from model.rate_search import LOST, Draw, RateSearch, best_rate, next_tries
+from model.scores import LOST, Draw, RateSearch, best_rate, next_tries
 from tests import reference
 from utils.errors import UserError
 
@@ -237,18 +237,19 @@ def test_a_search_that_stops_early_chooses_what_a_full_one_does(
         n: {d: dict(zip(RATES, v[i], strict=True)) for d, v in zip(draws, values, strict=True)}
         for i, n in enumerate((5, 2))
     }
-    searches = {n: RateSearch(rates, sorted(draws), "test", full=full) for n in tables}
+    searches = {n: RateSearch(rates, sorted(draws), "test", full) for n in tables}
     made: set[tuple[Draw, float, int]] = set()
     while tries := next_tries(searches, number):
         undecided = [n for n in tables if not searches[n].decided]
         for draw, lr, counts in tries:
             assert counts
             assert set(counts) <= set(undecided)
+            assert lr is not None
             assert (draw, lr, counts[-1]) not in made
             for n in counts:
                 made.add((draw, lr, n))
                 value = tables[n][draw][lr]
-                searches[n].add(draw, lr, {"test": abs(value), "diverged": int(value == LOST)})
+                searches[n].scores[draw, lr] = {"test": abs(value), "diverged": int(value == LOST)}
     for n, table in tables.items():
         found = searches[n].best()
         assert found == best_rate(table)
@@ -265,7 +266,8 @@ def test_a_search_leaves_out_what_cannot_change_the_choice() -> None:
     search = RateSearch(list(RATES[:3]), list(table), "train")
     while tries := next_tries({10: search}):
         for draw, lr, _ in tries:
-            search.add(draw, lr, {"train": table[draw][lr], "diverged": 0})
+            assert lr is not None
+            search.scores[draw, lr] = {"train": table[draw][lr], "diverged": 0}
     assert [draw.number for draw, _ in search.scores] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert search.best() == 0.1
 

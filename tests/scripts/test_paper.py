@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.targets import read_targets
 from flags.common import DataFlags, RunFlags
 from flags.evaluation import Evaluation
 from flags.training import Training
@@ -21,7 +20,7 @@ from tests.conftest import ROOT, process
 from tests.tools.test_ledger import write_accuracies
 from tools.analyze_representation import Analysis
 from tools.compare_results import Comparison
-from tools.ledger import Ledger, ledger
+from tools.ledger import Ledger, ledger, read_targets
 from tools.plot_results import Plot
 from utils.command_line import parse, recorded
 from utils.flag import Flags

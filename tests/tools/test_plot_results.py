@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import Rectangle
 
-from evaluation.plots import bars_figure, comparison_figure, figure_pixels, training_figure
+from evaluation.plots import comparison_figure, figure_pixels
 from evaluation.results import Results, read_metrics, write_results
-from evaluation.targets import Target
 from model.scores import ACCURACY, MEASURES, Measure, accuracies
 from tests.conftest import Called, process
 from tests.tools.test_ledger import write_accuracies
 from tools import plot_results
 from tools.analyze_representation import activations_figure, embedding_figure
+from tools.plot_results import bars_figure, training_figure
 
 
 def summary(values: dict[int, float]) -> list[dict[str, float]]:
@@ -37,28 +36,27 @@ def summary(values: dict[int, float]) -> list[dict[str, float]]:
     ]
 
 
-def target(quantity: str, classes: int, published: float, spread: float | None = None) -> Target:
-    return Target("a", "A", quantity, classes, "", published, spread, 4.0, "source")
-
-
 def lines(axes: Axes) -> dict[str, list[list[float]]]:
     return {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.get_lines()}
 
 
 def test_curves_are_in_their_panels() -> None:
     curves = {"A": summary({100: 0.5, 10: 0.8}), "B": summary({10: 0.25})}
-    published = [target("test", 10, 70, 3), target("test", 100, 60), target("train", 10, 90)]
-    figure = comparison_figure(curves, published)
+    published = [{"classes": 10, "test": 0.7, "test_low": 0.67, "test_high": 0.73, "train": 0.9}]
+    figure = comparison_figure(curves, {"published": [*published, {"classes": 100, "test": 0.6}]})
     test, train = figure.axes
     np.testing.assert_allclose(lines(test)["A"], [[10, 80], [100, 50]])
     np.testing.assert_allclose(lines(train)["A"], [[10, 90], [100, 60]])
     np.testing.assert_allclose(lines(train)["B"], [[10, 35]])
     np.testing.assert_allclose(lines(test)["chance"][-1], [100, 1])
-    bars = [c for axes in (test, train) for c in axes.containers if isinstance(c, ErrorbarContainer)]
-    hollow = [np.asarray(bar.lines[0].get_xydata()).tolist() for bar in bars]
-    assert hollow == [[[10, 70], [100, 60]], [[10, 90]]]
+    np.testing.assert_allclose(lines(test)["published"], [[10, 70], [100, 60]])
+    np.testing.assert_allclose(lines(train)["published"], np.array([[10, 90], [100, np.nan]]))
+    spread = [c for c in test.collections if isinstance(c, LineCollection)][-1]
+    np.testing.assert_allclose(spread.get_segments()[0], [[10, 67], [10, 73]])
+    (points,) = (line for line in test.get_lines() if line.get_label() == "published")
+    assert (points.get_linestyle(), points.get_markerfacecolor()) == ("None", "none")
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["A", "B", "chance", "A, published: source"]
+    assert [text.get_text() for text in legend.get_texts()] == ["A", "B", "published", "chance"]
     # In black and white, line style and marker tell the curves apart.
     styles = {(line.get_linestyle(), line.get_marker()) for line in test.get_lines()[:2]}
     assert len(styles) == 2
@@ -66,14 +64,15 @@ def test_curves_are_in_their_panels() -> None:
 
 def test_bars_show_means_intervals_and_published_numbers() -> None:
     final = {"A": summary({600: 0.6})[0], "B": summary({600: 0.2})[0]}
-    figure = bars_figure(final, [("B", target("test", 600, 30)), ("B", target("train", 600, 40))])
+    figure = bars_figure(final, [("B", {"test": 0.3}), ("B", {"train": 0.4})])
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == pytest.approx(
         [60, 20, 70, 30]
     )
     assert [text.get_text() for text in axes.texts] == ["60.0", "20.0", "70.0", "30.0"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["A", "B"]
-    np.testing.assert_allclose(lines(axes)["published"], [[30, 0.8], [40, 1.2]])
+    published = [np.asarray(line.get_xydata()) for line in axes.get_lines() if line.get_marker() == "D"]
+    np.testing.assert_allclose(np.stack(published), [[[30, 0.8], [np.nan, 0.8]], [[np.nan, 1.2], [40, 1.2]]])
     intervals = [c for c in axes.collections if isinstance(c, LineCollection)]
     ends = {tuple(np.round(np.ravel(s), 6)) for c in intervals for s in c.get_segments()}
     assert (55, -0.2, 65, -0.2) in ends
@@ -135,7 +134,7 @@ def test_accuracy_on_the_way(
     ]
     models = [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]
     curves = plot_results.on_the_way({"run_0": Results(rows, {"models": models})})
-    test, train = comparison_figure(curves, against="step").axes
+    test, train = comparison_figure(curves).axes
     np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
     np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
     write_results(tmp_path, rows, {"models": models})
@@ -197,8 +196,8 @@ def test_script_writes_both_figures(
 
 def test_published_numbers_are_those_of_the_treatment() -> None:
     def shown(label: str, treatment: str) -> tuple[dict[str, str], set[str]]:
-        treatments, targets = plot_results.published({label: Results([], {"treatment": treatment})})
-        return treatments, {target.treatment for target in targets}
+        treatments, lines = plot_results.published({label: Results([], {"treatment": treatment})}, 600)
+        return treatments, {line["treatment"] for of_source in lines.values() for line in of_source}
 
     assert shown("mine", "OML-OLFT") == ({"mine": "OML-OLFT"}, {"OML-OLFT"})
     # The label decides: results do not say how their model was trained.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.plots import accuracy_figure, figure_pixels, gate_figure, save_png
+from evaluation.plots import comparison_figure, figure_pixels, gate_figure, save_png
 from flags.training import Training
 from tests.conftest import curve
 from utils.command_line import parse
@@ -85,16 +85,16 @@ def test_accuracy_figure(tmp_path: Path) -> None:
     row = {"test": 0.8, "test_low": 0.7, "test_high": 0.9}
     row |= {"train": 0.95, "train_low": 0.9, "train_high": 1.0}
     rows = [{"classes": 50, **row, "lr": 0.001}, {"classes": 10, **row}]
-    axes = accuracy_figure(rows).axes[0]
+    axes = comparison_figure({"ANML": rows}).axes[0]
     curves = {line.get_label(): np.asarray(line.get_xydata()) for line in axes.get_lines()}
-    assert curves["meta-test test (unseen images)"].tolist() == [[10, 80], [50, 80]]
+    assert curves["ANML"].tolist() == [[10, 80], [50, 80]]
     np.testing.assert_allclose(curves["chance"][[0, -1]], [[10, 10], [50, 2]])
-    assert {line.get_linestyle() for line in axes.get_lines()} == {"-", "--", ":"}
-    save_png(accuracy_figure(rows[:1]), tmp_path / "a.png")
+    assert {line.get_linestyle() for line in axes.get_lines()} == {"-", ":"}
+    save_png(comparison_figure({"ANML": rows[:1]}), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"a\.png"):
-        save_png(accuracy_figure(rows), tmp_path / "file" / "a.png")
+        save_png(comparison_figure({"ANML": rows}), tmp_path / "file" / "a.png")
 
 
 def test_gate_figure_shows_the_gates() -> None:
