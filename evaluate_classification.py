@@ -188,8 +188,8 @@ def learner_options(args: Evaluation, net: Network) -> tuple[dict[str, Any], str
         defaults["features"] = "gated"
         if args.features not in (None, "gated"):
             raise UserError(f"--features {args.features}: {net.network} has no gate; drop the flag")
-    asked = {name: getattr(args, name) for name in defaults}
-    options = defaults | {name: value for name, value in asked.items() if value is not None}
+    options = {name: getattr(args, name) for name in defaults}
+    options |= {name: defaults[name] for name in defaults if options[name] is None}
     return options, kind.describe(options, defaults)
 
 

@@ -33,9 +33,9 @@ STYLES = (
 HOLLOW = tuple(("none", marker, "black") for marker in "os^DvPX*")  # of published numbers
 DPI = 150  # of PNG files
 
-Summary = Sequence[Mapping[str, Any]]
-"""One mapping per class count, as `evaluation.results.summarise` returns them: `classes` (count) and mean and
-95% interval, 0 to 1, of each accuracy: `test`, `test_low`, `test_high` and the like, None if unknown."""
+Line = Mapping[str, Any]
+"""One line of what `evaluation.results.summarise` returns: `classes` (count) and mean and 95% interval, 0 to
+1, of each accuracy: `test`, `test_low`, `test_high` and the like, None if unknown."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 @default_style()
 def comparison_figure(
-    curves: Mapping[str, Summary], published: Mapping[str, Summary] | None = None
+    curves: Mapping[str, Sequence[Line]], published: Mapping[str, Sequence[Line]] | None = None
 ) -> Figure:
     """Accuracy of treatments against the number of classes, or against the meta-steps that their models were
     trained for, where the lines of the curves have a `step`: a panel for each accuracy.
@@ -88,9 +88,8 @@ def comparison_figure(
             counts = np.geomspace(min(classes), max(classes), 100)
             axes.plot(counts, 100 / counts, "k:", label="chance")
             axes.set_xlim(left=0)
-        axes.set_title(MEASURES[name].title)
-        axes.set_xlabel("classes learned one after another" if against == "classes" else "meta-steps")
-        axes.set_ylabel(with_interval("accuracy (%)", everything))
+        along = "classes learned one after another" if against == "classes" else "meta-steps"
+        axes.set(title=MEASURES[name].title, xlabel=along, ylabel=with_interval("accuracy (%)", everything))
         axes.set_ylim(0, 102)  # room for the upper half of a marker
         axes.grid(alpha=0.3)
         axes.label_outer()
@@ -99,13 +98,13 @@ def comparison_figure(
     return figure
 
 
-def with_interval(label: str, rows: Summary) -> str:
+def with_interval(label: str, rows: Sequence[Line]) -> str:
     """The label of an axis, which names the interval where some row has one."""
     known = any(row.get(f"{name}_low") is not None for row in rows for name in accuracies())
     return f"{label}, 95% interval" if known else label
 
 
-def percent(rows: Summary, key: str) -> NDArray[np.float64]:
+def percent(rows: Sequence[Line], key: str) -> NDArray[np.float64]:
     """A column in percent; NaN, which is not drawn, for None."""
     return 100 * np.array([row.get(key) for row in rows], dtype=float)
 
@@ -149,9 +148,8 @@ def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figu
     figure = new_figure(9, 0.8 + 0.25 * len(gates))
     axes = figure.add_subplot()
     image = axes.imshow(gates, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_xlabel("feature of the prediction network")
     axes.set_yticks(range(len(gates)), [str(label) for label in labels])
-    axes.set_ylabel("class")
+    axes.set(xlabel="feature of the prediction network", ylabel="class")
     figure.colorbar(image, label="gate")
     return figure
 
@@ -167,11 +165,8 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def save_png(figure: Figure, path: Path) -> NDArray[np.uint8]:
-    """Write the figure as PNG, whole or not at all; returns its pixels, which take longer than writing them.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write the figure as PNG, whole or not at all, or raise UserError; returns its pixels, which take longer
+    than writing them."""
     figure.set_dpi(DPI)
     pixels = figure_pixels(figure)
     with atomic_write(path) as file:

@@ -173,13 +173,10 @@ def known_scores(path: Path) -> dict[Key, Score]:
 
 
 def append(path: Path, values: Sequence[object]) -> None:
-    """Append a line to a CSV file and put it on disk; numbers have all their digits.
+    """Append a line to a CSV file and put it on disk, or raise UserError; numbers have all their digits.
 
     Rewriting the whole file each time would be as safe, but would cost more with every score, of which a
     search makes thousands.
-
-    Raises:
-        UserError: the line cannot be written.
     """
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)

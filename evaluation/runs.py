@@ -155,13 +155,14 @@ def evaluate(
         if args.lr is None and LEARNERS[args.learner].takes_steps:
             for classes, made in search(args, runs, counts).items():
                 rates[classes] = made.best()
-                decided = f"decided by {len(made.scores)} tries of {made.most}"
+                start, number, most = len(tries), len(made.scores), len(made.rates) * len(made.draws)
+                decided = f"decided by {number} tries of {most}"
                 log.info("%d classes: learning rate %g, %s", classes, made.best(), decided)
-                numbers.append({"classes": classes, "made": len(made.scores), "of": made.most})
+                numbers.append({"classes": classes, "made": number, "of": most})
                 for (draw, lr), score in made.scores.items():
                     name = runs.models[draw.model].name
                     tries.append({"model": name, "classes": classes, "draw": draw.number, "lr": lr, **score})
-                _warn_of_diverged("tries", tries[-len(made.scores) :])
+                _warn_of_diverged("tries", tries[start:])
         found = report(args, runs, rates)
         _warn_of_diverged("runs", found)
         rows += found
@@ -274,7 +275,10 @@ class Runs:
             for key, score, remembered in chain(*self.group.gather(own)):
                 self.known[key] = score
                 if is_first() and remembered:
-                    _write_forgetting(self.run, key.classes, remembered)
+                    name = f"forgetting_{key.classes}"
+                    write_table(self.run.folder / f"{name}.csv", remembered)
+                    pixels = save_png(forgetting_figure(remembered), self.run.folder / f"{name}.png")
+                    self.run.image(f"meta_test/{name}", pixels, key.classes)
                 if is_first():
                     append(self.path, [*key, *score.values()])
             for job in together:
@@ -321,13 +325,6 @@ def by_class(answers: Answers) -> list[Row]:
     rows = enumerate(zip(answers.classes.tolist(), train, test, strict=True))
     seen = len(answers.classes)
     return [{"seen": seen, "position": k, "class": c, "train": a, "test": b} for k, (c, a, b) in rows]
-
-
-def _write_forgetting(run: Run, classes: int, rows: Sequence[Row]) -> None:
-    """Write what a run of `classes` classes remembered on its way: a table, a picture, and to TensorBoard."""
-    write_table(run.folder / f"forgetting_{classes}.csv", rows)
-    pixels = save_png(forgetting_figure(rows), run.folder / f"forgetting_{classes}.png")
-    run.image(f"meta_test/forgetting_{classes}", pixels, classes)
 
 
 def validate(run: Run, net: Network, images: Pool, step: int, classes: int, learner: str) -> None:

@@ -160,11 +160,6 @@ class RateSearch:
     scores: dict[tuple[Draw, float | None], Score] = field(default_factory=dict, init=False)
 
     @property
-    def most(self) -> int:
-        """The number of tries of a full search."""
-        return len(self.rates) * len(self.draws)
-
-    @property
     def decided(self) -> bool:
         """Whether one candidate is left: the search asks for no more tries."""
         return not self.full and len(self._candidates()) == 1

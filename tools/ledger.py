@@ -174,11 +174,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def ledger(folder: Path) -> str:
-    """The tables of docs/results.md, from the files in `folder`.
-
-    Raises:
-        UserError: a file is malformed.
-    """
+    """The tables of docs/results.md, from the files in `folder`; raises UserError where one is malformed."""
     targets = read_targets(folder / "targets.csv")
     results, manifest = our_results(folder)
     training = {row["result"]: row["training"] for row in manifest}  # beside each number: it may be short
@@ -220,11 +216,8 @@ def ledger(folder: Path) -> str:
 
 
 def inserted(text: str, tables: str, source: Path) -> str:
-    """`text` with `tables` between the two marker lines.
-
-    Raises:
-        UserError: the markers are not there once each, in order.
-    """
+    """`text` with `tables` between the two marker lines; raises UserError where these are not there once
+    each, in order."""
     parts = re.split(f"({re.escape(START)}|{re.escape(END)})", text)
     if parts[1::2] != [START, END]:
         raise UserError(f"{source} must hold these two lines once each: {START} and {END}")

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from evaluation.plots import (
     STYLES,
+    Line,
     comparison_figure,
     default_style,
     new_figure,
@@ -50,8 +51,6 @@ SMOOTHED = 50  # meta-steps, since that of one trajectory says little
 FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
 
 Found = TypeVar("Found")
-Line = Mapping[str, Any]
-"""One line of a summary; see `evaluation.results.summarise`."""
 
 
 @default_style()
@@ -72,9 +71,7 @@ def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Fi
         panels[1].plot(steps, 100 * remember, line, color=colour, label=f"remember, {label}")
         panels[1].plot(steps, 100 * trajectory, ":", color=colour, label=f"trajectory, {label}")
     for axes, title in zip(panels, ("loss of the query images", "accuracy (%)"), strict=True):
-        axes.set_title(title)
-        axes.set_xlabel(f"meta-step (means over {SMOOTHED})")
-        axes.set_ylim(bottom=0)
+        axes.set(title=title, xlabel=f"meta-step (means over {SMOOTHED})", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
     return figure
@@ -110,8 +107,7 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
     axes.axvline(100 / classes, color="black", linestyle=":", label="chance")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 111)
-    axes.set_xticks(range(0, 101, 20))
+    axes.set(xlim=(0, 111), xticks=range(0, 101, 20))
     axes.set_xlabel(with_interval(f"accuracy after {classes} classes (%)", lines))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
@@ -162,11 +158,8 @@ def published(results: dict[str, Results], most: int) -> tuple[dict[str, str], d
 
 
 def on_the_way(results: dict[str, Results]) -> dict[str, list[Line]]:
-    """A curve for each class count of each label: lines of a summary with the `step` of their models.
-
-    Raises:
-        UserError: results that do not say for how many steps their models were trained.
-    """
+    """A curve for each class count of each label: lines of a summary with the `step` of their models; raises
+    UserError where results do not say for how many steps their models were trained."""
     curves: dict[str, list[Line]] = {}
     for label, result in results.items():
         try:
