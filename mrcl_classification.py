@@ -30,8 +30,6 @@ import torch
 
 from datasets import ImageSet, Pool
 from datasets.task_sampler import (
-    check_episode,
-    check_trajectory,
     longest_share,
     sample_episode,
     sample_trajectory,
@@ -193,10 +191,12 @@ def check_images(args: Training, images: ImageSet) -> None:
     if args.learner == "prototypes":
         drawn = args.shots + args.queries
         images.require(drawn, f"--shots {args.shots} and --queries {args.queries}")
-        check_episode(images.sizes, args.ways, drawn, args.symmetries)
+        size = images.sizes, torch.Generator()
+        sample_episode(*size, ways=args.ways, images=drawn, symmetries=args.symmetries)
     elif args.learner == "sgd":
         images.require(longest_share(args.update_step, args.tasks), f"--update_step {args.update_step}")
-        check_trajectory(images.sizes, args.update_step, args.tasks, args.remember)
+        size = images.sizes, torch.Generator()
+        sample_trajectory(*size, update_step=args.update_step, tasks=args.tasks, remember=args.remember)
     if args.eval_every:
         images.require(2, f"--eval_every {args.eval_every}")
         if args.eval_classes > len(images):

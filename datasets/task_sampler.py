@@ -1,25 +1,42 @@
-"""Draws the images of a meta-step and of a meta-test run, as indices; the pixels stay on the device."""
+"""Draws the images of a meta-step and of a meta-test run, as indices; the pixels stay on the device.
+
+Episodes may have more than there is: other classes by symmetries, and distorted drawings of a class.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from utils.errors import UserError
 
+TURN = math.radians(12)
+STRETCH = math.log(1.15)
+SHEAR = 0.15
+SHIFT = 2  # pixels
+"""How far `distort` goes, each way, at strength 1."""
+
+TRANSPOSED_AND_FLIPPED = tuple(
+    tuple(bool(int(bit)) for bit in steps)
+    for steps in (["000", "110", "011", "101", "001", "100", "010", "111"])
+)
+"""For each symmetry, whether the image is transposed, then flipped upside down, then left to right."""
+
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One meta-training task, as indices into the meta-training classes.
+    """One meta-training task, as indices (class, image) into the meta-training classes.
 
     Attributes:
         classes: the sampled classes, whose head rows are drawn anew.
-        support: [T, 2] (class, image) of the inner loop, in order.
-        query: [R + T, 2] (class, image) of the outer loss: R remember images, then the support.
+        support: [T, 2] of the inner loop, in order.
+        query: [R + T, 2] of the outer loss: R remember images, then the support.
     """
 
     classes: list[int]
@@ -37,21 +54,6 @@ def _pairs(positions: Tensor, sizes: Sequence[int]) -> Tensor:
 def longest_share(update_step: int, tasks: int) -> int:
     """How many images a trajectory has of its last class. It has no more of any other class."""
     return update_step - update_step // tasks * (tasks - 1)
-
-
-def check_trajectory(sizes: Sequence[int], update_step: int, tasks: int, remember: int) -> None:
-    """Raise UserError where :func:`sample_trajectory` would need more classes or images than there are."""
-    longest = longest_share(update_step, tasks)
-    if update_step < tasks or longest > min(sizes):
-        raise UserError(
-            f"--update_step {update_step} over --tasks {tasks} needs up to {longest} images of a "
-            f"class and at least 1; a class has {min(sizes)}"
-        )
-    if tasks > len(sizes) or remember > sum(sizes):
-        raise UserError(
-            f"--tasks {tasks} and --remember {remember} ask for more than the {len(sizes)} "
-            f"meta-training classes of {sum(sizes)} images hold"
-        )
 
 
 def sample_trajectory(
@@ -75,12 +77,16 @@ def sample_trajectory(
     Raises:
         UserError: more classes or images asked for than there are.
     """
-    check_trajectory(sizes, update_step, tasks, remember)
     share, longest = update_step // tasks, longest_share(update_step, tasks)
+    if not share or longest > min(sizes) or tasks > len(sizes) or remember > sum(sizes):
+        raise UserError(
+            f"--update_step {update_step} over --tasks {tasks}, 1 to {longest} images of a class, and "
+            f"--remember {remember} ask for more than {len(sizes)} meta-training classes of {min(sizes)} or "
+            f"more images, {sum(sizes)} in all, hold"
+        )
     classes = torch.randperm(len(sizes), generator=generator)[:tasks].tolist()
     parts = []
-    for position, label in enumerate(classes):
-        size = longest if position == tasks - 1 else share
+    for label, size in zip(classes, [share] * (tasks - 1) + [longest], strict=True):
         order = torch.randperm(sizes[label], generator=generator)[:size]
         parts.append(torch.stack([torch.full_like(order, label), order], 1))
     support = torch.cat(parts)
@@ -95,20 +101,11 @@ class Episode:
     Attributes:
         index: [W, K, 2] (class, image).
         symmetries: [W] the symmetry of the square in which the images of a class are shown; see
-            `augmentation.show`.
+            `show`.
     """
 
     index: Tensor
     symmetries: Tensor
-
-
-def check_episode(sizes: Sequence[int], ways: int, images: int, symmetries: int) -> None:
-    """Raise UserError where :func:`sample_episode` would need more classes or images than there are."""
-    if ways > len(sizes) * symmetries or images > min(sizes):
-        raise UserError(
-            f"--ways {ways} classes of --shots and --queries, {images} images each, are more than the "
-            f"{len(sizes) * symmetries} meta-training classes of {min(sizes)} images hold"
-        )
 
 
 def sample_episode(
@@ -130,13 +127,55 @@ def sample_episode(
     Raises:
         UserError: more classes or images asked for than there are.
     """
-    check_episode(sizes, ways, images, symmetries)
+    if ways > len(sizes) * symmetries or images > min(sizes):
+        raise UserError(
+            f"--ways {ways} classes of --shots and --queries, {images} images each, are more than the "
+            f"{len(sizes) * symmetries} meta-training classes of {min(sizes)} images hold"
+        )
     drawn = torch.randperm(len(sizes) * symmetries, generator=generator)[:ways]
     classes = drawn // symmetries
     numbers = torch.rand(ways, max(sizes), generator=generator)
     absent = torch.arange(max(sizes)) >= torch.tensor(sizes)[classes, None]
     orders = numbers.masked_fill(absent, 1).argsort(1)[:, :images]
     return Episode(torch.stack([classes[:, None].expand(ways, images), orders], 2), drawn % symmetries)
+
+
+def show(images: Tensor, symmetries: Tensor) -> Tensor:
+    """Images [N, ..., H, W], H = W, each turned or mirrored by one of the 8 `symmetries`, [N] on the CPU.
+
+    Symmetries 0 to 3 are quarter turns; 4 to 7 are quarter turns of the mirrored image. A character that is
+    turned or mirrored is another character.
+    """
+    steps = torch.tensor(TRANSPOSED_AND_FLIPPED)[symmetries].to(images.device, non_blocking=images.is_cuda)
+    transpose, vertical, horizontal = steps.view(-1, 3, *[1] * (images.ndim - 1)).unbind(1)
+    images = torch.where(transpose, images.transpose(-2, -1), images)
+    images = torch.where(vertical, images.flip(-2), images)
+    return torch.where(horizontal, images.flip(-1), images)
+
+
+def distort(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Images [B, C, H, W], each with probability one half turned, stretched, sheared and shifted at random.
+
+    The other images stay as they are at meta-test: a distorted image has blurred lines.
+
+    Args:
+        generator: source of all randomness, on the CPU.
+        strength: of all changes; 1 for up to `TURN`, `STRETCH`, `SHEAR` and `SHIFT`.
+    """
+    drawn = torch.rand(7, len(images), generator=generator) * 2 - 1
+    angle, shear, wide, high, right, down = strength * drawn[:6]
+    cosine, sine = torch.cos(TURN * angle), torch.sin(TURN * angle)
+    wide, high = torch.exp(STRETCH * wide), torch.exp(STRETCH * high)
+    pixel = 2 / images.shape[-1]
+    rows = [
+        torch.stack([cosine * wide, (SHEAR * shear - sine) * wide, SHIFT * pixel * right], 1),
+        torch.stack([sine * high, cosine * high, SHIFT * pixel * down], 1),
+    ]
+    maps = torch.stack(rows, 1).to(images.device, images.dtype, non_blocking=images.is_cuda)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    distorted = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    chosen = (drawn[6] > 0).to(images.device, non_blocking=images.is_cuda)
+    return torch.where(chosen[:, None, None, None], distorted, images)
 
 
 @dataclass(frozen=True)

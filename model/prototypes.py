@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from datasets.augmentation import distort, show
 from datasets.images import Pool
-from datasets.task_sampler import Episode
+from datasets.task_sampler import Episode, distort, show
 from model.meta_learner import OuterLoop, gather
 from model.modelfactory import Network
 from model.optimizer import Adam

@@ -10,8 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 import mrcl_classification
-from datasets.augmentation import distort, show
-from datasets.task_sampler import sample_episode
+from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
 from model.prototypes import PrototypeLearner, prototype_logits
 from tests.conftest import Run, assert_same_run
