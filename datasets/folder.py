@@ -12,19 +12,18 @@ import os
 import re
 import unicodedata
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from datasets.cache import cached
-from datasets.images import DAMAGE, SIZE, SPLITS, ImageSet, open_picture, reason, shrink
+from datasets.images import DAMAGE, SIZE, SPLITS, ImageSet, Picture, open_picture, reason, shrink, stamp_of
 from utils.errors import UserError
 from utils.flag import Range
 
@@ -36,16 +35,6 @@ OTHER_SPLITS = {"train", "training", "val", "valid", "validation", "test", "test
 SHOWN = 3  # files or folders named in a message
 
 Label = tuple[str, ...]  # the path of a class folder below the root
-Placed = dict[Label, tuple[str, str]]  # the split and the name of each class
-
-
-class Picture(NamedTuple):
-    """One file. Its stamp, size and times (ns), changes with its content."""
-
-    label: Label
-    name: str
-    path: Path
-    stamp: tuple[int, ...]
 
 
 def load(
@@ -89,36 +78,37 @@ def load(
         log.warning("%s: %d files are no picture of a class: %s", root, len(others), _some(others))
 
     def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-        images = np.empty((len(positions), channels or 3, SIZE, SIZE), np.uint8)
-        for image, position in zip(images, positions, strict=True):
-            image[:] = _decode(pictures[position], channels)
-        return images
+        return np.stack([_decode(pictures[position].path, channels) for position in positions])
 
     origin = repr((channels, [(p.label, p.name, p.stamp) for p in pictures])).encode()
     home = root.resolve()
     name = re.sub(r"[^\w.]", "_", home.name) + "-" + hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
     pixels = cached(cache_dir, name, origin, len(pictures), make)
-    if channels is None and np.array_equal(pixels, pixels[:, :1].repeat(3, 1)):
+    if channels is None and (pixels == pixels[:, :1]).all():
         pixels = pixels[:, :1]
-    _report_leaks(root, pictures, pixels, placed)
-    sets = {}
+    drawn = [name for where, name in placed.values() if where == "evaluation"]
+    notes = {"evaluation_classes": drawn} if evaluation_classes else {}
+    sets, files = {}, {}
     for side in SPLITS:
-        classes: defaultdict[str, list[int]] = defaultdict(list)
-        for position, picture in enumerate(pictures):
-            where, name = placed[picture.label]
-            if where == side:
-                classes[name].append(position)
+        rows = [row for row, picture in enumerate(pictures) if placed[picture.label][0] == side]
+        # Pictures of one split whose pixels are those of a picture of the other are found by their hashes.
+        files[side] = {hash(pixels[row].tobytes()): pictures[row].path.relative_to(root) for row in rows}
+        groups = groupby(rows, lambda row: pictures[row].label)
+        classes = {placed[label][1]: pixels[list(members)] for label, members in groups}
         if len(classes) > 1:
-            images = torch.from_numpy(pixels[np.concatenate(list(classes.values()))])
-            sizes = tuple(map(len, classes.values()))
-            drawn = [name for where, name in placed.values() if where == "evaluation"]
-            notes = {"evaluation_classes": drawn} if evaluation_classes else {}
-            sets[side] = ImageSet(f"folder {home.name} {side}", images, sizes, tuple(classes), notes=notes)
+            sets[side] = ImageSet.of(f"folder {home.name} {side}", classes, notes=notes)
         elif side == split:
             kept = f" with --evaluation_classes {evaluation_classes}" if evaluation_classes else ""
             raise UserError(
                 f"{root}: {len(classes)} classes in {split}{kept}; to tell classes apart takes two"
             )
+    background, evaluation = (files[side] for side in SPLITS)
+    if same := background.keys() & evaluation.keys():
+        leaks = [f"{evaluation[key].as_posix()} is {background[key].as_posix()}" for key in same]
+        log.warning(
+            "%s: a leak, %d pictures of meta-test classes are pictures of meta-training classes: %s",
+            *(root, len(leaks), _some(leaks)),
+        )
     return sets
 
 
@@ -137,9 +127,7 @@ def _scan(root: Path) -> tuple[list[Picture], list[Path]]:
         for path in (folder / name for name in files if name[0] != "."):
             # Reading a device or a pipe might wait without end.
             if label and path.suffix.lower() in SUFFIXES and path.is_file():
-                status = path.stat()
-                stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-                pictures.append(Picture(label, _readable(path.name), path, stamp))
+                pictures.append(Picture(label, _readable(path.name), path, stamp_of(path)))
             else:
                 others.append(path.relative_to(root))
     if not pictures:
@@ -165,7 +153,9 @@ def _some(names: Iterable[object]) -> str:
     return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 
-def _split_classes(root: Path, labels: Sequence[Label], evaluation_classes: int | None, seed: int) -> Placed:
+def _split_classes(
+    root: Path, labels: Sequence[Label], evaluation_classes: int | None, seed: int
+) -> dict[Label, tuple[str, str]]:
     """The split and the name of each class, by folders called `background` and `evaluation` or by a draw."""
     inside = {label: (label[0], "/".join(label[1:])) for label in labels if label[0] in SPLITS and label[1:]}
     if inside:
@@ -193,23 +183,8 @@ def _split_classes(root: Path, labels: Sequence[Label], evaluation_classes: int 
     return {label: ("evaluation" if label in drawn else "background", "/".join(label)) for label in labels}
 
 
-def _report_leaks(root: Path, pictures: Sequence[Picture], pixels: NDArray[np.uint8], placed: Placed) -> None:
-    """Name pictures of one split whose pixels are those of a picture of the other."""
-    hashes: dict[str, dict[int, str]] = {split: {} for split in SPLITS}
-    for picture, image in zip(pictures, pixels, strict=True):
-        split = placed[picture.label][0]
-        hashes[split][hash(image.tobytes())] = picture.path.relative_to(root).as_posix()
-    background, evaluation = hashes.values()
-    leaks = [f"{evaluation[same]} is {background[same]}" for same in evaluation.keys() & background.keys()]
-    if leaks:
-        log.warning(
-            "%s: a leak, %d pictures of meta-test classes are pictures of meta-training classes: %s",
-            *(root, len(leaks), _some(leaks)),
-        )
-
-
-def _decode(file: Picture, channels: int | None) -> NDArray[np.uint8]:
-    """Decode a picture to uint8 [C, 28, 28], C = `channels`; a grey one has one channel where that is None.
+def _decode(path: Path, channels: int | None) -> NDArray[np.uint8]:
+    """Decode a picture to uint8 [1, 28, 28] where `channels` is 1, else to [3, 28, 28].
 
     Raises:
         UserError: the file is no picture, is damaged or has too many bits.
@@ -217,12 +192,10 @@ def _decode(file: Picture, channels: int | None) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
-            picture = _flat(file.path.read_bytes())
-            if channels == 1 or (channels is None and picture.mode in ("1", "L")):
-                return shrink(picture.convert("L"))[None]
-            return shrink(picture.convert("RGB"))
+            picture = _flat(path.read_bytes()).convert("L" if channels == 1 else "RGB")
+        return shrink(picture).reshape(-1, SIZE, SIZE)
     except DAMAGE as error:
-        raise UserError(f"{file.path}: {reason(error)}; restore the file or remove it") from error
+        raise UserError(f"{path}: {reason(error)}; restore the file or remove it") from error
 
 
 def _flat(content: bytes) -> Image.Image:

@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from utils.errors import UserError
 
 SPLITS = ("background", "evaluation")  # for meta-training and for meta-test; the two share no class
 SIZE = 28  # pixels, side of the images that networks see
-IMAGE_SHAPES = [(channels, SIZE, SIZE) for channels in (1, 3)]
 FILTER = Image.Resampling.LANCZOS  # as in the released code
 
 DAMAGE = (
@@ -47,10 +47,12 @@ class Normalisation:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if (len(self.mean), len(self.std)) not in ((1, 1), (3, 3)):
-            raise ValueError("mean and standard deviation of pixels are one number each, or three")
-        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
-            raise ValueError("mean and standard deviation of pixels are finite, and the latter above 0")
+        counts, finite = (len(self.mean), len(self.std)), all(map(math.isfinite, self.mean + self.std))
+        if counts not in ((1, 1), (3, 3)) or not finite or min(self.std) <= 0:
+            raise ValueError(
+                "mean and standard deviation of pixels are one finite number each, or three, and "
+                "the latter above 0"
+            )
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Normalisation:
@@ -74,13 +76,8 @@ class Normalisation:
     def __call__(self, pixels: Tensor) -> Tensor:
         """float32 [N, C, H, W] of uint8 images; with three means, grey images get three channels."""
         # The released code normalises in float32, whatever it computes in afterwards.
-        x = pixels.float()
-        if len(self.mean) == 1:
-            return x.sub_(self.mean[0]).div_(self.std[0])
-        x = x.expand(-1, 3, -1, -1).clone() if x.shape[1] == 1 else x
-        for channel, mean, std in zip(x.unbind(1), self.mean, self.std, strict=True):
-            channel.sub_(mean).div_(std)
-        return x
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
+        return (pixels - mean).div_(std)
 
 
 OMNIGLOT = Normalisation((0.92206 * 256,), (0.08426 * 256 * 256,))
@@ -156,7 +153,7 @@ class ImageSet:
     data_hash: str = ""
 
     def __post_init__(self) -> None:
-        _check_shape(self.images)
+        object.__setattr__(self, "images", _as_images(self.images))
         if not self.classes or len(self.classes) != len(self.sizes) or sum(self.sizes) != len(self.images):
             counts = f"{len(self.classes)} classes of {sum(self.sizes)} images"
             raise ValueError(f"{counts}; {len(self.images)} images")
@@ -170,9 +167,8 @@ class ImageSet:
     @classmethod
     def of(cls, name: str, classes: Mapping[str, Tensor | NDArray[np.uint8]], **fields: Any) -> ImageSet:
         """A set of images, uint8 [D, 28, 28] or [D, C, 28, 28] by the name of their class."""
-        parts = [torch.as_tensor(part) for part in classes.values()]
-        images = torch.cat([part.unsqueeze(1) if part.ndim == 3 else part for part in parts])
-        return cls(name, images, tuple(map(len, parts)), tuple(classes), **fields)
+        parts = [_as_images(part) for part in classes.values()]
+        return cls(name, torch.cat(parts), tuple(map(len, parts)), tuple(classes), **fields)
 
     def __len__(self) -> int:
         """Number of classes."""
@@ -247,14 +243,17 @@ class ImageSet:
         return Pool(normalise(self.images.to(device)).to(dtype), self.sizes)
 
 
-def _check_shape(images: Tensor) -> None:
-    """Raise ValueError for images that networks cannot read."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] not in IMAGE_SHAPES:
+def _as_images(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
+    """[B, C, 28, 28] of uint8 [B, 28, 28] or [B, C, 28, 28]. Raises ValueError for another shape or type."""
+    images = torch.as_tensor(pixels)
+    images = images.unsqueeze(1) if images.ndim == 3 else images
+    if images.dtype != torch.uint8 or images.shape[1:] not in [(1, SIZE, SIZE), (3, SIZE, SIZE)]:
         raise ValueError(
             f"images are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}, not uint8 "
             f"[B, C, {SIZE}, {SIZE}] from 0 to 255 with one channel or three: scale pictures down to "
             f"{SIZE} x {SIZE}, as datasets.images.shrink does"
         )
+    return images
 
 
 def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation = OMNIGLOT) -> Tensor:
@@ -269,21 +268,38 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
     Warns:
         UserWarning: images that look like light ink on dark paper, for a network trained on Omniglot.
     """
-    pixels = torch.as_tensor(pixels)
-    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels
-    _check_shape(pixels)
-    if normalisation == OMNIGLOT and len(pixels) and pixels.float().mean() < 128:
+    images = _as_images(pixels)
+    if normalisation == OMNIGLOT and images.float().mean() < 128:  # the mean of no images is NaN
         warnings.warn(
             "most pixels are dark: the networks have seen dark ink (0) on light paper (255); 255 - images "
             "turns the one into the other",
             stacklevel=2,
         )
-    return normalisation(pixels)
+    return normalisation(images)
+
+
+class Picture(NamedTuple):
+    """A file, a `Path` or a `zipfile.Path`: the folders that name its class, its own name, and a stamp, which
+    changes with its content."""
+
+    label: tuple[str, ...]
+    name: str
+    path: Any
+    stamp: tuple[int, ...]
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Size and times (ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_picture(content: bytes, formats: tuple[str, ...]) -> Image.Image:
     """The picture in a file of one of Pillow's `formats`. Raises one of DAMAGE."""
-    picture = Image.open(io.BytesIO(content), formats=formats)
+    try:
+        picture = Image.open(io.BytesIO(content), formats=formats)
+    except UnidentifiedImageError:  # its message is an address
+        raise ValueError(f"not a {formats[0]} picture" if len(formats) == 1 else "not a picture") from None
     if picture.format == "PNG":
         picture.verify()  # decoding alone ignores checksums, and verifying uses the picture up
         picture = Image.open(io.BytesIO(content), formats=formats)
@@ -297,16 +313,11 @@ def shrink(picture: Image.Image) -> NDArray[np.uint8]:
     The released code converts to RGB first. The filter treats each channel alone, so the three channels of
     a grey picture are equal to each other and to the one channel here.
     """
-    grey = picture.mode != "RGB"
-    small = (picture.convert("L") if grey else picture).resize((SIZE, SIZE), FILTER)
-    pixels = np.array(small, dtype=np.uint8)
-    return pixels if grey else pixels.transpose(2, 0, 1)
+    coloured = picture.mode == "RGB"
+    pixels = np.array((picture if coloured else picture.convert("L")).resize((SIZE, SIZE), FILTER), np.uint8)
+    return pixels.transpose(2, 0, 1) if coloured else pixels
 
 
-def reason(error: BaseException, kind: str = "") -> str:
-    """What went wrong with a picture, without the addresses and paths in some libraries' messages."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"not a {kind} picture".replace("  ", " ")
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+def reason(error: BaseException) -> str:
+    """What an exception says went wrong, without the paths in messages of the system."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -6,26 +6,25 @@ All names, counts and pictures are checked before they are used. A message names
 from __future__ import annotations
 
 import contextlib
-import io
+import hashlib
 import logging
 import os
 import re
-import socket
-import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from datasets.cache import cached
-from datasets.images import DAMAGE, OMNIGLOT, SIZE, ImageSet, open_picture, reason, shrink
+from datasets.images import DAMAGE, OMNIGLOT, ImageSet, Picture, open_picture, reason, shrink, stamp_of
 from utils.errors import UserError, refusing
 from utils.files import write_bytes
 
@@ -46,17 +45,8 @@ URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 
 MD5 = {"background": "68d2efa1b9178cc56df9314c21c6e718", "evaluation": "6b91aef0f799c5bb55b94e3f2daec811"}
 TIMEOUT = 30.0  # seconds without a byte
-
-
-class Drawing(NamedTuple):
-    """One PNG file: its name, such as `Alphabet/character01/0709_01.png`, and its path in the folder or zip.
-
-    Its stamp is its size with its modification time (ns) in a folder, or with its CRC-32 in a zip.
-    """
-
-    name: str
-    member: str
-    stamp: tuple[int, int]
+# Where else under a root the splits may be: in the authors' repository, and in folders that unpacking adds.
+DEEPER = ("python", "omniglot*", "omniglot*/python", "omniglot*/omniglot*", "omniglot*/omniglot*/python")
 
 
 def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
@@ -76,23 +66,16 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
     place = _find(split, root)
     try:
         with contextlib.nullcontext() if place.is_dir() else zipfile.ZipFile(place) as archive:
-            drawings = sorted(_scan(place, archive), key=lambda drawing: drawing.name.split("/"))
+            drawings = sorted(_scan(place, archive), key=lambda drawing: (drawing.label, drawing.name))
             classes = _check(place, drawings, CLASSES[split])
 
             def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-                images = np.empty((len(positions), 1, SIZE, SIZE), np.uint8)
-                for image, position in zip(images, positions, strict=True):
-                    member = drawings[position].member
-                    try:
-                        image[0] = _decode(archive.read(member) if archive else (place / member).read_bytes())
-                    except DAMAGE as error:
-                        raise _fault(place, reason(error, "PNG"), member) from error
-                return images
+                return np.stack([_read(place, drawings[position].path) for position in positions])[:, None]
 
-            origin = repr([(drawing.name, drawing.stamp) for drawing in drawings]).encode()
+            origin = repr([(drawing.label, drawing.name, drawing.stamp) for drawing in drawings]).encode()
             images = cached(cache_dir, f"omniglot-{split}", origin, len(drawings), make)
     except DAMAGE as error:
-        raise _fault(place, reason(error, "PNG")) from error
+        raise _fault(place, place, reason(error)) from error
     return characters(f"omniglot {split}", split, images, classes)
 
 
@@ -103,87 +86,81 @@ def characters(name: str, split: str, images: NDArray[np.uint8], classes: tuple[
 
 
 def _find(split: str, root: Path) -> Path:
-    """The split's folder or zip under `root`, which is downloaded where neither is there."""
+    """The split's folder or zip under `root`, which is downloaded where neither is there.
+
+    `root` may hold `omniglot-py/`, as in torchvision, or be that folder, or a split's folder or zip in
+    it; or hold or be the authors' repository.
+    """
     with refusing(f"look into {root}", "; choose another root"):
-        places = _places(root)
-        for place in places:
+        while root.absolute().stem in [f"images_{split}" for split in CLASSES]:
+            root = root.absolute().parent
+        home = root if root.absolute().name == "omniglot-py" else root / "omniglot-py"
+        for place in (home, root, *(place for pattern in DEEPER for place in sorted(root.glob(pattern)))):
             for found in (place / f"images_{split}", place / f"images_{split}.zip"):
                 if os.path.lexists(found):
                     return found
-    return _download(split, places[0] / f"images_{split}.zip")
-
-
-def _places(root: Path) -> list[Path]:
-    """Where the splits may be if users point at `root`; the first is where a download goes.
-
-    `root` may hold `omniglot-py/`, as in torchvision, or be that folder, or a split's folder or zip in
-    it; or hold or be the authors' repository, which has the zips in `python/`.
-    """
-    while root.absolute().stem in [f"images_{split}" for split in CLASSES]:
-        root = root.absolute().parent
-    home = root if root.absolute().name == "omniglot-py" else root / "omniglot-py"
-    others = ("python", "omniglot*", "omniglot*/python", "omniglot*/omniglot*", "omniglot*/omniglot*/python")
-    return [home, root, *(place for pattern in others for place in sorted(root.glob(pattern)))]
+    return _download(split, home / f"images_{split}.zip")
 
 
 def _download(split: str, archive: Path) -> Path:
     """Download a split's official zip to `archive`, which appears whole or not at all; returns `archive`."""
-    from torchvision.datasets.utils import download_url  # a second to import, which other starts do without
-
     log.info("downloading Omniglot's %s split to %s", split, archive)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            download_url(f"{URL}/images_{split}.zip", folder, "draft.zip", MD5[split])
-            content = Path(folder, "draft.zip").read_bytes()
-    except (*DAMAGE, HTTPException) as error:
+        with urlopen(f"{URL}/{archive.name}", timeout=TIMEOUT) as answer:  # noqa: S310 (a constant)
+            content = answer.read()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[split]:
+            raise ValueError("what came is not the authors' file")
+    except (OSError, ValueError, HTTPException) as error:
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
         raise UserError(
             f"{archive} is missing and cannot be downloaded ({reason(error)}); connect to the "
             "network, put the zip there, or give with --dataset-path a root that has omniglot-py/"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     write_bytes(archive, content)
     return archive
 
 
-def _scan(place: Path, archive: zipfile.ZipFile | None) -> Iterator[Drawing]:
+def _scan(place: Path, archive: zipfile.ZipFile | None) -> Iterator[Picture]:
     """All PNG files of a folder, or of the zip `archive` at `place`; hidden ones are left out.
 
     Any folders may lead to the alphabets: a zip may be packed anew, and "Extract All" of
     `images_background.zip` makes `images_background/images_background`.
     """
     if archive is None:
-        status = [(path.relative_to(place).as_posix(), path.stat()) for path in place.rglob("*.png")]
-        found = [(member, (now.st_size, now.st_mtime_ns)) for member, now in status]
+        found: Iterable[Any] = ((path.as_posix(), path, stamp_of(path)) for path in place.rglob("*.png"))
     else:
-        found = [(info.filename, (info.file_size, info.CRC)) for info in archive.infolist()]
-    for member, stamp in found:
-        parts = member.replace("\\", "/").split("/")  # some programs write backslashes
-        if parts[-1].lower().endswith(".png") and not parts[-1].startswith("."):
-            yield Drawing("/".join(parts[-3:]), member, stamp)
+        members = ((info, zipfile.Path(archive, info.filename)) for info in archive.infolist())
+        found = ((info.filename, path, (info.file_size, info.CRC)) for info, path in members)
+    for member, path, stamp in found:
+        *folders, name = member.replace("\\", "/").split("/")  # some programs write backslashes
+        if name.lower().endswith(".png") and not name.startswith("."):
+            yield Picture(tuple(folders[-2:]), name, path, stamp)
 
 
-def _check(place: Path, drawings: list[Drawing], classes: int) -> tuple[str, ...]:
+def _check(place: Path, drawings: Sequence[Picture], classes: int) -> tuple[str, ...]:
     """The names of the classes, sorted as the drawings are. Raises UserError for a wrong name or number."""
-    members: defaultdict[str, list[str]] = defaultdict(list)
+    members = defaultdict(list)
     for drawing in drawings:
-        if not DRAWING_NAME.fullmatch(drawing.name):
-            raise _fault(place, "not named ALPHABET/characterNN/NNNN_NN.png as in Omniglot", drawing.member)
-        members[drawing.name.rpartition("/")[0]].append(drawing.member)
+        character = "/".join(drawing.label)
+        if not DRAWING_NAME.fullmatch(f"{character}/{drawing.name}"):
+            raise _fault(place, drawing.path, "not named ALPHABET/characterNN/NNNN_NN.png as in Omniglot")
+        members[character].append(drawing.path)
     for files in members.values():
         if len(files) != DRAWINGS:
-            folder = files[0].rpartition("/")[0]
-            raise _fault(place, f"{len(files)} drawings instead of {DRAWINGS}", folder)
+            raise _fault(place, files[0].parent, f"{len(files)} drawings instead of {DRAWINGS}")
     if len(members) != classes:
-        alphabets = len({name.partition("/")[0] for name in members})
-        raise _fault(
-            place, f"{len(members)} characters in {alphabets} alphabets instead of {classes} characters"
-        )
+        alphabets = len({drawing.label[0] for drawing in drawings})
+        found = f"{len(members)} characters in {alphabets} alphabets"
+        raise _fault(place, place, f"{found} instead of {classes} characters")
     return tuple(members)
+
+
+def _read(place: Path, file: Any) -> NDArray[np.uint8]:
+    try:
+        return _decode(file.read_bytes())
+    except DAMAGE as error:
+        raise _fault(place, file, reason(error)) from error
 
 
 def _decode(content: bytes) -> NDArray[np.uint8]:
@@ -195,6 +172,6 @@ def _decode(content: bytes) -> NDArray[np.uint8]:
     return shrink(picture)
 
 
-def _fault(place: Path, what: str, member: str = "") -> UserError:
-    where = f"{place}{'/' if place.is_dir() else ':'}{member}" if member else f"{place}"
+def _fault(place: Path, file: object, what: str) -> UserError:
+    where = str(file).rstrip("/")  # folders in a zip end so
     return UserError(f"{where}: {what}; restore it, or remove {place} to have Omniglot downloaded again")

@@ -197,7 +197,7 @@ def test_a_fault_is_named_with_its_file(
 ) -> None:
     damage(folder_of(root) / "Beta" / "character02" / "0005_07.png")
     source = f"{to_zip(root)}" if packed else f"{folder_of(root)}"
-    separator = ":images_background" if packed and where else ""
+    separator = "/images_background" if packed and where else ""
     message = refused(root)
     assert f"{source}{separator}{where}" in message
     assert what in message
