@@ -25,19 +25,21 @@ import utils.start  # noqa: F401 (before torch)
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.images import SIZE, normalise
+from datasets import ImageSet, glyphs
 from datasets.omniglot import DRAWINGS
 from datasets.task_sampler import sample_task, sample_trajectory
 from evaluation.results import aligned
@@ -73,9 +75,12 @@ COPIED = 64 * 2**20  # float32 values, far more than a cache holds
 
 Rate = tuple[float, float]
 """What the machine does in a second, and the part of its threads' time that it gave to this process: nearly 1
-on a quiet CPU, less where others or a quota take the cores. Of a GPU the second says nothing."""
-Work = tuple[str, str, Callable[[], object], int]
-"""What a turn measures: line and column of the table, and what is done to how many images or steps."""
+on a quiet CPU, less where others or a quota take the cores; 1 on a GPU."""
+Works = dict[tuple[str, str], tuple[Callable[[int], object], int]]
+"""By line and column of the table: what is done in a turn, given its number, and to how many images."""
+Times = dict[str, dict[str, list[float]]]
+Part = tuple[Works, str, float, float]
+"""Works, and one of their lines with the FLOPs and the bytes of memory that it takes the machine."""
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -96,7 +101,7 @@ def rate(amount: float, work: Callable[[], object], device: torch.device) -> Rat
     cpu, start = time.process_time(), time.perf_counter()
     times = [seconds(work, device) for _ in range(CALLS)]
     cpu, wall = time.process_time() - cpu, time.perf_counter() - start
-    return amount / median(times), cpu / wall / torch.get_num_threads()
+    return amount / median(times), cpu / wall / torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def convolution_rate(device: torch.device) -> Rate:
@@ -111,80 +116,48 @@ def copy_bandwidth(device: torch.device) -> Rate:
     return rate(2 * 4 * COPIED, lambda: target.copy_(source), device)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all measurements share, and what they have found: by line and column the s of each turn, and the
-    machine's rates of convolutions, one before each turn."""
+def in_turns(works: Works, repeats: int, device: torch.device) -> tuple[Times, list[Rate]]:
+    """The s that works take by line and column, and the machine's rates of convolutions, in each turn.
 
-    device: torch.device
-    images: Tensor
-    widths: dict[str, int]
-    repeats: int
-    copies: float  # bytes/s
-    times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    rates: list[Rate] = field(default_factory=list)
-
-    def network(self, kind: str, backend: str) -> Network:
-        """A network of this kind that computes as `backend` does."""
-        widths = {name: self.widths[name] for name in arguments(NETWORKS[kind]).keys() & self.widths}
-        net = build(kind, widths, torch.Generator().manual_seed(0)).to(self.device)
-        BACKENDS[backend].prepare(net)
-        return net
-
-    def in_turns(
-        self, works: Callable[[int], Iterable[Work]], line: str, floor: Callable[[float], float]
-    ) -> None:
-        """Measure the works of each turn, which `works` gives by the number of the turn from 1.
-
-        Args:
-            floor: the s that the machine needs for `line` at a rate of convolutions (FLOP/s).
-        """
-        begin = time.perf_counter()
-        for turn in range(1, self.repeats + 1):
-            if turn > 1 and time.perf_counter() - begin > PART_SECONDS:
-                break
-            self.rates.append(convolution_rate(self.device))
-            taken = [(line, "machine", floor(self.rates[-1][0]))]
-            taken += [(name, column, seconds(do, self.device) / n) for name, column, do, n in works(turn)]
-            for name, column, value in taken:
-                self.times.setdefault(name, {}).setdefault(column, []).append(value)
-
-    def ratios(self, line: str) -> dict[str, float]:
-        """How many times those of `fast` the times of each column are: the median over the turns."""
-        fast, columns = self.times[line]["fast"], self.times[line].items()
-        return {name: median(b / a for a, b in zip(fast, of, strict=True)) for name, of in columns}
-
-
-def synthetic_images(classes: int, device: torch.device, seed: int = 0) -> Tensor:
-    """Images that cost what Omniglot's cost: thin strokes on paper of one value, [C, 20, 1, 28, 28].
-
-    A class is a smooth random landscape, its drawings are variations of it, ink is where a drawing is
-    at sea level.
+    All works of a turn come before those of the next one, from turn 1 on.
     """
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(classes, 1, 5, 5, generator=generator)
-    coarse = coarse + 0.3 * torch.randn(classes, DRAWINGS, 5, 5, generator=generator)
-    height = F.interpolate(coarse, size=SIZE, mode="bilinear", align_corners=True)
-    pixels = (height.abs() * (255 / 0.15)).clamp_(max=255).to(torch.uint8)
-    return normalise(pixels.flatten(0, 1).to(device)).reshape(classes, DRAWINGS, 1, SIZE, SIZE)
+    times: Times = {}
+    rates: list[Rate] = []
+    begin = time.perf_counter()
+    for turn in range(1, repeats + 1):
+        if turn > 1 and time.perf_counter() - begin > PART_SECONDS:
+            break
+        rates.append(convolution_rate(device))
+        for (line, column), (work, count) in works.items():
+            taken = seconds(partial(work, turn), device) / count
+            times.setdefault(line, {}).setdefault(column, []).append(taken)
+    return times, rates
 
 
-def count_flops(work: Callable[[], object]) -> int:
-    """FLOPs of the convolutions and matrix products of plain PyTorch code."""
+def count_flops(work: Callable[[int], object]) -> int:
+    """FLOPs of the convolutions and matrix products of plain PyTorch code, in turn 0."""
     with FlopCounterMode(display=False) as counter:
-        work()
+        work(0)
     return int(counter.get_total_flops())
 
 
-def measure_meta_step(bench: Bench, part: str) -> None:
+def network(args: Benchmark, kind: str, backend: str, device: torch.device) -> Network:
+    """A network of this kind that computes as `backend` does."""
+    widths = {name: getattr(args, name) for name in arguments(NETWORKS[kind]).keys() & WIDTHS}
+    net = build(kind, widths, torch.Generator().manual_seed(0)).to(device)
+    BACKENDS[backend].prepare(net)
+    return net
+
+
+def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device) -> Part:
     """Meta-steps of ANML with the defaults of training; `part` is a key of `ORDERS`."""
-    defaults = parse(Training, [])
-    generator = torch.Generator().manual_seed(0)
+    defaults, first_order = parse(Training, []), ORDERS[part]
+    generator, pool = torch.Generator().manual_seed(0), images.pool(device)
     learners = {
         backend: MetaLearner(
-            *(bench.network("ANML", backend), bench.images, generator),
+            *(network(args, "ANML", backend, device), pool, generator),
             meta_lr=defaults.meta_lr,
-            inner=InnerLoop(defaults.update_lr, 0 if ORDERS[part] else None),
+            inner=InnerLoop(defaults.update_lr, 0 if first_order else None),
             rln=ANML.rln_training,
             meta_loss=BACKENDS[backend].meta_loss,
             capture=BACKENDS[backend].capture,
@@ -193,49 +166,51 @@ def measure_meta_step(bench: Bench, part: str) -> None:
     }
     weights = [parameter.detach().clone() for parameter in learners["plain"].net.parameters()]
 
-    def step(backend: str) -> None:
-        learners[backend].step(sample_trajectory([DRAWINGS] * len(bench.images), generator))
+    def step(backend: str, turn: int) -> None:
+        learners[backend].step(sample_trajectory(pool.sizes, generator))
 
-    def textbook() -> None:
-        trajectory = sample_trajectory([DRAWINGS] * len(bench.images), generator)
-        query, labels = gather(bench.images, trajectory.query)
+    def textbook(turn: int) -> None:
+        trajectory = sample_trajectory(pool.sizes, generator)
+        query, labels = gather(pool, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
-        settings = len(trajectory.support), defaults.update_lr, ANML.rln_training, not ORDERS[part]
+        settings = len(trajectory.support), defaults.update_lr, ANML.rln_training, not first_order
         reference.meta_gradient(weights, grey, classes, *settings)
 
-    for _ in range(2):  # Adam's moments, the allocator, kernel choices
-        step("fast")
+    for turn in range(2):  # Adam's moments, the allocator, kernel choices
+        step("fast", turn)
     flops = count_flops(partial(step, "plain"))
-    if not ORDERS[part]:
+    if not first_order:
         # torch differentiates the inner steps with respect to the image as well, which nobody asks for.
-        flops -= defaults.update_step * 2 * 3 * 9 * bench.widths["pln_channels"] * 26 * 26
-    name = f"meta-step, {part.replace('-', ' ')}"
-    works: list[Work] = [(name, backend, partial(step, backend), 1) for backend in BACKENDS]
-    works.append((name, "textbook", textbook, 1))
-    bench.in_turns(lambda _: works, name, lambda rate: flops / rate)
+        flops -= defaults.update_step * 2 * 3 * 9 * args.pln_channels * 26 * 26
+    line = f"meta-step, {part.replace('-', ' ')}"
+    works: Works = {(line, backend): (partial(step, backend), 1) for backend in BACKENDS}
+    return {**works, (line, "textbook"): (textbook, 1)}, line, flops, 0
 
 
-def measure_meta_test(bench: Bench, part: str) -> None:
+def meta_test(part: str, args: Benchmark, images: ImageSet, device: torch.device) -> Part:
     """Frozen layers, updates and answers, each for an image; `part` is a key of `TREATMENTS`."""
     kind, rln = TREATMENTS[part]
-    generator = torch.Generator().manual_seed(0)
-    pool = bench.images[: bench.repeats + 1]
-    task = sample_task([DRAWINGS] * len(pool), len(pool), generator, train_images=TRAIN_IMAGES)
+    frozen, updated, tested = (f"{kind} --rln {rln}, {what}" for what in ("frozen layers", "update", "test"))
+    generator, pool = torch.Generator().manual_seed(0), images.first(args.repeats + 1).pool(device)
+    task = sample_task(pool.sizes, len(pool), generator, train_images=TRAIN_IMAGES)  # a class for each turn
     many = task.train[0].repeat(CHUNK, 1)[:CHUNK]  # as many as an evaluation tests at a time
-    outputs, learners = {}, {}
-    for backend in BACKENDS:
-        net = bench.network(kind, backend)
+    works: Works = {}
+
+    def add(backend: str) -> list[Tensor]:
+        net = network(args, kind, backend, device)
         trained = trained_parameters(net, rln)
-        outputs[backend] = FrozenOutputs(net, pool, trained)
-        run = new_run(net, trained, generator)
-        learners[backend] = BACKENDS[backend].adam_learner(run, trained, Settings(0.001))
-    weights = [parameter.detach().clone() for parameter in net.parameters()]
+        outputs, run = FrozenOutputs(net, pool, trained), new_run(net, trained, generator)
+        online = BACKENDS[backend].adam_learner(run, trained, Settings(0.001))
+        if rln:  # all drawings of the class
+            works[frozen, backend] = (lambda turn: outputs.get(task.train[turn]), DRAWINGS)
+        works[updated, backend] = (lambda turn: learn(online, outputs, task.train[turn]), TRAIN_IMAGES)
+        works[tested, backend] = (lambda turn: answers(online, outputs, many), CHUNK)
+        return [parameter.detach().clone() for parameter in net.parameters()]
+
+    *_, weights = map(add, BACKENDS)
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
 
-    def update(backend: str, turn: int) -> None:
-        learn(learners[backend], outputs[backend], task.train[turn])
-
-    def textbook(turn: int, *, tested: bool) -> None:
+    def textbook(tested: bool, turn: int) -> None:
         for image, label in zip(*gather(pool, task.train[turn][:TEXTBOOK_IMAGES]), strict=True):
             grey = image.expand(3, -1, -1).contiguous()
             if tested:
@@ -243,45 +218,33 @@ def measure_meta_test(bench: Bench, part: str) -> None:
             else:
                 weights[:] = reference.meta_test_update(weights, grey, int(label), rln, optimizer)
 
-    frozen, updated, tested = (f"{kind} --rln {rln}, {what}" for what in ("frozen layers", "update", "test"))
-
-    def works(turn: int) -> Iterator[Work]:
-        for backend in BACKENDS:
-            index, output = task.train[turn], outputs[backend]
-            if rln:  # all drawings of the class
-                yield frozen, backend, partial(output.get, index), DRAWINGS
-            yield updated, backend, partial(update, backend, turn), TRAIN_IMAGES
-            yield tested, backend, partial(answers, learners[backend], output, many), CHUNK
-        yield updated, "textbook", partial(textbook, turn, tested=False), TEXTBOOK_IMAGES
-        yield tested, "textbook", partial(textbook, turn, tested=True), TEXTBOOK_IMAGES
-
-    for *_, work, _ in works(0):
-        work()
-    flops = count_flops(partial(update, "plain", 0)) / TRAIN_IMAGES
-    adam = ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :]) / bench.copies
-    bench.in_turns(works, updated, lambda rate: flops / rate + adam)
+    works[updated, "textbook"] = partial(textbook, False), TEXTBOOK_IMAGES
+    works[tested, "textbook"] = partial(textbook, True), TEXTBOOK_IMAGES
+    for work, _ in works.values():
+        work(0)
+    flops = count_flops(works[updated, "plain"][0]) / TRAIN_IMAGES
+    return works, updated, flops, ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :])
 
 
-def render(bench: Bench) -> str:
+def render(lines: Mapping[str, Any]) -> str:
     """The table for the terminal."""
     rows = [["ms", *COLUMNS, "fast: range (n)", *(f"{column} / fast" for column in COLUMNS[1:])]]
-    for line, times in bench.times.items():
-        fast, ratios = [1e3 * value for value in times["fast"]], bench.ratios(line)
+    for line, found in lines.items():
+        times, ratios, fast = found["seconds"], found["ratios"], [1e3 * s for s in found["seconds"]["fast"]]
         row = [line, *(f"{1e3 * median(times[c]):.4g}" if c in times else "-" for c in COLUMNS)]
         row.append(f"{min(fast):.4g} - {max(fast):.4g} ({len(fast)})")
         rows.append([*row, *(f"{ratios[c]:.2f}" if c in ratios else "-" for c in COLUMNS[1:])])
     return aligned(rows)
 
 
-def busy(rates: Sequence[Rate], device: torch.device) -> str | None:
+def busy(rates: Sequence[Rate]) -> str | None:
     """A warning where others took part of the machine while its rates were measured; None if not."""
     (low, _), (high, _), share = min(rates), max(rates), median(share for _, share in rates)
-    if low >= QUIET_RATE * high and (share >= QUIET_SHARE or device.type != "cpu"):
+    if low >= QUIET_RATE * high and share >= QUIET_SHARE:
         return None
-    given = f"cores gave this process {min(share, 1):.0%} of their time, and the " * (device.type == "cpu")
     return (
-        f"warning: this machine was busy, and times say little: the {given}rate of convolutions was between "
-        f"{low / 1e9:.0f} and {high / 1e9:.0f} GFLOP/s"
+        f"warning: this machine was busy, and times say little: cores gave this process {min(share, 1):.0%} "
+        f"of their time, and the rate of convolutions was from {low / 1e9:.0f} to {high / 1e9:.0f} GFLOP/s"
     )
 
 
@@ -304,13 +267,21 @@ def main() -> None:
     begin = time.perf_counter()
     device = choose_device(args.device, args.threads)
     keep_freed_memory()
-    widths = {name: getattr(args, name) for name in WIDTHS}
     copies, _ = copy_bandwidth(device)
-    bench = Bench(device, synthetic_images(963, device), widths, args.repeats, copies)
+    with tempfile.TemporaryDirectory() as folder:
+        images = glyphs.load("background", Path(folder), Path(folder)).limited(None, "")
+    lines: dict[str, Any] = {}
+    rates: list[Rate] = []
     for part in (part for part in PARTS if part in args.only):
         try_to_write(f"{time.perf_counter() - begin:5.0f} s  {part}\n", sys.stderr)
-        (measure_meta_step if part in ORDERS else measure_meta_test)(bench, part)
-    flops_per_second = median(flops for flops, _ in bench.rates)
+        works, line, flops, moved = (meta_step if part in ORDERS else meta_test)(part, args, images, device)
+        times, found = in_turns(works, args.repeats, device)
+        rates += found
+        times[line]["machine"] = [flops / rate + moved / copies for rate, _ in found]
+        for name, of in times.items():
+            ratios = {c: median(b / a for a, b in zip(of["fast"], of[c], strict=True)) for c in of}
+            lines[name] = {"seconds": of, "ratios": ratios}
+    flops_per_second = median(rate for rate, _ in rates)
     machine = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -319,16 +290,15 @@ def main() -> None:
         "torch": torch.__version__,
         "convolution_flops_per_second": flops_per_second,
         "copy_bytes_per_second": copies,
-        "paper_size": widths == WIDTHS,
-        "busy": busy(bench.rates, device),
+        "paper_size": all(getattr(args, name) == width for name, width in WIDTHS.items()),
+        "busy": busy(rates),
     }
     said = "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}".format(**machine)
     say(f"{said}; {flops_per_second / 1e9:.0f} GFLOP/s, {copies / 1e9:.1f} GB/s\n")
-    say(render(bench))
+    say(render(lines))
     if machine["busy"] is not None:
         say(f"\n{machine['busy']}")
     if args.json is not None:
-        lines = {name: {"seconds": s, "ratios": bench.ratios(name)} for name, s in bench.times.items()}
         write_text(args.json, json.dumps({"machine": machine, "lines": lines}, indent=2) + "\n")
 
 

@@ -21,13 +21,14 @@ import io
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from datasets.images import reason
 from model.modelfactory import NETWORKS, Network
 from utils.checkpoint import Checkpoint
 from utils.command_line import HelpFirst
@@ -35,23 +36,28 @@ from utils.errors import UserError, run_script, say
 from utils.files import keep_earlier
 from utils.flag import file_path
 
-PARTS = ("weight", "bias")
-RELEASED = tuple([f"vars.{number}" for number in range(count)] for count in (28, 16))
-HIGHER_ANML = tuple(
-    [
-        *(f"nm.{layer.format(block)}.{part}" for block in blocks for layer in layers for part in PARTS),
-        *(f"nm.fc.{part}" for part in PARTS),
-        *(f"rln.{layer.format(block)}.{part}" for block in blocks for layer in layers for part in PARTS),
-        *(f"fc.{part}" for part in PARTS),
-    ]
-    for blocks, layers in (
-        ((1, 2, 3), ("convBlock{}.conv", "convBlock{}.norm")),
-        ((1, 2, 3), ("convBlock{}.conv", "convBlock{}.bn")),
-        ((0, 1, 2), ("encoder.{}.0", "encoder.{}.1")),
-    )
+WIDTHS = {
+    "ANML": {"nm_channels": 0, "pln_channels": 14, "num_classes": -1},
+    "OML": {"pln_channels": 0, "hidden": 12, "num_classes": -1},
+}
+"""For each argument of a network's constructor, the parameter whose first size is the argument."""
+
+
+def _higher_anml(block: str, first: int, conv: str, norm: str) -> list[str]:
+    """Names of higherANML's parameters, whose blocks are called `block` and a number from `first` on."""
+    trunk = [f"{block}{first + k}.{layer}" for k in range(3) for layer in (conv, norm)]
+    owners = [*(f"nm.{layer}" for layer in trunk), "nm.fc", *(f"rln.{layer}" for layer in trunk), "fc"]
+    return [f"{owner}.{part}" for owner in owners for part in ("weight", "bias")]
+
+
+FORMS = (
+    ("ANML", [f"vars.{number}" for number in range(28)]),
+    ("OML", [f"vars.{number}" for number in range(16)]),
+    ("ANML", _higher_anml("convBlock", 1, "conv", "norm")),
+    ("ANML", _higher_anml("convBlock", 1, "conv", "bn")),
+    ("ANML", _higher_anml("encoder.", 0, "0", "1")),
 )
-"""Names in the order of this project's parameters, which a file may have behind a prefix: of ANML and OML,
-and of ANML alone."""
+"""Networks, and how a file may name their parameters behind a prefix, in the order of this project."""
 
 DTYPES = {
     "torch.FloatStorage": torch.float32,
@@ -59,6 +65,7 @@ DTYPES = {
     "torch.HalfStorage": torch.float16,
     "torch.LongStorage": torch.int64,
 }
+Storages = dict[str, tuple[torch.dtype, int]]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it wrote zips
 # Limits, far above what a model takes: bytes of a file, bytes of its pickles, objects to look through for
 # tensors (which may be there many times over), letters of a tensor's name.
@@ -76,23 +83,18 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
         UserError: the file is none of the known ones, is damaged, or a tensor does not fit.
     """
     found = read(source)
-    weights = {name: found[name] for name in ordered(found)}
-    if not weights:
-        raise UserError(
-            f"{source} holds {len(found)} tensors and is neither a model of the released code nor of "
-            "higherANML"
-        )
-    values = list(weights.values())
-    for foreign, value in weights.items():
-        if value.numel() == 0:
-            raise UserError(f"{source}: {foreign} is empty")
-    kind = "ANML" if len(weights) == 28 else "OML"
-    named = {"ANML": {"pln_channels": 14, "nm_channels": 0}, "OML": {"pln_channels": 0, "hidden": 12}}[kind]
-    widths = {name: len(torch.atleast_1d(values[k])) for name, k in {**named, "num_classes": -1}.items()}
+    kind, names = recognised(found)
+    if not kind:
+        what = "neither a model of the released code nor of higherANML"
+        raise UserError(f"{source} holds {len(found)} tensors and is {what}")
+    if empty := [name for name in names if found[name].numel() == 0]:
+        raise UserError(f"{source}: {empty[0]} is empty")
+    widths = {width: len(torch.atleast_1d(found[names[k]])) for width, k in WIDTHS[kind].items()}
     with torch.device("meta"):
         net = NETWORKS[kind](**widths)
     fitted = {}
-    for (name, parameter), (foreign, value) in zip(net.named_parameters(), weights.items(), strict=True):
+    for (name, parameter), foreign in zip(net.named_parameters(), names, strict=True):
+        value = found[foreign]
         if value.ndim == 4 and value.shape[1] == 1 and parameter.shape[1] == 3:
             value = value.expand(-1, 3, -1, -1) / 3
         if value.shape != parameter.shape:
@@ -100,35 +102,34 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
                 f"{source}: {foreign} is {list(value.shape)} where {kind} has {name} {list(parameter.shape)}"
             )
         fitted[name] = value.float().contiguous()
-    return net, fitted, [name for name in found if name not in weights]
+    return net, fitted, [name for name in found if name not in names]
 
 
-def ordered(found: Mapping[str, Tensor]) -> list[str]:
-    """The names of a network's parameters among those of a file, in this project's order; empty where the
-    file has no such network."""
-    for names in (*RELEASED, *HIGHER_ANML):
-        for first in found:
-            wanted = [first.removesuffix(names[0]) + name for name in names]
-            more = first.removesuffix(names[0]) + f"vars.{len(names)}"
-            if first.endswith(names[0]) and found.keys() >= set(wanted) and more not in found:
-                return wanted
-    return []
+def recognised(found: Collection[str]) -> tuple[str, list[str]]:
+    """The network that a file with the tensors `found` holds, and its parameters' names there, in this
+    project's order. Both are empty where the file holds no network that is known."""
+    for kind, names in FORMS:
+        for prefix in [name.removesuffix(names[0]) for name in found if name.endswith(names[0])]:
+            wanted = [prefix + name for name in names]
+            if set(found) >= set(wanted) and f"{prefix}vars.{len(names)}" not in found:
+                return kind, wanted
+    return "", []
 
 
 class Inert(dict[str | int, object]):
     """Stands for every dict, class and function that a file names, and for the objects that the file makes
-    with them: it takes arguments, items and a state, and does nothing."""
+    with them: it takes arguments, items and a state, which become items, and does nothing."""
 
     def __init__(self, name: str, arguments: tuple[object, ...] = ()) -> None:
         super().__init__()
         self.name, self.arguments = name, arguments
-        self.state: object = None
 
     def __call__(self, *arguments: object) -> Inert:
         return Inert(self.name, arguments)
 
     def __setstate__(self, state: object) -> None:
-        self.state = state
+        if isinstance(state, Inert):
+            self.update(state)
 
     def __setitem__(self, key: str | int, value: object) -> None:
         if not isinstance(key, str | int):  # the hash of a tuple may take as long as the file says
@@ -140,24 +141,23 @@ class Reader(pickle._Unpickler):
     """Interprets a pickle, which is a program, without looking up or calling anything that it names.
 
     It is Python's reader, not that of C, in which some instructions reserve memory for what the file
-    announces.
+    announces. It knows the instructions of protocol 2, which torch.save writes. Its dicts are `Inert`.
 
     Attributes:
         storages: type and length of the numbers of each tensor, by their key.
     """
 
-    # Of protocol 2, which torch.save writes, without the instructions that build dicts of any keys.
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
         for op in pickletools.opcodes
-        if op.proto <= 2 and op.name not in ("DICT", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID")
+        if op.proto <= 2 and op.name != "DICT"
     }
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Inert("dict"))
     dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]]
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.storages: dict[str, tuple[torch.dtype, int]] = {}
+        self.storages: Storages = {}
 
     def find_class(self, module: str, name: str) -> Inert:
         return Inert(f"{module}.{name}")
@@ -187,13 +187,18 @@ def read(path: Path) -> dict[str, Tensor]:
             data = file.read(FILE + 1)
         if len(data) > FILE:
             raise ValueError(f"it is larger than {FILE} bytes")
-        return _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
+        content, storages, values = (_read_zip if data.startswith(b"PK") else _read_legacy)(data)
+        numbers = {}
+        for key, (dtype, length) in storages.items():
+            if len(values[key]) != dtype.itemsize * length:
+                raise ValueError("a tensor is cut short")
+            numbers[key] = torch.frombuffer(values[key], dtype=dtype) if length else torch.empty(0)
+        return _tensors(content, numbers)
     except Exception as error:  # a damaged pickle makes its reader raise nearly anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"cannot read {path}: {reason}") from error
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
 
 
-def _read_zip(data: bytes) -> dict[str, Tensor]:
+def _read_zip(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if sum(info.file_size for info in entries.values()) > len(data):
@@ -202,11 +207,11 @@ def _read_zip(data: bytes) -> dict[str, Tensor]:
             raise ValueError("its numbers are not little-endian")
         reader = Reader(io.BytesIO(archive.read(entries["data.pkl"])[:PICKLES]))
         content = reader.load()
-        values = {key: archive.read(entries[f"data/{key}"]) for key in reader.storages}
-        return _tensors(content, reader.storages, values)
+        values = {key: bytearray(archive.read(entries[f"data/{key}"])) for key in reader.storages}
+        return content, reader.storages, values
 
 
-def _read_legacy(data: bytes) -> dict[str, Tensor]:
+def _read_legacy(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
     """Of five pickles (magic number, version, machine, content, keys), then the length and the numbers of
     each storage."""
     file = io.BytesIO(data[:PICKLES])
@@ -220,19 +225,12 @@ def _read_legacy(data: bytes) -> dict[str, Tensor]:
             raise ValueError("a storage has no name")
         dtype, length = readers[3].storages[key]
         start += 8 + dtype.itemsize * length  # after the length, which the content has as well
-        values[key] = data[start - dtype.itemsize * length : start]
-    return _tensors(content, readers[3].storages, values)
+        values[key] = bytearray(data[start - dtype.itemsize * length : start])
+    return content, readers[3].storages, values
 
 
-def _tensors(
-    content: object, storages: Mapping[str, tuple[torch.dtype, int]], values: Mapping[str, bytes]
-) -> dict[str, Tensor]:
+def _tensors(content: object, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names and tensors of what a file holds; of a module, as `state_dict` would name them."""
-    numbers = {}
-    for key, (dtype, length) in storages.items():
-        if len(values[key]) != dtype.itemsize * length:
-            raise ValueError("a tensor is cut short")
-        numbers[key] = torch.frombuffer(bytearray(values[key]), dtype=dtype) if length else torch.empty(0)
     found: dict[str, Tensor] = {}
     rest = [("", content)]
     for _ in range(OBJECTS):
@@ -245,8 +243,8 @@ def _tensors(
             rest.append((name, value.arguments[0]))
         elif value.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
             found[name.removesuffix(".")] = _view(value.arguments, numbers)
-        elif isinstance(value.state, Inert) and "_modules" in value.state:
-            rest += [(name, value.state.get(group)) for group in ("_modules", "_buffers", "_parameters")]
+        elif "_modules" in value:
+            rest += [(name, value.get(group)) for group in ("_modules", "_buffers", "_parameters")]
         elif value.name in ("dict", "collections.OrderedDict"):
             rest += [(f"{name}{key}.", item) for key, item in reversed(value.items())]
     raise ValueError(f"it holds more than {OBJECTS} objects")
