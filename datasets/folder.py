@@ -7,23 +7,27 @@ characters in alphabets: each folder that holds pictures is a class, named by it
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
+import struct
 import unicodedata
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from datasets.cache import cached
-from datasets.images import DAMAGE, SIZE, SPLITS, ImageSet, Picture, open_picture, reason, shrink, stamp_of
+from datasets.images import SIZE, SPLITS, ImageSet, reason, shrink
 from utils.errors import UserError
 from utils.flag import Range
 
@@ -34,7 +38,22 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other formats make Pi
 OTHER_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SHOWN = 3  # files or folders named in a message
 
+DAMAGE = (
+    *(OSError, EOFError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
+"""What zipfile and Pillow raise on damaged files."""
+
 Label = tuple[str, ...]  # the path of a class folder below the root
+
+
+class Picture(NamedTuple):
+    """A file, a `Path` or a `zipfile.Path`. Its stamp changes with its content."""
+
+    label: Label
+    name: str
+    path: Any
+    stamp: tuple[int, ...]
 
 
 def load(
@@ -77,13 +96,9 @@ def load(
     if others:
         log.warning("%s: %d files are no picture of a class: %s", root, len(others), _some(others))
 
-    def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-        return np.stack([_decode(pictures[position].path, channels) for position in positions])
-
-    origin = repr((channels, [(p.label, p.name, p.stamp) for p in pictures])).encode()
     home = root.resolve()
     name = re.sub(r"[^\w.]", "_", home.name) + "-" + hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-    pixels = cached(cache_dir, name, origin, len(pictures), make)
+    pixels = prepared(cache_dir, name, pictures, channels)
     if channels is None and (pixels == pixels[:, :1]).all():
         pixels = pixels[:, :1]
     drawn = [name for where, name in placed.values() if where == "evaluation"]
@@ -183,24 +198,56 @@ def _split_classes(
     return {label: ("evaluation" if label in drawn else "background", "/".join(label)) for label in labels}
 
 
-def _decode(path: Path, channels: int | None) -> NDArray[np.uint8]:
-    """Decode a picture to uint8 [1, 28, 28] where `channels` is 1, else to [3, 28, 28].
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Size and times (ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def prepared(
+    cache_dir: Path,
+    name: str,
+    pictures: Sequence[Picture],
+    channels: int | None,
+    size: tuple[int, int] | None = None,
+) -> NDArray[np.uint8]:
+    """Pictures as uint8 [N, 1, 28, 28] where `channels` is 1, else as [N, 3, 28, 28], made or from a cache.
+
+    Args:
+        size: width and height that all pictures have; None for any.
 
     Raises:
-        UserError: the file is no picture, is damaged or has too many bits.
+        UserError: a file is no picture, is damaged or has too many bits or another size.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
-            picture = _flat(path.read_bytes()).convert("L" if channels == 1 else "RGB")
-        return shrink(picture).reshape(-1, SIZE, SIZE)
-    except DAMAGE as error:
-        raise UserError(f"{path}: {reason(error)}; restore the file or remove it") from error
+
+    def decoded(path: Any) -> NDArray[np.uint8]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
+                picture = _flat(path.read_bytes()).convert("L" if channels == 1 else "RGB")
+            if size and picture.size != size:
+                raise ValueError("{} x {} pixels instead of {} x {}".format(*picture.size, *size))
+            return shrink(picture).reshape(-1, SIZE, SIZE)
+        except DAMAGE as error:
+            raise UserError(f"{path}: {reason(error)}; restore it or remove it") from error
+
+    def make(positions: Sequence[int]) -> NDArray[np.uint8]:
+        return np.stack([decoded(pictures[position].path) for position in positions])
+
+    origin = repr((channels, [(p.label, p.name, p.stamp) for p in pictures])).encode()
+    return cached(cache_dir, name, origin, len(pictures), make)
 
 
 def _flat(content: bytes) -> Image.Image:
     """The picture in a file, upright and on white. Raises one of DAMAGE."""
-    picture = open_picture(content, FORMATS)
+    try:
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # its message is an address
+        raise ValueError("not a picture") from None
+    if picture.format == "PNG":
+        picture.verify()  # decoding alone ignores checksums, and verifying uses the picture up
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    picture.load()
     if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
         raise ValueError("its pixels have 32 bits; save it with 8 or 16")
     with suppress(*DAMAGE):  # a picture with damaged metadata is a picture

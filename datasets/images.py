@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import lzma
 import math
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from utils.errors import UserError
@@ -27,12 +21,6 @@ from utils.errors import UserError
 SPLITS = ("background", "evaluation")  # for meta-training and for meta-test; the two share no class
 SIZE = 28  # pixels, side of the images that networks see
 FILTER = Image.Resampling.LANCZOS  # as in the released code
-
-DAMAGE = (
-    *(OSError, EOFError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError),
-    *(lzma.LZMAError, struct.error, zipfile.BadZipFile, zlib.error),
-)
-"""What zipfile and Pillow raise on damaged files."""
 
 
 @dataclass(frozen=True)
@@ -189,14 +177,10 @@ class ImageSet:
         Raises:
             UserError: there are fewer classes, or fewer outputs.
         """
-        if classes and classes > len(self):
-            raise UserError(f"{flag} {classes}: {self.name} has {len(self)} classes")
-        wanted = min(classes or self.default_classes or len(self), len(self))
-        if outputs is not None and wanted > outputs:
-            raise UserError(
-                f"the network has {outputs} outputs, too few for {flag} {wanted}; lower it, or raise "
-                "--num_classes"
-            )
+        wanted = classes or min(self.default_classes or len(self), len(self))
+        if wanted > min(len(self), outputs or wanted):
+            more = f", the network {outputs} outputs (--num_classes)" if outputs else ""
+            raise UserError(f"{flag} {wanted}: {self.name} has {len(self)} classes{more}")
         return self.first(wanted)
 
     def first(self, classes: int) -> ImageSet:
@@ -276,35 +260,6 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
             stacklevel=2,
         )
     return normalisation(images)
-
-
-class Picture(NamedTuple):
-    """A file, a `Path` or a `zipfile.Path`: the folders that name its class, its own name, and a stamp, which
-    changes with its content."""
-
-    label: tuple[str, ...]
-    name: str
-    path: Any
-    stamp: tuple[int, ...]
-
-
-def stamp_of(path: Path) -> tuple[int, ...]:
-    """Size and times (ns) of a file."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def open_picture(content: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """The picture in a file of one of Pillow's `formats`. Raises one of DAMAGE."""
-    try:
-        picture = Image.open(io.BytesIO(content), formats=formats)
-    except UnidentifiedImageError:  # its message is an address
-        raise ValueError(f"not a {formats[0]} picture" if len(formats) == 1 else "not a picture") from None
-    if picture.format == "PNG":
-        picture.verify()  # decoding alone ignores checksums, and verifying uses the picture up
-        picture = Image.open(io.BytesIO(content), formats=formats)
-    picture.load()
-    return picture
 
 
 def shrink(picture: Image.Image) -> NDArray[np.uint8]:

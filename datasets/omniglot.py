@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datasets.cache import cached
-from datasets.images import DAMAGE, OMNIGLOT, ImageSet, Picture, open_picture, reason, shrink, stamp_of
+from datasets.folder import DAMAGE, Picture, prepared, stamp_of
+from datasets.images import OMNIGLOT, ImageSet, reason
 from utils.errors import UserError, refusing
 from utils.files import write_bytes
 
@@ -68,12 +68,7 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
         with contextlib.nullcontext() if place.is_dir() else zipfile.ZipFile(place) as archive:
             drawings = sorted(_scan(place, archive), key=lambda drawing: (drawing.label, drawing.name))
             classes = _check(place, drawings, CLASSES[split])
-
-            def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-                return np.stack([_read(place, drawings[position].path) for position in positions])[:, None]
-
-            origin = repr([(drawing.label, drawing.name, drawing.stamp) for drawing in drawings]).encode()
-            images = cached(cache_dir, f"omniglot-{split}", origin, len(drawings), make)
+            images = prepared(cache_dir, f"omniglot-{split}", drawings, 1, (CANVAS, CANVAS))
     except DAMAGE as error:
         raise _fault(place, place, reason(error)) from error
     return characters(f"omniglot {split}", split, images, classes)
@@ -154,22 +149,6 @@ def _check(place: Path, drawings: Sequence[Picture], classes: int) -> tuple[str,
         found = f"{len(members)} characters in {alphabets} alphabets"
         raise _fault(place, place, f"{found} instead of {classes} characters")
     return tuple(members)
-
-
-def _read(place: Path, file: Any) -> NDArray[np.uint8]:
-    try:
-        return _decode(file.read_bytes())
-    except DAMAGE as error:
-        raise _fault(place, file, reason(error)) from error
-
-
-def _decode(content: bytes) -> NDArray[np.uint8]:
-    """Decode one PNG file to uint8 `[28, 28]`. Raises one of DAMAGE."""
-    picture = open_picture(content, ("PNG",))
-    if picture.size != (CANVAS, CANVAS):
-        width, height = picture.size
-        raise ValueError(f"{width} x {height} pixels instead of {CANVAS} x {CANVAS}")
-    return shrink(picture)
 
 
 def _fault(place: Path, file: object, what: str) -> UserError:

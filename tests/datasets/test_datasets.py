@@ -181,7 +181,7 @@ def empty(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "where", "what"),
     [
-        (lambda file: file.write_text("x"), "/Beta/character02/0005_07.png", "not a PNG picture"),
+        (lambda file: file.write_text("x"), "/Beta/character02/0005_07.png", "not a picture"),
         (cut, "/Beta/character02/0005_07.png", ""),
         (flip, "/Beta/character02/0005_07.png", ""),
         (Image.new("1", (28, 28)).save, "/Beta/character02/0005_07.png", "28 x 28 pixels instead of 105"),
@@ -270,7 +270,7 @@ def load_own(split: str, root: Path, cache_dir: Path) -> ImageSet:
 
 CHANGES: list[tuple[str, object, str, Callable[[Any], Any]]] = [
     ("omniglot", images, "FILTER", lambda _: Image.Resampling.BOX),
-    ("omniglot", omniglot, "_decode", lambda decode: lambda content: decode(content)[::-1]),
+    ("omniglot", folder, "_flat", lambda flat: lambda content: ImageOps.flip(flat(content))),
     ("glyphs", images, "FILTER", lambda _: Image.Resampling.BILINEAR),
     ("glyphs", glyphs, "KNOT_NOISE", lambda noise: noise + 0.001),
     ("folder", images, "FILTER", lambda _: Image.Resampling.BICUBIC),
@@ -479,7 +479,7 @@ def test_real_omniglot(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def sample(_: Path, __: str, ___: bytes, count: int, make: Make) -> NDArray[np.uint8]:
         return make(range(0, count, 400)).repeat(400, 0)[:count]
 
-    monkeypatch.setattr(omniglot, "cached", sample)
+    monkeypatch.setattr(folder, "cached", sample)
     characters = Source("omniglot", REAL_ROOT, tmp_path).load(split)
     alphabets = {name.partition("/")[0] for name in characters.classes}
     assert (len(characters), len(alphabets)) == {"background": (964, 30), "evaluation": (659, 20)}[split]
