@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import folder, glyphs, omniglot
-from datasets.images import OMNIGLOT, ImageSet, Normalisation, Pool, normalise
+from datasets.images import OMNIGLOT, ImageSet, Normalisation, Pool, normalise, reason
 from utils.errors import UserError
 
 __all__ = ["DATASETS", "OMNIGLOT", "ImageSet", "Normalisation", "Pool", "Source", "normalise"]
@@ -58,28 +58,19 @@ class Source:
             UserError: the images are missing, damaged or incomplete. No other data ever takes their place.
         """
         images = self._read(split)
-        normalisation = normalisation or images.normalisation
-        if normalisation is None:
-            normalisation = self._read("background").statistics()
-        smallest, largest = min(images.sizes), max(images.sizes)
-        log.info(
-            "%s: %d classes of %s %s images, data hash %s",
-            images.name,
-            len(images),
-            largest if smallest == largest else f"{smallest} to {largest}",
-            "grey" if images.images.shape[1] == 1 else "colour",
-            images.data_hash,
-        )
+        normalisation = normalisation or images.normalisation or self._read("background").statistics()
+        counts = " to ".join(str(size) for size in dict.fromkeys((min(images.sizes), max(images.sizes))))
+        kind = "grey" if images.images.shape[1] == 1 else "colour"
+        shown = images.name, len(images), counts, kind, images.data_hash
+        log.info("%s: %d classes of %s %s images, data hash %s", *shown)
         return replace(images, normalisation=normalisation)
 
     def _read(self, split: str) -> ImageSet:
         if split not in self.sets:
             try:
                 found = DATASETS[self.dataset](split, self.root, self.cache_dir, **self.options)
-            except ValueError as error:
-                raise UserError(f"--dataset {self.dataset}: {error}") from error
-            except OSError as error:
-                what = f"cannot read {error.filename}: {error.strerror or error}"
-                raise UserError(f"--dataset {self.dataset}: {what}") from error
+            except (OSError, ValueError) as error:
+                file = f"cannot read {error.filename}: " if isinstance(error, OSError) else ""
+                raise UserError(f"--dataset {self.dataset}: {file}{reason(error)}") from error
             self.sets.update({split: found} if isinstance(found, ImageSet) else found)
         return self.sets[split]

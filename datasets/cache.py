@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datasets.images import reason
 from utils.errors import UserError
 from utils.files import write_bytes
 
@@ -41,18 +42,18 @@ def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> ND
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             images, found = np.asarray(file["images"], np.uint8), str(file["key"])
-        if (found, len(images)) != (key, count):
-            raise ValueError("it is of other files or options, or the code that prepares images has changed")
-        end = time.perf_counter() + SECONDS
+        same, end = (found, len(images)) == (key, count), time.perf_counter() + SECONDS
         for number in range(20):  # the last image, those near a third and two thirds, the first, then others
             k = (19 + 7 * number) % 20 * (count - 1) // 19
-            if (number < 4 or time.perf_counter() < end) and not np.array_equal(make([k]), images[k : k + 1]):
-                raise ValueError("the code that prepares images has changed")
-        return images
+            if same and (number < 4 or time.perf_counter() < end):
+                same = np.array_equal(make([k]), images[k : k + 1])
+        if same:
+            return images
+        raise ValueError("it is of other files or options, or the code that prepares images has changed")
     except (FileNotFoundError, NotADirectoryError):
         log.info("%s: preparing %d images, once", name, count)
     except Exception as error:  # NumPy and zipfile raise many kinds on damaged bytes
-        log.warning("%s: the cache %s is built again: %s", name, path, str(error) or type(error).__name__)
+        log.warning("%s: the cache %s is built again: %s", name, path, reason(error))
     bar = tqdm(range(0, count, PART), name, leave=False, disable=not sys.stderr.isatty())
     images = np.concatenate([make(range(count)[start : start + PART]) for start in bar])
     content = io.BytesIO()

@@ -10,8 +10,9 @@ nearest of 15 examples per class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,11 +60,15 @@ def load(
         cache_dir: see :func:`datasets.cache.cached`.
         glyph_seed: other seeds are other characters.
     """
-    drawn = _strokes(split, glyph_seed)
+    knots, present, radius = _strokes(split, glyph_seed)
+
+    def make(positions: Sequence[int]) -> NDArray[np.uint8]:
+        some = list(positions)
+        return _render(knots[some], present[some], radius[some])
+
     # Few images may differ where a constant has changed, so the cache belongs to the strokes of all images.
-    origin = b"".join(part.tobytes() for part in drawn)
-    count = CLASSES[split] * DRAWINGS
-    images = cached(cache_dir, f"glyphs-{split}", origin, count, lambda some: _render(drawn, list(some)))
+    origin = knots.tobytes() + present.tobytes() + radius.tobytes()
+    images = cached(cache_dir, f"glyphs-{split}", origin, len(knots), make)
     return characters(f"glyphs {split} (seed {glyph_seed})", split, images, names(split))
 
 
@@ -86,22 +91,13 @@ def _alphabets(split: str) -> dict[int, int]:
     return {first + k: smaller + (k < larger) for k in range(ALPHABETS[split])}
 
 
-class _Strokes(NamedTuple):
-    """What drawings are made of, one row for each drawing, class after class.
+def _strokes(split: str, seed: int) -> tuple[Floats, NDArray[np.bool_], Floats]:
+    """What all drawings of `split` are made of, class after class, the same for the same `seed` (0 or more).
 
-    Attributes:
-        knots: [N, STROKES, KNOTS, 2], in pixels of the canvas.
-        present: bool [N, STROKES], which strokes exist.
-        radius: [N] of the pen, in pixels of the canvas.
+    Returns:
+        Knots `[N, STROKES, KNOTS, 2]`, in pixels of the canvas, which strokes exist, bool `[N, STROKES]`, and
+        the radius of the pen, `[N]`, in pixels of the canvas.
     """
-
-    knots: Floats
-    present: NDArray[np.bool_]
-    radius: Floats
-
-
-def _strokes(split: str, seed: int) -> _Strokes:
-    """The strokes of all drawings of `split`, the same ones for the same `seed` (a non-negative integer)."""
     drawn = []
     for alphabet, count in _alphabets(split).items():
         # Each alphabet has its own generator: the splits are independent of each other.
@@ -109,7 +105,8 @@ def _strokes(split: str, seed: int) -> _Strokes:
         prototypes, present = _prototypes(rng, _stroke_pool(rng), count)
         knots = _drawings(rng, prototypes)
         drawn.append((knots, np.repeat(present, DRAWINGS, axis=0), rng.uniform(*PEN_RADIUS, len(knots))))
-    return _Strokes(*map(np.concatenate, zip(*drawn, strict=True)))
+    knots, present, radius = map(np.concatenate, zip(*drawn, strict=True))
+    return knots, present, radius
 
 
 def _stroke_pool(rng: np.random.Generator) -> Floats:
@@ -189,15 +186,9 @@ def _spline() -> Floats:
     position = np.linspace(0.0, KNOTS - 1.0, SAMPLES)
     segment = np.minimum(position.astype(int), KNOTS - 2)
     t = position - segment
+    curve = -t / 2 + t**2 - t**3 / 2, 1 - 2.5 * t**2 + 1.5 * t**3, t / 2 + 2 * t**2 - 1.5 * t**3
     weights = np.zeros((SAMPLES, KNOTS + 2))
-    for offset, weight in enumerate(
-        (
-            -t / 2 + t**2 - t**3 / 2,
-            1 - 2.5 * t**2 + 1.5 * t**3,
-            t / 2 + 2 * t**2 - 1.5 * t**3,
-            -(t**2) / 2 + t**3 / 2,
-        )
-    ):
+    for offset, weight in enumerate((*curve, -(t**2) / 2 + t**3 / 2)):
         weights[np.arange(SAMPLES), segment + offset] = weight
     # The curve ends at its outer knots: the knots beyond continue it in a straight line.
     for beyond, end, inner in ((0, 1, 2), (KNOTS + 1, KNOTS, KNOTS - 1)):
@@ -206,16 +197,16 @@ def _spline() -> Floats:
     return weights[:, 1:-1]
 
 
-def _render(strokes: _Strokes, positions: list[int]) -> NDArray[np.uint8]:
-    """Draw the drawings at N positions with a round pen, then shrink them to uint8 `[N, 1, 28, 28]`."""
-    drawing, stroke = np.nonzero(strokes.present[positions])
-    points = (_spline() @ strokes.knots[positions])[drawing, stroke]
-    radius = strokes.radius[positions][drawing]
+def _render(knots: Floats, present: NDArray[np.bool_], radius: Floats) -> NDArray[np.uint8]:
+    """Draw N drawings, see :func:`_strokes`, with a round pen, and shrink them to uint8 `[N, 1, 28, 28]`."""
+    drawing, stroke = np.nonzero(present)
+    points = (_spline() @ knots)[drawing, stroke]
+    radius = radius[drawing]
     reach = int(max(PEN_RADIUS))
     side = CANVAS + 2 * BORDER
     pixel = np.clip(np.rint(points).astype(np.intp) + BORDER, reach, side - 1 - reach)
     index = (drawing[:, None] * side + pixel[..., 1]) * side + pixel[..., 0]
-    canvas = np.full((len(positions), side, side), 255, np.uint8)
+    canvas = np.full((len(knots), side, side), 255, np.uint8)
     ink = canvas.reshape(-1)
     for down in range(-reach, reach + 1):
         for right in range(-reach, reach + 1):

@@ -215,12 +215,10 @@ def sample_task(
     Raises:
         UserError: fewer classes than `classes`, or one with too few images.
     """
-    if classes > len(sizes):
-        raise UserError(f"--schedule asks for {classes} classes; the pool holds {len(sizes)}")
-    if train_images + test_images > min(sizes):
+    if classes > len(sizes) or train_images + test_images > min(sizes):
         raise UserError(
-            f"--train_images {train_images} and --test_images {test_images} ask for more images than the "
-            f"{min(sizes)} of a class"
+            f"--schedule asks for {classes} classes of --train_images {train_images} and --test_images "
+            f"{test_images}; the pool holds {len(sizes)} of {min(sizes)} or more images"
         )
     drawn = torch.randperm(len(sizes), generator=generator)[:classes]
     if class_order == "dataset":

@@ -55,10 +55,7 @@ ALPHABETS, CLASSES_SHOWN = 5, 6  # in the embedding, and of each of them: more w
 
 
 class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
-    """Measure and draw a model's features and gate on classes it has never seen.
-
-    python -m tools.analyze_representation --model Neuromodulation_Model.net
-    """
+    __doc__ = (__doc__ or "").partition("Nothing")[0]
 
     _analysis: ClassVar = Heading("analysis")
     model: Path = flag(
@@ -95,28 +92,24 @@ def table(measured: dict[str, float], gated: bool, published: bool) -> str:
 
 def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, Figure]:
     """All figures by name."""
-    names = images.classes
+    names, gate = images.classes, representation.gate
     alphabets = [name.partition("/")[0] for name in names]
-    before, gate, after = representation.before, representation.gate, representation.after
-    if gate is None:
-        features = rows = {"features": before}
-    else:
-        features = {"before the gate": before, "after the gate": after}
-        rows = {"before the gate": before, "gate": gate, "after the gate": after}
-    figures = {}
+    features = {"features": representation.before}
+    if gate is not None:
+        features = {"before the gate": representation.before, "after the gate": representation.after}
+    rows = features if gate is None else {"before the gate": representation.before, "gate": gate, **features}
 
-    spread = torch.linspace(0, len(names) - 1, min(SHOWN, len(names))).long()
-    shown = task.test[spread, 0]
-    figures["activations"] = activations_figure(
-        gather(Pool(images.images, images.sizes), shown)[0].movedim(1, -1).numpy(),
-        {title: gather(part, shown)[0].cpu().numpy() for title, part in rows.items()},
-        [names[label] for label in shown[:, 0].tolist()],
-    )
-
+    shown = task.test[torch.linspace(0, len(names) - 1, min(SHOWN, len(names))).long(), 0]
+    figures = {
+        "activations": activations_figure(
+            gather(Pool(images.images, images.sizes), shown)[0].movedim(1, -1).numpy(),
+            {title: gather(part, shown)[0].cpu().numpy() for title, part in rows.items()},
+            [names[label] for label in shown[:, 0].tolist()],
+        )
+    }
     if gate is not None:
         means = torch.stack([gate[label].mean(0) for label in range(len(names))])
         figures["class_gates"] = class_gates_figure(means.cpu().numpy(), alphabets)
-
     chosen = [
         label
         for alphabet in list(dict.fromkeys(alphabets))[:ALPHABETS]
@@ -147,8 +140,7 @@ def activations_figure(
     figure = new_figure(1.5 * len(names), 1.6 * (1 + len(rows)))
     panels = figure.subplots(1 + len(rows), len(names), squeeze=False)
     for axes in panels.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     for axes, image, name in zip(panels[0], images, names, strict=True):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(name.replace("/", "\n"), fontsize=7)
@@ -190,8 +182,7 @@ def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str
             axes.axhline(start - 0.5, color="white", linewidth=0.6)
         axes.set_yticks(middles, names, fontsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("unit of the gate, from the most open to the most shut")
-    axes.set_ylabel("classes")
+    axes.set(xlabel="unit of the gate, from the most open to the most shut", ylabel="classes")
     figure.colorbar(image, label="mean gate of the class", extend="max")
     return figure
 
@@ -211,10 +202,8 @@ def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets:
         for (_, marker, colour), name in zip(cycle(STYLES), dict.fromkeys(alphabets)):
             x, y = points[names == name].T
             axes.scatter(x, y, s=14, marker=marker, color=colour, alpha=0.7, linewidth=0, label=name)
-        axes.set_title(title)
         axes.set_aspect("equal", adjustable="datalim")
-        axes.set_xlabel("first principal component")
-        axes.set_ylabel("second principal component")
+        axes.set(title=title, xlabel="first principal component", ylabel="second principal component")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     return figure
@@ -231,23 +220,12 @@ def main() -> None:
     backend = choose_backend(args.backend, [net], device, Use(net)).name
     images = args.source().load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
-    images.require(
-        args.train_images + args.test_images,
-        f"--train_images {args.train_images} and --test_images {args.test_images}",
-    )
-    if len(images) * args.train_images < NEIGHBOURS:
-        raise UserError(
-            f"{len(images)} classes of --train_images {args.train_images} have no {NEIGHBOURS} neighbours"
-        )
-    task = sample_task(
-        images.sizes,
-        len(images),
-        torch.Generator().manual_seed(args.seed),
-        train_images=args.train_images,
-        test_images=args.test_images,
-        class_order="dataset",
-        split=args.split,
-    )
+    learned, tested = args.train_images, args.test_images
+    images.require(learned + tested, f"--train_images {learned} and --test_images {tested}")
+    if len(images) * learned < NEIGHBOURS:
+        raise UserError(f"{len(images)} classes of --train_images {learned} have no {NEIGHBOURS} neighbours")
+    size, order = (images.sizes, len(images), torch.Generator().manual_seed(args.seed)), "dataset"
+    task = sample_task(*size, train_images=learned, test_images=tested, class_order=order, split=args.split)
     about = {"device": str(device), "backend": backend, "network": net.network, "step": step}
     about |= {"classes": len(images), **images.about()}
     with Run.open(args.runs_dir, args.name, None, args, about) as run:

@@ -321,7 +321,7 @@ def test_draws_of_classes_of_several_sizes() -> None:
         assert (both[..., 1] < limits[both[..., 0]]).all()
         assert all(len(set(row[:, 1].tolist())) == 5 for row in both)
     assert task.test[both[:, 0, 0] == 2][0, :, 1].tolist() == [28, 29]
-    with pytest.raises(UserError, match="more images than the 5"):
+    with pytest.raises(UserError, match="holds 4 of 5 or more images"):
         sample_task(sizes, 2, generator, train_images=4, test_images=2)
     trajectory = sample_trajectory(sizes, generator, update_step=5, remember=50)
     assert len({tuple(row) for row in trajectory.query[:50].tolist()}) == 50 == sum(sizes)
