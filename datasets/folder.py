@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from datasets.cache import cached
-from datasets.images import SIZE, SPLITS, ImageSet, reason, shrink
+from datasets.images import SIZE, SPLITS, ImageSet, cached, reason, shrink
 from utils.errors import UserError
 from utils.flag import Range
 
@@ -181,17 +180,12 @@ def _split_classes(
             raise UserError(f"{root}: the same class is in background/ and evaluation/: {_some(both)}")
         return inside
     tops = {label[0] for label in labels}
-    if tops <= {*OTHER_SPLITS, *SPLITS}:
+    if evaluation_classes is None or tops <= {*OTHER_SPLITS, *SPLITS}:
         raise UserError(
-            f"{root} holds {_some(f'{top}/' for top in tops)}: splits are called background/ and "
-            "evaluation/ here, share no class and hold a folder for each"
-        )
-    if evaluation_classes is None:
-        raise UserError(
-            f"{root} has no background/ and evaluation/: give --evaluation_classes N, how many of its "
+            f"{root} holds {_some(f'{top}/' for top in tops)}: splits are called background/ and evaluation/ "
+            "here; of classes without splits, give --evaluation_classes N, how many of its "
             f"{len(labels)} classes are kept for meta-test"
         )
-
     # A hash ranks the classes: the draw is the same everywhere, and classes that join later change no other.
     ranked = sorted(labels, key=lambda label: hashlib.sha256(f"{seed} {'/'.join(label)}".encode()).digest())
     drawn = set(ranked[:evaluation_classes])

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.cache import cached
-from datasets.images import ImageSet, shrink
+from datasets.images import ImageSet, cached, shrink
 from datasets.omniglot import CANVAS, CLASSES, DRAWINGS, characters
 from utils.flag import Range
 
@@ -57,7 +56,7 @@ def load(
     Args:
         split: `background` (964 classes, meta-training) or `evaluation` (659, meta-test).
         root: not looked at.
-        cache_dir: see :func:`datasets.cache.cached`.
+        cache_dir: see :func:`datasets.images.cached`.
         glyph_seed: other seeds are other characters.
     """
     knots, present, radius = _strokes(split, glyph_seed)

@@ -1,13 +1,21 @@
-"""Sets of images, class after class: what every data set becomes, and what networks get of it."""
+"""Sets of images, class after class: what every data set becomes, and what networks get of it.
+
+Images that take seconds to decode or draw are kept in one file, so that the next start is quick.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import math
+import sys
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +23,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import write_bytes
+
+log = logging.getLogger("anml")
 
 SPLITS = ("background", "evaluation")  # for meta-training and for meta-test; the two share no class
 SIZE = 28  # pixels, side of the images that networks see
 FILTER = Image.Resampling.LANCZOS  # as in the released code
+PART = 500  # images made at a time
+SECONDS = 0.03  # for images made anew before a cache is used; four are made however long they take
+Make = Callable[[Sequence[int]], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -142,11 +157,9 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", _as_images(self.images))
-        if not self.classes or len(self.classes) != len(self.sizes) or sum(self.sizes) != len(self.images):
-            counts = f"{len(self.classes)} classes of {sum(self.sizes)} images"
-            raise ValueError(f"{counts}; {len(self.images)} images")
-        if min(self.sizes) < 1 or len(set(self.classes)) < len(self.classes):
-            raise ValueError("a class has no images, or two have the same name")
+        counts, number = (len(set(self.classes)), len(self.sizes), sum(self.sizes)), len(self.classes)
+        if counts != (number, number, len(self.images)) or min(self.sizes, default=0) < 1:
+            raise ValueError("there is no class, a class has no images, or two have the same name")
         if not self.data_hash:
             digest = hashlib.sha256(repr((self.classes, self.sizes, list(self.images.shape))).encode())
             digest.update(self.images.contiguous().numpy().data)
@@ -276,3 +289,43 @@ def shrink(picture: Image.Image) -> NDArray[np.uint8]:
 def reason(error: BaseException) -> str:
     """What an exception says went wrong, without the paths in messages of the system."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> NDArray[np.uint8]:
+    """The images `make(range(count))`, uint8 [count, ...], from `folder / NAME.npz` if it holds them.
+
+    Before the file is used, up to 20 of its images from the first to the last are made anew. Where one of
+    them differs, the code that prepares images has changed, and the file is built again. So is a file that
+    is damaged or of another origin. One line of the log says why. A folder that cannot be written costs a
+    warning, not the run.
+
+    Args:
+        name: of the data set; a folder keeps one file for each name.
+        origin: what the images are made of, such as names, sizes and times of files.
+        make: gives the images at some positions, uint8 [N, ...]. Its exceptions pass through.
+    """
+    path, key = folder / f"{name}.npz", hashlib.sha256(origin).hexdigest()
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            images, found = np.asarray(file["images"], np.uint8), str(file["key"])
+        same, end = (found, len(images)) == (key, count), time.perf_counter() + SECONDS
+        for number in range(20):  # the last image, those near a third and two thirds, the first, then others
+            k = (19 + 7 * number) % 20 * (count - 1) // 19
+            if same and (number < 4 or time.perf_counter() < end):
+                same = np.array_equal(make([k]), images[k : k + 1])
+        if same:
+            return images
+        raise ValueError("it is of other files or options, or the code that prepares images has changed")
+    except (FileNotFoundError, NotADirectoryError):
+        log.info("%s: preparing %d images, once", name, count)
+    except Exception as error:  # NumPy and zipfile raise many kinds on damaged bytes
+        log.warning("%s: the cache %s is built again: %s", name, path, reason(error))
+    bar = tqdm(range(0, count, PART), name, leave=False, disable=not sys.stderr.isatty())
+    images = np.concatenate([make(range(count)[start : start + PART]) for start in bar])
+    content = io.BytesIO()
+    np.savez(content, key=np.array(key), images=images)
+    try:
+        write_bytes(path, content.getvalue())
+    except UserError as error:
+        log.warning("%s; without this cache (--cache_dir) every start prepares the images again", error)
+    return images

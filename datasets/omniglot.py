@@ -55,7 +55,7 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
     Args:
         split: `background` or `evaluation`; nothing of the other split is touched.
         root: as `torchvision.datasets.Omniglot` takes it, or the folder of the split's zip or folder.
-        cache_dir: see :func:`datasets.cache.cached`.
+        cache_dir: see :func:`datasets.images.cached`.
 
     Returns:
         20 grey images of each class, sorted by alphabet, character and file name.

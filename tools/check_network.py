@@ -16,15 +16,13 @@ import torch
 from model.check import check_network
 from model.modelfactory import NETWORKS, build, layer_parameters
 from utils.command_line import HelpFirst
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 
 
 def main() -> None:
     parser = HelpFirst(prog="python -m tools.check_network", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
+    parser.add_argument("name", choices=NETWORKS, metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
     args = parser.parse_args()
-    if args.name not in NETWORKS:
-        raise UserError(f"no network {args.name!r}; known are {', '.join(NETWORKS)}")
     check_network(args.name, every_cut=True)
     net = build(args.name, {}, torch.Generator())
     layers = layer_parameters(net)

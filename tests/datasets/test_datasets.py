@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from datasets import DATASETS, OMNIGLOT, ImageSet, Source, folder, glyphs, images, omniglot
-from datasets.cache import Make, cached
+from datasets.images import Make, cached
 from datasets.omniglot import CLASSES
 from utils.errors import UserError
 
