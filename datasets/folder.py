@@ -199,16 +199,12 @@ def stamp_of(path: Path) -> tuple[int, ...]:
 
 
 def prepared(
-    cache_dir: Path,
-    name: str,
-    pictures: Sequence[Picture],
-    channels: int | None,
-    size: tuple[int, int] | None = None,
+    cache_dir: Path, name: str, pictures: Sequence[Picture], channels: int | None, side: int | None = None
 ) -> NDArray[np.uint8]:
     """Pictures as uint8 [N, 1, 28, 28] where `channels` is 1, else as [N, 3, 28, 28], made or from a cache.
 
     Args:
-        size: width and height that all pictures have; None for any.
+        side: width and height that all pictures have; None for any.
 
     Raises:
         UserError: a file is no picture, is damaged or has too many bits or another size.
@@ -219,8 +215,8 @@ def prepared(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, of large pictures and of odd metadata
                 picture = _flat(path.read_bytes()).convert("L" if channels == 1 else "RGB")
-            if size and picture.size != size:
-                raise ValueError("{} x {} pixels instead of {} x {}".format(*picture.size, *size))
+            if side and picture.size != (side, side):
+                raise ValueError(f"{picture.width} x {picture.height} pixels instead of {side} x {side}")
             return shrink(picture).reshape(-1, SIZE, SIZE)
         except DAMAGE as error:
             raise UserError(f"{path}: {reason(error)}; restore it or remove it") from error

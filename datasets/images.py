@@ -53,8 +53,7 @@ class Normalisation:
         counts, finite = (len(self.mean), len(self.std)), all(map(math.isfinite, self.mean + self.std))
         if counts not in ((1, 1), (3, 3)) or not finite or min(self.std) <= 0:
             raise ValueError(
-                "mean and standard deviation of pixels are one finite number each, or three, and "
-                "the latter above 0"
+                "pixels' mean and standard deviation are 1 or 3 finite numbers, the latter above 0"
             )
 
     @classmethod
@@ -214,9 +213,7 @@ class ImageSet:
         mean = weights @ np.arange(256)
         std = np.sqrt((weights * (np.arange(256) - mean[:, None]) ** 2).sum(1))
         if not std.all():
-            raise UserError(
-                f"{self.name}: all pixels are equal (in one of the channels), so nothing can be learned"
-            )
+            raise UserError(f"{self.name}: all pixels are equal (in a channel), so nothing can be learned")
         return Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
 
     def require(self, images: int, flags: str) -> None:
@@ -247,8 +244,7 @@ def _as_images(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
     if images.dtype != torch.uint8 or images.shape[1:] not in [(1, SIZE, SIZE), (3, SIZE, SIZE)]:
         raise ValueError(
             f"images are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}, not uint8 "
-            f"[B, C, {SIZE}, {SIZE}] from 0 to 255 with one channel or three: scale pictures down to "
-            f"{SIZE} x {SIZE}, as datasets.images.shrink does"
+            f"[B, C, {SIZE}, {SIZE}] with one channel or three: datasets.images.shrink scales pictures down"
         )
     return images
 

@@ -68,7 +68,7 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
         with contextlib.nullcontext() if place.is_dir() else zipfile.ZipFile(place) as archive:
             drawings = sorted(_scan(place, archive), key=lambda drawing: (drawing.label, drawing.name))
             classes = _check(place, drawings, CLASSES[split])
-            images = prepared(cache_dir, f"omniglot-{split}", drawings, 1, (CANVAS, CANVAS))
+            images = prepared(cache_dir, f"omniglot-{split}", drawings, 1, CANVAS)
     except DAMAGE as error:
         raise _fault(place, place, reason(error)) from error
     return characters(f"omniglot {split}", split, images, classes)

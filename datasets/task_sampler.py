@@ -109,12 +109,7 @@ class Episode:
 
 
 def sample_episode(
-    sizes: Sequence[int],
-    generator: torch.Generator,
-    *,
-    ways: int,
-    images: int,
-    symmetries: int = 1,
+    sizes: Sequence[int], generator: torch.Generator, *, ways: int, images: int, symmetries: int = 1
 ) -> Episode:
     """An episode of `ways` classes with `images` images each, all drawn without replacement.
 

@@ -125,9 +125,7 @@ def pictures(representation: Representation, task: Task, images: ImageSet) -> di
 
 @default_style()
 def activations_figure(
-    images: NDArray[np.uint8],
-    rows: Mapping[str, NDArray[np.floating[Any]]],
-    names: Sequence[str],
+    images: NDArray[np.uint8], rows: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]
 ) -> Figure:
     """Sample images above their activations, each as a square map (the paper's figure of sparsity).
 

@@ -59,12 +59,7 @@ FORMS = (
 )
 """Networks, and how a file may name their parameters behind a prefix, in the order of this project."""
 
-DTYPES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.DoubleStorage": torch.float64,
-    "torch.HalfStorage": torch.float16,
-    "torch.LongStorage": torch.int64,
-}
+DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "Long": torch.int64}
 Storages = dict[str, tuple[torch.dtype, int]]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it wrote zips
 # Limits, far above what a model takes: bytes of a file, bytes of its pickles, objects to look through for
@@ -166,7 +161,7 @@ class Reader(pickle._Unpickler):
         """The key of a tensor's storage, which is noted, or the class of a module saved with its source."""
         match pid:
             case ("storage", Inert(name=kind), str(key), str(), int(length), *_):
-                self.storages.setdefault(key, (DTYPES[kind], length))
+                self.storages.setdefault(key, (DTYPES[kind[len("torch.") : -len("Storage")]], length))
                 return key
             case ("module", kind, *_):
                 return kind
