@@ -16,6 +16,7 @@ import utils.start  # noqa: F401 (before torch)
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -144,11 +145,11 @@ def activations_figure(
         axes.set_title(name.replace("/", "\n"), fontsize=7)
     for line, (title, activations) in zip(panels[1:], rows.items(), strict=True):
         # The smallest square that holds all: 2304 features are 48 x 48. The rest is NaN.
-        side = int(np.ceil(np.sqrt(activations.shape[1])))
-        squares = np.full((len(activations), side * side), np.nan)
-        squares[:, : activations.shape[1]] = activations
+        side = math.isqrt(activations.shape[1] - 1) + 1
+        missing = (0, 0), (0, side**2 - activations.shape[1])
+        squares = np.pad(activations, missing, constant_values=np.nan).reshape(-1, side, side)
         top = 1.0 if title == "gate" else float(activations.max()) or 1.0
-        for axes, square in zip(line, squares.reshape(-1, side, side), strict=True):
+        for axes, square in zip(line, squares, strict=True):
             picture = axes.imshow(square, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
         line[0].set_ylabel(title)
         figure.colorbar(picture, ax=list(line), shrink=0.8)
@@ -170,15 +171,14 @@ def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str
     # Trained gates are nearly shut: a scale up to 1, or to one open unit, would show black.
     top = float(np.percentile(gates, 99.5)) or 1.0
     image = axes.imshow(
-        gates[:, order], cmap="magma", vmin=0, vmax=top, aspect="auto", interpolation="antialiased"
+        gates[:, order], "magma", vmin=0, vmax=top, aspect="auto", interpolation="antialiased"
     )
     names = list(dict.fromkeys(alphabets))
     starts = [list(alphabets).index(name) for name in names]
-    middles = np.add(starts, [*starts[1:], len(alphabets)]) / 2 - 0.5
     if len(names) <= LABELS:
         for start in starts[1:]:
             axes.axhline(start - 0.5, color="white", linewidth=0.6)
-        axes.set_yticks(middles, names, fontsize=7)
+        axes.set_yticks(np.add(starts, [*starts[1:], len(alphabets)]) / 2 - 0.5, names, fontsize=7)
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel="unit of the gate, from the most open to the most shut", ylabel="classes")
     figure.colorbar(image, label="mean gate of the class", extend="max")
