@@ -113,18 +113,18 @@ def recognised(found: Collection[str]) -> tuple[str, list[str]]:
 
 class Inert(dict[str | int, object]):
     """Stands for every dict, class and function that a file names, and for the objects that the file makes
-    with them: it takes arguments, items and a state, which become items, and does nothing."""
+    with them: it takes arguments, items and a state, and does nothing."""
 
     def __init__(self, name: str, arguments: tuple[object, ...] = ()) -> None:
         super().__init__()
         self.name, self.arguments = name, arguments
+        self.state: object = None
 
     def __call__(self, *arguments: object) -> Inert:
         return Inert(self.name, arguments)
 
     def __setstate__(self, state: object) -> None:
-        if isinstance(state, Inert):
-            self.update(state)
+        self.state = state
 
     def __setitem__(self, key: str | int, value: object) -> None:
         if not isinstance(key, str | int):  # the hash of a tuple may take as long as the file says
@@ -136,7 +136,8 @@ class Reader(pickle._Unpickler):
     """Interprets a pickle, which is a program, without looking up or calling anything that it names.
 
     It is Python's reader, not that of C, in which some instructions reserve memory for what the file
-    announces. It knows the instructions of protocol 2, which torch.save writes. Its dicts are `Inert`.
+    announces. It knows those of protocol 2, which torch.save writes, but for those that build a dict of any
+    keys or take a registered object.
 
     Attributes:
         storages: type and length of the numbers of each tensor, by their key.
@@ -145,7 +146,7 @@ class Reader(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
         for op in pickletools.opcodes
-        if op.proto <= 2 and op.name != "DICT"
+        if op.proto <= 2 and op.name not in ("DICT", "EXT1", "EXT2", "EXT4")
     }
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Inert("dict"))
     dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]]
@@ -238,8 +239,8 @@ def _tensors(content: object, numbers: Mapping[str, Tensor]) -> dict[str, Tensor
             rest.append((name, value.arguments[0]))
         elif value.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
             found[name.removesuffix(".")] = _view(value.arguments, numbers)
-        elif "_modules" in value:
-            rest += [(name, value.get(group)) for group in ("_modules", "_buffers", "_parameters")]
+        elif isinstance(value.state, Inert) and "_modules" in value.state:
+            rest += [(name, value.state.get(group)) for group in ("_modules", "_buffers", "_parameters")]
         elif value.name in ("dict", "collections.OrderedDict"):
             rest += [(f"{name}{key}.", item) for key, item in reversed(value.items())]
     raise ValueError(f"it holds more than {OBJECTS} objects")
