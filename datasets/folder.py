@@ -135,8 +135,10 @@ def _scan(root: Path) -> tuple[list[Picture], list[Path]]:
         raise error
 
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folder = Path(place)
-        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(folder / name)]
+        folder, home = Path(place), Path(place).resolve()
+        # A link to a folder that it lies in would be followed without end.
+        inner = [name for name in folders if not home.is_relative_to((folder / name).resolve())]
+        folders[:] = [name for name in inner if name[0] != "."]
         label = tuple(map(_readable, folder.relative_to(root).parts))
         for path in (folder / name for name in files if name[0] != "."):
             # Reading a device or a pipe might wait without end.
@@ -150,11 +152,6 @@ def _scan(root: Path) -> tuple[list[Picture], list[Path]]:
             "background/CLASS/ and evaluation/CLASS/, or CLASS/ with --evaluation_classes"
         )
     return sorted(pictures, key=lambda picture: (picture.label, picture.name)), others
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one that it lies in, which would be followed without end."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _readable(name: str) -> str:
