@@ -56,9 +56,7 @@ def write_results(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Write rows of equal keys as a CSV file, whole or not at all; raises UserError where that fails."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
     write_text(path, text.getvalue())
 
 
@@ -164,9 +162,9 @@ def known_scores(path: Path) -> dict[Key, Score]:
     purpose, lr = one_of("search", "report"), optional(positive)
     columns = with_measures(purpose=purpose, model=str, classes=whole(1), draw=whole(0), lr=lr)
     with refusing(f"write {path}"):
-        end = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
-        if path.exists():
-            os.truncate(path, end)
+        path.touch()
+        end = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, end)
     if not end:
         append(path, list(columns))
     return {Key(*map(row.pop, Key._fields)): row for row in read_table(path, columns)}
