@@ -42,7 +42,7 @@ from tools.ledger import ACCURACIES, read_targets
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say
 from utils.files import atomic_write
-from utils.flag import Flags, choice, file_path, flag, folder_name, switch
+from utils.flag import Flags, choice, file_path, flag, folder_name, reader, switch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,7 +182,7 @@ class Plot(Flags):
 
     results: list[str] = flag(
         MISSING,
-        str,
+        reader(str),
         "run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
         "or their results.csv or metrics.csv; LABEL names one in the figures",
         nargs="+",
