@@ -159,8 +159,8 @@ def known_scores(path: Path) -> dict[Key, Score]:
     Raises:
         UserError: the file cannot be read or written, or holds something else.
     """
-    purpose, lr = one_of("search", "report"), optional(positive)
-    columns = with_measures(purpose=purpose, model=str, classes=whole(1), draw=whole(0), lr=lr)
+    lr = optional(positive)
+    columns = with_measures(purpose=str, model=str, classes=whole(1), draw=whole(0), lr=lr)
     with refusing(f"write {path}"):
         path.touch()
         end = path.read_bytes().rfind(b"\n") + 1
@@ -188,11 +188,6 @@ def append(path: Path, values: Sequence[object]) -> None:
 def optional(read: Reader) -> Reader:
     """A reader that makes None of an empty text."""
     return lambda text: read(text) if text else None
-
-
-def one_of(*names: str) -> Reader:
-    """A reader of one of several words."""
-    return dict(zip(names, names, strict=True)).__getitem__
 
 
 def with_measures(**columns: Reader) -> dict[str, Reader]:

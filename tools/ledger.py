@@ -24,17 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.results import (
-    FEW,
-    one_of,
-    optional,
-    read_json,
-    read_results,
-    read_table,
-    shown,
-    summarise,
-    text_of,
-)
+from evaluation.results import FEW, optional, read_json, read_results, read_table, shown, summarise, text_of
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
@@ -111,7 +101,7 @@ def _published(text: str) -> str:
 
 COLUMNS: dict[str, Reader] = {
     **dict.fromkeys(Target._fields, str),
-    "quantity": one_of(*QUANTITIES),
+    "quantity": dict(zip(QUANTITIES, QUANTITIES, strict=True)).__getitem__,
     "classes": optional(whole(1)),
     "published": _published,
     "spread": optional(number(0, 100)),
@@ -143,22 +133,6 @@ def read_result(path: Path) -> Sequence[Mapping[str, Any]]:
     return [{"classes": None, **measured}]
 
 
-def our_results(folder: Path) -> tuple[dict[str, Sequence[Mapping[str, Any]]], list[dict[str, str]]]:
-    """All results in `folder` by name, and the rows of its manifest.
-
-    Raises:
-        UserError: a file is malformed, or is not in the manifest, or the other way round.
-    """
-    columns = dict.fromkeys(("result", "training", "command"), str)
-    manifest = read_table(folder / "manifest.csv", columns, key=["result"])
-    paths = [*folder.glob("*.json"), *folder.glob("*.csv")]  # a .csv in place of the .json beside it
-    files = {path.stem: path for path in paths if path.name not in ("targets.csv", "manifest.csv")}
-    for name in sorted({row["result"] for row in manifest} ^ files.keys()):
-        where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
-        raise UserError(f"{folder}: the result {name!r} {where}")
-    return {name: read_result(path) for name, path in files.items()}, manifest
-
-
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """A Markdown table of rows of equal keys; one line gives the numbers of all class counts that differ in
     nothing else."""
@@ -174,9 +148,20 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def ledger(folder: Path) -> str:
-    """The tables of docs/results.md, from the files in `folder`; raises UserError where one is malformed."""
+    """The tables of docs/results.md, from the files in `folder`.
+
+    Raises:
+        UserError: a file is malformed, or a result is not in the manifest, or the other way round.
+    """
     targets = read_targets(folder / "targets.csv")
-    results, manifest = our_results(folder)
+    columns = dict.fromkeys(("result", "training", "command"), str)
+    manifest = read_table(folder / "manifest.csv", columns, key=["result"])
+    paths = [*folder.glob("*.json"), *folder.glob("*.csv")]  # a .csv in place of the .json beside it
+    files = {path.stem: path for path in paths if path.name not in ("targets.csv", "manifest.csv")}
+    for name in sorted({row["result"] for row in manifest} ^ files.keys()):
+        where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
+        raise UserError(f"{folder}: the result {name!r} {where}")
+    results = {name: read_result(path) for name, path in files.items()}
     training = {row["result"]: row["training"] for row in manifest}  # beside each number: it may be short
     compared, outcomes = [], []
     for target in targets:

@@ -358,7 +358,6 @@ def test_one_more_measure_is_one_more_line(
         (f"{COLUMNS},test\n", "columns"),
         (f"{COLUMNS}\nsearch,a,2,0,0.1,nan,0.5,1,0\n", "line 2: test: 'nan'"),
         (f"{COLUMNS}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2: 7 fields"),
-        (f"{COLUMNS}\nlunch,a,2,0,0.1,0.5,0.5,1,0\n", "lunch"),
         (f"{COLUMNS}\nsearch,a,2,0,x,0.5,0.5,1,0\n", "'x'"),
         ("\xff\x00\n", "s.csv"),
     ],
