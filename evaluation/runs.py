@@ -19,10 +19,9 @@ from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, save
 from evaluation.results import Key, Row, append, known_scores, summarise, write_results, write_table
 from flags.evaluation import Evaluation
 from model.learner import Settings
-from model.meta_learner import active_fraction
 from model.meta_test import LEARNERS, MetaTest, Purpose
 from model.modelfactory import Network, build, fingerprint, restore_model
-from model.representation import represent
+from model.representation import active_fraction, represent
 from model.scores import MEASURES, Answers, Draw, Job, RateSearch, Score, accuracies, next_tries
 from model.treatments import TABLE, Weights
 from utils.checkpoint import load_checkpoint

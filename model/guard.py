@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from model import method
-from model.inner_rules import MetaSGD
 from model.learner import MakeLearner, Settings
-from model.meta_learner import Capture, no_capture
 from model.meta_test import LEARNERS, adam_learner
-from model.method import InnerLoop, MetaLoss, Params
+from model.method import InnerLoop, MetaLoss, MetaSGD, Params
 from model.modelfactory import Network, build, trained_parameters
+from model.outer_loops import Capture, no_capture
 
 TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges

@@ -20,10 +20,10 @@ from datasets.task_sampler import sample_task
 from model.heads import NearestClassMean, NormalMAP, StreamingLDA, fit_prior
 from model.layers import FrozenOutput, Inputs
 from model.learner import Fit, Learner, LearnerKind, MakeLearner, Prior, Settings
-from model.meta_learner import gather, send
 from model.method import OnlineLearner
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
 from model.optimizer import OPTIMIZERS
+from model.outer_loops import gather, send
 from model.scores import Answers, Score
 from utils.errors import UserError
 

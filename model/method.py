@@ -65,6 +65,32 @@ def sgd(inner_lr: float) -> InnerRule:
     return lambda params, grads: {name: p.add(grads[name], alpha=-inner_lr) for name, p in params.items()}
 
 
+class MetaSGD(nn.Module):
+    """An inner rule with a learned step size for every number of every parameter.
+
+    Li et al., *Meta-SGD: learning to learn quickly for few-shot learning* (2017). The outer Adam learns the
+    step sizes; training states and model files keep them.
+
+    Args:
+        params: the parameters that the inner loop changes.
+        inner_lr: the step size that all begin with.
+    """
+
+    def __init__(self, params: Params, inner_lr: float) -> None:
+        super().__init__()
+        self.names = {name: name.replace(".", "/") for name in params}  # a module's own names have no dots
+        for name, p in params.items():
+            self.register_parameter(self.names[name], nn.Parameter(torch.full_like(p, inner_lr)))
+
+    def forward(self, params: Params, grads: Params) -> Params:
+        """p - inner_lr * g, number by number."""
+        return {name: p - self.inner_lr(name) * grads[name] for name, p in params.items()}
+
+    def inner_lr(self, name: str) -> Tensor:
+        """The step sizes of one parameter, in its shape."""
+        return self.get_parameter(self.names[name])
+
+
 def functional(net: nn.Module, names: Collection[str]) -> Forward:
     """A function of params and images that gives logits [B, classes]: `net` with params of these names in
     place of its own, wherever it uses them.

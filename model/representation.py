@@ -13,8 +13,8 @@ from torch import Tensor
 
 from datasets.images import Pool
 from datasets.task_sampler import Task
-from model.meta_learner import active_fraction, fraction, gather
 from model.modelfactory import Network, shared_copy
+from model.outer_loops import gather
 
 CHUNK = 100  # images that pass through the network at a time
 QUERIES = 500  # images whose distances to all examples are held at a time
@@ -53,6 +53,16 @@ def represent(net: Network, images: Pool | Tensor) -> Representation:
     if not gates:
         return Representation(seen, None, seen)
     return Representation(replace(pool, rows=torch.cat(before)), replace(pool, rows=torch.cat(gates)), seen)
+
+
+def fraction(mask: Tensor) -> float:
+    """Fraction of the values of a bool tensor that are true; on the CPU, since MPS has no float64."""
+    return mask.cpu().double().mean().item()
+
+
+def active_fraction(activations: Tensor, threshold: float = ACTIVE) -> float:
+    """Fraction of the values that are above `threshold` (paper, section 5: active units)."""
+    return fraction(activations > threshold)
 
 
 def dead_fraction(activations: Tensor) -> float:
@@ -108,9 +118,9 @@ def measure(representation: Representation, task: Task) -> dict[str, float]:
         representation: of the pool that `task` indexes.
     """
     after = gather(representation.after, task.test)[0]
-    values = {"active_before": active_fraction(gather(representation.before, task.test)[0], ACTIVE)}
+    values = {"active_before": active_fraction(gather(representation.before, task.test)[0])}
     if representation.gate is not None:
-        values["active_after"] = active_fraction(after, ACTIVE)
+        values["active_after"] = active_fraction(after)
         values["gate_mean"] = gather(representation.gate, task.test)[0].cpu().double().mean().item()
     values["dead"] = dead_fraction(after)
     values["knn_before"] = knn_accuracy(representation.before, task)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from model.modelfactory import Network
-from model.optimizer import Adam
+from model.outer_loops import OuterLoop
 from utils.checkpoint import STATE, Checkpoint, load_checkpoint
+from utils.distributed import is_first
 from utils.errors import UserError
 from utils.files import keep_earlier
 from utils.run import Run
@@ -27,52 +26,39 @@ log = logging.getLogger("anml")
 NAME, PREVIOUS = "state.pt", "state.previous.pt"
 
 
-def state_of(
-    run: Run,
-    net: Network,
-    optimizer: Adam,
-    generator: torch.Generator,
-    step: int,
-    arguments: Mapping[str, Any],
-    inner_rule: nn.Module | None = None,
-) -> Checkpoint:
+def state_of(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, Any]) -> Checkpoint:
     """The state of a training with these arguments after `step` steps; it shares the training's tensors."""
     return Checkpoint(
-        net.network,
-        net.widths,
-        dict(net.state_dict()),
-        {**arguments, **net.normalisation.arguments()},
+        loop.net.network,
+        loop.net.widths,
+        dict(loop.net.state_dict()),
+        {**arguments, **loop.net.normalisation.arguments()},
         step,
-        dict(inner_rule.state_dict()) if inner_rule else {},
+        dict(loop.rule.state_dict()) if loop.rule else {},
         run.started,
-        optimizer.state_dict(),
-        generator.get_state(),
+        loop.optimizer.state_dict(),
+        loop.generator.get_state(),
     )
 
 
-def restore_training(
-    state: Checkpoint,
-    optimizer: Adam,
-    generator: torch.Generator,
-    source: str,
-    inner_rule: nn.Module | None = None,
-) -> None:
-    """Load the state of the optimizer of restored weights, of the generator and of the inner rule, in place.
+def restore_training(state: Checkpoint, loop: OuterLoop, source: str) -> None:
+    """Load the state of the optimizer of restored weights, of the generator and of the rule, in place.
 
     Raises:
         UserError: the state does not belong to those weights; `source` names the state.
     """
     try:
-        optimizer.load_state_dict(state.optimizer or {})
-        generator.set_state(torch.empty(0) if state.generator is None else state.generator)
-        if inner_rule is not None:
-            inner_rule.load_state_dict(state.inner_rule)
+        loop.optimizer.load_state_dict(state.optimizer or {})
+        loop.generator.set_state(torch.empty(0) if state.generator is None else state.generator)
+        if loop.rule is not None:
+            loop.rule.load_state_dict(state.inner_rule)
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{source} does not hold a state of this run: {error}") from error
 
 
-def save_progress(run: Run, model_name: Path, state: Checkpoint) -> None:
-    """Write a training state to the run folder, then its model there and to `model_name`.
+def save_progress(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, Any]) -> None:
+    """Write the training state after `step` steps to the run folder, then its model there and to the
+    argument `model_name`; in a job rank 0 does.
 
     A model of another training under `model_name` is kept under another name: once, by the first save of a
     process, so that two trainings with one `model_name` do not keep each other's models without end.
@@ -80,6 +66,9 @@ def save_progress(run: Run, model_name: Path, state: Checkpoint) -> None:
     Raises:
         UserError: a file cannot be written, or the weights are not finite; what was there stays.
     """
+    if not is_first():
+        return
+    state, model_name = state_of(run, loop, step, arguments), Path(arguments["model_name"])
     state.save(run.folder / NAME, previous=run.folder / PREVIOUS)
     if not run.saved and not _is_of(run, model_name):
         kept = keep_earlier(model_name)

@@ -202,7 +202,7 @@ EDITS = (
     Edit(
         "another gain", FACTORY, "math.sqrt(2 / math.prod(shape[1:]))", "math.sqrt(1 / math.prod(shape[1:]))"
     ),
-    Edit("no row drawn anew", "model/meta_learner.py", "        if self.reset:", "        if False:"),
+    Edit("no row drawn anew", "model/outer_loops.py", "        if self.reset:", "        if False:"),
     Edit("Adam's rate", "model/optimizer.py", "lr=self.lr,", "lr=3 * self.lr,"),
     Edit("Adam's betas", "model/optimizer.py", "BETAS = (0.9, 0.999)", "BETAS = (0.5, 0.9)"),
 )
@@ -233,10 +233,10 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     from model.fast import choose_backend
     from model.guard import Use
     from model.learner import Settings
-    from model.meta_learner import MetaLearner
     from model.meta_test import FrozenOutputs, answers, learn, new_run
     from model.method import InnerLoop
     from model.modelfactory import NETWORKS, build, trained_parameters
+    from model.outer_loops import MetaLearner
 
     logging.getLogger("anml").setLevel(logging.ERROR)
     known = inspect.signature(NETWORKS[kind]).parameters
@@ -269,7 +269,7 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
         for _ in range(2):
             trajectory = sample_trajectory([8] * 12, generator, update_step=6, remember=10)
             step = outer.step(trajectory)
-            found += [step.loss.item(), step.accuracy_trajectory.item(), step.accuracy_remember.item()]
+            found += [value.item() for value in step.values()]
         found += [p.detach().double().norm().item() for p in net.parameters()]
     trained = trained_parameters(net, net.default_meta_test_rln)
     net = new_run(net, trained, generator)

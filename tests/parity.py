@@ -28,11 +28,11 @@ from datasets import ImageSet, Source
 from model import method
 from model.fast import BACKENDS
 from model.learner import Settings
-from model.meta_learner import gather
 from model.meta_test import FrozenOutputs, answers, learn
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
 from model.optimizer import Adam
+from model.outer_loops import gather
 from utils.errors import UserError, run_script
 
 Array = np.ndarray[Any, Any]

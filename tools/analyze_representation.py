@@ -33,8 +33,8 @@ from evaluation.results import aligned
 from flags import common
 from model.fast import choose_backend
 from model.guard import Use
-from model.meta_learner import gather
 from model.modelfactory import restore_model
+from model.outer_loops import gather
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from tools.ledger import REPRESENTATION, read_targets
 from utils.checkpoint import load_checkpoint

@@ -46,10 +46,10 @@ from flags.training import Training
 from model.fast import BACKENDS
 from model.fast.memory import keep_freed_memory
 from model.learner import Settings
-from model.meta_learner import MetaLearner, gather
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
 from model.method import InnerLoop
 from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
+from model.outer_loops import MetaLearner, gather
 from tests import reference
 from utils.command_line import parse
 from utils.distributed import choose_device

@@ -13,11 +13,10 @@ from datasets.task_sampler import Trajectory, sample_episode, sample_trajectory
 from model.fast import BACKENDS
 from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings
-from model.meta_learner import MetaLearner, gather
 from model.meta_test import FrozenOutputs, learn
 from model.method import InnerLoop
 from model.modelfactory import shared_copy, trained_parameters
-from model.prototypes import PrototypeLearner
+from model.outer_loops import MetaLearner, PrototypeLearner, gather
 from tests.model.test_method import CLASSES, images, network
 from utils.distributed import choose_device
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from datasets.task_sampler import Trajectory, sample_task, sample_trajectory
 from model.fast import BACKENDS
-from model.meta_learner import MetaLearner, gather
 from model.meta_test import new_run
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
+from model.outer_loops import MetaLearner, gather
 from model.scores import LOST, Draw, RateSearch, best_rate, next_tries
 from tests import reference
 from utils.errors import UserError

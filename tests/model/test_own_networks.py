@@ -21,7 +21,6 @@ from datasets.task_sampler import sample_trajectory
 from model import method
 from model.check import check_network
 from model.learner import Settings
-from model.meta_learner import MetaLearner
 from model.meta_test import FrozenOutputs, adam_learner, learn, new_run
 from model.method import InnerLoop, InnerRule, Params, meta_loss
 from model.modelfactory import (
@@ -33,6 +32,7 @@ from model.modelfactory import (
     reset_head,
     trained_parameters,
 )
+from model.outer_loops import MetaLearner
 from model.representation import represent
 from tests.conftest import Called, Run, assert_same_run
 from tests.model.test_method import WIDTHS, images, network

@@ -12,7 +12,7 @@ from torch import Tensor
 import mrcl_classification
 from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
-from model.prototypes import PrototypeLearner, prototype_logits
+from model.outer_loops import PrototypeLearner, prototype_logits
 from tests.conftest import Run, assert_same_run
 from tests.model.test_method import CLASSES, images, network
 from utils.errors import UserError
@@ -66,7 +66,7 @@ def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
     )
     episode = sample_episode([20] * CLASSES, learner.generator, ways=6, images=4, symmetries=4)
     step = learner.differentiate(episode)
-    return step.loss, list(learner.grads)
+    return step["loss"], list(learner.grads)
 
 
 def test_both_backends_give_the_gradient_of_the_loss() -> None:

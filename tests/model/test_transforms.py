@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from model.inner_rules import MetaSGD
-from model.method import InnerLoop, InnerRule, Params, meta_loss
+from model.method import InnerLoop, InnerRule, MetaSGD, Params, meta_loss
 from model.modelfactory import Network, load_network, trained_parameters
 from tests.conftest import Trainer, assert_same_run
 from tests.model.test_method import images, network

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from model.modelfactory import build, restore
 from model.optimizer import Adam
+from model.outer_loops import IidLearner
 from model.training_state import load_state, restore_training
 from tools.convert_released import convert
 from utils.checkpoint import Checkpoint, load_checkpoint
@@ -127,4 +128,5 @@ def go_on(found: Checkpoint, training: bool) -> None:
     """Make the network of a file and, of a training state, put Adam and the generator into that state."""
     net = restore(found.network, found.widths, found.state_dict, "m.net")
     if training:
-        restore_training(found, Adam(net.parameters(), 0.1), torch.Generator(), "state.pt")
+        loop = IidLearner(net, torch.zeros(1, 1), torch.Generator(), meta_lr=0.1, batch_size=1)
+        restore_training(found, loop, "state.pt")

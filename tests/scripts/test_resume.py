@@ -15,8 +15,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-import mrcl_classification
 from datasets.task_sampler import Trajectory, sample_trajectory
+from model import outer_loops
 from model.training_state import NAME, load_state
 from tests.conftest import EDITORS, ROOT, Trainer, assert_same_run, curve, process, rows
 from utils.checkpoint import load_checkpoint
@@ -57,7 +57,7 @@ def test_a_run_from_weights_does_not_repeat_the_draws_that_made_them(
         drawn.append((torch.initial_seed(), generator.get_state().numpy().tobytes()))
         return sample_trajectory(sizes, generator, **options)
 
-    monkeypatch.setattr(mrcl_classification, "sample_trajectory", spy)
+    monkeypatch.setattr(outer_loops, "sample_trajectory", spy)
     trainer("--steps=2", "--name=first", "--seed=3")
     assert drawn[0] == (3 * 2**32 + 1, torch.Generator().manual_seed(3).get_state().numpy().tobytes())
     again = ("--checkpoint", "--seed=3")
@@ -96,7 +96,7 @@ def test_a_signal_saves_and_the_run_goes_on(
         return sample_trajectory(sizes, generator, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mrcl_classification, "sample_trajectory", sample)
+        patch.setattr(outer_loops, "sample_trajectory", sample)
         with pytest.raises(SystemExit) as ended:
             trainer("--steps=100000")
     assert ended.value.code == code

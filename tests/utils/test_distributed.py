@@ -22,9 +22,9 @@ from torch.distributed.launcher import api as launcher
 import evaluate_classification
 import mrcl_classification
 from datasets.task_sampler import sample_trajectory
-from model.meta_learner import MetaLearner
 from model.method import InnerLoop
 from model.modelfactory import NETWORKS, build
+from model.outer_loops import MetaLearner
 from model.training_state import load_state
 from tests.conftest import ROOT, TINY, Called, Trainer, process, rows
 from tests.kill import start
@@ -116,14 +116,13 @@ def meta_train() -> None:
         meta_lr=0.01,
         inner=InnerLoop(0.1),
         rln=net.rln_training,
-        shard=group.shard,
-        all_reduce=group.all_reduce,
+        group=group,
     )
     results = []
     for step in range(3):
         torch.manual_seed(step)
         trajectories = [sample_trajectory([20] * 8, generator, update_step=4, remember=6) for _ in range(4)]
-        results.append(list(learner.step(*trajectories)))
+        results.append(list(learner.step(*trajectories).values()))
     if is_first():
         state = dict(net.state_dict())
         state.pop("trunk.0.bias", None)  # before a norm its gradient is rounding, which Adam scales up
