@@ -34,8 +34,8 @@ from evaluation.runs import Model, Runs, evaluate, how_chosen, match_earlier, mo
 from flags.evaluation import SCHEDULE, Evaluation
 from model.fast import choose_backend
 from model.guard import Backend, Use
-from model.learner import Settings
-from model.meta_test import LEARNERS, MetaTest, check_outputs
+from model.learner import LEARNERS, Settings
+from model.meta_test import MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
 from model.treatments import describe
 from utils.command_line import parse, plain, recorded
@@ -211,7 +211,6 @@ def meta_test(
     args: Evaluation, plan: Plan, backend: Backend, pools: Mapping[str, Pool], model: Model, split: str
 ) -> MetaTest:
     """The meta-test of a model on the images of a split."""
-    kind = LEARNERS[args.learner]
     return MetaTest(
         model.net,
         pools[split],
@@ -224,10 +223,8 @@ def meta_test(
         split=args.split,
         train_images=args.train_images,
         test_images=args.test_images,
-        learner=backend.learner(args.learner),
+        kind=backend.learner(args.learner),
         settings=Settings(**plan.options),
-        own_head=kind.takes_steps,
-        fit=kind.fit,
         background=pools.get("background"),
     )
 

@@ -18,8 +18,8 @@ from datasets import Pool, Source
 from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, save_png
 from evaluation.results import Key, Row, append, known_scores, summarise, write_results, write_table
 from flags.evaluation import Evaluation
-from model.learner import Settings
-from model.meta_test import LEARNERS, MetaTest, Purpose
+from model.learner import LEARNERS, Settings
+from model.meta_test import MetaTest, Purpose
 from model.modelfactory import Network, build, fingerprint, restore_model
 from model.representation import active_fraction, represent
 from model.scores import MEASURES, Answers, Draw, Job, RateSearch, Score, accuracies, next_tries
@@ -333,7 +333,7 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
     shows the gates of two images of each of the first `SHOWN` classes.
 
     Args:
-        learner: key of `model.meta_test.LEARNERS`.
+        learner: key of `model.learner.LEARNERS`.
     """
     kind = LEARNERS[learner]
     options: dict[str, Any] = dict(kind.options or {})
@@ -346,9 +346,8 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
         seed=0,
         train_images=smallest - test_images,
         test_images=test_images,
-        learner=kind.make,
+        kind=kind,
         settings=Settings(**options),
-        own_head=kind.takes_steps,
     )
     score = test.score(classes, VALIDATION_LR, "validation", draw=0)
     found = {name: score[name] for name in accuracies()}

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flags import common
-from model.learner import VIEWS, View
-from model.meta_test import LEARNERS
+from model.learner import LEARNERS, VIEWS, View
 from model.optimizer import OPTIMIZERS
 from model.treatments import TABLE
 from utils.command_line import as_typed

@@ -1,6 +1,6 @@
 """Compares a backend with plain at the start of a run, which it may serve only where the two agree.
 
-Plain is the definition: an untouched network that goes through `model.method` and `model.meta_test`'s learner
+Plain is the definition: an untouched network that goes through `model.method` and `model.learner`'s learner
 as they stand in the working copy, edited or not. Both compute in float64: the logits, the meta-loss, the
 meta-gradient of every parameter and updates of the online learner. They are compared on two networks, the one
 of the run and a narrow one of its class, whose trajectory has all inner steps of the run.
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from model import method
-from model.learner import MakeLearner, Settings
-from model.meta_test import LEARNERS, adam_learner
+from model.learner import LEARNERS, LearnerKind, MakeLearner, Settings, adam_learner
 from model.method import InnerLoop, MetaLoss, MetaSGD, Params
 from model.modelfactory import Network, build, trained_parameters
 from model.outer_loops import Capture, no_capture
@@ -77,7 +76,7 @@ class Backend(NamedTuple):
             does not know the network.
         meta_loss: in place of `model.method`'s.
         capture: turns a function of tensors that computes with a network into a faster one.
-        adam_learner: in place of `model.meta_test.adam_learner`.
+        adam_learner: in place of `model.learner.adam_learner`.
         why: what made the run choose it.
     """
 
@@ -88,9 +87,10 @@ class Backend(NamedTuple):
     adam_learner: MakeLearner
     why: str = "as asked for"
 
-    def learner(self, name: str) -> MakeLearner:
-        """The learner of `model.meta_test.LEARNERS` of that name."""
-        return self.adam_learner if name == "adam" else LEARNERS[name].make
+    def learner(self, name: str) -> LearnerKind:
+        """The entry of `LEARNERS` of that name, as the backend computes it."""
+        kind = LEARNERS[name]
+        return replace(kind, make=self.adam_learner) if name == "adam" else kind
 
 
 PLAIN = Backend("plain", lambda net: None, method.meta_loss, no_capture, adam_learner)

@@ -1,15 +1,26 @@
-"""What learns at meta-test: its interface, and what the table of learners says of each."""
+"""What learns at meta-test, by name in `LEARNERS`: the paper's optimizer, and heads that need no gradient.
+
+The heads without gradient are statistics of a frozen network's features, which one pass gives. All that they
+keep are sums, in double precision. So the order of the images and how the stream is cut into parts do not
+matter, nothing is forgotten, and memory grows with the number of classes alone. What follows from the sums is
+computed at the first prediction.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from model.layers import Inputs
+from model.method import OnlineLearner, classify
 from model.modelfactory import Network
+from model.optimizer import OPTIMIZERS
 
 View = Literal["gated", "gate", "both"]
 VIEWS: tuple[View, ...] = ("gated", "gate", "both")  # what a head without gradient sees of a network
@@ -74,7 +85,7 @@ class LearnerKind:
 
     make: MakeLearner
     title: str = ""
-    options: Mapping[str, object] | None = field(default=None)
+    options: Mapping[str, object] | None = None
     fit: Fit | None = None
 
     @property
@@ -90,3 +101,166 @@ class LearnerKind:
             if value != defaults[name]
         ]
         return self.title + "".join(other)
+
+
+Scores = Callable[[Tensor], Tensor]
+"""From features [B, F] to a score of each class, [B, C]."""
+
+TINY = 1e-30  # stands for a variance of zero
+
+
+def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
+    """The paper's learner, and the released code's: one optimizer step per image."""
+    kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
+    assert lr is not None
+    return OnlineLearner(net, trained, lambda params: kind(params, lr))
+
+
+@torch.no_grad()
+def view(net: Network, images: Inputs, settings: Settings) -> Tensor:
+    """[B, F] what a head sees of images, or of a network's frozen output of them, in float64.
+
+    On the device of the images, or on the CPU where that has no float64 (Apple's). Each part gets
+    `settings.power` (Tukey's ladder of powers; negative numbers keep their sign) and unit length by itself.
+    """
+    parts = []
+    if settings.features != "gate":
+        parts.append(net.features(images))
+    if settings.features != "gated":
+        gate = net.gate(images)
+        assert gate is not None, "the network has no gate"
+        parts.append(gate.flatten(1))
+    parts = [(part if part.device.type in ("cpu", "cuda") else part.cpu()).double() for part in parts]
+    if settings.power != 1:
+        parts = [F.normalize(part.sign() * part.abs().pow(settings.power)) for part in parts]
+    return torch.cat(parts, 1)
+
+
+class NearestClassMean:
+    """The class whose mean is nearest (Euclidean); what other heads begin with.
+
+    A subclass extends `add`, which sums up, and says in `solve` what follows from the sums.
+
+    Attributes:
+        counts: images of each class.
+        sums: of what `add` was given of each class, [F].
+    """
+
+    def __init__(self, net: Network, trained: Collection[str], settings: Settings) -> None:
+        self.net = net
+        self.settings = settings
+        self.counts: Counter[int] = Counter()
+        self.sums: dict[int, Tensor] = {}
+        self.scores: Scores | None = None  # of all that is learned so far
+
+    def learn(self, images: Inputs, labels: Tensor) -> None:
+        """Add images to the sums of their classes [B]."""
+        features = view(self.net, images, self.settings)
+        self.add(features, labels.to(features.device))
+        self.scores = None
+
+    def predict(self, images: Inputs) -> Tensor:
+        """[B] the class with the largest score among those learned; -1 where scores are not finite."""
+        if self.scores is None:
+            self.scores = self.solve()
+        given = classify(self.scores(view(self.net, images, self.settings)))
+        labels = torch.tensor(self.labels, device=given.device)
+        return labels[given.clamp_min(0)].where(given >= 0, given)
+
+    @property
+    def labels(self) -> list[int]:
+        """The classes learned, in the order of the columns of scores, which is not that of learning."""
+        return sorted(self.counts)
+
+    def means(self) -> Tensor:
+        """[C, F] the sum of each class over its images."""
+        return torch.stack([self.sums[label] / self.counts[label] for label in self.labels])
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Sum up features [B, F] of the classes [B]."""
+        for label in labels.unique().tolist():
+            own = features[labels == label]
+            self.counts[label] += len(own)
+            self.sums[label] = self.sums.get(label, 0) + own.sum(0)
+
+    def solve(self) -> Scores:
+        """The score of each class, from the sums."""
+        means = self.means()
+        return lambda features: 2 * features @ means.t() - means.square().sum(1)
+
+
+class StreamingLDA(NearestClassMean):
+    """Linear discriminant analysis with one covariance for all classes.
+
+    Hayes and Kanan, *Lifelong machine learning with deep streaming linear discriminant analysis* (2020). The
+    covariance S within classes becomes (1 - s) S + s mean(diag S) I, with s the shrinkage, and a class of
+    mean m has the score x' S^-1 m - m' S^-1 m / 2. (Theirs is updated image by image with the means of that
+    time, on which the order has an influence.)
+    """
+
+    def __init__(self, net: Network, trained: Collection[str], settings: Settings) -> None:
+        super().__init__(net, trained, settings)
+        self.products = torch.zeros(())  # [F, F] the sum of x x' over all images
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        super().add(features, labels)
+        if not self.products.ndim:
+            self.products = features.new_zeros(features.shape[1], features.shape[1])
+        self.products.addmm_(features.t(), features)
+
+    def solve(self) -> Scores:
+        means, s = self.means(), self.settings.shrinkage
+        counts = means.new_tensor([self.counts[label] for label in self.labels])
+        within = (self.products - (means.t() * counts) @ means) / counts.sum()
+        shrunk = (1 - s) * within
+        shrunk.diagonal().add_(s * within.diagonal().mean().clamp_min(TINY))
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
+        if failed:
+            factor = torch.full_like(factor, torch.nan)
+        weight = torch.cholesky_solve(means.t(), factor)  # [F, C]
+        return lambda features: features @ weight - (means.t() * weight).sum(0) / 2
+
+
+class NormalMAP(NearestClassMean):
+    """A normal distribution with a variance for each class and feature, known by what is likely of it.
+
+    GeMCL (Banayeeanzadeh et al., *Generative vs. discriminative: rethinking the meta-continual learning*,
+    2021): the variance has an inverse gamma prior, here with one shape and scale for all features
+    (`fit_prior`), and its most likely value after the images of the class stands for it.
+    """
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        super().add(torch.cat([features, features.square()], 1), labels)
+
+    def solve(self) -> Scores:
+        assert self.settings.prior is not None
+        shape, scale = self.settings.prior
+        means, squares = self.means().chunk(2, 1)
+        counts = means.new_tensor([self.counts[label] for label in self.labels])[:, None]
+        deviations = counts * (squares - means.square()).clamp_min(0)
+        variances = (scale + deviations / 2) / (shape + counts / 2 + 1)
+        weight, own = 1 / variances, means / variances
+        constant = (means * own + variances.log()).sum(1) / 2
+        return lambda features: features @ own.t() - features.square() @ weight.t() / 2 - constant
+
+
+@torch.no_grad()
+def fit_prior(net: Network, settings: Settings, classes: Iterator[Inputs]) -> Prior:
+    """The inverse gamma distribution with mean and variance of the features' variances within classes.
+
+    Args:
+        classes: the images of one class after the other, two or more each.
+    """
+    variances = torch.stack([view(net, images, settings).var(0) for images in classes])
+    mean, spread = variances.mean().clamp_min(TINY), variances.var(correction=0)
+    shape = 2 + mean.square() / spread.clamp_min(TINY * mean.square())
+    return shape.item(), (mean * (shape - 1)).item()
+
+
+LEARNERS: dict[str, LearnerKind] = {
+    "adam": LearnerKind(adam_learner),
+    "ncm": LearnerKind(NearestClassMean, "nearest class mean", {"features": "gated", "power": 0.5}),
+    "map": LearnerKind(NormalMAP, "GeMCL-MAP", {"features": "gated", "power": 0.5}, fit_prior),
+    "slda": LearnerKind(StreamingLDA, "streaming LDA", {"features": "both", "power": 0.5, "shrinkage": 0.5}),
+}
+"""What `--learner` may name. Defaults are what is best for ANML (see `docs/heads.md`)."""

@@ -6,7 +6,7 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -17,13 +17,10 @@ from torch import Tensor
 
 from datasets.images import Pool
 from datasets.task_sampler import sample_task
-from model.heads import NearestClassMean, NormalMAP, StreamingLDA, fit_prior
 from model.layers import FrozenOutput, Inputs
-from model.learner import Fit, Learner, LearnerKind, MakeLearner, Prior, Settings
-from model.method import OnlineLearner
+from model.learner import LEARNERS, Learner, LearnerKind, Prior, Settings
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
-from model.optimizer import OPTIMIZERS
-from model.outer_loops import gather, send
+from model.outer_loops import gather
 from model.scores import Answers, Score
 from utils.errors import UserError
 
@@ -47,6 +44,9 @@ class FrozenOutputs:
         images: the pool, on the device of the network; [C, D, 1, 28, 28] where all classes have as many.
         trained: names of the parameters that learn.
         budget: bytes to spend. The outputs of a pool that needs more are not kept: `get` computes them.
+
+    Attributes:
+        kept: by row of the pool, the output of its image.
     """
 
     def __init__(
@@ -55,49 +55,32 @@ class FrozenOutputs:
         self.net = net
         self.images = pool = Pool.of(images)
         self.trained = trained
+        self.kept: dict[int, tuple[Tensor, ...]] = {}
         with torch.no_grad():
             self.sample = net.frozen(pool.rows[:1], trained)
-        self.kept: tuple[Tensor, ...] = ()
         # Where nothing is frozen there is nothing to keep but the images themselves.
         if isinstance(self.sample, FrozenOutput):
             anything = any(self.sample.done)
         else:
             anything = type(net).frozen is not Network.frozen
-        if anything:
-            parts = _parts(self.sample)
-            size = sum(part.numel() * part.element_size() for part in parts) * len(pool.rows)
-            if size <= budget:
-                self.kept = tuple(part[:0] for part in parts)
-        self.used = 0  # rows of `kept` that hold the outputs of an image
-        self.slots = torch.full((len(pool.rows),), -1)  # the row of each image, -1 before it is computed
+        size = sum(part.numel() * part.element_size() for part in _parts(self.sample)) * len(pool.rows)
+        self.keeps = anything and size <= budget
 
     @torch.no_grad()
     def get(self, index: Tensor) -> Inputs:
         """For the images at `index`, [K, 2] (class, image) on the CPU; K rows."""
-        if not self.kept:
+        if not self.keeps:
             return self.net.frozen(gather(self.images, index)[0], self.trained)
-        positions = self.images.positions(index)
-        missing = self.slots[positions] < 0
-        for label, row in zip(index[missing, 0].tolist(), positions[missing].tolist(), strict=True):
-            if self.slots[row] < 0:
+        rows = self.images.positions(index).tolist()
+        for label, row in zip(index[:, 0].tolist(), rows, strict=True):
+            if row not in self.kept:
                 first, size = int(self.images.starts[label]), self.images.sizes[label]
-                rows = slice(first, first + size) if size <= CHUNK else slice(row, row + 1)
-                output = self.net.frozen(self.images.rows[rows], self.trained)
-                self.slots[rows] = self._keep(_parts(output))
-        slots = send(self.slots[positions], self.images.device)
-        parts = tuple(part[slots] for part in self.kept)
+                first, size = (first, size) if size <= CHUNK else (row, 1)
+                output = self.net.frozen(self.images.rows[first : first + size], self.trained)
+                of_images = zip(*(part.split(1) for part in _parts(output)), strict=True)
+                self.kept.update(zip(range(first, first + size), of_images, strict=True))
+        parts = tuple(torch.cat(part) for part in zip(*(self.kept[row] for row in rows), strict=True))
         return replace(self.sample, activations=parts) if isinstance(self.sample, FrozenOutput) else parts[0]
-
-    def _keep(self, parts: Sequence[Tensor]) -> Tensor:
-        """Keep some rows more; returns where, on the CPU. Room doubles, so that few rows are moved often."""
-        slots = torch.arange(self.used, self.used + len(parts[0]))
-        self.used += len(slots)
-        if self.used > len(self.kept[0]):
-            room = min(2 * self.used, len(self.slots))
-            self.kept = tuple(torch.cat([p, p.new_empty(room - len(p), *p.shape[1:])]) for p in self.kept)
-        for store, part in zip(self.kept, parts, strict=True):
-            store[slots[0] : self.used] = part
-        return slots
 
 
 def _parts(output: Inputs) -> tuple[Tensor, ...]:
@@ -105,56 +88,19 @@ def _parts(output: Inputs) -> tuple[Tensor, ...]:
     return output.activations if isinstance(output, FrozenOutput) else (output,)
 
 
-def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
-    """The paper's learner, and the released code's: one optimizer step per image."""
-    kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
-    assert lr is not None
-    return OnlineLearner(net, trained, lambda params: kind(params, lr))
-
-
-LEARNERS: dict[str, LearnerKind] = {
-    "adam": LearnerKind(adam_learner),
-    "ncm": LearnerKind(NearestClassMean, "nearest class mean", {"features": "gated", "power": 0.5}),
-    "map": LearnerKind(NormalMAP, "GeMCL-MAP", {"features": "gated", "power": 0.5}, fit_prior),
-    "slda": LearnerKind(StreamingLDA, "streaming LDA", {"features": "both", "power": 0.5, "shrinkage": 0.5}),
-}
-"""What `--learner` may name. Defaults are what is best for ANML (see `docs/heads.md`)."""
-
-
-class _InOrder:
-    """A learner of a network with fewer outputs than its pool has classes: the outputs stand for the classes
-    of one draw, in the order in which they are learned. All heads are drawn anew, so no output means anything
-    before.
+def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor, output_of: Tensor | None = None) -> None:
+    """Have a learner learn the images of `stream` [K, 2] (class, image), in order.
 
     Args:
-        drawn: [N] class ids of the draw, below `pool`.
-        num_outputs: of the network, N or more.
+        output_of: [C] the label of each class of the pool; the class id where there is none.
     """
-
-    def __init__(self, learner: Learner, drawn: Tensor, pool: int, num_outputs: int, device: torch.device):
-        self.learner = learner
-        self.output_of = torch.zeros(pool, dtype=torch.long)
-        self.output_of[drawn] = torch.arange(len(drawn))
-        self.class_of = torch.full((num_outputs,), pool)  # of no class, which is no right answer
-        self.class_of[: len(drawn)] = drawn
-        self.output_of, self.class_of = self.output_of.to(device), self.class_of.to(device)
-
-    def learn(self, images: Inputs, labels: Tensor) -> None:
-        self.learner.learn(images, self.output_of[labels])
-
-    def predict(self, images: Inputs) -> Tensor:
-        given = self.learner.predict(images)
-        return self.class_of[given.clamp_min(0)].where(given >= 0, given)
-
-
-def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor) -> None:
-    """Have a learner learn the images of `stream` [K, 2] (class, image), in order."""
     for index in stream.split(CHUNK):
-        learner.learn(outputs.get(index), index[:, 0].to(outputs.images.device))
+        labels = index[:, 0] if output_of is None else output_of[index[:, 0]]
+        learner.learn(outputs.get(index), labels.to(outputs.images.device))
 
 
 def answers(learner: Learner, outputs: FrozenOutputs, index: Tensor) -> Tensor:
-    """The class that a learner gives to each image of `index` [..., 2], among all outputs: [...]."""
+    """The label that a learner gives to each image of `index` [..., 2], among all outputs: [...]."""
     given = [learner.predict(outputs.get(part)) for part in index.reshape(-1, 2).split(CHUNK)]
     return torch.cat(given).reshape(index.shape[:-1])
 
@@ -186,10 +132,11 @@ def check_outputs(net: Network, classes: int) -> None:
         )
 
 
+@dataclass(eq=False)
 class MetaTest:
     """The meta-test of one network: draws and scores.
 
-    Args:
+    Attributes:
         net: the network, on the device of the images.
         images: the pool that class draws are made from; [C, D, 1, 28, 28] where all have as many images.
         rln: layers that stay frozen.
@@ -198,49 +145,32 @@ class MetaTest:
         iid: shuffle the images of all classes, anew for each pass (the Oracle).
         reset_all: start all trained layers anew, not the head alone (Scratch).
         class_order, split, train_images, test_images: see `sample_task`.
-        learner: makes what learns, of an entry of `LEARNERS`.
-        settings: what it is made with, but for the learning rate.
-        own_head: the learner trains the network's head; one that does not is given class ids as labels,
-            and may learn more classes than the network has outputs.
-        fit: of the same entry, given `background`: the images of meta-training classes.
+        kind: what learns. One that takes no steps may learn more classes than the network has outputs.
+        settings: what the learner is made with, but for the learning rate and the prior.
+        background: images of meta-training classes, for a prior.
+        trained: names of the parameters that learn.
     """
 
-    def __init__(
-        self,
-        net: Network,
-        images: Pool | Tensor,
-        rln: int,
-        seed: int,
-        *,
-        epochs: int = 1,
-        iid: bool = False,
-        reset_all: bool = False,
-        class_order: str = "random",
-        split: str = "random",
-        train_images: int = 15,
-        test_images: int = 5,
-        learner: MakeLearner = adam_learner,
-        settings: Settings | None = None,
-        own_head: bool = True,
-        fit: Fit | None = None,
-        background: Pool | Tensor | None = None,
-    ) -> None:
-        self.net = shared_copy(net)
-        self.images = Pool.of(images)
-        self.trained = trained_parameters(net, rln)
-        self.seed = seed
-        self.epochs = epochs
-        self.iid = iid
-        self.reset_all = reset_all
-        self.class_order = class_order
-        self.split = split
-        self.train_images, self.test_images = train_images, test_images
-        self.learner = learner
-        self.settings = settings or Settings()
-        self.own_head = own_head
-        self.fit = fit
-        self.background = None if background is None else Pool.of(background)
-        self.outputs = FrozenOutputs(self.net, images, self.trained)
+    net: Network
+    images: Pool | Tensor
+    rln: int
+    seed: int
+    _: KW_ONLY
+    epochs: int = 1
+    iid: bool = False
+    reset_all: bool = False
+    class_order: str = "random"
+    split: str = "random"
+    train_images: int = 15
+    test_images: int = 5
+    kind: LearnerKind = LEARNERS["adam"]
+    settings: Settings = field(default_factory=Settings)
+    background: Pool | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.trained = trained_parameters(self.net, self.rln)
+        self.net = shared_copy(self.net)
+        self.outputs = FrozenOutputs(self.net, self.images, self.trained)
 
     def score(self, classes: int, lr: float | None, purpose: Purpose, draw: int) -> Score:
         """The score of one sequence of `classes` classes, all of its draw; see :meth:`walk`."""
@@ -265,7 +195,8 @@ class MetaTest:
             UserError: more classes than the pool or the outputs of a network whose head learns.
             ValueError: several stops in a stream that is shuffled or passed more than once.
         """
-        if self.own_head:
+        pool = self.outputs.images
+        if self.kind.takes_steps:
             check_outputs(self.net, stops[-1])
         if len(stops) > 1 and (self.iid or self.epochs > 1):
             raise ValueError(
@@ -274,7 +205,7 @@ class MetaTest:
         sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), drawn, draw))
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         task = sample_task(
-            self.images.sizes,
+            pool.sizes,
             drawn,
             generator,
             train_images=self.train_images,
@@ -284,10 +215,12 @@ class MetaTest:
         )
         net = new_run(self.net, self.trained, generator, self.reset_all)
         prior = self._prior(net) if self.reset_all else self._prior_of_all_runs
-        learner = self.learner(net, self.trained, replace(self.settings, lr=lr, prior=prior))
-        if self.own_head and net.num_outputs < len(self.images):
-            place = len(self.images), net.num_outputs, self.images.device
-            learner = _InOrder(learner, task.train[: stops[-1], 0, 0], *place)
+        learner = self.kind.make(net, self.trained, replace(self.settings, lr=lr, prior=prior))
+        output_of = torch.arange(len(pool))
+        if self.kind.takes_steps and self.net.num_outputs < len(pool):
+            # The outputs stand for the classes of the draw in the order of learning. The whole head is drawn
+            # anew, so no output means anything before.
+            output_of[task.train[: stops[-1], 0, 0]] = torch.arange(stops[-1])
         for learned, stop in pairwise((0, *stops)):
             new = task.train[learned:stop]
             stream = new.reshape(-1, 2)
@@ -295,20 +228,21 @@ class MetaTest:
                 if self.iid:
                     stream = stream[torch.randperm(len(stream), generator=generator)]
                 for images in [stream] if self.iid else new:
-                    learn(learner, self.outputs, images)
+                    learn(learner, self.outputs, images, output_of)
             test, train = task.test[:stop], task.train[:stop]
             given_test, given_train = (answers(learner, self.outputs, index).cpu() for index in (test, train))
             finite = all(bool(net.get_parameter(name).isfinite().all()) for name in self.trained)
             diverged = not finite or bool((given_test < 0).any() or (given_train < 0).any())
-            right_test = (given_test == test[..., 0]) & (not diverged)
-            right_train = (given_train == train[..., 0]) & (not diverged)
+            right_test = (given_test == output_of[test[..., 0]]) & (not diverged)
+            right_train = (given_train == output_of[train[..., 0]]) & (not diverged)
             yield Answers(right_test, right_train, diverged, train[:, 0, 0])
 
     def _prior(self, net: Network) -> Prior | None:
-        if self.fit is None or self.background is None:
+        if self.kind.fit is None or self.background is None:
             return None
-        classes = (self.background[label][:CHUNK] for label in range(len(self.background)))
-        return self.fit(net, self.settings, (net.frozen(images, self.trained) for images in classes))
+        pool = Pool.of(self.background)
+        classes = (pool[label][:CHUNK] for label in range(len(pool)))
+        return self.kind.fit(net, self.settings, (net.frozen(images, self.trained) for images in classes))
 
     @cached_property
     def _prior_of_all_runs(self) -> Prior | None:

@@ -214,7 +214,7 @@ class _Head:
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
-    """`model.meta_test.adam_learner`: by hand on the CPU, on CUDA as a graph."""
+    """`model.learner.adam_learner`: by hand on the CPU, on CUDA as a graph."""
 
     kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
     assert lr is not None

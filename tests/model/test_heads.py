@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from evaluation.results import read_results, table
-from model.heads import NearestClassMean, fit_prior, view
-from model.learner import Settings
-from model.meta_test import LEARNERS, MetaTest
+from model.learner import LEARNERS, NearestClassMean, Settings, fit_prior, view
+from model.meta_test import MetaTest
 from model.modelfactory import build
 from tests.conftest import ROOT, Evaluate
 from utils.errors import UserError
@@ -91,16 +90,13 @@ def test_what_is_not_finite_is_no_class() -> None:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
     pool = torch.zeros(CLASSES, 20, 1, 28, 28)
     for name in ("ncm", "map", "slda"):
-        kind = LEARNERS[name]
         for fill, diverged in ((0.0, 0), (torch.nan, 1)):
             tester = MetaTest(
                 net,
                 pool + fill,
                 13,
                 seed=0,
-                learner=kind.make,
-                own_head=False,
-                fit=kind.fit,
+                kind=LEARNERS[name],
                 background=pool,
             )
             assert tester.score(3, None, "report", 0)["diverged"] == diverged

@@ -20,8 +20,8 @@ import mrcl_classification
 from datasets.task_sampler import sample_trajectory
 from model import method
 from model.check import check_network
-from model.learner import Settings
-from model.meta_test import FrozenOutputs, adam_learner, learn, new_run
+from model.learner import Settings, adam_learner
+from model.meta_test import FrozenOutputs, learn, new_run
 from model.method import InnerLoop, InnerRule, Params, meta_loss
 from model.modelfactory import (
     NETWORKS,

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 import evaluate_classification
 import mrcl_classification
 from datasets import DATASETS, ImageSet
-from model.heads import NearestClassMean
-from model.learner import LearnerKind
-from model.meta_test import LEARNERS
+from model.learner import LEARNERS, LearnerKind, NearestClassMean
 from model.modelfactory import NETWORKS, Network, build, load_network
 from tests.conftest import Called
 from utils.errors import UserError
