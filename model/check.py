@@ -6,28 +6,21 @@ Each fault is one line that names the cause. What is tried is a new network of t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
+from torch.func import functional_call
 
-from model.modelfactory import (
-    Network,
-    build,
-    layer_parameters,
-    reset_head,
-    restore,
-    trained_parameters,
-)
+from model.modelfactory import Network, build, head_rows, layer_parameters, restore, trained_parameters
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 
 TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
 IMAGES = 2
-EFFECT_TRIES = 10
+EFFECT_TRIES = 10  # a small network may be dead for the images and parameters of one try
 
 
 def check_network(
@@ -61,48 +54,31 @@ def check_network(
         net = build(name, widths or {}, torch.Generator().manual_seed(0))
         rln = net.rln_training if rln is None else rln
         trained_parameters(net, rln)
+        cuts = range(len(layer_parameters(net))) if every_cut else (rln, net.default_meta_test_rln)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            cuts = range(len(layer_parameters(net))) if every_cut else (rln, net.default_meta_test_rln)
-            _check(net, cuts, channels, second_order)
-    except _FaultError as fault:
-        raise UserError(f"network {name}: {fault}") from None
+            fault = next(_faults(net, cuts, channels, second_order), None)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"network {name} fails on {IMAGES} images of 28 x 28: {reason}") from error
+    if fault is not None:
+        raise UserError(f"network {name}: {fault}")
 
 
-class _FaultError(Exception):
-    """What is wrong, in one line without the network's name."""
-
-
-def _check(net: Network, cuts: Iterable[int], channels: int, second_order: bool) -> None:
+def _faults(net: Network, cuts: Iterable[int], channels: int, second_order: bool) -> Iterator[str]:
+    """What is wrong, each fault in one line without the network's name."""
     images, labels = _examples(net, channels)
     # Away from initial values, of which some hide an effect, say a scale of zero.
     precise = _moved(copy.deepcopy(net).double(), 0.05)
-    single, images = images, images.double()
     evaluated = copy.deepcopy(precise).eval()
-    logits = _logits(evaluated, images)
-    if logits.shape != (IMAGES, net.num_outputs) or not logits.is_floating_point():
-        raise _FaultError(
-            f"forward gives {list(logits.shape)} for {IMAGES} images, not "
-            f"logits [{IMAGES}, {net.num_outputs}]"
-        )
-    if not bool(logits.isfinite().all()):
-        raise _FaultError("its logits are not finite")
-    _check_restored(net, single)
-    if not _same(_logits(evaluated, images), logits):
-        raise _FaultError(
-            "the same images get other logits the second time, in eval mode: it draws or keeps something"
-        )
-    alone = torch.cat([_logits(evaluated, image[None]) for image in images])
-    if not _same(alone, logits):
-        raise _FaultError("an image gets other logits alone than in a batch, in eval mode")
-    _check_cuts(evaluated, cuts, images, logits)
-    _check_head(evaluated)
-    _check_features(evaluated, images)
-    _check_derivatives(precise, images, labels, second_order)
-    _check_effects(evaluated, channels)
+    yield from _faults_of_logits(evaluated, images.double())
+    yield from _faults_of_restored(net, images)
+    yield from _faults_of_parts(evaluated, cuts, images.double())
+    yield from _faults_of_derivatives(precise, images.double(), labels, second_order)
+    without = _without_effect(evaluated, channels)
+    if without:
+        remedy = "leave it out, or name it in `no_effect` of the class"
+        yield f"{min(without)} has no effect on the logits: {remedy}"
 
 
 def _examples(net: Network, channels: int) -> tuple[Tensor, Tensor]:
@@ -119,150 +95,112 @@ def _moved(net: Network, size: float) -> Network:
     return moved
 
 
-@torch.no_grad()
-def _logits(net: Network, images: Any) -> Tensor:
-    logits: Tensor = net(images)
-    return logits
-
-
 def _same(ours: Tensor, theirs: Tensor, scale: float = 1e-300) -> bool:
     scale = max(scale, float(theirs.abs().max()))
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * scale)
 
 
-def _check_restored(net: Network, images: Tensor) -> None:
+@torch.no_grad()
+def _faults_of_logits(net: Network, images: Tensor) -> Iterator[str]:
+    logits: Tensor = net(images)
+    expected = [IMAGES, net.num_outputs]
+    if list(logits.shape) != expected or not logits.is_floating_point():
+        yield f"forward gives {list(logits.shape)} for {IMAGES} images, not logits {expected}"
+    if not bool(logits.isfinite().all()):
+        yield "its logits are not finite"
+    if not _same(net(images), logits):
+        yield "the same images get other logits the second time, in eval mode: it draws or keeps something"
+    if not _same(torch.cat([net(image[None]) for image in images]), logits):
+        yield "an image gets other logits alone than in a batch, in eval mode"
+
+
+@torch.no_grad()
+def _faults_of_restored(net: Network, images: Tensor) -> Iterator[str]:
     """Through the bytes of a model file."""
     try:
         data = Checkpoint(net.network, net.widths, dict(net.state_dict()), {}, 0).to_bytes()
     except ValueError as error:
-        raise _FaultError(f"it cannot be saved: {error}") from None
+        yield f"it cannot be saved: {error}"
+        return
     saved = Checkpoint.of_bytes(data)
     again = restore(saved.network, saved.widths, saved.state_dict, "its own model file").eval()
-    if not torch.equal(_logits(again, images), _logits(copy.deepcopy(net).eval(), images)):
-        raise _FaultError(
+    if not torch.equal(again(images), copy.deepcopy(net).eval()(images)):
+        yield (
             "saved and restored, it gives other logits: something that it computes with is neither a "
             "parameter nor a buffer, nor follows from the constructor's arguments"
         )
 
 
-def _check_cuts(net: Network, cuts: Iterable[int], images: Tensor, logits: Tensor) -> None:
+@torch.no_grad()
+def _faults_of_parts(net: Network, cuts: Iterable[int], images: Tensor) -> Iterator[str]:
+    """Of the frozen part, of the head and of what enters the head."""
+    logits: Tensor = net(images)
     for rln in cuts:
-        trained = trained_parameters(net, rln)
-        with torch.no_grad():
-            inputs = net.frozen(images, trained)
-            rest = net(inputs)
-            row = net(inputs[:1])
-        if not _same(rest, logits) or not _same(row, logits[:1]):
-            raise _FaultError(
-                f"at --rln {rln} the frozen part plus the rest gives other logits than the whole"
-            )
-
-
-def _check_head(net: Network) -> None:
-    reset = copy.deepcopy(net)
-    before = {name: value.clone() for name, value in reset.state_dict().items()}
-    reset_head(reset, torch.Generator().manual_seed(0), [0])
-    head_names = {name for name, _ in reset.named_parameters() if name.startswith("head.")}
-    changed = [name for name, value in reset.state_dict().items() if not torch.equal(value, before[name])]
-    if not changed:
-        raise _FaultError(
-            "the head has no weight with a row for each class, so none can be drawn anew before a trajectory"
-        )
-    if head_names and not head_names.intersection(changed):
-        raise _FaultError(f"drawing the head anew changes {changed[0]}, which is not the head's")
-
-
-def _check_features(net: Network, images: Tensor) -> None:
-    """Statistics and heads without gradients ask for what enters the head."""
+        inputs = net.frozen(images, trained_parameters(net, rln))
+        if not _same(net(inputs), logits) or not _same(net(inputs[:1]), logits[:1]):
+            yield f"at --rln {rln} the frozen part plus the rest gives other logits than the whole"
+    if not head_rows(net):
+        yield "the head has no weight with a row for each class, to be drawn anew before a trajectory"
     try:
-        with torch.no_grad():
-            features = net.features(images)
+        features = net.features(images)
     except IndexError:
-        raise _FaultError(
-            "what enters its head is unknown, since `self.head` is not called: call it, or define `features`"
-        ) from None
+        yield "what enters the head is unknown: call `self.head`, or define `features`"
+        return
     if features.ndim != 2 or len(features) != IMAGES:
-        raise _FaultError(f"features gives {list(features.shape)} for {IMAGES} images, not [{IMAGES}, F]")
+        yield f"features gives {list(features.shape)} for {IMAGES} images, not [{IMAGES}, F]"
 
 
-def _check_derivatives(net: Network, images: Tensor, labels: Tensor, second_order: bool) -> None:
-    """Parameters handed in are those that it computes with: logits and derivatives are those of a network
-    whose own parameters they are."""
+def _faults_of_derivatives(net: Network, images: Tensor, labels: Tensor, second_order: bool) -> Iterator[str]:
+    """Of loss and gradients at parameters that are handed in, against a network with these parameters."""
     moved = _moved(net, 0.01)
-    steps = {name: (p - net.get_parameter(name)).detach() for name, p in moved.named_parameters()}
     own = {name: p for name, p in moved.named_parameters() if p.requires_grad}
-    # Not leaves, as fast weights are not.
     leaves = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
-    with _handed_in(net, {name: leaf + steps[name] for name, leaf in leaves.items()}):
-        ours = _derivatives(net, [leaves[name] for name in own], images, labels, second_order)
-    expected = _derivatives(moved, list(own.values()), images, labels, second_order)
-    names = ["", *own, *own]
-    for name, found, right in zip(names, ours, expected, strict=False):
-        if not _same(found, right, float(max(x.abs().max() for x in expected[1:])) if name else 0.0):
-            what = f"the gradient of {name}" if name else "its loss"
-            raise _FaultError(
+    # Fast weights are not leaves of the graph either.
+    handed = {name: leaf + (moved.get_parameter(name) - leaf).detach() for name, leaf in leaves.items()}
+
+    def derivatives(forward: Callable[[], Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loss, gradients and, where asked for, gradients of a function of these, by name."""
+        torch.manual_seed(1)  # each call draws the same, say for dropout
+        loss = F.cross_entropy(forward(), labels)
+        learned = [params[name] for name in own]
+        grads = torch.autograd.grad(
+            loss, learned, create_graph=second_order, allow_unused=True, materialize_grads=True
+        )
+        found = {"its loss": loss}
+        found |= {f"the gradient of {name}": grad for name, grad in zip(own, grads, strict=True)}
+        if second_order:
+            try:
+                # Through the whole graph: `once_differentiable` lets pass what asks for gradients of tensors.
+                torch.autograd.backward(sum((grad.sin().sum() for grad in grads), start=loss * 0))
+            except RuntimeError as error:
+                cause = f"it has no second derivative: train with --first_order ({error})"
+                raise UserError(f"network {net.network}: {cause}") from error
+            found |= {
+                f"the second derivative by {name}": torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in zip(own, learned, strict=True)
+            }
+        return {what: value.detach() for what, value in found.items()}
+
+    ours = derivatives(lambda: functional_call(net, handed, images), leaves)
+    expected = derivatives(lambda: moved(images), own)
+    largest = max(float(value.abs().max()) for what, value in expected.items() if what != "its loss")
+    for what, right in expected.items():
+        if not _same(ours[what], right, 0.0 if what == "its loss" else largest):
+            yield (
                 f"it does not compute with the parameters that it is handed ({what} is another): one is "
                 "referred to from outside of its module, or through .data"
             )
 
 
-def _derivatives(
-    net: Network, params: Sequence[Tensor], images: Tensor, labels: Tensor, second_order: bool
-) -> list[Tensor]:
-    """Loss, gradients and, where asked for, gradients of a function of these."""
-    with torch.random.fork_rng(devices=[]):  # each call draws the same, say for dropout
-        loss = F.cross_entropy(net(images), labels)
-    grads = _grads(loss, params, create_graph=second_order)
-    found = [loss.detach(), *(grad.detach() for grad in grads)]
-    if second_order:
-        try:
-            # Through the whole graph: `once_differentiable` lets pass what asks for the gradients of tensors.
-            torch.autograd.backward(sum((grad.sin().sum() for grad in grads), start=loss * 0))
-        except RuntimeError as error:
-            raise _FaultError(f"it has no second derivative: train with --first_order ({error})") from error
-        found += [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    return found
-
-
-@contextmanager
-def _handed_in(net: Network, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other parameters in place of the network's own, in each module that has them."""
-    names = {id(p): name for name, p in net.named_parameters()}
-    places = [
-        (module._parameters, key, p)
-        for module in net.modules()
-        for key, p in module._parameters.items()
-        if p is not None
-    ]
-    try:
-        for table, key, p in places:
-            table[key] = params[names[id(p)]]  # type: ignore[assignment]
-        yield
-    finally:
-        for table, key, p in places:
-            table[key] = p
-
-
-def _grads(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        loss, params, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-
-
-def _check_effects(net: Network, channels: int) -> None:
-    """Several times, since a small network may be dead for the images and parameters of one."""
+def _without_effect(net: Network, channels: int) -> set[str]:
+    """Names of the parameters of which the logits are independent in all tries."""
     missing = {name for name, p in net.named_parameters() if p.requires_grad} - set(net.no_effect)
     for _ in range(EFFECT_TRIES):
-        moved = _moved(net, 0.05)
-        images, labels = _examples(net, channels)
+        moved, (images, labels) = _moved(net, 0.05), _examples(net, channels)
         loss = F.cross_entropy(moved(images.double()), labels)
-        params = [moved.get_parameter(name) for name in sorted(missing)]
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        missing -= {
-            name for name, g in zip(sorted(missing), grads, strict=True) if g is not None and bool(g.any())
-        }
+        names = sorted(missing)
+        grads = torch.autograd.grad(loss, [moved.get_parameter(name) for name in names], allow_unused=True)
+        missing -= {name for name, g in zip(names, grads, strict=True) if g is not None and bool(g.any())}
         if not missing:
-            return
-    raise _FaultError(
-        f"{min(missing)} has no effect on the logits: leave it out, or name it in `no_effect` of the class"
-    )
+            break
+    return missing
