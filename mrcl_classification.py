@@ -68,7 +68,7 @@ def initial_network(args: Training, state: Checkpoint | None) -> Network:
     saved = load_checkpoint(source) if state is None else state
     if saved.network != args.treatment:
         raise UserError(f"{source} holds {saved.network}: add --treatment {saved.network}")
-    return restore(saved.network, saved.widths, saved.state_dict, str(source))
+    return restore(saved, source)
 
 
 def first_seed(args: Training, net: Network) -> int:

@@ -20,7 +20,7 @@ from evaluation.results import Key, Row, append, known_scores, summarise, write_
 from flags.evaluation import Evaluation
 from model.learner import LEARNERS, Settings
 from model.meta_test import MetaTest, Purpose
-from model.modelfactory import Network, build, fingerprint, restore_model
+from model.modelfactory import Network, build, fingerprint, restore
 from model.representation import active_fraction, represent
 from model.scores import MEASURES, Answers, Draw, Job, RateSearch, Score, accuracies, next_tries
 from model.treatments import TABLE, Weights
@@ -69,7 +69,7 @@ def models_to_test(args: Evaluation) -> list[Model]:
     for path in args.model or ():
         saved = load_checkpoint(path)
         log.info("%s: %s after %d steps", path, saved.network, saved.step)
-        net, sha256 = restore_model(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()
+        net, sha256 = restore(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()
         weights: Weights = "pretrained" if saved.arguments.get("weights") == "pretrained" else "meta-trained"
         models.append(Model(str(path), net, weights, sha256, saved.step, saved.arguments))
         kinds.append((weights, net.network, net.widths, net.normalisation))

@@ -122,8 +122,7 @@ def _faults_of_restored(net: Network, images: Tensor) -> Iterator[str]:
     except ValueError as error:
         yield f"it cannot be saved: {error}"
         return
-    saved = Checkpoint.of_bytes(data)
-    again = restore(saved.network, saved.widths, saved.state_dict, "its own model file").eval()
+    again = restore(Checkpoint.of_bytes(data), "its own model file").eval()
     if not torch.equal(again(images), copy.deepcopy(net).eval()(images)):
         yield (
             "saved and restored, it gives other logits: something that it computes with is neither a "

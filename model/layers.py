@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
-
-from datasets.images import SIZE
 
 
 class ImageNorm(nn.Module):
@@ -78,36 +74,6 @@ def conv_blocks(channels: int) -> OrderedDict[str, nn.Module]:
 def colour(images: Tensor, channels: int = 3) -> Tensor:
     """Grey images [B, 1, H, W] with their channel repeated, as a view; others as they are."""
     return images.expand(-1, channels, -1, -1) if images.ndim == 4 and images.shape[1] == 1 else images
-
-
-def as_read(net: Any, images: Tensor) -> Tensor:
-    """Images with as many channels as the first convolution of a `Network` reads; a view of grey ones.
-
-    What a network's own `frozen` made of images passes as it is.
-
-    Raises:
-        ValueError: images are of another size, or have other channels.
-    """
-    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None or (net.own_frozen and images.shape[1:] != (1, SIZE, SIZE)):
-        return images
-    images = colour(images, first.in_channels)
-    if images.shape[-3:] != (first.in_channels, SIZE, SIZE):
-        raise ValueError(
-            f"images are {list(images.shape)}; {net.network} reads [B, {first.in_channels}, {SIZE}, {SIZE}], "
-            f"or grey ones [B, 1, {SIZE}, {SIZE}]"
-        )
-    return images
-
-
-def on_colour(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a `Network` that is given images as :func:`as_read` returns them."""
-
-    @functools.wraps(method)
-    def wrapped(net: Any, inputs: Inputs, *args: Any) -> Any:
-        return method(net, as_read(net, inputs) if isinstance(inputs, Tensor) else inputs, *args)
-
-    return wrapped
 
 
 @dataclass(frozen=True)

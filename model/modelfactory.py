@@ -8,30 +8,57 @@ nowhere else.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from datasets.images import OMNIGLOT, Normalisation
-from model.layers import Inputs, as_read, conv_blocks, on_colour, run_frozen, run_rest
+from datasets.images import OMNIGLOT, SIZE, Normalisation
+from model.layers import Inputs, colour, conv_blocks, run_frozen, run_rest
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.distributed import seed_layers
 from utils.errors import UserError
 from utils.flag import Range
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
 
 PLNChannels = Annotated[int, "channels of each convolution of the prediction network", Range(1)]
 NumClasses = Annotated[
     int, "outputs of the head, no fewer than classes to train on or to learn in a meta-test", Range(1)
 ]
+
+
+def _on_colour(method: Method) -> Method:
+    """A method of a `Network` that is given grey images with as many channels as the first convolution reads,
+    as a view.
+
+    The method raises ValueError for images of another size or with other channels. What a network's own
+    `frozen` made of images passes as it is.
+    """
+
+    @functools.wraps(method)
+    def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
+        first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+        if isinstance(inputs, Tensor) and first is not None:
+            grey = (1, SIZE, SIZE)
+            if type(net).frozen is Network.frozen or inputs.shape[1:] == grey:
+                inputs = colour(inputs, first.in_channels)
+                if inputs.shape[-3:] != (first.in_channels, SIZE, SIZE):
+                    raise ValueError(
+                        f"images are {list(inputs.shape)}; {net.network} reads "
+                        f"[B, {first.in_channels}, {SIZE}, {SIZE}], or grey ones [B, 1, {SIZE}, {SIZE}]"
+                    )
+        return method(net, inputs, *args)
+
+    return cast(Method, wrapped)
 
 
 class Network(nn.Module):
@@ -51,7 +78,6 @@ class Network(nn.Module):
             they are those of the constructor, drawn from the run's generator.
         chains: names of the `nn.Sequential`s that images enter, whose stages `frozen` may run.
         no_effect: names of trained parameters that are known to have no effect.
-        own_frozen: whether the class has a `frozen` of its own, whose outputs its methods take as they are.
         widths: the constructor's arguments, as a model file stores them.
         normalisation: of the images that it was trained on.
     """
@@ -65,7 +91,6 @@ class Network(nn.Module):
     kaiming: ClassVar[bool] = False
     chains: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[tuple[str, ...]] = ()
-    own_frozen: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Network:
         """Note the constructor's arguments (a copy comes without, and with `widths` of its own)."""
@@ -94,9 +119,9 @@ class Network(nn.Module):
     def __init_subclass__(cls) -> None:
         for name in ("forward", "frozen", "features", "gate", "features_before_gate"):
             if name in cls.__dict__:
-                setattr(cls, name, on_colour(cls.__dict__[name]))
-        cls.own_frozen = cls.frozen is not Network.frozen
+                setattr(cls, name, _on_colour(cls.__dict__[name]))
 
+    @_on_colour
     def frozen(self, images: Tensor, trained: Collection[str]) -> Inputs:
         """What `forward` may be given in place of `images`, computed without the parameters `trained`.
 
@@ -107,7 +132,7 @@ class Network(nn.Module):
         if not self.chains:
             return images
         chains = [getattr(self, name) for name in self.chains]
-        return run_frozen(chains, as_read(self, images), [self.get_parameter(name) for name in trained])
+        return run_frozen(chains, images, [self.get_parameter(name) for name in trained])
 
     def features(self, inputs: Any) -> Tensor:
         """[B, F] what enters the head, of images or of what `frozen` made of them."""
@@ -152,8 +177,7 @@ class Network(nn.Module):
     @property
     def layers_below_head(self) -> int:
         """`--rln` of a treatment in which nothing but the head is new or learns."""
-        head = _names(self, self.head)
-        return sum(1 for names in layer_parameters(self) if not head.intersection(names))
+        return len(_layers(self)[0])
 
     @property
     def has_gate(self) -> bool:
@@ -274,10 +298,9 @@ def build(name: str, widths: Mapping[str, Any], generator: torch.Generator) -> N
         generator: source of the weights.
     """
     kind = NETWORKS[name]
-    if not kind.kaiming:
-        return _construct(kind, widths, generator)
-    net = _construct(kind, widths)
-    reset_parameters(net, [name for name, _ in net.named_parameters()], generator)
+    net = _construct(kind, widths, None if kind.kaiming else generator)
+    if kind.kaiming:
+        reset_parameters(net, [name for name, _ in net.named_parameters()], generator)
     return net
 
 
@@ -305,13 +328,14 @@ def reset_parameters(net: Network, names: Collection[str], generator: torch.Gene
         elif parameter.ndim == 1:  # the scale of a norm
             parameter.fill_(1)
         else:
-            parameter.copy_(_kaiming_normal(parameter.shape, parameter.dtype, generator))
+            parameter.copy_(_kaiming_normal(parameter, generator))
 
 
-def _kaiming_normal(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Kaiming normal weights: fan-in the number of inputs of a row, gain sqrt 2 (released code:
+def _kaiming_normal(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Kaiming normal values for a weight: fan-in the number of inputs of a row, gain sqrt 2 (released code:
     `kaiming_normal_`). The numbers are drawn on the CPU in the precision of the weight."""
-    drawn = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+    shape = weight.shape
+    drawn = torch.randn(shape, generator=generator, dtype=weight.dtype, device="cpu")
     return drawn.mul_(math.sqrt(2 / math.prod(shape[1:])))
 
 
@@ -324,52 +348,53 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
     new network. (Released code: `reset_classifer`, which leaves biases alone as well.)
     """
     if classes is None:
-        names = [f"head.{name}" for name, p in net.head.named_parameters() if _has_rows(net, p)]
-        reset_parameters(net, names, generator)
+        reset_parameters(net, head_rows(net, biases=True), generator)
         return
-    fresh = None if net.kaiming else head_rows(_construct(type(net), net.widths, generator))
-    for k, parameter in enumerate(head_rows(net)):
-        shape = torch.Size((len(classes), *parameter.shape[1:]))
-        drawn = fresh[k][classes] if fresh else _kaiming_normal(shape, parameter.dtype, generator)
+    fresh = None if net.kaiming else _construct(type(net), net.widths, generator)
+    for name in head_rows(net):
+        parameter = net.get_parameter(name)
+        rows = parameter[classes]
+        drawn = fresh.get_parameter(name)[classes] if fresh else _kaiming_normal(rows, generator)
         for row, values in zip(classes, drawn, strict=True):
             parameter[row].copy_(values)
 
 
-def head_rows(net: Network) -> list[nn.Parameter]:
-    """The parameters of the head, [outputs, ...], of which `reset_head` draws rows anew."""
-    return [p for p in net.head.parameters() if p.ndim > 1 and _has_rows(net, p)]
+def head_rows(net: Network, biases: bool = False) -> list[str]:
+    """Names of the head's parameters [outputs, ...] that have a row for each class; with `biases` also of
+    those that have a number for each."""
+    return [
+        f"head.{name}"
+        for name, p in net.head.named_parameters()
+        if p.ndim > (not biases) and len(p) == net.num_outputs
+    ]
 
 
-def _has_rows(net: Network, parameter: Tensor) -> bool:
-    """Whether a parameter of the head has a row, or a number, for each class."""
-    return parameter.ndim > 0 and len(parameter) == net.num_outputs
-
-
-def restore(name: str, widths: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> Network:
+def restore(saved: Checkpoint, source: str | Path) -> Network:
     """The network of a model file or training state, in float32.
 
     Args:
-        name: its entry in `NETWORKS`.
-        widths: arguments of its class.
-        weights: state dict.
-        source: where all this comes from, for the error message.
+        source: where the content comes from, for the error message.
 
     Raises:
         UserError: unknown network, or weights that do not fit it.
     """
-    if name not in NETWORKS:
-        raise UserError(f"{source} holds a network {name!r}; known are {', '.join(NETWORKS)}")
-    kind = NETWORKS[name]
+    if saved.network not in NETWORKS:
+        raise UserError(f"{source} holds a network {saved.network!r}; known are {', '.join(NETWORKS)}")
+    kind, widths = NETWORKS[saved.network], dict(saved.widths)
     try:
         if kind.kaiming:  # whether all fits, before memory is taken for what a damaged file may ask for
             with torch.device("meta"):
-                kind(**widths).load_state_dict(weights, assign=True)
+                kind(**widths).load_state_dict(saved.state_dict, assign=True)
         # Constructed, not assigned: parameters that are one stay one, and what no file holds is there.
         net = _construct(kind, widths)
-        net.load_state_dict(weights)
+        net.load_state_dict(saved.state_dict)
     except (TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{source} does not hold the weights of {name} {dict(widths)}: {reason}") from None
+        raise UserError(f"{source} does not hold the weights of {saved.network} {widths}: {reason}") from None
+    try:
+        net.normalisation = Normalisation.of(saved.arguments)
+    except ValueError as error:
+        raise UserError(f"{source} is not a model of this project: {error}") from error
     return net
 
 
@@ -383,17 +408,7 @@ def load_network(path: str | Path) -> Network:
     Raises:
         UserError: no such file, or it is damaged or foreign. Nothing in it is run.
     """
-    return restore_model(load_checkpoint(Path(path)), path).eval()
-
-
-def restore_model(saved: Checkpoint, path: str | Path) -> Network:
-    """The network of what the model file `path` holds; raises UserError as :func:`restore`."""
-    net = restore(saved.network, saved.widths, saved.state_dict, str(path))
-    try:
-        net.normalisation = Normalisation.of(saved.arguments)
-    except ValueError as error:
-        raise UserError(f"{path} is not a model of this project: {error}") from error
-    return net
+    return restore(load_checkpoint(Path(path)), path).eval()
 
 
 def shared_copy(net: Network, copied: Collection[str] = ()) -> Network:
@@ -421,10 +436,17 @@ def fingerprint(net: Network) -> str:
     return digest.hexdigest()
 
 
-def _names(net: Network, module: nn.Module) -> set[str]:
-    """The names in `net` of the parameters of one of its modules."""
-    inside = {id(parameter) for parameter in module.parameters()}
-    return {name for name, parameter in net.named_parameters() if id(parameter) in inside}
+def _layers(net: Network) -> tuple[list[list[str]], list[list[str]]]:
+    """Names of the parameters of each layer: of the layers below the head, and of those of the head."""
+    names = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
+    head = {id(p) for p in net.head.parameters()}
+    below: list[list[str]] = []
+    above: list[list[str]] = []
+    for module in net.modules():
+        own = [id(p) for p in module.parameters(recurse=False) if id(p) in names]
+        if own:
+            (above if head.intersection(own) else below).append([names.pop(key) for key in own])
+    return below, above
 
 
 def layer_parameters(net: Network) -> list[list[str]]:
@@ -433,14 +455,8 @@ def layer_parameters(net: Network) -> list[list[str]]:
     Layers are the modules that own parameters, in the order of the constructor, the head's last. A
     parameter that several modules share belongs to the first; one that takes no gradient to none.
     """
-    names = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
-    layers = []
-    for module in net.modules():
-        own = [names.pop(id(p)) for p in module.parameters(recurse=False) if id(p) in names]
-        if own:
-            layers.append(own)
-    head = _names(net, net.head)
-    return sorted(layers, key=lambda layer: bool(head.intersection(layer)))
+    below, above = _layers(net)
+    return below + above
 
 
 def trained_parameters(net: Network, rln: int) -> list[str]:

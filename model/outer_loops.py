@@ -202,7 +202,8 @@ class MetaLearner(OuterLoop):
             `accuracy_remember`, the same of the remember images.
         """
         classes = [label for trajectory in trajectories for label in trajectory.classes]
-        rows = head_rows(self.net) if self.reset_copy else []
+        names = head_rows(self.net) if self.reset_copy else []
+        rows = [self.net.get_parameter(name) for name in names]
         kept = [parameter.detach()[classes] for parameter in rows]
         if self.reset:
             reset_head(self.net, self.generator, classes)

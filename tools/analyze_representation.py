@@ -33,7 +33,7 @@ from evaluation.results import aligned
 from flags import common
 from model.fast import choose_backend
 from model.guard import Use
-from model.modelfactory import restore_model
+from model.modelfactory import restore
 from model.outer_loops import gather
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from tools.ledger import REPRESENTATION, read_targets
@@ -214,7 +214,7 @@ def main() -> None:
     device = choose_device(args.device, args.threads)
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
-    net, step = restore_model(saved, args.model), saved.step
+    net, step = restore(saved, args.model), saved.step
     backend = choose_backend(args.backend, [net], device, Use(net)).name
     images = args.source().load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")

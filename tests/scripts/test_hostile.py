@@ -126,7 +126,7 @@ def test_models_and_training_states(data: bytes, previous: bool) -> None:
 
 def go_on(found: Checkpoint, training: bool) -> None:
     """Make the network of a file and, of a training state, put Adam and the generator into that state."""
-    net = restore(found.network, found.widths, found.state_dict, "m.net")
+    net = restore(found, "m.net")
     if training:
         loop = IidLearner(net, torch.zeros(1, 1), torch.Generator(), meta_lr=0.1, batch_size=1)
         restore_training(found, loop, "state.pt")

@@ -21,7 +21,7 @@ from model.modelfactory import Network, build, restore
 from tests.conftest import Called
 from tools import convert_released
 from tools.convert_released import LEGACY_MAGIC, convert, read
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_the_command_writes_a_model_that_loads(call: Callable[..., Called], tmp_
     assert f"is kept as {tmp_path / 'm.1.net'}" in done.stdout
     assert (tmp_path / "m.1.net").read_bytes() == before
     saved = load_checkpoint(path)
-    copy = restore(saved.network, saved.widths, saved.state_dict, "m.net")
+    copy = restore(saved, "m.net")
     assert torch.equal(logits(copy), logits(net))
 
 
@@ -151,7 +151,7 @@ def test_a_higher_anml_state_dict(style: str, wrapped: bool, tmp_path: Path) -> 
     )
     kernel = weights["nm.block1.conv.weight"]
     assert torch.equal(kernel[:, 0], kernel[:, 2])
-    copy = restore("ANML", found.widths, weights, "in.net")
+    copy = restore(Checkpoint("ANML", found.widths, weights, {}, 0), "in.net")
     torch.testing.assert_close(logits(copy), logits(net))
     with pytest.raises(UserError, match=r"tools\.convert_released"):
         load_checkpoint(tmp_path / "in.net")
