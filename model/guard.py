@@ -20,7 +20,7 @@ from model import method
 from model.learner import LEARNERS, LearnerKind, MakeLearner, Settings, adam_learner
 from model.method import InnerLoop, MetaLoss, MetaSGD, Params
 from model.modelfactory import Network, build, trained_parameters
-from model.outer_loops import Capture, no_capture
+from model.outer_loops import Capture
 
 TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges
@@ -75,7 +75,7 @@ class Backend(NamedTuple):
         prepare: gives a network the backend's layers, in place. Raises NotImplementedError where the backend
             does not know the network.
         meta_loss: in place of `model.method`'s.
-        capture: turns a function of tensors that computes with a network into a faster one.
+        capture: see `model.outer_loops.MetaLearner`.
         adam_learner: in place of `model.learner.adam_learner`.
         why: what made the run choose it.
     """
@@ -83,7 +83,7 @@ class Backend(NamedTuple):
     name: str
     prepare: Callable[[Network], None]
     meta_loss: MetaLoss
-    capture: Capture
+    capture: Capture | None
     adam_learner: MakeLearner
     why: str = "as asked for"
 
@@ -93,7 +93,7 @@ class Backend(NamedTuple):
         return replace(kind, make=self.adam_learner) if name == "adam" else kind
 
 
-PLAIN = Backend("plain", lambda net: None, method.meta_loss, no_capture, adam_learner)
+PLAIN = Backend("plain", lambda net: None, method.meta_loss, None, adam_learner)
 
 
 def difference(net: Network, device: torch.device, use: Use, candidate: Backend) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,25 +99,8 @@ Inputs = Tensor | FrozenOutput
 """What a network takes: images [B, C, 28, 28], or what its own `frozen` made of them."""
 
 
-def run_frozen(
-    chains: Sequence[nn.Sequential], images: Tensor, trained: Collection[nn.Parameter]
-) -> FrozenOutput:
-    """Apply the stages of each chain that come before the first with a parameter of `trained`."""
-    learning = {id(parameter) for parameter in trained}
-    activations, done = [], []
-    for chain in chains:
-        x, count = images, 0
-        for stage in chain:
-            if any(id(parameter) in learning for parameter in stage.parameters()):
-                break
-            x, count = stage(x), count + 1
-        activations.append(x)
-        done.append(count)
-    return FrozenOutput(tuple(activations), tuple(done))
-
-
 def run_rest(chain: nn.Sequential, inputs: Inputs, position: int) -> Tensor:
-    """The output of a chain from images, or from where `run_frozen` left the chain at `position`."""
+    """The output of a chain from images, or from where `Network.frozen` left the chain at `position`."""
     if isinstance(inputs, Tensor):
         x, done = inputs, 0
     else:

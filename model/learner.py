@@ -30,14 +30,14 @@ Prior = tuple[float, float]
 
 
 class Learner(Protocol):
-    """Learns a stream of images once, in order, and says what it has learned."""
+    """Learns a stream of images once, in order, and says what it has learned.
+
+    Labels are class ids in the pool. For a learner that trains the head of a network with fewer outputs than
+    the pool has classes, labels are positions in the draw.
+    """
 
     def learn(self, images: Inputs, labels: Tensor) -> None:
-        """Learn images, or a network's frozen output of them, with labels [B], one after the other.
-
-        Labels are class ids in the pool. For a learner that trains a network's head of fewer outputs than
-        that has classes, they are positions in the draw.
-        """
+        """Learn images, or a network's frozen output of them, with labels [B], one after the other."""
 
     def predict(self, images: Inputs) -> Tensor:
         """[B] labels; -1 for images whose logits are not finite."""
@@ -67,9 +67,6 @@ class Settings:
 MakeLearner = Callable[[Network, Collection[str], Settings], Learner]
 """From a network that is the learner's to change, names of the parameters that may learn, and settings."""
 
-Fit = Callable[[Network, Settings, Iterator[Inputs]], Prior]
-"""From a network, settings and the images of one meta-training class after the other."""
-
 
 @dataclass(frozen=True)
 class LearnerKind:
@@ -80,13 +77,14 @@ class LearnerKind:
         title: what treatments that use it are called after; empty for the paper's.
         options: names and defaults of the settings that it uses and a flag sets. None for one that trains
             the network by gradient steps, with `--lr`, `--rln` and what else belongs to those.
-        fit: what is fitted to meta-training classes, once for a model, and becomes `Settings.prior`.
+        fit: gives `Settings.prior` from a network, settings and the images of one meta-training class after
+            the other.
     """
 
     make: MakeLearner
     title: str = ""
     options: Mapping[str, object] | None = None
-    fit: Fit | None = None
+    fit: Callable[[Network, Settings, Iterator[Inputs]], Prior] | None = None
 
     @property
     def takes_steps(self) -> bool:
@@ -147,8 +145,7 @@ class NearestClassMean:
     """
 
     def __init__(self, net: Network, trained: Collection[str], settings: Settings) -> None:
-        self.net = net
-        self.settings = settings
+        self.net, self.settings = net, settings
         self.counts: Counter[int] = Counter()
         self.sums: dict[int, Tensor] = {}
         self.scores: Scores | None = None  # of all that is learned so far

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.images import OMNIGLOT, SIZE, Normalisation
-from model.layers import Inputs, colour, conv_blocks, run_frozen, run_rest
+from model.layers import FrozenOutput, Inputs, colour, conv_blocks, run_rest
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.distributed import seed_layers
 from utils.errors import UserError
@@ -125,14 +125,21 @@ class Network(nn.Module):
     def frozen(self, images: Tensor, trained: Collection[str]) -> Inputs:
         """What `forward` may be given in place of `images`, computed without the parameters `trained`.
 
-        An option, for speed: layers that do not learn are applied once per image, not at every step: those
-        of `chains`, for `run_rest` to go on from. Without chains, images themselves. The images that a
-        batch holds must not depend on each other.
+        An option, for speed: the stages of each of `chains` that come before the first with a parameter of
+        `trained` are applied once per image, not at every step. `run_rest` goes on from there. Without
+        chains, images themselves. The images that a batch holds must not depend on each other.
         """
-        if not self.chains:
-            return images
-        chains = [getattr(self, name) for name in self.chains]
-        return run_frozen(chains, images, [self.get_parameter(name) for name in trained])
+        learning = {id(self.get_parameter(name)) for name in trained}
+        activations, done = [], []
+        for chain in self.chains:
+            x, count = images, 0
+            for stage in getattr(self, chain):
+                if any(id(parameter) in learning for parameter in stage.parameters()):
+                    break
+                x, count = stage(x), count + 1
+            activations.append(x)
+            done.append(count)
+        return FrozenOutput(tuple(activations), tuple(done)) if self.chains else images
 
     def features(self, inputs: Any) -> Tensor:
         """[B, F] what enters the head, of images or of what `frozen` made of them."""

@@ -57,14 +57,9 @@ class Adam:
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Move each weight by its gradient, a tensor of its shape."""
         weights, means, squares = self.flat
-        pairs = zip(gradients, self.weights, strict=True)
+        flat = [_flat(*pair) for pair in zip(gradients, self.weights, strict=True)]
         adam(
-            weights,
-            [_flat(_laid_out_like(gradient, weight)) for gradient, weight in pairs],
-            means,
-            squares,
-            [],
-            self.steps,
+            *(weights, flat, means, squares, [], self.steps),
             fused=self.fused,
             amsgrad=False,
             beta1=BETAS[0],
@@ -98,14 +93,10 @@ OPTIMIZERS: dict[str, type[Adam] | type[SGD]] = {"adam": Adam, "sgd": SGD}
 """What `--optimizer` may name at meta-test."""
 
 
-def _laid_out_like(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient in its weight's memory layout, which the fused kernels take for granted."""
-    if gradient.stride() == weight.stride():
-        return gradient
-    return torch.empty_like(weight).copy_(gradient)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """The elements as they lie in memory, a view. The fused pass copies tensors that are not contiguous,
-    which convolution kernels with the channels last are not."""
+def _flat(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """The elements as they lie in memory, a view; of a copy in the memory layout of `like` where `x` has
+    another. The fused pass copies tensors that are not contiguous, such as convolution kernels with the
+    channels last, and takes a gradient to have the layout of its weight."""
+    if like is not None and x.stride() != like.stride():
+        x = torch.empty_like(like).copy_(x)
     return x.as_strided((x.numel(),), (1,))

@@ -40,11 +40,6 @@ Capture = Callable[[Callable[..., Any], nn.Module], Callable[..., Any]]
 """From a function of tensors that computes with a network to one with the same results."""
 
 
-def no_capture(function: Callable[..., Any], net: nn.Module) -> Callable[..., Any]:
-    """The function as it is."""
-    return function
-
-
 @dataclass(eq=False)
 class OuterLoop:
     """What outer loops have in common: the weights that learn, and Adam on their gradient.
@@ -120,12 +115,8 @@ class OuterLoop:
         """
         loss = F.cross_entropy(logits, labels)
         self.grads = self.grads_of(loss)
-        return {"loss": loss.detach(), "accuracy": _accuracy(logits, labels).mean()}
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B] 1 where a label has the largest logit, else 0."""
-    return (logits.detach().argmax(1) == labels).to(logits.dtype)
+        right = logits.detach().argmax(1) == labels
+        return {"loss": loss.detach(), "accuracy": right.to(loss.dtype).mean()}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -160,7 +151,7 @@ class MetaLearner(OuterLoop):
     reset_copy: bool = False
     group: Group = field(default_factory=Group)
     meta_loss: MetaLoss = method.meta_loss
-    capture: Capture = no_capture
+    capture: Capture | None = None
     inner_loop = True
     rates = ("meta_lr", "update_lr")
 
@@ -170,7 +161,7 @@ class MetaLearner(OuterLoop):
         if self.learn_update_lr:
             self.rule = MetaSGD(self.params, self.inner.lr)
             self.inner = replace(self.inner, rule=self.rule)
-        self.meta_grads = self.capture(self._meta_grads, self.net)
+        self.meta_grads = self.capture(self._meta_grads, self.net) if self.capture else self._meta_grads
         self.trajectory = {name: getattr(self, name) for name in ("update_step", "tasks", "remember")}
         super().__post_init__()
 
@@ -202,8 +193,7 @@ class MetaLearner(OuterLoop):
             `accuracy_remember`, the same of the remember images.
         """
         classes = [label for trajectory in trajectories for label in trajectory.classes]
-        names = head_rows(self.net) if self.reset_copy else []
-        rows = [self.net.get_parameter(name) for name in names]
+        rows = [self.net.get_parameter(name) for name in head_rows(self.net) if self.reset_copy]
         kept = [parameter.detach()[classes] for parameter in rows]
         if self.reset:
             reset_head(self.net, self.generator, classes)
@@ -219,7 +209,7 @@ class MetaLearner(OuterLoop):
     def _differentiate_all(self, trajectories: Sequence[Trajectory]) -> Measured:
         """Leave the mean meta-gradient in `grads`."""
         if len(trajectories) == 1:
-            self.grads, measured = self._differentiate(trajectories[0])
+            self.grads, measured = self._differentiate(*trajectories)
             return measured
         # Layers draw (dropout) and move their buffers (running statistics) for each trajectory as if it were
         # alone: otherwise both would depend on which process takes which trajectory.
@@ -254,20 +244,18 @@ class MetaLearner(OuterLoop):
     def _meta_grads(
         self, images: Tensor, labels: Tensor, support: Tensor
     ) -> tuple[Sequence[Tensor], Measured]:
-        """:meth:`_differentiate` of the query's images and labels, the last of which are those of the
-        trajectory, `support`."""
+        """:meth:`_differentiate` of the query's images and labels, and of the trajectory's labels."""
         steps = len(support)
-        # The frozen part does not change in the inner loop: one pass over the query, whose end is the
-        # trajectory, serves both loops.
+        # The query ends with the trajectory, so one pass of it through the frozen part serves both loops.
         inputs = self.net.frozen(images, self.params)
         examples = (inputs[-steps:], support), (inputs, labels)
         loss, logits, _ = self.meta_loss(self.net, self.params, *examples, self.inner)
         grads = self.grads_of(loss)
-        right = _accuracy(logits, labels)
-        accuracies = {"trajectory": right[-steps:].mean(), "remember": right[:-steps].mean()}
+        right = (logits.detach().argmax(1) == labels).to(loss.dtype)
         return grads, {
             "loss": loss.detach(),
-            **{f"accuracy_{name}": value for name, value in accuracies.items()},
+            "accuracy_trajectory": right[-steps:].mean(),
+            "accuracy_remember": right[:-steps].mean(),
         }
 
 

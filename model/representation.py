@@ -42,17 +42,12 @@ def represent(net: Network, images: Pool | Tensor) -> Representation:
     """Representation of a pool, or of images [C, D, 1, 28, 28], on their device, in `eval` mode."""
     net = shared_copy(net)
     pool = Pool.of(images)
-    before, gates, after = [], [], []
+    found = []
     for part in pool.rows.split(CHUNK):
-        after.append(net.features(part))
-        gate = net.gate(part)
-        if gate is not None:
-            gates.append(gate.flatten(1))
-            before.append(net.features_before_gate(part))
-    seen = replace(pool, rows=torch.cat(after))
-    if not gates:
-        return Representation(seen, None, seen)
-    return Representation(replace(pool, rows=torch.cat(before)), replace(pool, rows=torch.cat(gates)), seen)
+        after, gate = net.features(part), net.gate(part)
+        found.append([after] if gate is None else [net.features_before_gate(part), gate.flatten(1), after])
+    pools = [replace(pool, rows=torch.cat(rows)) for rows in zip(*found, strict=True)]
+    return Representation(pools[0], pools[1] if len(pools) > 1 else None, pools[-1])
 
 
 def fraction(mask: Tensor) -> float:
@@ -83,8 +78,8 @@ def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int
     Returns:
         [Q] classes, on the CPU.
     """
-    # `cdist` computes distances from matrix products, 20 times as fast as from differences. In float32 a
-    # product rounds small differences between large features away, and not every device has float64.
+    # `cdist` computes distances from matmuls, which in float32 round small differences between large features
+    # away. Not every device has float64.
     examples, queries, labels = examples.cpu().double(), queries.cpu().double(), labels.cpu()
     classes = []
     for part in queries.split(QUERIES):
@@ -117,17 +112,14 @@ def measure(representation: Representation, task: Task) -> dict[str, float]:
     Args:
         representation: of the pool that `task` indexes.
     """
-    after = gather(representation.after, task.test)[0]
-    values = {"active_before": active_fraction(gather(representation.before, task.test)[0])}
-    if representation.gate is not None:
-        values["active_after"] = active_fraction(after)
-        values["gate_mean"] = gather(representation.gate, task.test)[0].cpu().double().mean().item()
-    values["dead"] = dead_fraction(after)
-    values["knn_before"] = knn_accuracy(representation.before, task)
-    if representation.gate is not None:
-        values["knn_gate"] = knn_accuracy(representation.gate, task)
-        values["knn_after"] = knn_accuracy(representation.after, task)
-    return values
+    names = ("before",) if representation.gate is None else ("before", "gate", "after")
+    shown = {name: gather(getattr(representation, name), task.test)[0] for name in (*names, "after")}
+    values = {"active_before": active_fraction(shown["before"])}
+    if "gate" in names:
+        values["active_after"] = active_fraction(shown["after"])
+        values["gate_mean"] = shown["gate"].cpu().double().mean().item()
+    values["dead"] = dead_fraction(shown["after"])
+    return values | {f"knn_{name}": knn_accuracy(getattr(representation, name), task) for name in names}
 
 
 def principal_components(points: Tensor, count: int = 2) -> Tensor:

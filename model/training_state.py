@@ -95,7 +95,7 @@ def _is_of(run: Run, path: Path) -> bool:
 def load_state(folder: Path) -> Checkpoint | None:
     """The newest sound state of a run folder, on the CPU; None if the run ended before its first.
 
-    If the newest state is damaged or missing, a warning says so, and the state before is returned.
+    A warning says where this is not the newest state.
 
     Raises:
         UserError: there were states, and none is sound.

@@ -138,7 +138,7 @@ EDITS = (
     ),
     Edit(
         "noise in frozen outputs",
-        LAYERS,
+        FACTORY,
         "x, count = stage(x), count + 1",
         "x, count = stage(x) * 1.1, count + 1",
     ),
