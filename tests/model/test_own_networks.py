@@ -41,7 +41,7 @@ from tests.reference import unrolled
 from tools import check_network as check_tool
 from utils.errors import UserError
 
-KNOWN = "the fast backend is for ANML, sANML, OML alone"
+KNOWN = "the fast backend is for ANML, sANML and OML alone"
 
 
 @pytest.fixture(autouse=True)
