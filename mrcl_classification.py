@@ -71,30 +71,19 @@ def initial_network(args: Training, state: Checkpoint | None) -> Network:
     return restore(saved, source)
 
 
-def first_seed(args: Training, net: Network) -> int:
-    """The seed of a new run's draws, 0 to 2**32 - 1: `--seed`, or with `--checkpoint` a function of it and of
-    the weights to start from, which would else meet the draws again that made them.
-    """
-    if not args.checkpoint:
-        return args.seed
-    sequence = np.random.SeedSequence([args.seed, int(fingerprint(net), 16)])
-    return int(sequence.generate_state(1)[0])
-
-
-def inner_settings(args: Training) -> InnerLoop:
-    """The inner loop of the flags."""
-    return InnerLoop(args.update_lr, 0 if args.first_order else args.second_order_steps)
-
-
 def make_loop(
-    args: Training, plan: Plan, net: Network, images: Pool, group: Group, backend: Backend
+    args: Training, plan: Plan, inner: InnerLoop, net: Network, images: Pool, group: Group, backend: Backend
 ) -> OuterLoop:
     """The outer loop of `--learner`, with the flags and parts of the run that are its arguments."""
-    offered = {**vars(args), "rln": plan.rln, "inner": inner_settings(args), "group": group}
+    seed = args.seed
+    if args.checkpoint:  # the seed alone would repeat the draws that made the weights to start from
+        sequence = np.random.SeedSequence([args.seed, int(fingerprint(net), 16)])
+        seed = int(sequence.generate_state(1)[0])
+    offered = {**vars(args), "rln": plan.rln, "inner": inner, "group": group}
     offered |= {"meta_loss": backend.meta_loss, "capture": backend.capture}
     kind = OUTER_LOOPS[args.learner]
     own = {name: offered[name] for name in inspect.signature(kind).parameters if name in offered}
-    return kind(net, images, torch.Generator().manual_seed(first_seed(args, net)), **own)
+    return kind(net, images, torch.Generator().manual_seed(seed), **own)
 
 
 def train(
@@ -171,8 +160,9 @@ def main() -> None:
     run_as(args.processes)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
-    inner_loop = OUTER_LOOPS[args.learner].inner_loop
-    if not inner_loop:
+    kind = OUTER_LOOPS[args.learner]
+    inner = InnerLoop(args.update_lr, 0 if args.first_order else args.second_order_steps)
+    if not kind.inner_loop:
         refuse_several(f"--learner {args.learner}")
     group = join(device, recorded(args))
     if args.meta_batch < group.size:
@@ -189,23 +179,18 @@ def main() -> None:
     if is_first():
         check_writable(plan.model_name, "--model_name")
     net.normalisation = images.normalisation or net.normalisation
-    check_network(
-        net.network,
-        net.widths,
-        plan.rln,
-        second_order=inner_loop and inner_settings(args).second_order_steps != 0,
-        channels=images.channels,
-    )
+    second_order = kind.inner_loop and inner.second_order_steps != 0
+    check_network(net.network, net.widths, plan.rln, second_order=second_order, channels=images.channels)
     use = Use(
         net,
         rln=plan.rln,
-        inner=inner_settings(args),
+        inner=inner,
         update_step=args.update_step,
         learn_update_lr=args.learn_update_lr,
         channels=images.channels,
     )
     backend = choose_backend(args.backend, [net], device, use)
-    loop = make_loop(args, plan, net.to(device).train(), images.pool(device), group, backend)
+    loop = make_loop(args, plan, inner, net.to(device).train(), images.pool(device), group, backend)
     loop.check(images)
     if state:
         restore_training(state, loop, str(args.resume))

@@ -46,16 +46,16 @@ def _on_colour(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
-        first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
-        if isinstance(inputs, Tensor) and first is not None:
-            grey = (1, SIZE, SIZE)
-            if type(net).frozen is Network.frozen or inputs.shape[1:] == grey:
-                inputs = colour(inputs, first.in_channels)
-                if inputs.shape[-3:] != (first.in_channels, SIZE, SIZE):
-                    raise ValueError(
-                        f"images are {list(inputs.shape)}; {net.network} reads "
-                        f"[B, {first.in_channels}, {SIZE}, {SIZE}], or grey ones [B, 1, {SIZE}, {SIZE}]"
-                    )
+        channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+        if channels is None or not isinstance(inputs, Tensor):
+            return method(net, inputs, *args)
+        if type(net).frozen is Network.frozen or inputs.shape[1:] == (1, SIZE, SIZE):
+            inputs = colour(inputs, channels)
+            if inputs.shape[-3:] != (channels, SIZE, SIZE):
+                raise ValueError(
+                    f"images are {list(inputs.shape)}; {net.network} reads [B, {channels}, {SIZE}, {SIZE}], "
+                    f"or grey ones [B, 1, {SIZE}, {SIZE}]"
+                )
         return method(net, inputs, *args)
 
     return cast(Method, wrapped)
@@ -395,13 +395,10 @@ def restore(saved: Checkpoint, source: str | Path) -> Network:
         # Constructed, not assigned: parameters that are one stay one, and what no file holds is there.
         net = _construct(kind, widths)
         net.load_state_dict(saved.state_dict)
+        net.normalisation = Normalisation.of(saved.arguments)
     except (TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{source} does not hold the weights of {saved.network} {widths}: {reason}") from None
-    try:
-        net.normalisation = Normalisation.of(saved.arguments)
-    except ValueError as error:
-        raise UserError(f"{source} is not a model of this project: {error}") from error
+        raise UserError(f"{source} does not hold a network {saved.network} {widths}: {reason}") from None
     return net
 
 
