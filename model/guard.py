@@ -75,7 +75,7 @@ class Backend(NamedTuple):
         prepare: gives a network the backend's layers, in place. Raises NotImplementedError where the backend
             does not know the network.
         meta_loss: in place of `model.method`'s.
-        capture: see `model.outer_loops.MetaLearner`.
+        capture: see `model.outer_loops.TrajectoryLoop`.
         adam_learner: in place of `model.learner.adam_learner`.
         why: what made the run choose it.
     """

@@ -1,7 +1,7 @@
 """The outer loops: how the weights that a meta-test starts from are trained, by name in `OUTER_LOOPS`.
 
-A step is `draw`, `differentiate` and `update`. The method of the paper is `model.method`; `MetaLearner` draws
-head rows anew, takes the meta-gradient of trajectories and steps along it with Adam.
+A step is `draw`, `differentiate` and `update`. The method of the paper is `model.method`: `TrajectoryLoop`
+draws head rows anew, takes the meta-gradient of trajectories and steps along it with Adam.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class OuterLoop:
 
 
 @dataclass(eq=False, kw_only=True)
-class MetaLearner(OuterLoop):
+class TrajectoryLoop(OuterLoop):
     """Meta-trains a network with Adam, one trajectory per step or the mean over several.
 
     No step reads a value back from the device.
@@ -288,7 +288,7 @@ def prototype_logits(features: Tensor, shots: int, leave_one_out: bool = False) 
 
 
 @dataclass(eq=False, kw_only=True)
-class PrototypeLearner(OuterLoop):
+class EpisodeLoop(OuterLoop):
     """Trains the layers below the head for a head of class means, one episode per step.
 
     Snell et al., *Prototypical networks for few-shot learning* (2017). An episode draws classes and a few
@@ -355,7 +355,7 @@ class PrototypeLearner(OuterLoop):
 
 
 @dataclass(eq=False, kw_only=True)
-class IidLearner(OuterLoop):
+class BatchLoop(OuterLoop):
     """Trains all layers on shuffled images of all classes: the first half of Pretrain & Transfer.
 
     What meta-learning adds shows in comparison. Classes and number of images are those of meta-training. The
@@ -392,9 +392,9 @@ class IidLearner(OuterLoop):
 
 
 OUTER_LOOPS: dict[str, type[OuterLoop]] = {
-    "sgd": MetaLearner,
-    "prototypes": PrototypeLearner,
-    "iid": IidLearner,
+    "sgd": TrajectoryLoop,
+    "prototypes": EpisodeLoop,
+    "iid": BatchLoop,
 }
 """What `--learner` of a training may name. Keyword arguments of an entry are flags of the same name, or parts
 of a run."""

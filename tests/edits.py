@@ -236,7 +236,7 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     from model.meta_test import FrozenOutputs, answers, learn, new_run
     from model.method import InnerLoop
     from model.modelfactory import NETWORKS, build, trained_parameters
-    from model.outer_loops import MetaLearner
+    from model.outer_loops import TrajectoryLoop
 
     logging.getLogger("anml").setLevel(logging.ERROR)
     known = inspect.signature(NETWORKS[kind]).parameters
@@ -255,7 +255,7 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
         use = Use(net, inner=inner, update_step=6)
         backend = choose_backend(asked, [net], torch.device("cpu"), use)
         used.append(backend.name)
-        outer = MetaLearner(
+        outer = TrajectoryLoop(
             net.train(),
             images,
             generator,

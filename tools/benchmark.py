@@ -49,7 +49,7 @@ from model.learner import Settings
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
 from model.method import InnerLoop
 from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
-from model.outer_loops import MetaLearner, gather
+from model.outer_loops import TrajectoryLoop, gather
 from tests import reference
 from utils.command_line import parse
 from utils.distributed import choose_device
@@ -153,7 +153,7 @@ def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device
     defaults, first_order = parse(Training, []), ORDERS[part]
     generator, pool = torch.Generator().manual_seed(0), images.pool(device)
     learners = {
-        backend: MetaLearner(
+        backend: TrajectoryLoop(
             *(network(args, "ANML", backend, device), pool, generator),
             meta_lr=defaults.meta_lr,
             inner=InnerLoop(defaults.update_lr, 0 if first_order else None),

@@ -16,7 +16,7 @@ from model.learner import Settings
 from model.meta_test import FrozenOutputs, learn
 from model.method import InnerLoop
 from model.modelfactory import shared_copy, trained_parameters
-from model.outer_loops import MetaLearner, PrototypeLearner, gather
+from model.outer_loops import EpisodeLoop, TrajectoryLoop, gather
 from tests.model.test_method import CLASSES, images, network
 from utils.distributed import choose_device
 
@@ -29,8 +29,10 @@ def assert_as_on_the_cpu(weights: Callable[[torch.device], Sequence[Tensor]]) ->
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
-def meta_learner(kind: str, rln: int, backend: str, first_order: bool, device: torch.device) -> MetaLearner:
-    return MetaLearner(
+def meta_learner(
+    kind: str, rln: int, backend: str, first_order: bool, device: torch.device
+) -> TrajectoryLoop:
+    return TrajectoryLoop(
         *(network(kind, backend)[0].to(device), images(CLASSES, 20).to(device)),
         torch.Generator().manual_seed(7),
         meta_lr=0.001,
@@ -63,7 +65,7 @@ def test_meta_steps(kind: str, rln: int, backend: str, first_order: bool) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_episodes(backend: str) -> None:
     def weights(device: torch.device) -> Sequence[Tensor]:
-        learner = PrototypeLearner(
+        learner = EpisodeLoop(
             *(network("ANML", backend)[0].to(device), images(CLASSES, 20).to(device)),
             torch.Generator().manual_seed(7),
             meta_lr=0.001,

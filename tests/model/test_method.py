@@ -16,7 +16,7 @@ from model.fast import BACKENDS
 from model.meta_test import new_run
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
-from model.outer_loops import MetaLearner, gather
+from model.outer_loops import TrajectoryLoop, gather
 from model.scores import LOST, Draw, RateSearch, best_rate, next_tries
 from tests import reference
 from utils.errors import UserError
@@ -113,9 +113,11 @@ def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
     assert_same((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-5, atol=0)
 
 
-def learner(net: Network, pixels: Tensor, steps: int | None = None, **options: Any) -> MetaLearner:
+def learner(net: Network, pixels: Tensor, steps: int | None = None, **options: Any) -> TrajectoryLoop:
     generator = torch.Generator().manual_seed(7)
-    return MetaLearner(net, pixels, generator, meta_lr=0.001, inner=InnerLoop(0.1, steps), rln=7, **options)
+    return TrajectoryLoop(
+        net, pixels, generator, meta_lr=0.001, inner=InnerLoop(0.1, steps), rln=7, **options
+    )
 
 
 @pytest.mark.parametrize("first_order", [True, False])

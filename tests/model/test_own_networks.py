@@ -32,7 +32,7 @@ from model.modelfactory import (
     reset_head,
     trained_parameters,
 )
-from model.outer_loops import MetaLearner
+from model.outer_loops import TrajectoryLoop
 from model.representation import represent
 from tests.conftest import Called, Run, assert_same_run
 from tests.model.test_method import WIDTHS, images, network
@@ -195,7 +195,7 @@ def test_pretraining(scripts: Run) -> None:
 
 def test_meta_test_leaves_training_mode_and_buffers_alone() -> None:
     net = new("BatchNorm").double().train()
-    learner = MetaLearner(
+    learner = TrajectoryLoop(
         net, images(10, 4), torch.Generator().manual_seed(0), meta_lr=0.001, inner=InnerLoop(0.1), rln=0
     )
     learner.step(sample_trajectory([4] * 10, torch.Generator(), update_step=2, remember=3))

@@ -12,7 +12,7 @@ from torch import Tensor
 import mrcl_classification
 from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
-from model.outer_loops import PrototypeLearner, prototype_logits
+from model.outer_loops import EpisodeLoop, prototype_logits
 from tests.conftest import Run, assert_same_run
 from tests.model.test_method import CLASSES, images, network
 from utils.errors import UserError
@@ -57,7 +57,7 @@ def test_distortions_leave_half_alone_and_keep_what_is_on_the_image() -> None:
 def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
     net, _ = network("ANML")
     BACKENDS[backend].prepare(net)
-    learner = PrototypeLearner(
+    learner = EpisodeLoop(
         *(net, images(CLASSES, 20), torch.Generator().manual_seed(1)),
         meta_lr=0.001,
         steps=10,
@@ -86,14 +86,14 @@ def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
     log = (tmp_path / "runs/p_0/log.txt").read_text()
     assert "step 2 meta-test on 5 meta-training classes: test" in log
 
-    def stop(learner: PrototypeLearner) -> None:
+    def stop(learner: EpisodeLoop) -> None:
         if learner.optimizer.steps[0] == 3:
             raise KeyboardInterrupt
         plain_update(learner)
 
-    plain_update = PrototypeLearner.update
+    plain_update = EpisodeLoop.update
     with monkeypatch.context() as patch:
-        patch.setattr(PrototypeLearner, "update", stop)
+        patch.setattr(EpisodeLoop, "update", stop)
         with pytest.raises(KeyboardInterrupt):
             run(mrcl_classification, *flags)
     run(mrcl_classification, "--resume", "runs/p_1")

@@ -24,7 +24,7 @@ import mrcl_classification
 from datasets.task_sampler import sample_trajectory
 from model.method import InnerLoop
 from model.modelfactory import NETWORKS, build
-from model.outer_loops import MetaLearner
+from model.outer_loops import TrajectoryLoop
 from model.training_state import load_state
 from tests.conftest import ROOT, TINY, Called, Trainer, process, rows
 from tests.kill import start
@@ -111,7 +111,7 @@ def meta_train() -> None:
     generator = torch.Generator().manual_seed(1)
     net = build(name, {"num_classes": 8, **SMALL[name]}, generator).double().train()
     images = torch.randn(8, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
-    learner = MetaLearner(
+    learner = TrajectoryLoop(
         *(net, images, generator),
         meta_lr=0.01,
         inner=InnerLoop(0.1),
