@@ -22,8 +22,8 @@ from model.modelfactory import (
     restore,
     trained_parameters,
 )
-from utils.checkpoint import Checkpoint
 from utils.errors import UserError
+from utils.files import Checkpoint
 
 TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
 IMAGES = 2

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from datasets.images import OMNIGLOT, Normalisation
 from model.layers import Inputs, as_read, conv_blocks, on_colour, run_frozen, run_rest
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.distributed import seed_layers
 from utils.errors import UserError
+from utils.files import Checkpoint, load_checkpoint
 from utils.flag import Range
 
 SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions

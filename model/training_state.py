@@ -17,9 +17,8 @@ from torch import nn
 
 from model.modelfactory import Network
 from model.optimizer import Adam
-from utils.checkpoint import STATE, Checkpoint, load_checkpoint
 from utils.errors import UserError
-from utils.files import keep_earlier
+from utils.files import STATE, Checkpoint, keep_earlier, load_checkpoint
 from utils.run import Run
 
 log = logging.getLogger("anml")

@@ -19,8 +19,8 @@ from model.modelfactory import build, restore
 from model.optimizer import Adam
 from model.training_state import load_state, restore_training
 from tools.convert_released import convert
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.files import Checkpoint, load_checkpoint
 
 WIDTHS = {"nm_channels": 1, "pln_channels": 1, "num_classes": 2}
 
