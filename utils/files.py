@@ -28,20 +28,11 @@ from torch import Tensor
 from utils.errors import UserError, refusing
 
 MODEL, STATE = "anml-1", "anml-state-1"  # the formats of model files and of training states
-ENTRIES: dict[str, tuple[type, bool]] = {
-    "network": (str, False),
-    "widths": (dict, False),
-    "arguments": (dict, False),
-    "step": (int, False),
-    "state_dict": (dict, True),
-    "inner_rule": (dict, True),
-    "run": (str, False),
-    "optimizer": (dict, True),
-    "generator": (Tensor, True),
+NEEDED = {
+    MODEL: ("network", "widths", "state_dict", "arguments", "step"),
+    STATE: ("network", "widths", "state_dict", "arguments", "step", "optimizer", "generator"),
 }
-"""The type of each entry of a file, and whether it is made of tensors or of what JSON knows."""
-OPTIONAL = {"inner_rule": {}, "run": ""}
-OF_STATES = ("optimizer", "generator")
+TYPES = {"str": str, "int": int, "dict": dict, "Tensor": Tensor}  # by the first word of an annotation
 
 
 @contextmanager
@@ -260,20 +251,20 @@ def _fault(content: Any, format_name: str) -> str | None:
         return f"it holds a {type(content).__name__}"
     if content.get("format") != format_name:
         return f"its format is {content.get('format')!r}, not {format_name!r}"
-    for name, (kind, tensors) in ENTRIES.items():
-        value = content.get(name, OPTIONAL.get(name))
-        if value is None and format_name == MODEL and name in OF_STATES:
+    for part in fields(Checkpoint):
+        value, hint = content.get(part.name), str(part.type)
+        if part.name not in (content.keys() | NEEDED[format_name]):
             continue
-        if not isinstance(value, kind):
-            return f"its {name} is a {type(value).__name__}"
-        fault = _fault_of(value, name, tensors)
+        if not isinstance(value, TYPES[hint.replace("[", " ").split()[0]]):
+            return f"its {part.name} is a {type(value).__name__}"
+        fault = _fault_of(value, part.name, tensors="Tensor" in hint)
         if fault is not None:
             return fault
     return "it holds no weights" if not content["state_dict"] or content["step"] < 0 else None
 
 
 def _fault_of(value: Any, name: str, tensors: bool) -> str | None:
-    """What is wrong with a value; see `ENTRIES`."""
+    """What is wrong with a value, which is made of tensors or of what JSON knows."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
