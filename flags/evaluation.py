@@ -64,7 +64,6 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         "random initial weights; the network is that of --model if given, else that of the "
         "network flags below",
     )
-    treatment: str = common.treatment_flag()
     learner: str = choice(
         "adam",
         LEARNERS,
@@ -210,7 +209,7 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         of_heads = {*parts["heads that need no gradient"]}
         of_steps = {*parts["steps of --learner adam"], *parts["learning rate"]} - {"full_search"}  # no number
         others = of_heads if options is None else of_steps | (of_heads - options.keys())
-        of_scratch = ("treatment", "constructor") if self.model else ()
+        of_scratch = parts["network"] if self.model else ()
         return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
 
     def validate(self) -> None:
