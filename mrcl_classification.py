@@ -40,7 +40,6 @@ from model.method import InnerLoop
 from model.modelfactory import Network, build, fingerprint, restore
 from model.outer_loops import OUTER_LOOPS, OuterLoop, gather
 from model.training_state import load_state, restore_training, save_model, save_progress, state_of
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse, plain, recorded
 from utils.distributed import (
     Group,
@@ -54,7 +53,7 @@ from utils.distributed import (
     seed_layers,
 )
 from utils.errors import UserError, run_script
-from utils.files import check_writable
+from utils.files import Checkpoint, check_writable, load_checkpoint
 from utils.run import Progress, Run, log_to_terminal
 
 log = logging.getLogger("anml")

@@ -24,10 +24,10 @@ from model.modelfactory import Network, build, fingerprint, restore
 from model.representation import active_fraction, represent
 from model.scores import MEASURES, Answers, Draw, Job, RateSearch, Score, accuracies, next_tries
 from model.treatments import TABLE, Weights
-from utils.checkpoint import load_checkpoint
 from utils.command_line import read_config
 from utils.distributed import Group, is_first
 from utils.errors import UserError
+from utils.files import load_checkpoint
 from utils.run import Progress, Run
 
 VALIDATION_LR = 0.001  # of the small meta-tests of a training: the best rate for most class counts

@@ -18,18 +18,7 @@ PROCESSES = (
     "processes on this machine that share the work, each with its part of the threads or a GPU of its own; "
     "under torchrun there are as many as it starts"
 )
-RESUME = (
-    "run folder of an interrupted run, to go on from its last training state with its own arguments: on the "
-    "CPU with the same --threads, to the same weights bit for bit. Of other flags only these may change: "
-)
-
 NO_COMMIT = {"commit": "nothing is committed; the run folder records the current git commit"}
-
-
-def treatment_flag(shown: str = "ANML") -> Any:
-    """The field of `--treatment`; `shown` is its default as `--help` gives it."""
-    aliases = {"Neuromodulation": "ANML"}  # the released code's name
-    return choice("ANML", NETWORKS, "network (Neuromodulation: ANML)", aliases=aliases, shown=shown)
 
 
 class NetworkFlags(Flags):
@@ -40,6 +29,9 @@ class NetworkFlags(Flags):
     """
 
     _network: ClassVar = Heading("network")
+    treatment: str = choice(
+        "ANML", NETWORKS, "network (Neuromodulation: ANML)", aliases={"Neuromodulation": "ANML"}
+    )
     constructor: dict[str, Any] = arguments_of("treatment", NETWORKS, "net")
 
 

@@ -63,7 +63,6 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         "random initial weights; the network is that of --model if given, else that of the "
         "network flags below",
     )
-    treatment: str = common.treatment_flag()
     learner: str = choice(
         "adam",
         LEARNERS,
@@ -209,7 +208,7 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         of_heads = {*parts["heads that need no gradient"]}
         of_steps = {*parts["steps of --learner adam"], *parts["learning rate"]} - {"full_search"}  # no number
         others = of_heads if options is None else of_steps | (of_heads - options.keys())
-        of_scratch = ("treatment", "constructor") if self.model else ()
+        of_scratch = parts["network"] if self.model else ()
         return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
 
     def validate(self) -> None:
@@ -233,24 +232,22 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        typed = {name: given[name] for name in ("rln", "scratch", "iid", "epoch") if name in given}
+        found = {name: given[name] for name in ("rln", "scratch", "iid", "epoch") if name in given}
+        means: dict[str, dict[str, Any]] = {}
         if not given.get("freeze", True):
-            if given.get("rln"):
-                raise UserError(f"--no-freeze means --rln 0: drop it, or drop --rln {given['rln']}")
-            typed["rln"] = 0
-        preset = given.get("treatment_preset")
-        if preset is None:
-            return typed
-        row = TABLE[preset]
-        if given.get("reset") and not row.scratch:
-            raise UserError(f"--treatment-preset {preset} keeps the weights it starts from: drop --reset")
-        # The paper gives Oracles of 1 and of 20 passes: their number is the user's.
-        epochs = typed.get("epoch", 1) if row.iid else 1
-        means = {"rln": row.rln, "scratch": row.scratch, "iid": row.iid, "epoch": epochs}
-        for name, value in typed.items():
-            if value != means[name]:
-                raise UserError(
-                    f"--treatment-preset {preset} means {as_typed(name, means[name])}, not "
-                    f"{as_typed(name, value)}: drop one of them"
-                )
-        return means
+            means["--no-freeze"] = {"rln": 0}
+        if preset := given.get("treatment_preset"):
+            row = TABLE[preset]
+            if given.get("reset") and not row.scratch:
+                raise UserError(f"--treatment-preset {preset} keeps the weights it starts from: drop --reset")
+            # The paper gives Oracles of 1 and of 20 passes: their number is the user's.
+            epochs = found.get("epoch", 1) if row.iid else 1
+            meant = {"rln": row.rln, "scratch": row.scratch, "iid": row.iid, "epoch": epochs}
+            means[f"--treatment-preset {preset}"] = meant
+        for source, values in means.items():
+            for name, value in values.items():
+                typed = found.setdefault(name, value)
+                if typed != value:
+                    said = f"{as_typed(name, value)}, not {as_typed(name, typed)}"
+                    raise UserError(f"{source} means {said}: drop one of them")
+        return found

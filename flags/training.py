@@ -49,13 +49,12 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     deciding: ClassVar = frozenset({"learner"})
 
     _method: ClassVar = Heading("method")
-    treatment: str = common.treatment_flag("ANML, with --learner iid OML")
     learner: Literal["sgd", "prototypes", "iid"] = choice(
         "sgd",
         ("sgd", "prototypes", "iid"),
         "what the network is to be good for: sgd, a step on each image of a trajectory (the paper); "
         "prototypes, a head of class means; iid, telling the meta-training classes apart, which Pretrain & "
-        "Transfer begins with; each has a group of flags of its own",
+        "Transfer begins with (--treatment is OML then, if not given); each has a group of flags of its own",
     )
     steps: int = flag(
         20000, whole(1), "outer (meta) steps; with prototypes, also the length of the cosine schedule"
@@ -163,7 +162,12 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         metavar="FILE",
     )
     resume: Path | None = flag(
-        None, file_path, common.RESUME + ", ".join(f"--{name}" for name in sorted(MAY_CHANGE)), metavar="RUN"
+        None,
+        file_path,
+        "run folder of an interrupted run, to go on from its last training state with its own arguments: on "
+        "the CPU with the same --threads, to the same weights bit for bit. Of other flags only these may "
+        f"change: {', '.join(f'--{name}' for name in sorted(MAY_CHANGE))}",
+        metavar="RUN",
     )
     checkpoint: bool = switch(
         False,

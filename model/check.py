@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from model.modelfactory import Network, build, head_rows, layer_parameters, restore, trained_parameters
-from utils.checkpoint import Checkpoint
 from utils.errors import UserError
+from utils.files import Checkpoint
 
 TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
 IMAGES = 2

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from datasets.images import OMNIGLOT, SIZE, Normalisation
 from model.layers import FrozenOutput, Inputs, colour, conv_blocks, run_rest
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.distributed import seed_layers
 from utils.errors import UserError
+from utils.files import Checkpoint, load_checkpoint
 from utils.flag import Range
 
 Method = TypeVar("Method", bound=Callable[..., Any])

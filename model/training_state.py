@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from model.outer_loops import OuterLoop
-from utils.checkpoint import STATE, Checkpoint, load_checkpoint
 from utils.distributed import is_first
 from utils.errors import UserError
-from utils.files import keep_earlier
+from utils.files import STATE, Checkpoint, keep_earlier, load_checkpoint
 from utils.run import Run
 
 log = logging.getLogger("anml")

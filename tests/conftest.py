@@ -24,8 +24,8 @@ import mrcl_classification
 from model.fast.memory import keep_freed_memory
 from model.modelfactory import build
 from model.training_state import load_state
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import run_script
+from utils.files import Checkpoint, load_checkpoint
 
 keep_freed_memory()  # or tests at paper widths spend a sixth of their time in page faults
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint import load_checkpoint
+from utils.files import load_checkpoint
 from utils.run import cpu_name
 
 ROOT = Path(__file__).parents[1]

@@ -37,11 +37,10 @@ from model.modelfactory import restore
 from model.outer_loops import gather
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from tools.ledger import REPRESENTATION, read_targets
-from utils.checkpoint import load_checkpoint
 from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
-from utils.files import write_text
+from utils.files import load_checkpoint, write_text
 from utils.flag import SEED, Heading, file_path, flag, folder_name, whole
 from utils.run import Run, log_to_terminal
 

@@ -30,10 +30,9 @@ from torch import Tensor
 
 from datasets.images import reason
 from model.modelfactory import NETWORKS, Network
-from utils.checkpoint import Checkpoint
 from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script, say
-from utils.files import keep_earlier
+from utils.files import Checkpoint, keep_earlier
 from utils.flag import file_path
 
 WIDTHS = {

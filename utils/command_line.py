@@ -19,7 +19,7 @@ import inspect
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 from textwrap import indent
 from typing import Any, NoReturn
@@ -193,13 +193,13 @@ class Parser(HelpFirst):
         for key in self.flags:
             name, argument = self.places.get(key, (key, ""))
             if name in idle and key in given:
-                typed = as_typed(key, plain(given[key]))
-                raise UserError(f"{typed} means nothing with {idle[name]}: drop one of them")
+                raise UserError(
+                    f"{as_typed(key, given[key])} means nothing with {idle[name]}: drop one of them"
+                )
             if name not in idle and argument and values[name][argument] is REQUIRED:
                 registry, entry = self.chosen[name]
                 raise UserError(f"--{registry.chooser} {entry} needs --{key}")
-        without: dict[str, Any] = {name: {} for name in self.chosen if name in idle}
-        return replace(flags, **without)
+        return flags
 
     def _of_another(self, key: str) -> tuple[str, str]:
         """The chooser of the registry that has an entry, not the chosen one, with this argument, and what is
@@ -320,9 +320,9 @@ def _refuse_contradictions(parser: Parser, of_run: Flags, folder: Path, given: M
     """Raise UserError where what is given asks for another run than that of a folder."""
     earlier = recorded(of_run, absolute=True)
     compared = sorted(parser.flags.keys() & given.keys() - of_run.changeable())
-    asked = {key: plain(given[key], absolute=True) for key in compared}
+    asked = [(key, plain(given[key], absolute=True)) for key in compared]
     contradictions = [
-        f"--{key} is {value} and was {earlier[key]}" for key, value in asked.items() if value != earlier[key]
+        f"--{key} is {value} and was {earlier[key]}" for key, value in asked if value != earlier[key]
     ]
     if contradictions:
         raise UserError(
@@ -350,7 +350,8 @@ def recorded(flags: Flags, *, absolute: bool = False) -> dict[str, Any]:
         for part in fields(flags)
         if "flag" in part.metadata and part.name != "resume"
     }
-    found |= {key: getattr(flags, name).get(argument) for key, (name, argument) in flags.places.items()}
+    for key, (name, argument) in flags.places.items():
+        found[key] = None if name in idle else getattr(flags, name)[argument]
     return dict(plain(dict(sorted(found.items())), absolute))
 
 

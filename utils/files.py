@@ -1,19 +1,38 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there; among them model files and training states.
+
+A model file is one dict of weights and of what is needed to rebuild and trust them. Reading it runs no code:
+only tensors and plain values come out of it, and each is checked.
+"""
 
 from __future__ import annotations
 
 import codecs
 import errno
+import io
+import math
 import os
 import secrets
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from utils.errors import refusing
+import torch
+from torch import Tensor
+
+from utils.errors import UserError, refusing
+
+MODEL, STATE = "anml-1", "anml-state-1"  # the formats of model files and of training states
+NEEDED = {
+    MODEL: ("network", "widths", "state_dict", "arguments", "step"),
+    STATE: ("network", "widths", "state_dict", "arguments", "step", "optimizer", "generator"),
+}
+TYPES = {"str": str, "int": int, "dict": dict, "Tensor": Tensor}  # by the first word of an annotation
 
 
 @contextmanager
@@ -111,3 +130,152 @@ def check_writable(path: Path, flag: str) -> None:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a model file or, with `optimizer` and `generator`, of a training state.
+
+    Attributes:
+        network: the network's name.
+        widths: the arguments of its constructor.
+        state_dict: parameters and buffers by name, without NaN and infinity (a mask may hold -inf).
+        arguments: those of the training run.
+        step: outer steps done.
+        inner_rule: the state dict of the inner loop's rule, where the rule has parameters.
+        run: when the training began, which tells it from other trainings; empty where that is not known.
+        optimizer: moments and counts, a tensor for each weight.
+        generator: the state of the one generator that every draw of training comes from.
+    """
+
+    network: str
+    widths: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    arguments: dict[str, Any]
+    step: int
+    inner_rule: dict[str, Tensor] = field(default_factory=dict)
+    run: str = ""
+    optimizer: dict[str, list[Tensor]] | None = None
+    generator: Tensor | None = None
+
+    def to_bytes(self) -> bytes:
+        """The file's content.
+
+        Raises:
+            ValueError: a value is none that a file may hold, say a weight that is not finite.
+        """
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        content = {name: _stored(value) for name, value in values.items() if value is not None}
+        content["format"] = MODEL if self.optimizer is None else STATE
+        content["torch"] = str(torch.__version__)  # a subclass of str, which would not load
+        fault = _fault(content, content["format"])
+        if fault is not None:
+            raise ValueError(fault)
+        file = io.BytesIO()
+        torch.save(content, file)
+        return file.getvalue()
+
+    @classmethod
+    def of_bytes(cls, data: bytes, format_name: str = MODEL) -> Checkpoint:
+        """What `to_bytes` gave, on the CPU.
+
+        Raises:
+            ValueError: `data` is damaged, is another file's, or holds more than tensors and plain values.
+        """
+        try:
+            if data.startswith(b"PK"):  # torch checks no checksums
+                with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                    if archive.testzip() is not None:
+                        raise ValueError("a checksum does not fit")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is in a foreign file
+                content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # bytes that torch did not save make it raise nearly anything
+            raise ValueError(
+                "the file is damaged, or it holds pickled Python objects, as the models of the released code "
+                "do, and loading those could run code; python -m tools.convert_released IN.net NEW.net reads "
+                "such models without running any"
+            ) from error
+        fault = _fault(content, format_name)
+        if fault is not None:
+            raise ValueError(
+                f"it is not a model of this project: {fault}; python -m tools.convert_released reads "
+                "those of the released code and of higherANML"
+            )
+        return cls(**{part.name: content[part.name] for part in fields(cls) if part.name in content})
+
+    def save(self, path: Path, previous: Path | None = None) -> None:
+        """Write a file that `of_bytes` reads, whole or not at all.
+
+        Args:
+            previous: where to keep what is under `path` so far, in the same folder.
+
+        Raises:
+            UserError: the file cannot be written, or a weight is not finite; an earlier file stays.
+        """
+        try:
+            data = self.to_bytes()
+        except ValueError as error:
+            raise UserError(f"{path} is not written at step {self.step}: {error}") from error
+        with atomic_write(path, previous) as file:
+            file.write(data)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a model file onto the CPU. That its tensors fit a network is for the network to say.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, foreign or holds pickled code, as the
+            models of the released code do.
+    """
+    with refusing(f"read the model {path}", "; mrcl_classification.py writes one under --model_name"):
+        data = path.read_bytes()
+    try:
+        return Checkpoint.of_bytes(data)
+    except ValueError as error:
+        raise UserError(f"cannot load the model {path}: {error}") from error
+
+
+def _stored(value: Any) -> Any:
+    """A value with copies of its tensors on the CPU: torch.save writes the whole storage of a view."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: _stored(item) for key, item in value.items()}
+    return [_stored(item) for item in value] if isinstance(value, list) else value
+
+
+def _fault(content: Any, format_name: str) -> str | None:
+    """What is wrong with the dict of a file; None if nothing is."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}"
+    if content.get("format") != format_name:
+        return f"its format is {content.get('format')!r}, not {format_name!r}"
+    for part in fields(Checkpoint):
+        value, hint = content.get(part.name), str(part.type)
+        if part.name not in (content.keys() | NEEDED[format_name]):
+            continue
+        if not isinstance(value, TYPES[hint.replace("[", " ").split()[0]]):
+            return f"its {part.name} is a {type(value).__name__}"
+        fault = _fault_of(value, part.name, tensors="Tensor" in hint)
+        if fault is not None:
+            return fault
+    return "it holds no weights" if not content["state_dict"] or content["step"] < 0 else None
+
+
+def _fault_of(value: Any, name: str, tensors: bool) -> str | None:
+    """What is wrong with a value, which is made of tensors or of what JSON knows."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            return f"its {name} has keys that are no texts"
+        return next(filter(None, (_fault_of(item, f"{key}", tensors) for key, item in items)), None)
+    if not tensors:
+        plain = value is None or isinstance(value, str | int | float)
+        return None if plain else f"its {name!r} is not a plain value"
+    numbers = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not numbers or value.is_complex() or value.is_quantized:
+        return f"its {name!r} is not a tensor of numbers"
+    if not bool((value.double() < math.inf).all()):
+        return f"its {name!r} is not finite: the training diverged, lower its learning rates"
+    return None

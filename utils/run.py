@@ -307,11 +307,11 @@ def _new_folder(runs_dir: Path, name: str) -> Path:
     with _writing(runs_dir):
         runs_dir.mkdir(parents=True, exist_ok=True)
         for k in count():
+            folder = runs_dir / f"{name}_{k}"
             with suppress(FileExistsError):
-                folder = runs_dir / f"{name}_{k}"
                 folder.mkdir()
-                return folder
-    raise AssertionError("count() does not end")
+                break
+    return folder
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:

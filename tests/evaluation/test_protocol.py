@@ -23,9 +23,9 @@ from model.meta_test import MetaTest
 from model.scores import ACCURACY, MEASURES, Measure, Score
 from model.treatments import TABLE
 from tests.conftest import ROOT, Evaluate, windows
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse
 from utils.errors import UserError
+from utils.files import Checkpoint, load_checkpoint
 
 TINY = "--dataset glyphs --test_classes 10 --threads 1 --name e"
 SHORT = "--schedule 2 --runs 1 --lr 0.001"

@@ -15,7 +15,7 @@ from model.modelfactory import Network, load_network, trained_parameters
 from tests.conftest import Trainer, assert_same_run
 from tests.model.test_method import images, network
 from tests.reference import unrolled
-from utils.checkpoint import load_checkpoint
+from utils.files import load_checkpoint
 
 STEPS, LR = 3, 0.1
 

@@ -19,9 +19,9 @@ from flags.training import Training
 from model import training_state
 from model.training_state import save_model
 from tests.conftest import Trainer
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command_line import parse
 from utils.errors import UserError
+from utils.files import Checkpoint, load_checkpoint
 from utils.run import Run
 
 

@@ -20,8 +20,8 @@ from model.optimizer import Adam
 from model.outer_loops import BatchLoop
 from model.training_state import load_state, restore_training
 from tools.convert_released import convert
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.files import Checkpoint, load_checkpoint
 
 WIDTHS = {"nm_channels": 1, "pln_channels": 1, "num_classes": 2}
 

@@ -13,9 +13,9 @@ from flags.training import Plan, Training
 from model.modelfactory import build
 from model.outer_loops import BatchLoop
 from tests.conftest import Trainer, assert_same_run, rows
-from utils.checkpoint import load_checkpoint
 from utils.command_line import parse
 from utils.errors import UserError
+from utils.files import load_checkpoint
 
 TINY = "--learner=iid --dataset=glyphs --pln_channels=6 --train_classes=5 --num_classes=8 --threads=1"
 

@@ -19,9 +19,9 @@ from datasets.task_sampler import Trajectory, sample_trajectory
 from model import outer_loops
 from model.training_state import NAME, load_state
 from tests.conftest import EDITORS, ROOT, Trainer, assert_same_run, curve, process, rows
-from utils.checkpoint import load_checkpoint
 from utils.distributed import Interrupt
 from utils.errors import UserError
+from utils.files import load_checkpoint
 
 STEPS, KILLS = 45, 4
 

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import evaluate_classification
 import mrcl_classification
 from tests.conftest import ROOT, Run, curve, process, rows
-from utils.checkpoint import load_checkpoint
+from utils.files import load_checkpoint
 
 TINY = ["--config", str(ROOT / "configs/smoke.toml")]
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]

@@ -21,8 +21,8 @@ from model.modelfactory import Network, build, restore
 from tests.conftest import Called
 from tools import convert_released
 from tools.convert_released import LEGACY_MAGIC, convert, read
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.files import Checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = {

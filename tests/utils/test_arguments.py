@@ -94,7 +94,7 @@ def test_defaults_follow_the_treatment() -> None:
     assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"), made)
     # With a model file, the network is unknown until the file is read.
     known = evaluate("--model m")
-    assert (known.rln, recorded(known)["treatment"], known.constructor) == (None, None, {})
+    assert (known.rln, recorded(known)["treatment"], recorded(known)["nm_channels"]) == (None, None, None)
     scratch = evaluate("--scratch --pln-channels 8")
     assert (scratch.rln, scratch.treatment, scratch.constructor["pln_channels"]) == (None, "ANML", 8)
     assert evaluate("--model m --no-freeze").rln == 0

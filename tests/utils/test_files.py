@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checkpoint import MODEL, Checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.files import MODEL, Checkpoint, load_checkpoint
 
 STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.zeros(2)}
 
