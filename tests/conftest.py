@@ -9,21 +9,28 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
+from filelock import SoftFileLock
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 import evaluate_classification
 import mrcl_classification
+from datasets import DATASETS, ImageSet
+from evaluation import plots
+from model.check import check_network
 from model.fast.memory import keep_freed_memory
-from model.modelfactory import build
+from model.modelfactory import NETWORKS, build
 from model.training_state import load_state
+from tests.forks import Forks
 from utils.errors import run_script
 from utils.files import Checkpoint, load_checkpoint
 
@@ -33,8 +40,30 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     *("--config", str(ROOT / "configs/smoke.toml"), "--eval_every=0"),
     *("--nm_channels=2", "--pln_channels=2", "--update_step=2", "--log_every=10", "--threads=1"),
+    "--backend=plain",
 ]
-"""Flags of training steps that take milliseconds."""
+"""Flags of training steps that take milliseconds; the guard of the fast backend takes more."""
+
+LOAD, GLYPHS = DATASETS["glyphs"], cache(DATASETS["glyphs"])
+
+
+@wraps(LOAD)
+def drawn_once(split: str, root: Path, cache_dir: Path, **options: int) -> ImageSet | Mapping[str, ImageSet]:
+    """Generated characters, which look at no root, shared by all runs within this process; one process draws
+    for all."""
+    with SoftFileLock(cache_dir / "lock", timeout=60) if cache_dir.exists() else nullcontext():
+        return GLYPHS(split, ROOT, cache_dir, **options)
+
+
+CHECKED: set[tuple[object, str]] = set()
+
+
+def checked_once(name: str, *args: object, **options: object) -> None:
+    """`check_network`, but for networks and arguments that have passed it within this process."""
+    key = NETWORKS[name], repr((args, options))
+    if key not in CHECKED:
+        check_network(name, *args, **options)  # type: ignore[arg-type]
+        CHECKED.add(key)
 
 
 def windows(data: bytes) -> bytes:
@@ -57,10 +86,28 @@ def edited(request: pytest.FixtureRequest) -> Callable[[bytes], bytes]:
     return EDITORS[request.param]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session", name="cache")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of generated characters for all runs of the session: drawing them takes seconds."""
-    return tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts that run within this process share characters and checks, and ask no git for its state."""
+    monkeypatch.setattr(mrcl_classification, "check_network", checked_once)
+    monkeypatch.setitem(DATASETS, "glyphs", drawn_once)
+    monkeypatch.setenv("GIT_DIR", os.devnull)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    started = Forks()
+    with started.server:
+        yield started
 
 
 @pytest.fixture(autouse=True)
@@ -123,11 +170,12 @@ def process(folder: Path, *command: str, **environment: str) -> subprocess.Compl
 
 
 Run = Callable[..., None]
+Call = Callable[..., Called]
 Evaluate = Callable[[str], Path]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, _quick_start: None, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a script or tool, a module, with flags, in this process and a folder of its own; errors are
     raised."""
     monkeypatch.chdir(tmp_path)
@@ -154,8 +202,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def evaluate(models: Path, cache: Path, tmp_path: Path, run: Run) -> Evaluate:
+def evaluate(
+    models: Path, cache: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> Evaluate:
     """Runs an evaluation in this process, beside copies of the models; returns the latest run folder."""
+    monkeypatch.setattr(plots, "DPI", 30)
     for path in models.glob("*.net"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
 
@@ -167,26 +218,26 @@ def evaluate(models: Path, cache: Path, tmp_path: Path, run: Run) -> Evaluate:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
-    """Runs a script or tool, a module, with flags in this process."""
+def call(run: Run, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a script or tool, a module, with flags, in this process and a folder of its own."""
 
-    def run(module: ModuleType, *flags: str) -> Called:
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
+    def start(module: ModuleType, *flags: str) -> Called:
         code: object = 0
         try:
-            run_script(module.main)
+            run_script(lambda: run(module, *flags))
         except SystemExit as end:
             code = end.code
         return Called(int(str(code or 0)), *capsys.readouterr())
 
-    return run
+    return start
 
 
 class Trainer:
     """Runs the training script in a folder of its own, within this process."""
 
-    def __init__(self, folder: Path, cache: Path, start: Run) -> None:
-        self.run, self.flags, self.start = folder / "runs/smoke_0", [*TINY, f"--cache_dir={cache}"], start
+    def __init__(self, folder: Path, cache: Path, start: Run, call: Call) -> None:
+        self.run, self.flags = folder / "runs/smoke_0", [*TINY, f"--cache_dir={cache}"]
+        self.start, self.call = start, call
 
     def __call__(self, *flags: str) -> None:
         """Train anew."""
@@ -196,6 +247,12 @@ class Trainer:
         """Go on with the first run."""
         self.start(mrcl_classification, "--resume", str(self.run), *flags)
 
+    def refused(self, *flags: str) -> str:
+        """The one line that a try to go on with the first run ends with."""
+        done = self.call(mrcl_classification, "--resume", str(self.run), *flags)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        return done.stderr
+
     def state(self) -> Checkpoint:
         """The state that the first run would go on from."""
         state = load_state(self.run)
@@ -204,5 +261,5 @@ class Trainer:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, cache: Path, run: Run) -> Trainer:
-    return Trainer(tmp_path, cache, run)
+def trainer(tmp_path: Path, cache: Path, run: Run, call: Call) -> Trainer:
+    return Trainer(tmp_path, cache, run, call)

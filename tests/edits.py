@@ -4,7 +4,7 @@
 
 Of each edit it prints whether the default backend gives the numbers of `--backend plain` up to rounding, and
 whether these are others than before the edit. A child process imports the project with one file's text
-replaced. Children are forked, so that torch is loaded once.
+replaced. Children are forked, so that torch is loaded once, and has done all that it does once.
 """
 
 from __future__ import annotations
@@ -29,183 +29,82 @@ WIDTHS = {"nm_channels": 4, "pln_channels": 6, "num_classes": 12}
 
 
 class Edit(NamedTuple):
-    """One edit: in `file`, `old` becomes `new`; numbers are those of the network `kind`."""
+    """One edit: `old`, which a file holds once, becomes `new`; numbers are those of the network `kind`."""
 
     name: str
-    file: str
     old: str
     new: str
     kind: str = "ANML"
 
 
-RULE = "p.add(grads[name], alpha=-inner_lr)"
-BLOCK = "F.relu(self.norm(self.conv._conv_forward(x, self.conv.weight, None)))"
-POOL = "F.max_pool2d(x, 2, return_indices=True)[0]"
-ANML_FEATURES = "return self.features_before_gate(inputs) * self.gate(inputs)"
-EDITS = (
-    Edit("no inner step", METHOD, RULE, "p.add(grads[name], alpha=-0.0 * inner_lr)"),
-    Edit("inner step of the sign", METHOD, RULE, "p.add(grads[name].sign(), alpha=-0.01 * inner_lr)"),
-    Edit("weight decay in the inner step", METHOD, RULE, "p.mul(0.99).add(grads[name], alpha=-inner_lr)"),
-    Edit(
-        "inner gradients clipped",
-        METHOD,
-        RULE,
-        "p.add(grads[name].clamp(-0.01, 0.01), alpha=-inner_lr)",
-    ),
-    Edit("inner step of OML", METHOD, RULE, "p.add(grads[name], alpha=-0.5 * inner_lr)", "OML"),
-    Edit("logits scaled", METHOD, "found: Tensor = net(images)", "found: Tensor = net(images) * 0.5"),
-    Edit(
-        "smoothed inner loss",
-        METHOD,
-        "F.cross_entropy(forward(params, images), labels)",
-        "F.cross_entropy(forward(params, images), labels, label_smoothing=0.1)",
-    ),
-    Edit(
-        "an inner step left out",
-        METHOD,
-        "        params = rule(params, grads)",
-        "        params = rule(params, grads) if t != 3 else params",
-    ),
-    Edit(
-        "second order in the last two steps",
-        METHOD,
-        "create_graph = t >= inner.constant(len(labels))",
-        "create_graph = t >= max(inner.constant(len(labels)), len(labels) - 2)",
-    ),
-    Edit(
-        "the meta-loss of the trajectory alone",
-        METHOD,
-        "return F.cross_entropy(logits, query[1]), logits",
-        "return F.cross_entropy(logits[-2:], query[1][-2:]), logits",
-    ),
-    Edit(
-        "smoothed loss at meta-test",
-        METHOD,
-        "F.cross_entropy(self.net(image), label)",
-        "F.cross_entropy(self.net(image), label, label_smoothing=0.3)",
-    ),
-    Edit(
-        "images learned in reverse",
-        METHOD,
-        "        for t in range(len(labels)):\n            self.step",
-        "        for t in reversed(range(len(labels))):\n            self.step",
-    ),
-    Edit(
-        "images learned at random",
-        METHOD,
-        "        for t in range(len(labels)):\n            self.step",
-        "        for t in torch.randperm(len(labels)).tolist():\n            self.step",
-    ),
-    Edit(
-        "another answer",
-        METHOD,
-        "return classify(self.net(images))",
-        "return (classify(self.net(images)) + 1) % 12",
-    ),
-    Edit("GELU", LAYERS, BLOCK, BLOCK.replace("relu", "gelu")),
-    Edit("ReLU6", LAYERS, BLOCK, BLOCK.replace("relu", "relu6")),
-    Edit("leaky ReLU in sANML", LAYERS, BLOCK, BLOCK.replace("relu", "leaky_relu"), "sANML"),
-    Edit("ReLU before the norm", LAYERS, BLOCK, "self.norm(F.relu(self.conv(x)))"),
-    Edit("average pooling", LAYERS, POOL, "F.avg_pool2d(x, 2)"),
-    Edit("no norm", LAYERS, BLOCK, "F.relu(self.conv._conv_forward(x, self.conv.weight, None))"),
-    Edit("unbiased variance", LAYERS, "(2, 3), correction=0", "(2, 3), correction=1"),
-    Edit("a larger eps", LAYERS, "torch.rsqrt(variance + self.eps)", "torch.rsqrt(variance + 0.1)"),
-    Edit("norm without shift", LAYERS, " * scale + self.bias[:, None, None]", " * scale"),
-    Edit(
-        "absolute scale",
-        LAYERS,
-        "scale = self.weight[:, None, None]",
-        "scale = self.weight.abs()[:, None, None]",
-    ),
-    Edit(
-        "no bias",
-        LAYERS,
-        "nn.Conv2d(inputs, outputs, kernel_size=3)",
-        "nn.Conv2d(inputs, outputs, 3, bias=False)",
-    ),
-    Edit("a wider eps by default", LAYERS, "eps: float = 1e-5", "eps: float = 1e-2"),
-    Edit(
-        "no second pool",
-        LAYERS,
-        "block2=ConvBlock(channels, channels, pool=True)",
-        "block2=ConvBlock(channels, channels, pool=False), drop=nn.MaxPool2d(2, 2)",
-    ),
-    Edit(
-        "darker images",
-        LAYERS,
-        "images.expand(-1, channels, -1, -1) if",
-        "images.expand(-1, channels, -1, -1) * 0.5 if",
-    ),
-    Edit(
-        "noise in frozen outputs",
-        FACTORY,
-        "x, count = stage(x), count + 1",
-        "x, count = stage(x) * 1.1, count + 1",
-    ),
-    Edit(
-        "stages scaled",
-        LAYERS,
-        "    for stage in list(chain)[done:]:\n        x = stage(x)",
-        "    for stage in list(chain)[done:]:\n        x = stage(x) * 0.9",
-    ),
-    Edit(
-        "an open gate added",
-        FACTORY,
-        ANML_FEATURES,
-        "return self.features_before_gate(inputs) * (1 + self.gate(inputs))",
-    ),
-    Edit("features without gate", FACTORY, ANML_FEATURES, "return self.features_before_gate(inputs)"),
-    Edit(
-        "a gate of tanh", FACTORY, 'add_module("sigmoid", nn.Sigmoid())', 'add_module("sigmoid", nn.Tanh())'
-    ),
-    Edit(
-        "a sharper gate",
-        FACTORY,
-        "return run_rest(self.nm, inputs, 0)",
-        "return run_rest(self.nm, inputs, 0) ** 2",
-    ),
-    Edit(
-        "square features",
-        FACTORY,
-        "return run_rest(self.pln, inputs, 1)",
-        "return run_rest(self.pln, inputs, 1).square()",
-    ),
-    Edit(
-        "a scaled head",
-        FACTORY,
-        "logits: Tensor = self.head(self.features(inputs))",
-        "logits: Tensor = 0.5 * self.head(self.features(inputs))",
-    ),
-    Edit(
-        "dropout",
-        FACTORY,
-        ANML_FEATURES,
-        "x = self.features_before_gate(inputs) * self.gate(inputs)\n"
-        "        return nn.functional.dropout(x, 0.5, self.training)",
-    ),
-    Edit(
-        "sANML's features",
-        FACTORY,
-        "return run_rest(self.pln, inputs, 0)",
-        "return run_rest(self.pln, inputs, 0) + 1",
-        "sANML",
-    ),
-    Edit(
-        "OML's features",
-        FACTORY,
-        "return run_rest(self.body, inputs, 0)",
-        "return run_rest(self.body, inputs, 0) * 2",
-        "OML",
-    ),
-    Edit("OML's activation", FACTORY, 'f"relu{i + 1}", nn.ReLU()', 'f"relu{i + 1}", nn.ELU()', "OML"),
-    Edit("OML's strides", FACTORY, "(1, 1, 1, 2, 1, 2)", "(1, 1, 2, 1, 1, 2)", "OML"),
-    Edit(
-        "another gain", FACTORY, "math.sqrt(2 / math.prod(shape[1:]))", "math.sqrt(1 / math.prod(shape[1:]))"
-    ),
-    Edit("no row drawn anew", "model/outer_loops.py", "        if self.reset:", "        if False:"),
-    Edit("Adam's rate", "model/optimizer.py", "lr=self.lr,", "lr=3 * self.lr,"),
-    Edit("Adam's betas", "model/optimizer.py", "BETAS = (0.9, 0.999)", "BETAS = (0.5, 0.9)"),
-)
+RULE, BLOCK, ONLINE = "p.add(grads[name], alpha=-inner_lr)", "F.relu(self.norm(", "self.net(image), label"
+EDITS: dict[str, list[Edit]] = {
+    METHOD: [
+        Edit("no inner step", RULE, "p.add(grads[name], alpha=-0.0 * inner_lr)"),
+        Edit("inner step of the sign", RULE, "p.add(grads[name].sign(), alpha=-0.01 * inner_lr)"),
+        Edit("weight decay in the inner step", RULE, "p.mul(0.99).add(grads[name], alpha=-inner_lr)"),
+        Edit("inner step of OML", RULE, "p.add(grads[name], alpha=-0.5 * inner_lr)", "OML"),
+        Edit("logits scaled", "found: Tensor = net(images)", "found: Tensor = net(images) * 0.5"),
+        Edit(
+            "smoothed inner loss",
+            "(params, images), labels)",
+            "(params, images), labels, label_smoothing=0.1)",
+        ),
+        Edit("an inner step left out", "rule(params, grads)", "rule(params, grads) if t != 3 else params"),
+        Edit("second order at the end", "t >= inner.constant(", "t >= len(labels) - 2 + 0 * inner.constant("),
+        Edit(
+            "the meta-loss of a part", "F.cross_entropy(logits, query", "F.cross_entropy(0.5 * logits, query"
+        ),
+        Edit("smoothed loss at meta-test", ONLINE, "self.net(image), label, label_smoothing=0.3"),
+        Edit("learned in reverse", "self.step(images[t : t + 1]", "self.step(images[-1 - t :][:1]"),
+        Edit("another answer", "classify(self.net(images))", "(classify(self.net(images)) + 1) % 12"),
+    ],
+    LAYERS: [
+        Edit("GELU", "F.relu(", "F.gelu("),
+        Edit("leaky ReLU in sANML", "F.relu(", "F.leaky_relu(", "sANML"),
+        Edit("ReLU before the norm", BLOCK, "self.norm(F.relu("),
+        Edit("average pooling", "F.max_pool2d(x, 2, return_indices=True)[0]", "F.avg_pool2d(x, 2)"),
+        Edit("no norm", BLOCK, "F.relu(("),
+        Edit("unbiased variance", "(2, 3), correction=0", "(2, 3), correction=1"),
+        Edit("a larger eps", "variance + self.eps", "variance + 0.1"),
+        Edit("norm without shift", " * scale + self.bias[:, None, None]", " * scale"),
+        Edit("absolute scale", "scale = self.weight[", "scale = self.weight.abs()["),
+        Edit("no bias", "outputs, kernel_size=3)", "outputs, kernel_size=3, bias=False)"),
+        Edit("a wider eps by default", "eps: float = 1e-5", "eps: float = 1e-2"),
+        Edit(
+            "pool as a stage",
+            "block2=ConvBlock(channels, channels, pool=True)",
+            "block2=ConvBlock(channels, channels, pool=False), drop=nn.MaxPool2d(2, 2)",
+        ),
+        Edit("darker images", "-1, -1) if", "-1, -1) * 0.5 if"),
+        Edit("stages scaled", "        x = stage(x)\n", "        x = stage(x) * 0.9\n"),
+    ],
+    FACTORY: [
+        Edit("noise in frozen outputs", "x, count = stage(x),", "x, count = stage(x) * 1.1,"),
+        Edit("an open gate added", ") * self.gate(inputs)", ") * (1 + self.gate(inputs))"),
+        Edit("features without gate", ") * self.gate(inputs)", ")"),
+        Edit("a gate of tanh", '"sigmoid", nn.Sigmoid()', '"sigmoid", nn.Tanh()'),
+        Edit("square features", "run_rest(self.pln, inputs, 1)", "run_rest(self.pln, inputs, 1).square()"),
+        Edit("a scaled head", "self.head(self.features(inputs))", "0.5 * self.head(self.features(inputs))"),
+        Edit(
+            "dropout",
+            "return self.features_before_gate(inputs)",
+            "return nn.functional.dropout(self.features_before_gate(inputs), 0.5, self.training)",
+        ),
+        Edit(
+            "sANML's features", "run_rest(self.pln, inputs, 0)", "run_rest(self.pln, inputs, 0) + 1", "sANML"
+        ),
+        Edit("OML's features", "run_rest(self.body, inputs, 0)", "run_rest(self.body, inputs, 0) * 2", "OML"),
+        Edit("OML's activation", 'f"relu{i + 1}", nn.ReLU()', 'f"relu{i + 1}", nn.ELU()', "OML"),
+        Edit("OML's strides", "(1, 1, 1, 2, 1, 2)", "(1, 1, 2, 1, 1, 2)", "OML"),
+        Edit("another gain", "math.sqrt(2 / math.prod(", "math.sqrt(1 / math.prod("),
+    ],
+    "model/outer_loops.py": [Edit("no row drawn anew", "if self.reset:", "if False:")],
+    "model/optimizer.py": [
+        Edit("Adam's rate", "lr=self.lr,", "lr=3 * self.lr,"),
+        Edit("Adam's betas", "BETAS = (0.9, 0.999)", "BETAS = (0.5, 0.9)"),
+    ],
+}
 
 
 class _Edited(importlib.machinery.SourceFileLoader):
@@ -226,8 +125,12 @@ class _Edited(importlib.machinery.SourceFileLoader):
         return compile(self.text, self.path, "exec", dont_inherit=True)
 
 
-def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
-    """The backend that ran, and what two meta-steps of each order and a meta-test gave on a small network."""
+def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list[float]]:
+    """The backend that ran, and what meta-steps and a meta-test gave on a small network.
+
+    Args:
+        first_order: whether a meta-step of the first order follows two of the second.
+    """
     from datasets import Pool
     from datasets.task_sampler import sample_trajectory
     from model.fast import choose_backend
@@ -245,14 +148,14 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     images = (torch.rand(12, 8, 1, 28, 28, generator=generator) > 0.9).double() * 3 - 0.3
     found: list[float] = []
     used = []
-    for first_order in (False, True):
+    for second_order in (True, False)[: 1 + first_order]:
         net = build(kind, widths, generator).double()
         with torch.no_grad():  # at initial values some edits hide: scales are 1, biases 0
             for parameter in net.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn(parameter.shape, generator=generator))
-        inner = InnerLoop(0.05, 0 if first_order else None)
-        use = Use(net, inner=inner, update_step=6)
+        inner = InnerLoop(0.05, None if second_order else 0)
+        use = Use(net, inner=inner, update_step=4)
         backend = choose_backend(asked, [net], torch.device("cpu"), use)
         used.append(backend.name)
         outer = TrajectoryLoop(
@@ -266,8 +169,8 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
             capture=backend.capture,
         )
         torch.manual_seed(0)
-        for _ in range(2):
-            trajectory = sample_trajectory([8] * 12, generator, update_step=6, remember=10)
+        for _ in range(1 + second_order):  # Adam's moments show in a second step
+            trajectory = sample_trajectory([8] * 12, generator, update_step=4, remember=6)
             step = outer.step(trajectory)
             found += [value.item() for value in step.values()]
         found += [p.detach().double().norm().item() for p in net.parameters()]
@@ -275,33 +178,37 @@ def numbers(kind: str, asked: str) -> tuple[str, list[float]]:
     net = new_run(net, trained, generator)
     outputs = FrozenOutputs(net, Pool.of(images), trained)
     online = backend.adam_learner(net, trained, Settings(lr=0.01))
-    index = torch.cartesian_prod(torch.arange(12), torch.arange(8))
+    index = torch.cartesian_prod(torch.arange(12), torch.arange(3))
     learn(online, outputs, index)
     found += answers(online, outputs, index).double().tolist()
     found += [p.detach().double().norm().item() for p in net.parameters()]
-    return "fast" if used == ["fast", "fast"] else "plain", found
+    return "fast" if set(used) == {"fast"} else "plain", found
 
 
-def in_child(edit: Edit | None, kind: str, asked: str) -> tuple[str, list[float]]:
-    """`numbers`, computed by a forked process that imports the project with the edit."""
+def in_child(file: str, edit: Edit) -> dict[str, tuple[str, list[float]]]:
+    """`numbers` by default and of plain, computed by a forked process that imports the project anew."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            if edit is not None:
-                text = (ROOT / edit.file).read_text(encoding="utf-8")
-                assert text.count(edit.old) >= 1, f"{edit.name}: {edit.file} does not hold {edit.old!r}"
-                sys.meta_path.insert(0, _Edited(edit.file, text.replace(edit.old, edit.new)))
-            answer = json.dumps(numbers(kind, asked))
+            for name in [name for name in sys.modules if name.partition(".")[0] == "model"]:
+                del sys.modules[name]
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert text.count(edit.old) == 1, f"{edit.name}: {file} does not hold {edit.old!r} once"
+            sys.meta_path.insert(0, _Edited(file, text.replace(edit.old, edit.new)))
+            answer = json.dumps(
+                {asked: numbers(edit.kind, asked, file == METHOD) for asked in ("auto", "plain")}
+            )
         except BaseException as error:
-            answer = json.dumps(["failed", [f"{type(error).__name__}: {error}"]])
+            failed = ["failed", [f"{type(error).__name__}: {error}"]]
+            answer = json.dumps({"auto": failed, "plain": failed})
         os.write(writing, answer.encode())
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as file:
-        backend, found = json.loads(file.read())
+    with os.fdopen(reading) as answers:
+        found: dict[str, tuple[str, list[float]]] = json.loads(answers.read())
     os.waitpid(child, 0)
-    return backend, found
+    return found
 
 
 def close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -312,21 +219,19 @@ def close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)
-    chosen = [edit for edit in EDITS if edit.name in sys.argv[1:] or len(sys.argv) == 1]
-    before = {kind: in_child(None, kind, "auto") for kind in {edit.kind for edit in chosen}}
-    faults = [
-        f"{kind}: unedited, {backend}: {found[:1]}"
-        for kind, (backend, found) in before.items()
-        if backend != "fast"
+    chosen = [
+        (f, edit) for f in EDITS for edit in EDITS[f] if edit.name in sys.argv[1:] or len(sys.argv) == 1
     ]
-    for edit in chosen:
-        backend, found = in_child(edit, edit.kind, "auto")
-        _, plain = in_child(edit, edit.kind, "plain")
+    cases = {(edit.kind, file == METHOD) for file, edit in chosen}
+    before = {case: numbers(case[0], "auto", case[1]) for case in cases}
+    faults = [
+        f"{kind}: unedited, {backend}" for (kind, _), (backend, _) in before.items() if backend != "fast"
+    ]
+    for file, edit in chosen:
+        (backend, found), (_, plain) = in_child(file, edit).values()
         if backend == "failed" or not close(found, plain):
-            faults.append(
-                f"{edit.name}: the default ({backend}) is not what is written: {found[:3]} {plain[:3]}"
-            )
-        elif found == before[edit.kind][1]:
+            faults.append(f"{edit.name}: {backend} is not what is written: {found[:3]} {plain[:3]}")
+        elif found == before[edit.kind, file == METHOD][1]:
             faults.append(f"{edit.name}: without effect")
         print(f"{edit.name:36s} {backend}", flush=True)
     print("\n".join(faults))

@@ -19,7 +19,7 @@ from evaluation.results import (
     table,
     write_results,
 )
-from tests.conftest import Called
+from tests.conftest import Call
 from tools import compare_results
 from utils.errors import UserError
 
@@ -173,7 +173,7 @@ def test_mann_whitney_by_hand() -> None:
     assert compare_results.table(a, b, [10]).splitlines()[1].split()[4:6] == ["0", str(2 / 20)]
 
 
-def test_comparing_two_evaluations(tmp_path: Path, call: Callable[..., Called]) -> None:
+def test_comparing_two_evaluations(tmp_path: Path, call: Call) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     shared = [row(run=k, test=k / 10) for k in range(5)]
     write_results(a, [*shared, row(classes=75)], {"treatment": "ANML"})

@@ -2,58 +2,48 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import mrcl_classification
+from tests.conftest import ROOT, Call, process
+from tests.edits import LAYERS, METHOD, RULE
 
-from tests.edits import LAYERS, METHOD, ROOT, RULE
-
-SMALL = ["--dataset=glyphs", "--nm_channels=4", "--pln_channels=6", "--threads=1", "--train_classes=70"]
+SMALL = "--dataset=glyphs --nm_channels=4 --pln_channels=6 --threads=1 --train_classes=70 --steps=2"
 FOLDERS = ("configs", "datasets", "evaluation", "flags", "model", "utils")
 
 
 def test_table_of_edits() -> None:
     """Each edit in a process of its own; see `tests.edits`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.edits"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = process(ROOT, sys.executable, "-m", "tests.edits")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "reason"),
-    [
-        (METHOD, RULE, RULE.replace("-inner_lr", "-0.0 * inner_lr"), "the inner step"),
-        (LAYERS, "F.relu(self.norm", "F.gelu(self.norm", "the logits"),
-    ],
-)
-def test_through_the_script(file: str, old: str, new: str, reason: str, tmp_path: Path, cache: Path) -> None:
-    """A copy of the tree with an edit: the default prints plain's losses, other ones than without the edit,
-    and says why it is plain; `--backend fast` is refused with the same reason."""
+def test_through_the_script(call: Call, tmp_path: Path, cache: Path) -> None:
+    """A copy of the tree with an edit: the default prints other losses than without the edit, and says why it
+    is plain; `--backend fast` is refused with the reason."""
+    flags = [*SMALL.split(), "--log_every=1", "--update_step=4", f"--cache_dir={cache}"]
+    before = call(mrcl_classification, *flags, "--name=before", f"--runs_dir={tmp_path}")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
         shutil.copy(path, tmp_path)
 
-    def train(*flags: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "mrcl_classification.py", *SMALL, f"--cache_dir={cache}", *flags]
-        command += ["--steps=2", "--log_every=1", "--update_step=4"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    def edit(file: str, old: str, new: str) -> None:
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text.replace(old, new))
 
-    def losses(done: subprocess.CompletedProcess[str]) -> list[str]:
-        assert done.returncode == 0, done.stderr
-        return [line.split(",")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
-
-    before = losses(train())
-    text = (tmp_path / file).read_text()
-    (tmp_path / file).write_text(text.replace(old, new))
-    default = train()
-    assert f"backend plain: fast gives other numbers than what is written: {reason}" in default.stdout
-    assert losses(default) == losses(train("--backend=plain")) != before
-    refused = train("--backend=fast")
-    assert refused.returncode == 2
-    assert reason in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    script = (sys.executable, "mrcl_classification.py", *flags)
+    edit(METHOD, RULE, RULE.replace("-inner_lr", "-0.0 * inner_lr"))
+    default = process(tmp_path, *script, PYTHONPATH="")
+    reason = "fast gives other numbers than what is written: the inner step"
+    assert f"backend plain: {reason}" in default.stdout
+    losses = [re.findall(r"^step \d+/2 loss \S+", done.stdout, re.M) for done in (default, before)]
+    assert losses[0] != losses[1]
+    assert [len(found) for found in losses] == [2, 2]
+    edit(LAYERS, "F.relu(self.norm", "F.gelu(self.norm")
+    refused = process(tmp_path, *script, "--backend=fast", PYTHONPATH="")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--backend fast: fast gives other numbers than what is written: the logits" in refused.stderr

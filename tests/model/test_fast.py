@@ -268,21 +268,17 @@ def test_networks_that_the_fast_backend_does_not_know(change: Callable[[Network]
         choose_backend("fast", [net], CPU, Use(net, update_step=3))
 
 
-def test_a_learned_inner_rule_runs_plain() -> None:
-    net = network("ANML")[0]
-    chosen = choose_backend("auto", [net], CPU, Use(net, learn_update_lr=True))
-    assert (chosen.name, "SGD as inner rule" in chosen.why) == ("plain", True)
-
-
-def test_an_inner_loss_that_is_another_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although no weight depends on it: it is reported. (Other edits: `tests/edits.py`.)"""
-    plain = method.loss_and_grads
+def test_what_the_fast_backend_does_not_follow_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learned inner rule, and another inner loss, although no weight depends on it. (Other edits:
+    `tests/edits.py`.)"""
+    plain, net = method.loss_and_grads, network("ANML")[0]
 
     def halved(*args: Any) -> tuple[Tensor, Params]:
         loss, grads = plain(*args)
         return loss / 2, grads
 
+    learned = choose_backend("auto", [net], CPU, Use(net, learn_update_lr=True))
     monkeypatch.setattr(method, "loss_and_grads", halved)
-    net = network("ANML")[0]
-    chosen = choose_backend("auto", [net], CPU, Use(net, update_step=3))
-    assert (chosen.name, "the inner step" in chosen.why) == ("plain", True)
+    changed = choose_backend("auto", [net], CPU, Use(net, update_step=3))
+    for chosen, why in (learned, "SGD as inner rule"), (changed, "the inner step"):
+        assert (chosen.name, why in chosen.why) == ("plain", True)

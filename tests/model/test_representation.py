@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from model.representation import (
     principal_components,
     represent,
 )
-from tests.conftest import Called
+from tests.conftest import Call
 from tools import analyze_representation
 from tools.analyze_representation import table
 
@@ -118,14 +117,12 @@ def test_principal_components_are_those_of_the_covariance() -> None:
 
 @pytest.mark.parametrize("name", ["ANML", "OML"])
 def test_script_leaves_numbers_and_pictures(
-    call: Callable[..., Called],
+    call: Call,
     cache: Path,
     models: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     flags = (f"--cache_dir={cache}", "--dataset=glyphs", "--test_classes=40", f"--model={models}/{name}.net")
     done = call(analyze_representation, *flags)
     folder = tmp_path / "runs/representation_0"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from model.method import InnerLoop, InnerRule, MetaSGD, Params, meta_loss
-from model.modelfactory import Network, load_network, trained_parameters
+from model.modelfactory import Network, trained_parameters
 from tests.conftest import Trainer, assert_same_run
 from tests.model.test_method import images, network
 from tests.reference import unrolled
@@ -116,9 +116,3 @@ def test_normalise_says_what_it_does_not_take() -> None:
     for wrong in (paper.float(), paper[:, :20], paper[0], paper[:, None, None]):
         with pytest.raises(ValueError, match="28, 28"):
             normalise(wrong)
-
-
-def test_networks_say_what_their_layers_do() -> None:
-    shown = repr(load_network(Path(__file__).parents[2] / "pretrained/anml_omniglot.net"))
-    for part in ("ConvBlock", "norm of each image, ReLU, 2x2 max-pool", "Sigmoid", "out_features=1000"):
-        assert part in shown

@@ -10,8 +10,7 @@ import pytest
 from flags.evaluation import Evaluation
 from model.modelfactory import NETWORKS, trained_parameters
 from model.treatments import TABLE, describe
-from tests.utils.test_arguments import refused
-from utils.command_line import parse
+from tests.utils.test_arguments import evaluate, refused
 
 NM = [
     f"nm.{layer}.{kind}"
@@ -39,10 +38,6 @@ PAPER = [
     ("Scratch", "ANML", 0, NM + GATE + PLN + HEAD, "random"),
     ("Scratch", "OML", 0, CONVOLUTIONS + HIDDEN + HEAD, "random"),
 ]
-
-
-def evaluate(text: str) -> Evaluation:
-    return parse(Evaluation, text.split())
 
 
 @pytest.mark.parametrize(("name", "network", "rln", "trained", "weights"), PAPER)

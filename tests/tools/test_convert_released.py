@@ -7,7 +7,7 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model.modelfactory import Network, build, restore
-from tests.conftest import Called
+from tests.conftest import Call
 from tools import convert_released
 from tools.convert_released import LEGACY_MAGIC, convert, read
 from utils.errors import UserError
@@ -119,7 +119,7 @@ def test_a_released_module(kind: str, zipped: bool, tmp_path: Path) -> None:
     assert rest == ["vars_bn.0"]
 
 
-def test_the_command_writes_a_model_that_loads(call: Callable[..., Called], tmp_path: Path) -> None:
+def test_the_command_writes_a_model_that_loads(call: Call, tmp_path: Path) -> None:
     """A file that is there is kept, here the foreign model itself."""
     net, path = network(), tmp_path / "m.net"
     save_released(path, net)
@@ -193,20 +193,14 @@ def test_nothing_in_a_file_is_run(zipped: bool, tmp_path: Path) -> None:
     assert not sprung.exists()
 
 
-def test_a_module_is_named_as_its_state_dict(tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 3)))
-    torch.save(module, tmp_path / "m.net")
-    found = read(tmp_path / "m.net")
-    expected = {name: value.detach() for name, value in module.state_dict().items()}
-    torch.testing.assert_close(dict(sorted(found.items())), dict(sorted(expected.items())))
-
-
-def test_views_and_types(tmp_path: Path) -> None:
-    base = torch.arange(12.0)
+def test_modules_views_and_types(tmp_path: Path) -> None:
+    module, base = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), torch.arange(12.0)
     state = {"t": base.reshape(3, 4).t(), "part": base[3:5], "half": base.half(), "n": torch.tensor(3)}
-    for zipped in (True, False):
-        torch.save(state, tmp_path / "m.net", _use_new_zipfile_serialization=zipped)
-        torch.testing.assert_close(read(tmp_path / "m.net"), state, rtol=0, atol=0)
+    for saved, expected in (module, dict(module.state_dict())), (state, state):
+        for zipped in (True, False):
+            torch.save(saved, tmp_path / "m.net", _use_new_zipfile_serialization=zipped)
+            found = {name: value.detach() for name, value in read(tmp_path / "m.net").items()}
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def zipped(pickled: bytes) -> bytes:

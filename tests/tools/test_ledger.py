@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.results import write_results
-from tests.conftest import Called
+from tests.conftest import Call
 from tools import ledger as tool
 from tools.ledger import COLUMNS, END, START, inserted, ledger, read_targets
 from utils.errors import UserError
@@ -46,6 +46,7 @@ def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float
         for classes, (test, train) in accuracies.items()
         for run, shift in enumerate((-0.01, 0.01))
     ]
+    results.mkdir(parents=True, exist_ok=True)
     write_results(results, rows, {"rln": 13})
     for suffix in ("csv", "json"):
         (results / f"results.{suffix}").rename(results / f"{name}.{suffix}")
@@ -136,9 +137,7 @@ def test_files_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) ->
     assert ledger(results) == tables
 
 
-def test_script_writes_and_checks(
-    call: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_script_writes_and_checks(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, page = write_ledger(tmp_path), tmp_path / "docs/results.md"
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     script = partial(call, tool)

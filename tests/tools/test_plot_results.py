@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ from matplotlib.patches import Rectangle
 
 from evaluation.plots import comparison_figure, figure_pixels
 from evaluation.results import Results, read_metrics, write_results
-from model.scores import ACCURACY, MEASURES, Measure, accuracies
-from tests.conftest import Called, process
+from tests.conftest import Call, process
 from tests.tools.test_ledger import write_accuracies
 from tools import plot_results
-from tools.analyze_representation import activations_figure, embedding_figure
+from tools.analyze_representation import activations_figure
 from tools.plot_results import bars_figure, training_figure
 
 
@@ -79,17 +77,6 @@ def test_bars_show_means_intervals_and_published_numbers() -> None:
     assert "600 classes" in axes.get_xlabel()
 
 
-def test_each_accuracy_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MEASURES, "worst", Measure("worst", ACCURACY, "of all classes", lambda answers: 0.0))
-    rows = summary({600: 0.6})
-    rows[0] |= {"worst": 0.1, "worst_low": 0.0, "worst_high": 0.2}
-    panels = comparison_figure({"A": rows}).axes
-    assert [axes.get_title() for axes in panels] == [MEASURES[name].title for name in accuracies()]
-    np.testing.assert_allclose(lines(panels[2])["A"], [[600, 10]])
-    (axes,) = bars_figure({"A": rows[0]}).axes
-    assert [text.get_text() for text in axes.texts] == ["60.0", "70.0", "10.0"]
-
-
 def test_one_run_has_no_band() -> None:
     one = [{"classes": classes, "test": 0.5, "test_low": None, "train": 0.6} for classes in (10, 600)]
     figure, several = (comparison_figure({"A": rows}) for rows in (one, summary({10: 0.5, 600: 0.4})))
@@ -114,17 +101,7 @@ def test_activations_are_squares() -> None:
     assert figure_pixels(figure).ndim == 3
 
 
-def test_embedding_marks_alphabets() -> None:
-    points = np.arange(12.0).reshape(6, 2)
-    figure = embedding_figure({"before": points, "after": -points}, ["A", "A", "B", "B", "B", "C"])
-    before, after = figure.axes
-    assert [len(np.asarray(c.get_offsets())) for c in before.collections] == [2, 3, 1]
-    np.testing.assert_array_equal(after.collections[1].get_offsets(), -points[2:5])
-
-
-def test_accuracy_on_the_way(
-    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accuracy_on_the_way(tmp_path: Path, call: Call) -> None:
     rows = [
         {"model": f"{step}.net", "classes": classes, "run": run, "lr": 0.001, "test": test + shift}
         | {"train": test + 0.1, "above_chance": 1, "diverged": 0}
@@ -138,15 +115,12 @@ def test_accuracy_on_the_way(
     np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
     np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
     write_results(tmp_path, rows, {"models": models})
-    monkeypatch.chdir(tmp_path)
     done = call(plot_results, ".", "again=.", "--against=steps", "--out=figures")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["figures/results_steps.png", "figures/results_steps.pdf"]
 
 
-def test_what_trainings_measured(
-    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_trainings_measured(tmp_path: Path, call: Call) -> None:
     values = np.random.default_rng(0).random((120, 3))
     rows = [f"{k + 1},{loss},{a},{b},0.1\n" for k, (loss, a, b) in enumerate(values.tolist())]
     for name, part in (("long", rows), ("short", rows[:3])):
@@ -158,22 +132,14 @@ def test_what_trainings_measured(
     np.testing.assert_allclose(lines(loss)["short"], [[2, values[:3, 0].mean()]])
     np.testing.assert_allclose(lines(accuracy)["trajectory, long"][0], [25.5, 100 * values[:50, 1].mean()])
     np.testing.assert_allclose(lines(accuracy)["remember, long"][0], [25.5, 100 * values[:50, 2].mean()])
-    monkeypatch.chdir(tmp_path)
     done = call(plot_results, "long", "b=short/metrics.csv", "--against=training", "--out=figures")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["figures/results_training.png", "figures/results_training.pdf"]
 
 
-def run_folder(folder: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
-    (folder / name).mkdir(parents=True)
-    write_accuracies(folder / name, "results", accuracies)
-
-
-def test_script_writes_both_figures(
-    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_folder(tmp_path, "run_0", {10: (0.8, 0.9), 600: (0.6, 0.9)})
-    run_folder(tmp_path, "run=1", {10: (0.7, 0.9), 50: (0.6, 0.9)})
+def test_script_writes_both_figures(tmp_path: Path, call: Call) -> None:
+    write_accuracies(tmp_path / "run_0", "results", {10: (0.8, 0.9), 600: (0.6, 0.9)})
+    write_accuracies(tmp_path / "run=1", "results", {10: (0.7, 0.9), 50: (0.6, 0.9)})
     flags = ("ANML=run_0", "run=1", "b=run_0/results.csv", "--out", "figures", "--name", "x")
     # Whatever matplotlib is told beside it: a backend that does not exist, settings of the user's.
     (tmp_path / "matplotlibrc").write_text(
@@ -187,7 +153,6 @@ def test_script_writes_both_figures(
     assert [file.read_bytes()[:4] for file in files] == [b"%PDF", b"\x89PNG"] * 2
     assert done.stdout.split() == [f"figures/x_{f}.{s}" for f in ("curves", "bars") for s in ("png", "pdf")]
     before = [file.read_bytes() for file in files]
-    monkeypatch.chdir(tmp_path)
     assert call(plot_results, *flags).stdout == done.stdout
     assert [file.read_bytes() for file in files] == before
     call(plot_results, *flags, "--no-published")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 import evaluate_classification
 import mrcl_classification
@@ -22,6 +21,13 @@ from tools import analyze_representation
 aten = torch.ops.aten
 DEVICE = torch.device("meta")  # the one device without hardware whose tensors autograd takes everywhere
 MAY_MIX = (aten.copy_.default, aten.index.Tensor)  # indices may lie on the CPU
+
+
+def each(change: Callable[[Tensor], Any], x: Any) -> Any:
+    """`x`, a tensor, another value, or a list or tuple of such, with each tensor changed."""
+    if isinstance(x, list | tuple):
+        return type(x)([each(change, y) for y in x])
+    return change(x) if isinstance(x, Tensor) else x
 
 
 class OnDevice(Tensor):
@@ -55,7 +61,8 @@ class Apple(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        tensors: list[Tensor] = []
+        each(tensors.append, [*args, *kwargs.values()])
         ours = [x for x in tensors if isinstance(x, OnDevice)]
         there = bool(ours)
         if kwargs.get("device") is not None:
@@ -71,23 +78,21 @@ class Apple(TorchDispatchMode):
         held = [x.held if isinstance(x, OnDevice) else x for x in tensors]
         inside = {id(x): y for x, y in zip(tensors, held, strict=True)}
         outside = {id(x.held): x for x in ours}  # in-place operations return what they are given
-        result = func(*tree_map(lambda x: inside.get(id(x), x), args), **kwargs)
+        result = func(*each(lambda x: inside[id(x)], args), **kwargs)
 
-        def wrap(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
+        def wrap(x: Tensor) -> Tensor:
             if x.dtype == torch.float64:
                 raise TypeError("this device has no float64")
             return outside[id(x)] if id(x) in outside else OnDevice(x)
 
-        return tree_map(wrap, result) if there else result
+        return each(wrap, result) if there else result
 
 
 Script = Callable[..., None]
 
 
 @pytest.fixture
-def script(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+def script(cache: Path, tmp_path: Path, _quick_start: None, monkeypatch: pytest.MonkeyPatch) -> Script:
     """Runs a script on the device that is not there, or the CPU."""
 
     def no_pool(*args: object, **options: object) -> Tensor:
@@ -99,13 +104,18 @@ def script(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scri
         with Apple():
             module.main()
 
+    def tensor(data: Any, device: Any = None, **options: Any) -> Tensor:
+        return plain(data, **options).to(device)  # the mode does not see what is made on a device at once
+
+    plain = torch.tensor
+    monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "max_pool2d", no_pool)
     monkeypatch.chdir(tmp_path)
     return start
 
 
 def test_training_without_float64(script: Script) -> None:
-    flags = (*TINY, "--backend=plain", "--log_every=1", "--meta_batch=2")
+    flags = (*TINY, "--log_every=1", "--meta_batch=2")
     checks = ("--eval_every=2", "--eval_classes=2", "--keep_every=1", "--steps=2")
     script(mrcl_classification, *flags, *checks)
     script(mrcl_classification, "--resume=runs/smoke_0", "--steps=3")
@@ -121,11 +131,13 @@ def test_training_without_float64(script: Script) -> None:
 def test_what_follows_training_without_float64(script: Script) -> None:
     script(mrcl_classification, *TINY, "--steps=1")
     glyphs = ("--dataset=glyphs", "--model=runs/smoke_0/model.net", "--test_classes=6")
-    search = ("--lrs", "0.001", "0.01", "--lr_search_runs=1", "--lr_search_split=background")
-    script(evaluate_classification, *glyphs, "--schedule=2", *search, "--runs=2", "--track_every=1")
-    script(evaluate_classification, *glyphs, "--schedule=2", "--lr=0.01", "--runs=1", "--rln=0", "--iid")
-    for head in ("map", "slda"):
-        script(evaluate_classification, *glyphs, "--schedule=2", f"--learner={head}", "--runs=1")
+    for flags in (
+        "--lrs 0.001 0.01 --lr_search_runs=1 --lr_search_split=background --runs=2 --track_every=1",
+        "--lr=0.01 --runs=1 --rln=0 --iid",
+        "--learner=map --runs=1",
+        "--learner=slda --runs=1",
+    ):
+        script(evaluate_classification, *glyphs, "--schedule=2", "--backend=plain", *flags.split())
     script(analyze_representation, *glyphs)
 
 

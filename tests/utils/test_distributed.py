@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +22,8 @@ from model.method import InnerLoop
 from model.modelfactory import NETWORKS, build
 from model.outer_loops import TrajectoryLoop
 from model.training_state import load_state
-from tests.conftest import ROOT, TINY, Called, Trainer, process, rows
-from tests.kill import start
+from tests.conftest import ROOT, TINY, Call, Trainer, process, rows
+from tests.forks import Forks
 from tests.networks import OWN
 from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
 from utils.errors import UserError
@@ -57,53 +53,28 @@ class Job(NamedTuple):
     stderr: str
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    """A process that has imported everything, from which the processes of jobs are forked."""
-    command = [sys.executable, __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe) as started:
-        yield started
-        started.communicate("")
-
-
 @pytest.fixture
-def job(server: subprocess.Popen[str], tmp_path: Path) -> Callable[..., Job]:
-    """Runs a script as a job of one process for each list of flags, which all end with `code`."""
+def job(forks: Forks, tmp_path: Path) -> Callable[..., Job]:
+    """Runs a module as a job of one process for each list of flags, told of it as Kubernetes would; all end
+    with `code`."""
 
-    def run(script: str, *ranks: list[str], code: int = 0) -> Job:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        with tempfile.TemporaryDirectory() as said:
-            print(json.dumps([str(tmp_path), said, script, ranks]), file=server.stdin, flush=True)
-            codes = json.loads(server.stdout.readline())
-            done = Job(*(Path(said, name).read_text() for name in Job._fields))
+    def run(module: str, *ranks: list[str], code: int = 0) -> Job:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        place = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        children = [forks.start(tmp_path, module, *f, RANK=str(k), **place) for k, f in enumerate(ranks)]
+        codes = [forks.wait(child) for child in children]
+        said = [Path(f"{tmp_path}.{name}") for name in Job._fields]
+        done = Job(*(path.read_text() for path in said))
+        for path in said:
+            path.unlink()
         assert codes == [code] * len(ranks), done.stderr
         return done
 
     return run
 
 
-def run_job(folder: str, said: str, script: str, ranks: list[list[str]]) -> list[int]:
-    """Fork the processes of a job, told of it as Kubernetes would; their exit codes."""
-
-    def main() -> None:
-        os.chdir(folder)
-        for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
-            with Path(said, name).open("a") as file:
-                os.dup2(file.fileno(), stream.fileno())
-        mains = {"train": mrcl_classification.main, "evaluate": evaluate_classification.main}
-        mains.get(script, meta_train)()
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = [start(flags, main, RANK=str(rank), **place) for rank, flags in enumerate(ranks)]
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def meta_train() -> None:
+def main() -> None:
     """A few float64 steps of four trajectories of a network; rank 0 writes weights, buffers and means."""
     name, path = sys.argv[1:]
     NETWORKS.update(OWN)
@@ -135,8 +106,8 @@ def test_two_processes_of_two_trajectories_give_what_one_of_four_gives(
     name: str, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["", name, str(tmp_path / "one.pt")])
-    meta_train()
-    job("meta", *([name, str(tmp_path / "two.pt")] for _ in range(2)))
+    main()
+    job(__name__, *([name, str(tmp_path / "two.pt")] for _ in range(2)))
     one, two = (torch.load(tmp_path / f"{which}.pt", weights_only=True) for which in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
@@ -145,7 +116,7 @@ def test_training_goes_on_under_another_number_of_processes(
     job: Callable[..., Job], trainer: Trainer, tmp_path: Path
 ) -> None:
     trainer("--meta_batch=2", "--steps=2")
-    done = job("train", *([["--resume", "runs/smoke_0", "--steps=4"]] * 2))
+    done = job("mrcl_classification", *([["--resume", "runs/smoke_0", "--steps=4"]] * 2))
     assert done.stdout.count("run folder") == 1  # rank 0 alone speaks
     trainer.resume("--steps=5")
     trainer("--meta_batch=2", "--steps=5")
@@ -164,10 +135,10 @@ def test_processes_that_differ_are_refused_before_the_first_step(
     trainer("--steps=2", "--model_name=b.net")
     before = sorted(tmp_path.rglob("*"))
     same = [*trainer.flags, "--meta_batch=2"]
-    done = job("train", [*same, "--steps=4"], [*same, "--steps=9", "--meta_lr=0.1"], code=2)
+    done = job("mrcl_classification", [*same, "--steps=4"], [*same, "--steps=9", "--meta_lr=0.1"], code=2)
     assert done.stderr.count("differ in --meta_lr (0.001, 0.1), --steps (4, 9): ") == 2
     from_model = [[*same, "--checkpoint", f"--saved_model={name}.net"] for name in "ab"]
-    assert job("train", *from_model, code=2).stderr.count("differ in weights (") == 2
+    assert job("mrcl_classification", *from_model, code=2).stderr.count("differ in weights (") == 2
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -234,12 +205,12 @@ def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_evaluation_gives_the_same_table(
-    job: Callable[..., Job], call: Callable[..., Called], trainer: Trainer, cache: Path, tmp_path: Path
+    job: Callable[..., Job], call: Call, trainer: Trainer, cache: Path, tmp_path: Path
 ) -> None:
     trainer("--model_name=m.net", "--steps=1")
     flags = [*TINY_EVALUATE, f"--cache_dir={cache}", "--scratch", "--model=m.net", "--runs=3", "--nested"]
     assert call(evaluate_classification, *flags).returncode == 0
-    assert job("evaluate", flags, flags).stdout.count("meta-test test %") == 1
+    assert job("evaluate_classification", flags, flags).stdout.count("meta-test test %") == 1
     one, two = (tmp_path / f"runs/smoke_evaluate_{k}/results.csv" for k in (0, 1))
     assert one.read_text() == two.read_text()
     assert len(list((tmp_path / "runs").glob("smoke_evaluate_*"))) == 2
@@ -269,8 +240,3 @@ def test_a_job_ends_as_what_ended_it(
     with pytest.raises((SystemExit, UserError)) as ended:
         run_as(2)
     assert ended.value.args == (ending,)
-
-
-if __name__ == "__main__":
-    for line in sys.stdin:
-        print(json.dumps(run_job(*json.loads(line))), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.plots import comparison_figure, figure_pixels, gate_figure, save_png
+from evaluation.plots import comparison_figure, save_png
 from flags.training import Training
 from tests.conftest import curve
 from utils.command_line import parse
@@ -40,14 +40,6 @@ def test_points_are_on_disk_before_the_end(tmp_path: Path) -> None:
         assert curve(run.folder, "loss") == [(1, 2.0)]
         with pytest.raises(ValueError, match="epoch"):
             run.metrics({"epoch": 1})
-
-
-def test_the_smallest_free_number(tmp_path: Path) -> None:
-    (tmp_path / "n_0").mkdir()
-    (tmp_path / "n_1").write_text("a file takes a name as well")
-    (tmp_path / "n_3").mkdir()
-    with Run.open(tmp_path, "n", None, arguments()) as run:
-        assert run.folder.name == "n_2"
 
 
 def test_the_commit_is_recorded(tmp_path: Path) -> None:
@@ -95,12 +87,3 @@ def test_accuracy_figure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"a\.png"):
         save_png(comparison_figure({"ANML": rows}), tmp_path / "file" / "a.png")
-
-
-def test_gate_figure_shows_the_gates() -> None:
-    dark, bright = (figure_pixels(gate_figure(np.full((2, 9), gate), [1, 2])) for gate in (0, 1))
-    assert dark.shape == bright.shape
-    assert dark.shape[2] == 3
-    middle = dark.shape[0] // 2, dark.shape[1] // 3
-    assert dark[middle].tolist() == [0, 0, 0]
-    assert bright[middle].tolist() == [255, 255, 255]
