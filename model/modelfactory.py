@@ -360,8 +360,8 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
     fresh = None if net.kaiming else _construct(type(net), net.widths, generator)
     for name in head_rows(net):
         parameter = net.get_parameter(name)
-        rows = parameter[classes]
-        drawn = fresh.get_parameter(name)[classes] if fresh else _kaiming_normal(rows, generator)
+        as_many = parameter[: len(classes)]  # for the shape: a list of rows would wait for the device
+        drawn = fresh.get_parameter(name)[classes] if fresh else _kaiming_normal(as_many, generator)
         for row, values in zip(classes, drawn, strict=True):
             parameter[row].copy_(values)
 
