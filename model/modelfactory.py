@@ -46,12 +46,11 @@ def _on_colour(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
-        channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-        if channels is None or not isinstance(inputs, Tensor):
-            return method(net, inputs, *args)
-        if type(net).frozen is Network.frozen or inputs.shape[1:] == (1, SIZE, SIZE):
-            inputs = colour(inputs, channels)
-            if inputs.shape[-3:] != (channels, SIZE, SIZE):
+        own = type(net).frozen is not Network.frozen
+        if isinstance(inputs, Tensor) and (not own or inputs.shape[1:] == (1, SIZE, SIZE)):
+            channels = net._channels
+            inputs = inputs if channels is None else colour(inputs, channels)
+            if channels is not None and inputs.shape[-3:] != (channels, SIZE, SIZE):
                 raise ValueError(
                     f"images are {list(inputs.shape)}; {net.network} reads [B, {channels}, {SIZE}, {SIZE}], "
                     f"or grey ones [B, 1, {SIZE}, {SIZE}]"
@@ -158,6 +157,11 @@ class Network(nn.Module):
     def features_before_gate(self, inputs: Any) -> Tensor:
         """[B, F] features as they would be with an open gate; those of :meth:`features` without one."""
         return self.features(inputs)
+
+    @functools.cached_property  # each forward call asks, thousands of times a second
+    def _channels(self) -> int | None:
+        """Channels that the first convolution reads; None without one."""
+        return next((m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d)), None)
 
     @property
     def network(self) -> str:
