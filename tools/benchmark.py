@@ -27,20 +27,20 @@ import os
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import ImageSet, glyphs
-from datasets.omniglot import DRAWINGS
-from datasets.task_sampler import sample_task, sample_trajectory
+from datasets.task_sampler import sample_trajectory
 from evaluation.results import aligned
 from flags.training import Training
 from model.fast import BACKENDS
@@ -65,9 +65,9 @@ COLUMNS = ("fast", "plain", "textbook", "machine")
 
 WIDTHS = {name: arguments(ANML)[name].default for name in ("nm_channels", "pln_channels")}
 TRAIN_IMAGES = 15  # of a class at meta-test
-TEXTBOOK_IMAGES = 3  # in a turn of the textbook's meta-test
+TEXTBOOK_IMAGES = 3  # of the textbook's meta-test
 ADAM_BYTES = 4 * 7  # a weight, its gradient and two moments read; all but the gradient written
-PART_SECONDS = 14  # after which a part begins no other turn
+PART_SECONDS = 13  # after which a part begins no other turn
 QUIET_SHARE, QUIET_RATE = 0.9, 0.8  # of the cores' time, and of the best rate, that a quiet machine gives
 CALLS = 3  # of which a rate is the median
 COPIED = 64 * 2**20  # float32 values, far more than a cache holds
@@ -75,11 +75,10 @@ COPIED = 64 * 2**20  # float32 values, far more than a cache holds
 Rate = tuple[float, float]
 """What the machine does in a second, and the part of its threads' time that it gave to this process: nearly 1
 on a quiet CPU, less where others or a quota take the cores; 1 on a GPU."""
-Works = dict[tuple[str, str], tuple[Callable[[int], object], int]]
-"""By line and column of the table: what is done in a turn, given its number, and to how many images."""
-Times = dict[str, dict[str, list[float]]]
+Works = dict[tuple[str, str], tuple[Callable[[], object], int]]
+"""By line and column of the table: what is done in a turn, and to how many images."""
 Part = tuple[Works, str, float, float]
-"""Works, and one of their lines with the FLOPs and the bytes of memory that it takes the machine."""
+"""Works, one of their lines, its FLOPs that nobody asks for, and the bytes of memory that it moves."""
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -115,31 +114,6 @@ def copy_bandwidth(device: torch.device) -> Rate:
     return rate(2 * 4 * COPIED, lambda: target.copy_(source), device)
 
 
-def in_turns(works: Works, repeats: int, device: torch.device) -> tuple[Times, list[Rate]]:
-    """The s that works take by line and column, and the machine's rates of convolutions, in each turn.
-
-    All works of a turn come before those of the next one, from turn 1 on.
-    """
-    times: Times = {}
-    rates: list[Rate] = []
-    begin = time.perf_counter()
-    for turn in range(1, repeats + 1):
-        if turn > 1 and time.perf_counter() - begin > PART_SECONDS:
-            break
-        rates.append(convolution_rate(device))
-        for (line, column), (work, count) in works.items():
-            taken = seconds(partial(work, turn), device) / count
-            times.setdefault(line, {}).setdefault(column, []).append(taken)
-    return times, rates
-
-
-def count_flops(work: Callable[[int], object]) -> int:
-    """FLOPs of the convolutions and matrix products of plain PyTorch code, in turn 0."""
-    with FlopCounterMode(display=False) as counter:
-        work(0)
-    return int(counter.get_total_flops())
-
-
 def network(args: Benchmark, kind: str, backend: str, device: torch.device) -> Network:
     """A network of this kind that computes as `backend` does."""
     widths = {name: getattr(args, name) for name in arguments(NETWORKS[kind]).keys() & WIDTHS}
@@ -152,77 +126,67 @@ def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device
     """Meta-steps of ANML with the defaults of training; `part` is a key of `ORDERS`."""
     defaults, first_order = parse(Training, []), ORDERS[part]
     generator, pool = torch.Generator().manual_seed(0), images.pool(device)
-    learners = {
-        backend: TrajectoryLoop(
-            *(network(args, "ANML", backend, device), pool, generator),
+    line, works = f"meta-step, {part.replace('-', ' ')}", Works()
+
+    def step(learner: TrajectoryLoop) -> None:
+        learner.step(sample_trajectory(pool.sizes, generator))
+
+    for name, backend in BACKENDS.items():
+        learner = TrajectoryLoop(
+            *(network(args, "ANML", name, device), pool, generator),
             meta_lr=defaults.meta_lr,
             inner=InnerLoop(defaults.update_lr, 0 if first_order else None),
             rln=ANML.rln_training,
-            meta_loss=BACKENDS[backend].meta_loss,
-            capture=BACKENDS[backend].capture,
+            meta_loss=backend.meta_loss,
+            capture=backend.capture,
         )
-        for backend in BACKENDS
-    }
-    weights = [parameter.detach().clone() for parameter in learners["plain"].net.parameters()]
+        works[line, name] = partial(step, learner), 1
+    weights = [parameter.detach().clone() for parameter in learner.net.parameters()]
 
-    def step(backend: str, turn: int) -> None:
-        learners[backend].step(sample_trajectory(pool.sizes, generator))
-
-    def textbook(turn: int) -> None:
+    def textbook() -> None:
         trajectory = sample_trajectory(pool.sizes, generator)
         query, labels = gather(pool, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
         settings = len(trajectory.support), defaults.update_lr, ANML.rln_training, not first_order
         reference.meta_gradient(weights, grey, classes, *settings)
 
-    for turn in range(2):  # Adam's moments, the allocator, kernel choices
-        step("fast", turn)
-    flops = count_flops(partial(step, "plain"))
-    if not first_order:
-        # torch differentiates the inner steps with respect to the image as well, which nobody asks for.
-        flops -= defaults.update_step * 2 * 3 * 9 * args.pln_channels * 26 * 26
-    line = f"meta-step, {part.replace('-', ' ')}"
-    works: Works = {(line, backend): (partial(step, backend), 1) for backend in BACKENDS}
-    return {**works, (line, "textbook"): (textbook, 1)}, line, flops, 0
+    works[line, "textbook"] = textbook, 1
+    # torch differentiates the inner steps with respect to the image as well, which nobody asks for.
+    needless = 0 if first_order else defaults.update_step * 2 * 3 * 9 * args.pln_channels * 26 * 26
+    return works, line, needless, 0
 
 
 def meta_test(part: str, args: Benchmark, images: ImageSet, device: torch.device) -> Part:
-    """Frozen layers, updates and answers, each for an image; `part` is a key of `TREATMENTS`."""
+    """Frozen layers, updates and answers for images of one class; `part` is a key of `TREATMENTS`."""
     kind, rln = TREATMENTS[part]
     frozen, updated, tested = (f"{kind} --rln {rln}, {what}" for what in ("frozen layers", "update", "test"))
-    generator, pool = torch.Generator().manual_seed(0), images.first(args.repeats + 1).pool(device)
-    task = sample_task(pool.sizes, len(pool), generator, train_images=TRAIN_IMAGES)  # a class for each turn
-    many = task.train[0].repeat(CHUNK, 1)[:CHUNK]  # as many as an evaluation tests at a time
+    generator, pool = torch.Generator().manual_seed(0), images.first(1).pool(device)
+    index = torch.tensor([(0, number) for number in range(TRAIN_IMAGES)])
+    many = index.repeat(CHUNK, 1)[:CHUNK]  # as many as an evaluation tests at a time
     works: Works = {}
-
-    def add(backend: str) -> list[Tensor]:
-        net = network(args, kind, backend, device)
+    for name, backend in BACKENDS.items():
+        net = network(args, kind, name, device)
         trained = trained_parameters(net, rln)
         outputs, run = FrozenOutputs(net, pool, trained), new_run(net, trained, generator)
-        online = BACKENDS[backend].adam_learner(run, trained, Settings(0.001))
-        if rln:  # all drawings of the class
-            works[frozen, backend] = (lambda turn: outputs.get(task.train[turn]), DRAWINGS)
-        works[updated, backend] = (lambda turn: learn(online, outputs, task.train[turn]), TRAIN_IMAGES)
-        works[tested, backend] = (lambda turn: answers(online, outputs, many), CHUNK)
-        return [parameter.detach().clone() for parameter in net.parameters()]
-
-    *_, weights = map(add, BACKENDS)
+        online = backend.adam_learner(run, trained, Settings(0.001))
+        if rln:
+            works[frozen, name] = torch.no_grad()(partial(net.frozen, pool.rows, trained)), len(pool.rows)
+        works[updated, name] = partial(learn, online, outputs, index), TRAIN_IMAGES
+        works[tested, name] = partial(answers, online, outputs, many), CHUNK
+    weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
+    shown = pool.rows[:TEXTBOOK_IMAGES].expand(-1, 3, -1, -1).contiguous()
 
-    def textbook(tested: bool, turn: int) -> None:
-        for image, label in zip(*gather(pool, task.train[turn][:TEXTBOOK_IMAGES]), strict=True):
-            grey = image.expand(3, -1, -1).contiguous()
-            if tested:
-                reference.logits_of(weights, grey).argmax()
-            else:
-                weights[:] = reference.meta_test_update(weights, grey, int(label), rln, optimizer)
+    def update() -> None:
+        for image in shown:
+            weights[:] = reference.meta_test_update(weights, image, 0, rln, optimizer)
 
-    works[updated, "textbook"] = partial(textbook, False), TEXTBOOK_IMAGES
-    works[tested, "textbook"] = partial(textbook, True), TEXTBOOK_IMAGES
-    for work, _ in works.values():
-        work(0)
-    flops = count_flops(works[updated, "plain"][0]) / TRAIN_IMAGES
-    return works, updated, flops, ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :])
+    def test() -> None:
+        for image in shown:
+            reference.logits_of(weights, image).argmax()
+
+    works[updated, "textbook"], works[tested, "textbook"] = (update, len(shown)), (test, len(shown))
+    return works, updated, 0, ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :])
 
 
 def render(lines: Mapping[str, Any]) -> str:
@@ -269,17 +233,30 @@ def main() -> None:
     copies, _ = copy_bandwidth(device)
     with tempfile.TemporaryDirectory() as folder:
         images = glyphs.load("background", Path(folder), Path(folder)).limited(None, "")
-    lines: dict[str, Any] = {}
+    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     rates: list[Rate] = []
     for part in (part for part in PARTS if part in args.only):
         try_to_write(f"{time.perf_counter() - begin:5.0f} s  {part}\n", sys.stderr)
-        works, line, flops, moved = (meta_step if part in ORDERS else meta_test)(part, args, images, device)
-        times, found = in_turns(works, args.repeats, device)
-        rates += found
-        times[line]["machine"] = [flops / rate + moved / copies for rate, _ in found]
-        for name, of in times.items():
-            ratios = {c: median(b / a for a, b in zip(of["fast"], of[c], strict=True)) for c in of}
-            lines[name] = {"seconds": of, "ratios": ratios}
+        works, line, needless, moved = (meta_step if part in ORDERS else meta_test)(
+            part, args, images, device
+        )
+        for work, _ in works.values():  # Adam's moments, the allocator, kernel choices
+            work()
+        work, count = works[line, "plain"]
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops, start = counter.get_total_flops() / count - needless, time.perf_counter()
+        for turn in range(args.repeats):
+            if turn and time.perf_counter() - start > PART_SECONDS:
+                break
+            rates.append(convolution_rate(device))
+            times[line]["machine"].append(flops / rates[-1][0] + moved / copies)
+            for (name, column), (work, count) in works.items():
+                times[name][column].append(seconds(work, device) / count)
+    lines = {
+        name: {"seconds": of, "ratios": {c: median(map(truediv, of[c], of["fast"])) for c in of}}
+        for name, of in times.items()
+    }
     flops_per_second = median(rate for rate, _ in rates)
     machine = {
         "cpu": cpu_name(),
