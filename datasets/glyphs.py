@@ -10,6 +10,7 @@ nearest of 15 examples per class.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -59,53 +60,45 @@ def load(
         cache_dir: see :func:`datasets.images.cached`.
         glyph_seed: other seeds are other characters.
     """
-    knots, present, radius = _strokes(split, glyph_seed)
+    knots, radius = _strokes(split, glyph_seed)
 
     def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-        some = list(positions)
-        return _render(knots[some], present[some], radius[some])
+        return _render(knots[list(positions)], radius[list(positions)])
 
     # Few images may differ where a constant has changed, so the cache belongs to the strokes of all images.
-    origin = knots.tobytes() + present.tobytes() + radius.tobytes()
-    images = cached(cache_dir, f"glyphs-{split}", origin, len(knots), make)
+    images = cached(cache_dir, f"glyphs-{split}", knots.tobytes() + radius.tobytes(), len(knots), make)
     return characters(f"glyphs {split} (seed {glyph_seed})", split, images, names(split))
 
 
 def names(split: str) -> tuple[str, ...]:
-    """The names of the split's characters, `Glyphs01/character01` and so on, in sorted order."""
-    return tuple(
-        f"Glyphs{alphabet:02d}/character{character:02d}"
-        for alphabet, count in _alphabets(split).items()
-        for character in range(1, count + 1)
-    )
-
-
-def _alphabets(split: str) -> dict[int, int]:
-    """The number of characters in each alphabet of `split`, by the number of the alphabet.
+    """The names of the split's characters, `Glyphs01/character01` and so on, in sorted order.
 
     The evaluation alphabets are numbered after the background ones, so the splits share none.
     """
     first = 1 if split == "background" else 1 + ALPHABETS["background"]
     smaller, larger = divmod(CLASSES[split], ALPHABETS[split])
-    return {first + k: smaller + (k < larger) for k in range(ALPHABETS[split])}
+    return tuple(
+        f"Glyphs{first + k:02d}/character{character:02d}"
+        for k in range(ALPHABETS[split])
+        for character in range(1, smaller + (k < larger) + 1)
+    )
 
 
-def _strokes(split: str, seed: int) -> tuple[Floats, NDArray[np.bool_], Floats]:
+def _strokes(split: str, seed: int) -> tuple[Floats, Floats]:
     """What all drawings of `split` are made of, class after class, the same for the same `seed` (0 or more).
 
     Returns:
-        Knots `[N, STROKES, KNOTS, 2]`, in pixels of the canvas, which strokes exist, bool `[N, STROKES]`, and
-        the radius of the pen, `[N]`, in pixels of the canvas.
+        Knots `[N, STROKES, KNOTS, 2]`, in pixels of the canvas, NaN where a stroke does not exist, and the
+        radius of the pen, `[N]`, in pixels of the canvas.
     """
     drawn = []
-    for alphabet, count in _alphabets(split).items():
+    for alphabet, count in Counter(int(name[6:8]) for name in names(split)).items():
         # Each alphabet has its own generator: the splits are independent of each other.
         rng = np.random.default_rng([seed, alphabet])
-        prototypes, present = _prototypes(rng, _stroke_pool(rng), count)
-        knots = _drawings(rng, prototypes)
-        drawn.append((knots, np.repeat(present, DRAWINGS, axis=0), rng.uniform(*PEN_RADIUS, len(knots))))
-    knots, present, radius = map(np.concatenate, zip(*drawn, strict=True))
-    return knots, present, radius
+        knots = _drawings(rng, _prototypes(rng, _stroke_pool(rng), count))
+        drawn.append((knots, rng.uniform(*PEN_RADIUS, len(knots))))
+    knots, radius = map(np.concatenate, zip(*drawn, strict=True))
+    return knots, radius
 
 
 def _stroke_pool(rng: np.random.Generator) -> Floats:
@@ -130,18 +123,12 @@ def _stroke_pool(rng: np.random.Generator) -> Floats:
     return np.asarray(path / size[:, None, None] * rng.uniform(0.5, 1.0, (POOL, 1, 1)))
 
 
-def _prototypes(rng: np.random.Generator, pool: Floats, characters: int) -> tuple[Floats, NDArray[np.bool_]]:
-    """Compose characters of strokes from the pool.
-
-    Returns:
-        Knots `[characters, STROKES, KNOTS, 2]`, centred, in canvas pixels, and which strokes exist,
-        bool `[characters, STROKES]`.
-    """
+def _prototypes(rng: np.random.Generator, pool: Floats, characters: int) -> Floats:
+    """Characters `[C, STROKES, KNOTS, 2]` of strokes from the pool, centred; see :func:`_strokes`."""
     everyone = np.arange(characters)
     # A stroke can be a character by itself once: twice would be two classes that look the same.
     single = (everyone < POOL) & (rng.random(characters) < SINGLE)
     count = np.where(single, 1, rng.choice([2, 3, 4], characters, p=STROKE_COUNT))
-    present = np.arange(STROKES) < count[:, None]
     stroke_ids = rng.integers(0, POOL, (characters, STROKES))
     stroke_ids[:, 0] = everyone % POOL
     knots = pool[stroke_ids]
@@ -153,12 +140,12 @@ def _prototypes(rng: np.random.Generator, pool: Floats, characters: int) -> tupl
         floating = rng.random(characters) < 0.3
         target = target + floating[:, None] * rng.normal(0.0, 0.35, (characters, 2))
         knots[:, stroke] += (target - own)[:, None]
-    low = np.where(present[..., None, None], knots, np.inf).min((1, 2))
-    high = np.where(present[..., None, None], knots, -np.inf).max((1, 2))
+    knots[np.arange(STROKES) >= count[:, None]] = np.nan
+    low, high = np.nanmin(knots, (1, 2)), np.nanmax(knots, (1, 2))
     knots = knots - ((low + high) / 2)[:, None, None]
     extent = EXTENT * np.exp(rng.normal(0.0, 0.12, characters)) * (0.75 + 0.09 * count)
     size = np.maximum((high - low).max(-1), 0.3)
-    return knots * (extent / size)[:, None, None, None], present
+    return np.asarray(knots * (extent / size)[:, None, None, None])
 
 
 def _drawings(rng: np.random.Generator, knots: Floats) -> Floats:
@@ -186,19 +173,15 @@ def _spline() -> Floats:
     segment = np.minimum(position.astype(int), KNOTS - 2)
     t = position - segment
     curve = -t / 2 + t**2 - t**3 / 2, 1 - 2.5 * t**2 + 1.5 * t**3, t / 2 + 2 * t**2 - 1.5 * t**3
-    weights = np.zeros((SAMPLES, KNOTS + 2))
-    for offset, weight in enumerate((*curve, -(t**2) / 2 + t**3 / 2)):
-        weights[np.arange(SAMPLES), segment + offset] = weight
+    weights = (*curve, -(t**2) / 2 + t**3 / 2)
     # The curve ends at its outer knots: the knots beyond continue it in a straight line.
-    for beyond, end, inner in ((0, 1, 2), (KNOTS + 1, KNOTS, KNOTS - 1)):
-        weights[:, end] += 2 * weights[:, beyond]
-        weights[:, inner] -= weights[:, beyond]
-    return weights[:, 1:-1]
+    knots = np.pad(np.eye(KNOTS), ((1, 1), (0, 0)), "reflect", reflect_type="odd")
+    return np.asarray(sum(weight[:, None] * knots[segment + k] for k, weight in enumerate(weights)))
 
 
-def _render(knots: Floats, present: NDArray[np.bool_], radius: Floats) -> NDArray[np.uint8]:
+def _render(knots: Floats, radius: Floats) -> NDArray[np.uint8]:
     """Draw N drawings, see :func:`_strokes`, with a round pen, and shrink them to uint8 `[N, 1, 28, 28]`."""
-    drawing, stroke = np.nonzero(present)
+    drawing, stroke = np.nonzero(~np.isnan(knots[..., 0, 0]))
     points = (_spline() @ knots)[drawing, stroke]
     radius = radius[drawing]
     reach = int(max(PEN_RADIUS))

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from datasets.folder import DAMAGE, Picture, prepared, stamp_of
 from datasets.images import OMNIGLOT, ImageSet, reason
-from utils.errors import UserError, refusing
+from utils.errors import UserError
 from utils.files import write_bytes
 
 log = logging.getLogger("anml")
@@ -87,14 +87,13 @@ def _find(split: str, root: Path) -> Path:
     `root` may hold `omniglot-py/`, as in torchvision, or be that folder, or a split's folder or zip in
     it; or hold or be the authors' repository.
     """
-    with refusing(f"look into {root}", "; choose another root"):
-        while root.absolute().stem in [f"images_{split}" for split in CLASSES]:
-            root = root.absolute().parent
-        home = root if root.absolute().name == "omniglot-py" else root / "omniglot-py"
-        for place in (home, root, *(place for pattern in DEEPER for place in sorted(root.glob(pattern)))):
-            for found in (place / f"images_{split}", place / f"images_{split}.zip"):
-                if os.path.lexists(found):
-                    return found
+    while root.absolute().stem in [f"images_{split}" for split in CLASSES]:
+        root = root.absolute().parent
+    home = root if root.absolute().name == "omniglot-py" else root / "omniglot-py"
+    for place in (home, root, *(place for pattern in DEEPER for place in sorted(root.glob(pattern)))):
+        for found in (place / f"images_{split}", place / f"images_{split}.zip"):
+            if os.path.lexists(found):
+                return found
     return _download(split, home / f"images_{split}.zip")
 
 

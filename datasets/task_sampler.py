@@ -218,12 +218,11 @@ def sample_task(
     drawn = torch.randperm(len(sizes), generator=generator)[:classes]
     if class_order == "dataset":
         drawn = drawn.sort().values
-    orders = [torch.randperm(sizes[label], generator=generator) for label in drawn.tolist()]
+    number = train_images + test_images
+    orders = [torch.randperm(sizes[label], generator=generator)[:number] for label in drawn.tolist()]
     if split == "dataset":
-        orders = [torch.arange(len(order)) for order in orders]
-        chosen = torch.stack([torch.cat([order[:train_images], order[-test_images:]]) for order in orders])
-    else:
-        chosen = torch.stack([order[: train_images + test_images] for order in orders])
+        orders = [torch.arange(sizes[label]) for label in drawn.tolist()]
+    chosen = torch.stack([torch.cat([order[:train_images], order[-test_images:]]) for order in orders])
     index = torch.stack([drawn[:, None].expand_as(chosen), chosen], 2)
     return Task(index[:, :train_images], index[:, train_images:])
 

@@ -250,9 +250,9 @@ def main() -> None:
             if turn and time.perf_counter() - start > PART_SECONDS:
                 break
             rates.append(convolution_rate(device))
-            times[line]["machine"].append(flops / rates[-1][0] + moved / copies)
             for (name, column), (work, count) in works.items():
                 times[name][column].append(seconds(work, device) / count)
+            times[line]["machine"].append(flops / rates[-1][0] + moved / copies)
     lines = {
         name: {"seconds": of, "ratios": {c: median(map(truediv, of[c], of["fast"])) for c in of}}
         for name, of in times.items()

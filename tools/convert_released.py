@@ -21,7 +21,7 @@ import io
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -77,7 +77,13 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
         UserError: the file is none of the known ones, is damaged, or a tensor does not fit.
     """
     found = read(source)
-    kind, names = recognised(found)
+    known = (
+        (kind, [prefix + name for name in names])
+        for kind, names in FORMS
+        for prefix in [name.removesuffix(names[0]) for name in found if name.endswith(names[0])]
+        if found.keys() >= {prefix + name for name in names} and f"{prefix}vars.{len(names)}" not in found
+    )
+    kind, names = next(known, ("", []))
     if not kind:
         what = "neither a model of the released code nor of higherANML"
         raise UserError(f"{source} holds {len(found)} tensors and is {what}")
@@ -97,17 +103,6 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
             )
         fitted[name] = value.float().contiguous()
     return net, fitted, [name for name in found if name not in names]
-
-
-def recognised(found: Collection[str]) -> tuple[str, list[str]]:
-    """The network that a file with the tensors `found` holds, and its parameters' names there, in this
-    project's order. Both are empty where the file holds no network that is known."""
-    for kind, names in FORMS:
-        for prefix in [name.removesuffix(names[0]) for name in found if name.endswith(names[0])]:
-            wanted = [prefix + name for name in names]
-            if set(found) >= set(wanted) and f"{prefix}vars.{len(names)}" not in found:
-                return kind, wanted
-    return "", []
 
 
 class Inert(dict[str | int, object]):
