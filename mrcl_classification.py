@@ -115,7 +115,7 @@ def train(
                 statistics = gate_statistics(loop.net, gather(loop.images, shown)[0])
                 run.scalars(step, {"meta_train/steps_per_second": progress.report(), **statistics})
             if args.eval_every and step % args.eval_every == 0 and is_first():
-                validate(run, loop.net, loop.pool, step, args.eval_classes, loop.head)
+                validate(run, loop.net, loop.images, step, args.eval_classes, loop.head)
             if args.keep_every and step % args.keep_every == 0 and is_first():
                 save_model(run.folder / f"model_{step}.net", state_of(run, loop, step, arguments))
             if step % args.save_every == 0 and step < args.steps:

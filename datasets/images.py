@@ -98,13 +98,6 @@ class Pool:
     rows: Tensor
     sizes: tuple[int, ...]
 
-    @classmethod
-    def of(cls, images: Pool | Tensor) -> Pool:
-        """The pool `images`, or a pool of [C, D, ...], C classes of D images."""
-        if isinstance(images, Pool):
-            return images
-        return cls(images.flatten(0, 1), (images.shape[1],) * len(images))
-
     def __len__(self) -> int:
         """Number of classes."""
         return len(self.sizes)
@@ -112,11 +105,6 @@ class Pool:
     def __getitem__(self, label: int) -> Tensor:
         """The rows of a class, [D, ...]."""
         return self.rows[self.starts[label] :][: self.sizes[label]]
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the rows."""
-        return self.rows.device
 
     @cached_property
     def starts(self) -> Tensor:

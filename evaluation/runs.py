@@ -355,7 +355,8 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
     text = " ".join(f"{name} {value:.3f}" for name, value in found.items())
     text = "diverged" if score["diverged"] else text
     log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
-    shown = torch.stack([images[label][:2] for label in range(min(classes, SHOWN))])
+    pairs = [images[label][:2] for label in range(min(classes, SHOWN))]
+    shown = Pool(torch.cat(pairs), tuple(map(len, pairs)))
     gate = represent(net, shown).gate
     if gate is not None:
         labels = torch.arange(len(shown)).repeat_interleave(2).tolist()
@@ -365,7 +366,7 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
 def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
     """Mean of the gate, and fraction of features that are active before and after it, on images [B, C, 28,
     28]; in a network without a gate the fraction of active features alone."""
-    seen = represent(net, images[None])
+    seen = represent(net, Pool(images, (len(images),)))
     if seen.gate is None:
         return {"meta_train/active": active_fraction(seen.before.rows)}
     return {

@@ -41,7 +41,7 @@ class FrozenOutputs:
 
     Args:
         net: the network to be tested.
-        images: the pool, on the device of the network; [C, D, 1, 28, 28] where all classes have as many.
+        pool: on the device of the network.
         trained: names of the parameters that learn.
         budget: bytes to spend. The outputs of a pool that needs more are not kept: `get` computes them.
 
@@ -49,11 +49,9 @@ class FrozenOutputs:
         kept: by row of the pool, the output of its image.
     """
 
-    def __init__(
-        self, net: Network, images: Pool | Tensor, trained: Collection[str], budget: int = BUDGET
-    ) -> None:
+    def __init__(self, net: Network, pool: Pool, trained: Collection[str], budget: int = BUDGET) -> None:
         self.net = net
-        self.images = pool = Pool.of(images)
+        self.images = pool
         self.trained = trained
         self.kept: dict[int, tuple[Tensor, ...]] = {}
         with torch.no_grad():
@@ -96,7 +94,7 @@ def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor, output_of: T
     """
     for index in stream.split(CHUNK):
         labels = index[:, 0] if output_of is None else output_of[index[:, 0]]
-        learner.learn(outputs.get(index), labels.to(outputs.images.device))
+        learner.learn(outputs.get(index), labels.to(outputs.images.rows.device))
 
 
 def answers(learner: Learner, outputs: FrozenOutputs, index: Tensor) -> Tensor:
@@ -152,7 +150,7 @@ class MetaTest:
     """
 
     net: Network
-    images: Pool | Tensor
+    images: Pool
     rln: int
     seed: int
     _: KW_ONLY
@@ -165,7 +163,7 @@ class MetaTest:
     test_images: int = 5
     kind: LearnerKind = LEARNERS["adam"]
     settings: Settings = field(default_factory=Settings)
-    background: Pool | Tensor | None = None
+    background: Pool | None = None
 
     def __post_init__(self) -> None:
         self.trained = trained_parameters(self.net, self.rln)
@@ -240,8 +238,7 @@ class MetaTest:
     def _prior(self, net: Network) -> Prior | None:
         if self.kind.fit is None or self.background is None:
             return None
-        pool = Pool.of(self.background)
-        classes = (pool[label][:CHUNK] for label in range(len(pool)))
+        classes = (self.background[label][:CHUNK] for label in range(len(self.background)))
         return self.kind.fit(net, self.settings, (net.frozen(images, self.trained) for images in classes))
 
     @cached_property

@@ -60,7 +60,7 @@ class OuterLoop:
     """
 
     net: Network
-    images: Pool | Tensor
+    images: Pool
     generator: torch.Generator
     _: KW_ONLY
     meta_lr: float
@@ -72,7 +72,6 @@ class OuterLoop:
     grads: Sequence[Tensor] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
-        self.pool = Pool.of(self.images)
         fixed = set() if self.trains_head else {id(p) for p in self.net.head.parameters()}
         self.learned = [p for p in self.net.parameters() if p.requires_grad and id(p) not in fixed]
         self.learned += [] if self.rule is None else self.rule.parameters()
@@ -171,7 +170,7 @@ class TrajectoryLoop(OuterLoop):
 
     def draw(self) -> tuple[Any, ...]:
         """The remember set of the first trajectory, then the trajectories."""
-        size = self.pool.sizes, self.generator
+        size = self.images.sizes, self.generator
         trajectories = [sample_trajectory(*size, **self.trajectory) for _ in range(self.meta_batch)]
         return trajectories[0].query[: self.remember], *trajectories
 
@@ -237,7 +236,7 @@ class TrajectoryLoop(OuterLoop):
 
     def _differentiate(self, trajectory: Trajectory) -> tuple[Sequence[Tensor], Measured]:
         """The meta-gradient of one trajectory, a tensor for each of `learned`, and what it measured."""
-        images, labels = gather(self.pool, trajectory.query)
+        images, labels = gather(self.images, trajectory.query)
         grads, measured = self.meta_grads(images, labels, labels[-len(trajectory.support) :])
         return grads, measured
 
@@ -317,7 +316,7 @@ class EpisodeLoop(OuterLoop):
 
     def __post_init__(self) -> None:
         # The logits have a learned scale, kept positive.
-        self.log_scale = nn.Parameter(torch.zeros((), device=Pool.of(self.images).device))
+        self.log_scale = nn.Parameter(torch.zeros((), device=self.images.rows.device))
         self.rule = nn.ParameterDict({"log_scale": self.log_scale})
         self.episode = {"ways": self.ways, "images": self.shots + self.queries, "symmetries": self.symmetries}
         super().__post_init__()
@@ -328,7 +327,7 @@ class EpisodeLoop(OuterLoop):
 
     def draw(self) -> tuple[Any, ...]:
         """An image of each class of the episode, then the episode."""
-        episode = sample_episode(self.pool.sizes, self.generator, **self.episode)
+        episode = sample_episode(self.images.sizes, self.generator, **self.episode)
         return episode.index[:, 0], episode
 
     def differentiate(self, episode: Episode) -> Measured:
@@ -337,7 +336,7 @@ class EpisodeLoop(OuterLoop):
         Returns:
             `loss` and `accuracy` of the queries, and `scale`, which multiplied the logits.
         """
-        images, _ = gather(self.pool, episode.index)  # [W, K, C, 28, 28]
+        images, _ = gather(self.images, episode.index)  # [W, K, C, 28, 28]
         ways = len(images)
         images = show(images, episode.symmetries).flatten(0, 1)
         if self.augment:
@@ -374,7 +373,7 @@ class BatchLoop(OuterLoop):
         of the steps that Adam has made: it comes after a training state is restored."""
         done = int(self.optimizer.steps[0].item())
         seed = self.generator.initial_seed()
-        return shuffled_batches(self.pool.sizes, seed, batch_size=self.batch_size, skip=done)
+        return shuffled_batches(self.images.sizes, seed, batch_size=self.batch_size, skip=done)
 
     def draw(self) -> tuple[Any, ...]:
         """The batch, twice."""
@@ -387,7 +386,7 @@ class BatchLoop(OuterLoop):
         Args:
             index: [B, 2] (class, image).
         """
-        images, labels = gather(self.pool, index)
+        images, labels = gather(self.images, index)
         return self.classified(self.net(images), labels)
 
 
@@ -400,11 +399,11 @@ OUTER_LOOPS: dict[str, type[OuterLoop]] = {
 of a run."""
 
 
-def gather(images: Pool | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def gather(pool: Pool, index: Tensor) -> tuple[Tensor, Tensor]:
     """Images [..., C, 28, 28], or other rows of a pool, and class ids [...] of an index [..., 2] of (class,
     image), which may lie on the CPU."""
-    pool = Pool.of(images)
-    return pool.rows[send(pool.positions(index), pool.device)], send(index, pool.device)[..., 0]
+    device = pool.rows.device
+    return pool.rows[send(pool.positions(index), device)], send(index, device)[..., 0]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

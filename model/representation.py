@@ -38,10 +38,9 @@ class Representation:
 
 
 @torch.no_grad()
-def represent(net: Network, images: Pool | Tensor) -> Representation:
-    """Representation of a pool, or of images [C, D, 1, 28, 28], on their device, in `eval` mode."""
+def represent(net: Network, pool: Pool) -> Representation:
+    """Representation of a pool of images on its device, in `eval` mode."""
     net = shared_copy(net)
-    pool = Pool.of(images)
     found = []
     for part in pool.rows.split(CHUNK):
         after, gate = net.features(part), net.gate(part)

@@ -21,10 +21,11 @@ import torch
 from filelock import SoftFileLock
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from torch import Tensor
 
 import evaluate_classification
 import mrcl_classification
-from datasets import DATASETS, ImageSet
+from datasets import DATASETS, ImageSet, Pool
 from evaluation import plots
 from model.check import check_network
 from model.fast.memory import keep_freed_memory
@@ -64,6 +65,11 @@ def checked_once(name: str, *args: object, **options: object) -> None:
     if key not in CHECKED:
         check_network(name, *args, **options)  # type: ignore[arg-type]
         CHECKED.add(key)
+
+
+def pooled(images: Tensor) -> Pool:
+    """The pool of [C, D, ...], C classes of D images."""
+    return Pool(images.flatten(0, 1), (images.shape[1],) * len(images))
 
 
 def windows(data: bytes) -> bytes:

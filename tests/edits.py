@@ -146,6 +146,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
     widths = {name: value for name, value in WIDTHS.items() if name in known}
     generator = torch.Generator().manual_seed(0)
     images = (torch.rand(12, 8, 1, 28, 28, generator=generator) > 0.9).double() * 3 - 0.3
+    pool = Pool(images.flatten(0, 1), (8,) * 12)
     found: list[float] = []
     used = []
     for second_order in (True, False)[: 1 + first_order]:
@@ -160,7 +161,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
         used.append(backend.name)
         outer = TrajectoryLoop(
             net.train(),
-            images,
+            pool,
             generator,
             meta_lr=0.001,
             inner=inner,
@@ -176,7 +177,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
         found += [p.detach().double().norm().item() for p in net.parameters()]
     trained = trained_parameters(net, net.default_meta_test_rln)
     net = new_run(net, trained, generator)
-    outputs = FrozenOutputs(net, Pool.of(images), trained)
+    outputs = FrozenOutputs(net, pool, trained)
     online = backend.adam_learner(net, trained, Settings(lr=0.01))
     index = torch.cartesian_prod(torch.arange(12), torch.arange(3))
     learn(online, outputs, index)

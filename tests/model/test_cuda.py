@@ -17,6 +17,7 @@ from model.meta_test import FrozenOutputs, learn
 from model.method import InnerLoop
 from model.modelfactory import shared_copy, trained_parameters
 from model.outer_loops import EpisodeLoop, TrajectoryLoop, gather
+from tests.conftest import pooled
 from tests.model.test_method import CLASSES, images, network
 from utils.distributed import choose_device
 
@@ -33,7 +34,7 @@ def meta_learner(
     kind: str, rln: int, backend: str, first_order: bool, device: torch.device
 ) -> TrajectoryLoop:
     return TrajectoryLoop(
-        *(network(kind, backend)[0].to(device), images(CLASSES, 20).to(device)),
+        *(network(kind, backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
         torch.Generator().manual_seed(7),
         meta_lr=0.001,
         inner=InnerLoop(0.03, 0 if first_order else None),
@@ -66,7 +67,7 @@ def test_meta_steps(kind: str, rln: int, backend: str, first_order: bool) -> Non
 def test_episodes(backend: str) -> None:
     def weights(device: torch.device) -> Sequence[Tensor]:
         learner = EpisodeLoop(
-            *(network("ANML", backend)[0].to(device), images(CLASSES, 20).to(device)),
+            *(network("ANML", backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
             torch.Generator().manual_seed(7),
             meta_lr=0.001,
             steps=10,
@@ -92,7 +93,7 @@ def test_meta_test(kind: str, rln: int, backend: str, optimizer: str) -> None:
 
     def weights(device: torch.device) -> Sequence[Tensor]:
         net = network(kind, backend)[0].to(device)
-        pool, trained = images(3, 20).to(device), trained_parameters(net, rln)
+        pool, trained = pooled(images(3, 20).to(device)), trained_parameters(net, rln)
         copied = shared_copy(net, trained)
         online = BACKENDS[backend].adam_learner(copied, trained, Settings(0.001, optimizer))
         for part in index.split(4):

@@ -16,7 +16,7 @@ from evaluation.results import read_results, table
 from model.learner import LEARNERS, NearestClassMean, Settings, fit_prior, view
 from model.meta_test import MetaTest
 from model.modelfactory import build
-from tests.conftest import ROOT, Evaluate
+from tests.conftest import ROOT, Evaluate, pooled
 from utils.errors import UserError
 
 CLASSES = 6
@@ -93,11 +93,11 @@ def test_what_is_not_finite_is_no_class() -> None:
         for fill, diverged in ((0.0, 0), (torch.nan, 1)):
             tester = MetaTest(
                 net,
-                pool + fill,
+                pooled(pool + fill),
                 13,
                 seed=0,
                 kind=LEARNERS[name],
-                background=pool,
+                background=pooled(pool),
             )
             assert tester.score(3, None, "report", 0)["diverged"] == diverged
 

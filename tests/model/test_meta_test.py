@@ -15,6 +15,7 @@ from model.fast import BACKENDS
 from model.meta_test import FrozenOutputs, MetaTest
 from model.method import classify
 from model.modelfactory import Network, build
+from tests.conftest import pooled
 from utils.errors import UserError
 
 WIDTHS = {"nm_channels": 4, "pln_channels": 4, "num_classes": 20}
@@ -31,7 +32,7 @@ def test_draws_of_search_and_report_are_disjoint(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(model.meta_test, "sample_task", spy)
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
-    meta_test = MetaTest(net, torch.randn(10, 20, 1, 28, 28), 13, seed=0)
+    meta_test = MetaTest(net, pooled(torch.randn(10, 20, 1, 28, 28)), 13, seed=0)
     for purpose in model.meta_test.PURPOSES:
         for draw in range(10):
             for lr in (0.1, 0.01):
@@ -42,7 +43,7 @@ def test_draws_of_search_and_report_are_disjoint(monkeypatch: pytest.MonkeyPatch
 
 def test_frozen_outputs_take_memory_for_the_images_in_use() -> None:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
-    meta_test = MetaTest(net, torch.randn(50, 20, 1, 28, 28), 13, seed=0)
+    meta_test = MetaTest(net, pooled(torch.randn(50, 20, 1, 28, 28)), 13, seed=0)
     first = meta_test.score(3, 0.01, "report", 0)
     assert len(meta_test.outputs.kept) == 3 * 20
     for draw in range(1, 40):  # until nearly all classes were drawn
@@ -57,8 +58,8 @@ def test_as_many_classes_as_outputs_of_a_larger_pool(backend: str, iid: bool) ->
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
     BACKENDS[backend].prepare(net)
     outputs = net.num_outputs
-    pool = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    pool = pool[:, :1] + 0.1 * pool
+    images = torch.randn(outputs + 9, 20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    pool = pooled(images[:, :1] + 0.1 * images)
     options: Any = {"kind": BACKENDS[backend].learner("adam"), "iid": iid}
     assert MetaTest(net, pool, 13, 0, **options).score(outputs, 0.01, "report", 0)["test"] > 2 / outputs
     assert MetaTest(net, pool, 0, 0, **options).score(2, 1e30, "report", 0)["diverged"]
@@ -70,7 +71,7 @@ def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatc
     logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, torch.nan, 1.0], [torch.inf, 1.0, 0.0], [3.0, 1.0, 2.0]])
     assert classify(logits).tolist() == [1, -1, -1, 0]
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
-    meta_test = MetaTest(net, torch.randn(3, 20, 1, 28, 28), 6, seed=0)
+    meta_test = MetaTest(net, pooled(torch.randn(3, 20, 1, 28, 28)), 6, seed=0)
     assert meta_test.score(3, 0.01, "report", 0)["diverged"] == 0
     original = model.meta_test.new_run
 
@@ -93,7 +94,7 @@ def test_a_sequence_tested_on_its_way_gives_what_one_that_ends_there_gives(
     generator = torch.Generator().manual_seed(0)
     net = build("ANML", WIDTHS, generator)
     BACKENDS[backend].prepare(net)
-    pool = torch.randn(10, 20, 1, 28, 28, generator=generator)
+    pool = pooled(torch.randn(10, 20, 1, 28, 28, generator=generator))
     kept_or_not = []
     for budget in (2**30, 0):  # frozen outputs are kept, or computed for every pass
         meta_test = MetaTest(

@@ -19,6 +19,7 @@ from model.modelfactory import Network, build, trained_parameters
 from model.outer_loops import TrajectoryLoop, gather
 from model.scores import LOST, Draw, RateSearch, best_rate, next_tries
 from tests import reference
+from tests.conftest import pooled
 from utils.errors import UserError
 
 NM, PLN, CLASSES = 5, 6, 12
@@ -116,7 +117,7 @@ def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
 def learner(net: Network, pixels: Tensor, steps: int | None = None, **options: Any) -> TrajectoryLoop:
     generator = torch.Generator().manual_seed(7)
     return TrajectoryLoop(
-        net, pixels, generator, meta_lr=0.001, inner=InnerLoop(0.1, steps), rln=7, **options
+        net, pooled(pixels), generator, meta_lr=0.001, inner=InnerLoop(0.1, steps), rln=7, **options
     )
 
 
@@ -130,7 +131,7 @@ def test_meta_steps_with_adam(first_order: bool) -> None:
     adam = reference.Adam(weights, 0.001)
     for _ in range(2):
         trajectory = sample_trajectory([20] * CLASSES, generator, update_step=4, remember=3)
-        query, labels = gather(grey(pixels), trajectory.query)
+        query, labels = gather(pooled(grey(pixels)), trajectory.query)
         _, slopes = reference.meta_gradient(weights, query, labels.tolist(), 4, 0.1, 7, not first_order)
         weights = adam.step(weights, slopes)
         ours.step(trajectory)

@@ -34,7 +34,7 @@ from model.modelfactory import (
 )
 from model.outer_loops import TrajectoryLoop
 from model.representation import represent
-from tests.conftest import Call, Run, assert_same_run
+from tests.conftest import Call, Run, assert_same_run, pooled
 from tests.model.test_method import WIDTHS, images, network
 from tests.networks import OWN
 from tests.reference import unrolled
@@ -91,9 +91,8 @@ def test_meta_test_updates(name: str) -> None:
         shared = {n for n, p in run.named_parameters() if p.data_ptr() == net.get_parameter(n).data_ptr()}
         assert shared == dict(net.named_parameters()).keys() - set(trained)
         plain = copy.deepcopy(run)
-        learn(
-            adam_learner(run, trained, Settings(0.01, kind)), FrozenOutputs(net.eval(), pool, trained), index
-        )
+        outputs = FrozenOutputs(net.eval(), pooled(pool), trained)
+        learn(adam_learner(run, trained, Settings(0.01, kind)), outputs, index)
 
         optimizer = kinds[kind]([plain.get_parameter(n) for n in trained], lr=0.01)
         for label, drawing in index.tolist():
@@ -148,11 +147,11 @@ def test_a_head_of_ones_own_is_drawn_anew() -> None:
 
 def test_gates_have_a_place_in_the_representation() -> None:
     for name, size in (("GroupNorm", 128), ("FiLM", 6)):
-        seen = represent(new(name), images(2, 3).float())
+        seen = represent(new(name), pooled(images(2, 3).float()))
         assert seen.gate is not None
         assert seen.gate.rows.shape == (6, size)
         assert seen.after.sizes == seen.before.sizes == (3, 3)
-    assert represent(new("Tied"), images(2, 3).float()).gate is None
+    assert represent(new("Tied"), pooled(images(2, 3).float())).gate is None
 
 
 @pytest.fixture
@@ -195,12 +194,11 @@ def test_pretraining(scripts: Run) -> None:
 
 def test_meta_test_leaves_training_mode_and_buffers_alone() -> None:
     net = new("BatchNorm").double().train()
-    learner = TrajectoryLoop(
-        net, images(10, 4), torch.Generator().manual_seed(0), meta_lr=0.001, inner=InnerLoop(0.1), rln=0
-    )
+    pool, inner = pooled(images(10, 4)), InnerLoop(0.1)
+    learner = TrajectoryLoop(net, pool, torch.Generator().manual_seed(0), meta_lr=0.001, inner=inner, rln=0)
     learner.step(sample_trajectory([4] * 10, torch.Generator(), update_step=2, remember=3))
     buffers = {name: value.clone() for name, value in net.named_buffers()}
-    represent(net, images(2, 3))
+    represent(net, pooled(images(2, 3)))
     assert net.training
     torch.testing.assert_close(dict(net.named_buffers()), buffers, rtol=0, atol=0)
 
@@ -363,7 +361,7 @@ def test_a_frozen_part_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None
     check_network("OwnFrozen", every_cut=True)
     net = new("OwnFrozen").eval()
     assert isinstance(net, OwnFrozen)
-    outputs = FrozenOutputs(net, images(3, 4).float(), ["head.weight", "head.bias"])
+    outputs = FrozenOutputs(net, pooled(images(3, 4).float()), ["head.weight", "head.bias"])
     index = torch.cartesian_prod(torch.arange(3), torch.arange(4))
     net.passed = 0
     found = [net(outputs.get(index)) for _ in range(3)]

@@ -13,7 +13,7 @@ import mrcl_classification
 from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
 from model.outer_loops import EpisodeLoop, prototype_logits
-from tests.conftest import Run, assert_same_run
+from tests.conftest import Run, assert_same_run, pooled
 from tests.model.test_method import CLASSES, images, network
 from utils.errors import UserError
 
@@ -58,7 +58,7 @@ def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
     net, _ = network("ANML")
     BACKENDS[backend].prepare(net)
     learner = EpisodeLoop(
-        *(net, images(CLASSES, 20), torch.Generator().manual_seed(1)),
+        *(net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1)),
         meta_lr=0.001,
         steps=10,
         shots=2,

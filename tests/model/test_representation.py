@@ -13,7 +13,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from datasets.images import Pool
 from datasets.task_sampler import Task, sample_task
 from model.modelfactory import build
 from model.representation import (
@@ -23,7 +22,7 @@ from model.representation import (
     principal_components,
     represent,
 )
-from tests.conftest import Call
+from tests.conftest import Call, pooled
 from tools import analyze_representation
 from tools.analyze_representation import table
 
@@ -68,13 +67,13 @@ def test_measured_on_known_activations() -> None:
     before += torch.linspace(0, 1e-3, 40).reshape(2, 20, 1) * (before > 0)  # no two images are equal
     before[1] = before[0]  # nor do features tell the classes
     task = sample_task([20] * 2, 2, torch.Generator().manual_seed(0), class_order="dataset", split="dataset")
-    measured = measure(Representation(*map(Pool.of, (before, gate, before * gate))), task)
+    measured = measure(Representation(*map(pooled, (before, gate, before * gate))), task)
     expected = {"active_before": 0.75, "active_after": 0.25, "gate_mean": 0.25, "dead": 0.5}
     assert {key: measured[key] for key in expected} == pytest.approx(expected)
     assert (measured["knn_gate"], measured["knn_after"]) == (1, 1)
     assert measured["knn_before"] == 0.5
 
-    plain = measure(Representation(Pool.of(before), None, Pool.of(before)), task)
+    plain = measure(Representation(pooled(before), None, pooled(before)), task)
     assert plain == {
         "active_before": measured["active_before"],
         "dead": 0.25,
@@ -88,10 +87,10 @@ def test_activity_is_that_of_test_images_and_knn_learns_training_images() -> Non
     before[:, 15:] = 1  # test images activate every unit
     train = torch.stack([torch.stack([torch.full((15,), c), torch.arange(15)], 1) for c in range(3)])
     test = torch.stack([torch.stack([torch.full((5,), c), torch.arange(15, 20)], 1) for c in range(3)])
-    measured = measure(Representation(Pool.of(before), None, Pool.of(before)), Task(train, test))
+    measured = measure(Representation(pooled(before), None, pooled(before)), Task(train, test))
     assert (measured["active_before"], measured["dead"]) == (1, 0)
     assert measured["knn_before"] == pytest.approx(1 / 3)  # all are equally far: one class wins all
-    swapped = measure(Representation(Pool.of(before), None, Pool.of(before)), Task(test, train))
+    swapped = measure(Representation(pooled(before), None, pooled(before)), Task(test, train))
     assert swapped["active_before"] == pytest.approx(1 / 3)
 
 
@@ -99,7 +98,7 @@ def test_activity_is_that_of_test_images_and_knn_learns_training_images() -> Non
 def test_represent_is_what_enters_the_head(name: str) -> None:
     net = build(name, WIDTHS[name], torch.Generator().manual_seed(1))
     images = torch.rand(7, 20, 1, 28, 28, generator=torch.Generator().manual_seed(2)) - 0.5
-    representation = represent(net, images)
+    representation = represent(net, pooled(images))
     expected = net.features(images.flatten(0, 1)).detach()
     torch.testing.assert_close(representation.after.rows, expected)
     assert (representation.gate is None) == (name == "OML")

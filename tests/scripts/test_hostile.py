@@ -19,6 +19,7 @@ from model.modelfactory import build, restore
 from model.optimizer import Adam
 from model.outer_loops import BatchLoop
 from model.training_state import load_state, restore_training
+from tests.conftest import pooled
 from tools.convert_released import convert
 from utils.errors import UserError
 from utils.files import Checkpoint, load_checkpoint
@@ -118,5 +119,5 @@ def go_on(found: Checkpoint, training: bool) -> None:
     """Make the network of a file and, of a training state, put Adam and the generator into that state."""
     net = restore(found, "m.net")
     if training:
-        loop = BatchLoop(net, torch.zeros(1, 1), torch.Generator(), meta_lr=0.1, batch_size=1)
+        loop = BatchLoop(net, pooled(torch.zeros(1, 1)), torch.Generator(), meta_lr=0.1, batch_size=1)
         restore_training(found, loop, "state.pt")

@@ -22,7 +22,7 @@ from model.method import InnerLoop
 from model.modelfactory import NETWORKS, build
 from model.outer_loops import TrajectoryLoop
 from model.training_state import load_state
-from tests.conftest import ROOT, TINY, Call, Trainer, process, rows
+from tests.conftest import ROOT, TINY, Call, Trainer, pooled, process, rows
 from tests.forks import Forks
 from tests.networks import OWN
 from utils.distributed import Group, is_first, join, launched, refuse_several, run_as
@@ -83,7 +83,7 @@ def main() -> None:
     net = build(name, {"num_classes": 8, **SMALL[name]}, generator).double().train()
     images = torch.randn(8, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
     learner = TrajectoryLoop(
-        *(net, images, generator),
+        *(net, pooled(images), generator),
         meta_lr=0.01,
         inner=InnerLoop(0.1),
         rln=net.rln_training,
