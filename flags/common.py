@@ -36,9 +36,15 @@ class NetworkFlags(Flags):
 
 
 class SplitFlags(Flags):
-    """The images of each class that a meta-test learns, and those that it tests."""
+    """The classes of a meta-test, and the images of each class that it learns and tests."""
 
-    _images: ClassVar = Heading("images of a class")
+    _images: ClassVar = Heading("classes and their images")
+    test_classes: int | None = flag(
+        None,
+        whole(1),
+        "meta-test classes in use, the first of the data",
+        shown="650 of Omniglot, else all",
+    )
     train_images: int = flag(15, whole(1), "images of each class to learn")
     test_images: int = flag(5, whole(1), "images of each class to test, none of those learned")
     split: Literal["random", "dataset"] = choice(

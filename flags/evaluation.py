@@ -166,12 +166,6 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         "classes test on these n, and go on. A quarter of the work with the default schedule. Each point of "
         "a curve has the same distribution as without, but the points are not independent of each other",
     )
-    test_classes: int | None = flag(
-        None,
-        whole(1),
-        "meta-test classes to draw from, the first of the data",
-        shown="650 of Omniglot, else all",
-    )
     class_order: Literal["random", "dataset"] = choice(
         "random",
         ("random", "dataset"),

@@ -41,7 +41,7 @@ from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
 from utils.files import load_checkpoint, write_text
-from utils.flag import SEED, Heading, file_path, flag, folder_name, whole
+from utils.flag import SEED, Heading, file_path, flag, folder_name
 from utils.run import Run, log_to_terminal
 
 if TYPE_CHECKING:
@@ -64,12 +64,6 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
         "model file that mrcl_classification.py wrote",
         shown="none: it must be given",
         metavar="FILE",
-    )
-    test_classes: int | None = flag(
-        None,
-        whole(1),
-        "meta-test classes to look at, the first of the data",
-        shown="650 of Omniglot, else all",
     )
     name: str = flag("representation", folder_name, common.NAME)
     seed: int = flag(222, SEED, common.SEEDED)
