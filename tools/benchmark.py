@@ -93,25 +93,21 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 @torch.no_grad()
-def rate(amount: float, work: Callable[[], object], device: torch.device) -> Rate:
-    """The rate of `work`, which does `amount` of something: the median of calls, after one not counted."""
-    work()
-    cpu, start = time.process_time(), time.perf_counter()
-    times = [seconds(work, device) for _ in range(CALLS)]
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - start
-    return amount / median(times), cpu / wall / torch.get_num_threads() if device.type == "cpu" else 1
-
-
 def convolution_rate(device: torch.device) -> Rate:
     """FLOP/s of the PLN's second convolution over a query, nearly all of a meta-step: forward, float32."""
     x, kernel = torch.ones(84, 256, 13, 13, device=device), torch.ones(256, 256, 3, 3, device=device)
-    return rate(2 * 84 * 256**2 * 9 * 11**2, lambda: F.conv2d(x, kernel), device)
+    F.conv2d(x, kernel)  # not counted
+    cpu, start = time.process_time(), time.perf_counter()
+    taken = median(seconds(partial(F.conv2d, x, kernel), device) for _ in range(CALLS))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - start
+    share = cpu / wall / torch.get_num_threads() if device.type == "cpu" else 1
+    return 2 * 84 * 256**2 * 9 * 11**2 / taken, share
 
 
-def copy_bandwidth(device: torch.device) -> Rate:
+def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s of copying a large float32 tensor, bytes read and bytes written both counted."""
-    source, target = torch.ones(COPIED, device=device), torch.empty(COPIED, device=device)
-    return rate(2 * 4 * COPIED, lambda: target.copy_(source), device)
+    source, target = torch.ones(COPIED, device=device), torch.zeros(COPIED, device=device)
+    return 2 * 4 * COPIED / median(seconds(partial(target.copy_, source), device) for _ in range(CALLS))
 
 
 def network(args: Benchmark, kind: str, backend: str, device: torch.device) -> Network:
@@ -230,7 +226,7 @@ def main() -> None:
     begin = time.perf_counter()
     device = choose_device(args.device, args.threads)
     keep_freed_memory()
-    copies, _ = copy_bandwidth(device)
+    copies = copy_bandwidth(device)
     with tempfile.TemporaryDirectory() as folder:
         images = glyphs.load("background", Path(folder), Path(folder)).limited(None, "")
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

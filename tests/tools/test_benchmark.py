@@ -40,7 +40,7 @@ def test_the_whole_at_tiny_widths(
     flags = [f"--nm_channels={NM}", f"--pln_channels={PLN}", "--repeats=2", "--device=cpu", f"--json={path}"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags, "--only", *parts])
     monkeypatch.setattr(benchmark, "convolution_rate", lambda _: (1e9, 0.5))
-    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda _: (1e15, 0.5))
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda _: 1e15)
     monkeypatch.setattr(benchmark, "PART_SECONDS", -1)  # as after a slow first turn
     benchmark.main()
     shown = capsys.readouterr().out
