@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from utils.errors import UserError, refusing
 from utils.files import read_text
-from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, arguments, headed
+from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, headed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,7 +95,9 @@ class Parser(HelpFirst):
             for key, instead in kind.no_effect.items():
                 text = f"no effect: {instead}"
                 group.add_argument(f"--{key}", nargs="*", dest=f"*{key}", metavar="VALUE", help=text)
-        for place, name, registry in reversed(registries):  # in the order of the dataclass's fields
+        registries.reverse()  # in the order of the dataclass's fields, but the script's own first
+        registries.sort(key=lambda found: found[1] not in inspect.get_annotations(kind))
+        for place, name, registry in registries:
             default = getattr(kind, registry.chooser, None) or next(iter(registry.table))
             self.chosen[name] = registry, str((chosen or {}).get(registry.chooser, default))
             self._add_arguments(place, name)
@@ -105,7 +107,7 @@ class Parser(HelpFirst):
         registry, entry = self.chosen[name]
         choosing = f"--{registry.chooser}"
         group.description = f"those of {choosing} {entry} among them; {choosing} NAME --help shows another's"
-        found = arguments(registry.table[entry])
+        found = registry.arguments(entry)
         for argument, made in found.items():
             full = f"{registry.prefix}_{argument}"
             if full in found or self._is_taken(full):
@@ -185,7 +187,7 @@ class Parser(HelpFirst):
         found = {**kind.implied(given), **given}
         values: dict[str, Any] = {part.name: found[part.name] for part in fields(kind) if part.name in found}
         for name, (registry, entry) in self.chosen.items():
-            values[name] = {key: made.default for key, made in arguments(registry.table[entry]).items()}
+            values[name] = {key: made.default for key, made in registry.arguments(entry).items()}
         for key, (name, argument) in self.places.items():
             values[name][argument] = given.get(key, values[name][argument])
         flags = kind(**values, given=frozenset(given), places=self.places)

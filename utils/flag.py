@@ -6,8 +6,8 @@ loader and the like.
 
     def __init__(self, width: Annotated[int, "channels of a layer", Range(1)] = 64, skip: bool = False)
 
-An annotation gives an argument's type, a text for `--help` and the range of a number. `utils.command_line`
-makes a parser of such a dataclass.
+An annotation gives an argument's type, a text for `--help` and the range of a number, or a function that
+reads the value. `utils.command_line` makes a parser of such a dataclass.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from typing_extensions import dataclass_transform
 
@@ -112,17 +112,22 @@ class FlagInfo(NamedTuple):
 
 
 class Registry(NamedTuple):
-    """Where a field of `arguments_of` finds its arguments; see there."""
+    """Where a field of `arguments_of` finds its arguments; for the attributes see there."""
 
     chooser: str
     table: Mapping[str, Callable[..., Any]]
     prefix: str
+    given: int = 0
+
+    def arguments(self, entry: str) -> dict[str, FlagInfo]:
+        """The flags of an entry; see the function `arguments`."""
+        return arguments(self.table[entry], self.given)
 
     def names(self) -> Iterator[tuple[str, str]]:
         """Entry and argument, of all arguments of all entries that can be read."""
-        for entry, function in self.table.items():
+        for entry in self.table:
             with suppress(UserError):
-                yield from ((entry, argument) for argument in arguments(function))
+                yield from ((entry, argument) for argument in self.arguments(entry))
 
 
 def flag(
@@ -180,15 +185,16 @@ def choice(
     return flag(default, read, text, names=names, **options)
 
 
-def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str) -> Any:
+def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str, given: int = 0) -> Any:
     """A field for a dict of arguments of the registry entry that another flag names.
 
     Args:
         chooser: the field that names the entry.
         table: the registry. It is looked at when the parser is made.
         prefix: what always makes a flag of an argument's name.
+        given: how many arguments, the first ones, an entry that is a class gets from the run.
     """
-    return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix)})
+    return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix, given)})
 
 
 def headed(kind: type[Flags]) -> dict[str, list[str]]:
@@ -204,10 +210,12 @@ def headed(kind: type[Flags]) -> dict[str, list[str]]:
     return found
 
 
-def arguments(function: Callable[..., Any]) -> dict[str, FlagInfo]:
-    """The arguments of a class's constructor, or those that a function takes by name alone.
+def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInfo]:
+    """The arguments of a class's constructor after the first `given`, or those that a function takes by name
+    alone.
 
-    An argument without annotation has the type of its default.
+    An argument without annotation has the type of its default. A field of a dataclass has the annotation of
+    the class that declares it, with the names of that class's module.
 
     Raises:
         UserError: an argument is `*args` or `**kwargs`, or its type is neither one of `KINDS` nor `X | None`
@@ -215,14 +223,15 @@ def arguments(function: Callable[..., Any]) -> dict[str, FlagInfo]:
     """
     name = getattr(function, "__name__", str(function))
     try:
-        parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+        hints = get_type_hints(function, include_extras=True) if is_dataclass(function) else {}
+        parameters = list(inspect.signature(function, eval_str=not hints).parameters.values())[given:]
     except (NameError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise UserError(f"{name}: cannot read its arguments: {error}") from error
     found = {}
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and not isinstance(function, type):
             continue  # what the caller of every entry gives
-        kind, extras = _unwrapped(parameter.annotation)
+        kind, extras = _unwrapped(hints.get(parameter.name, parameter.annotation))
         if kind is parameter.empty:
             kind = type(parameter.default)
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
@@ -232,9 +241,10 @@ def arguments(function: Callable[..., Any]) -> dict[str, FlagInfo]:
                 "or None in place of one, to an argument of its name"
             )
         span = next((extra for extra in extras if isinstance(extra, Range)), Range())
+        read = next((extra for extra in extras if callable(extra)), reader(kind, *span))
         found[parameter.name] = FlagInfo(
             parameter.default,
-            None if kind is bool else reader(kind, *span),
+            None if kind is bool else read,
             next((extra for extra in extras if isinstance(extra, str)), ""),
             "none, it must be given" if parameter.default is REQUIRED else None,
             options={} if kind is bool else {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]},
