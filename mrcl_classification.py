@@ -160,7 +160,7 @@ def main() -> None:
     log_to_terminal()
     device = choose_device(args.device, args.threads)
     kind = OUTER_LOOPS[args.learner]
-    inner = InnerLoop(args.update_lr, 0 if args.first_order else args.second_order_steps)
+    inner = InnerLoop(args.update_lr, 0 if args.first_order else args.second_order_steps, args.make_rule)
     if not kind.inner_loop:
         refuse_several(f"--learner {args.learner}")
     group = join(device, recorded(args))
@@ -179,13 +179,17 @@ def main() -> None:
         check_writable(plan.model_name, "--model_name")
     net.normalisation = images.normalisation or net.normalisation
     second_order = kind.inner_loop and inner.second_order_steps != 0
-    check_network(net.network, net.widths, plan.rln, second_order=second_order, channels=images.channels)
+    check_network(
+        *(net.network, net.widths, plan.rln),
+        second_order=second_order,
+        channels=images.channels,
+        inner=inner if kind.inner_loop else None,
+    )
     use = Use(
         net,
         rln=plan.rln,
         inner=inner,
         update_step=args.update_step,
-        learn_update_lr=args.learn_update_lr,
         channels=images.channels,
     )
     backend = choose_backend(args.backend, [net], device, use)

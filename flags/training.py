@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flags import common
+from model.method import INNER_RULES, MakeRule, sgd
 from model.modelfactory import NETWORKS
 from model.treatments import Weights
 from utils.errors import UserError
 from utils.flag import (
     SEED,
     Heading,
+    arguments_of,
     choice,
     file_path,
     flag,
@@ -46,7 +49,7 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         **common.NO_COMMIT,
     }
 
-    deciding: ClassVar = frozenset({"learner"})
+    deciding: ClassVar = frozenset({"learner", "learn_update_lr"})
 
     _method: ClassVar = Heading("method")
     learner: Literal["sgd", "prototypes", "iid"] = choice(
@@ -99,10 +102,9 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         "constants; 0 is --first_order",
         shown="all",
     )
-    learn_update_lr: bool = switch(
-        False,
-        "learn a step size for every number that the inner loop changes (Meta-SGD), from --update_lr on",
-    )
+    inner_rule: str = choice("sgd", INNER_RULES, "what an inner step does with a gradient")
+    rule: dict[str, Any] = arguments_of("inner_rule", INNER_RULES, "rule", given=2)
+    learn_update_lr: bool = switch(False, "the same as --inner_rule meta_sgd")
     reset: bool = switch(True, "re-draw the head's rows of the classes of a trajectory before its inner loop")
     reset_copy: bool = switch(
         False,
@@ -181,7 +183,16 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         # Pretrain & Transfer is one of OML's network, which has no norm and needs the smaller rate.
-        return {"treatment": "OML", "meta_lr": 0.0001} if given.get("learner") == "iid" else {}
+        found: dict[str, Any] = (
+            {"treatment": "OML", "meta_lr": 0.0001} if given.get("learner") == "iid" else {}
+        )
+        return found | ({"inner_rule": "meta_sgd"} if given.get("learn_update_lr") else {})
+
+    @property
+    def make_rule(self) -> MakeRule | None:
+        """The inner rule with its flags; None for the paper's."""
+        entry = INNER_RULES[self.inner_rule]
+        return None if entry is sgd else partial(entry, **self.rule)
 
     def changeable(self) -> frozenset[str]:
         # The schedule of episodes is as long as they are many, which makes their numbers.
@@ -197,6 +208,10 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
             raise UserError("--checkpoint needs --saved_model FILE, the weights to start from")
         if self.saved_model is not None and not self.checkpoint:
             raise UserError("--saved_model needs --checkpoint as well to start from those weights")
+        if self.learn_update_lr and self.inner_rule != "meta_sgd":
+            raise UserError(
+                f"--learn_update_lr is --inner_rule meta_sgd: drop it or --inner_rule {self.inner_rule}"
+            )
         if self.reset_copy and not self.reset:
             raise UserError("--reset_copy says where rows are drawn anew: drop it or --no-reset")
         if self.first_order and self.second_order_steps:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.func import functional_call
 
+from model.method import InnerLoop, Params, kept_rule, meta_loss
 from model.modelfactory import Network, build, head_rows, layer_parameters, restore, trained_parameters
 from utils.errors import UserError
 from utils.files import Checkpoint
 
 TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
 IMAGES = 2
+SMALL_LR = 1e-3  # of inner steps at random weights, which larger ones may make explode
 EFFECT_TRIES = 10  # a small network may be dead for the images and parameters of one try
 
 
@@ -31,13 +34,15 @@ def check_network(
     second_order: bool = True,
     every_cut: bool = False,
     channels: int = 1,
+    inner: InnerLoop | None = None,
 ) -> None:
     """Say what is wrong with a network. Nothing here asks what the method does with it.
 
     It gives finite logits for each image, whatever else is in the batch; it saves and restores to the
     same logits; at every cut the frozen part plus the rest is the whole; it computes with the parameters that
     it is handed, and its derivatives are theirs; the head's rows can be drawn anew; every parameter that
-    learns has an effect.
+    learns has an effect. Nothing passes from one inner loop to the next, and the rule has the derivatives
+    that the run takes.
 
     Args:
         name: its entry in `NETWORKS`; a new one is tried, on the CPU.
@@ -46,6 +51,7 @@ def check_network(
         second_order: whether training takes second derivatives.
         every_cut: try all values of `--rln`, not only `rln` and that of meta-test.
         channels: of the images to be, 1 or 3.
+        inner: the inner loop whose rule is tried; the paper's is not.
 
     Raises:
         UserError: one line on the first fault.
@@ -58,6 +64,8 @@ def check_network(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             fault = next(_faults(net, cuts, channels, second_order), None)
+            if fault is None and inner is not None and inner.rule is not None:
+                fault = _fault_of_rule(net.double(), trained_parameters(net, rln), channels, inner)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"network {name} fails on {IMAGES} images of 28 x 28: {reason}") from error
@@ -189,6 +197,28 @@ def _faults_of_derivatives(net: Network, images: Tensor, labels: Tensor, second_
                 f"it does not compute with the parameters that it is handed ({what} is another): one is "
                 "referred to from outside of its module, or through .data"
             )
+
+
+def _fault_of_rule(net: Network, names: Iterable[str], channels: int, inner: InnerLoop) -> str | None:
+    """Of the inner rule: loss and meta-gradient of the same inner loop, twice in a row."""
+    params: Params = {name: net.get_parameter(name) for name in names}
+    images, labels = _examples(net, channels)
+    examples, found = (images.double(), labels), list[Tensor]()
+    inner, _ = kept_rule(replace(inner, lr=min(inner.lr, SMALL_LR)), params)
+    try:
+        for _ in range(2):
+            torch.manual_seed(1)
+            loss = meta_loss(net, params, examples, examples, inner)[0]
+            grads = torch.autograd.grad(loss, [*params.values()], allow_unused=True, materialize_grads=True)
+            found.append(torch.cat([loss.detach().view(1), *(grad.flatten() for grad in grads)]))
+    except RuntimeError as error:
+        return f"the inner rule has no such meta-gradient, or keeps state between inner loops: {error}"
+    if _same(found[0], found[1]) or not bool(torch.cat(found).isfinite().all()):
+        return None
+    return (
+        "the inner rule gives other numbers in the second inner loop than in the first: state belongs into "
+        "the function that is called before each inner loop"
+    )
 
 
 def _without_effect(net: Network, channels: int) -> set[str]:

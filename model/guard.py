@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model import method
 from model.learner import LEARNERS, LearnerKind, MakeLearner, Settings, adam_learner
-from model.method import InnerLoop, MetaLoss, MetaSGD, Params
+from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
 from model.outer_loops import Capture
 
@@ -38,9 +38,8 @@ class Use:
     Attributes:
         net: gives the defaults of `rln` and `meta_test_rln`.
         rln: layers that the inner loop leaves alone.
-        inner: settings of the inner loop, without a rule.
+        inner: settings of the inner loop.
         update_step: inner steps.
-        learn_update_lr: whether the inner rule is `MetaSGD`.
         meta_test_rln: layers that the online learner leaves alone.
         optimizer: of the online learner, a key of `OPTIMIZERS`.
         channels: of the images, 1 or 3.
@@ -50,7 +49,6 @@ class Use:
     rln: int | None = None
     inner: InnerLoop = DEFAULT
     update_step: int = 20
-    learn_update_lr: bool = False
     meta_test_rln: int | None = None
     optimizer: str = "adam"
     channels: int = 1
@@ -98,6 +96,8 @@ PLAIN = Backend("plain", lambda net: None, method.meta_loss, None, adam_learner)
 
 def difference(net: Network, device: torch.device, use: Use, candidate: Backend) -> str | None:
     """What a backend computes otherwise than plain, or why it does not know a network; None if both agree."""
+    if use.inner.rule is not None:
+        return "the fast backend knows SGD as inner rule alone"
     try:
         candidate.prepare(copy.deepcopy(net))
         widths = {name: min(value, NARROW.get(name, value)) for name, value in net.widths.items()}
@@ -166,12 +166,10 @@ def _meta_gradient(
     """All that the meta-loss returns, the inner losses first, and its gradient with respect to each
     parameter."""
     params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
-    rule = MetaSGD(params, use.inner.lr) if use.learn_update_lr else None
     # Frozen outputs are a shortcut too: plain passes whole images.
     inputs = images if backend is PLAIN else net.frozen(images, params)
     support, query = (inputs[-steps:], labels[-steps:]), (inputs, labels)
-    inner = replace(use.inner, rule=rule)
-    loss, logits, inner_losses = backend.meta_loss(net, params, support, query, inner)
+    loss, logits, inner_losses = backend.meta_loss(net, params, support, query, use.inner)
     learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True, materialize_grads=True)
     values = torch.cat([inner_losses, logits.flatten(), loss[None]])

@@ -8,8 +8,8 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from model.layers import Inputs
+from utils.flag import Range
 
 Params = dict[str, Tensor]
 """Parameters that learn, or fast weights or gradients in their place, by name."""
 
 InnerRule = Callable[[Params, Params], Params]
 """From params and their gradients to the params after an inner step."""
+
+MakeRule = Callable[[Params, float], InnerRule]
+"""From initial params and a step size to the rule of one inner loop, whose state begins anew. A rule that is
+an `nn.Module` holds what it learns: the outer loop makes one, for all inner loops."""
 
 Forward = Callable[[Params, Inputs], Tensor]
 """From params and images to logits [B, classes]."""
@@ -39,12 +44,12 @@ class InnerLoop:
         lr: step size.
         second_order_steps: the last steps that are differentiated through; the gradients of the steps before
             are constants. None: all steps (paper). 0: first order (released code).
-        rule: takes the place of `sgd(lr)`.
+        rule: takes the place of `sgd`.
     """
 
     lr: float
     second_order_steps: int | None = None
-    rule: InnerRule | None = None
+    rule: MakeRule | None = None
 
     def constant(self, steps: int) -> int:
         """How many of `steps` steps, the first ones, have constants for gradients."""
@@ -60,19 +65,36 @@ class Optimizer(Protocol):
         """What a step changes beside the parameters; the tensors themselves, not copies."""
 
 
-def sgd(inner_lr: float) -> InnerRule:
-    """The paper's inner rule, p - inner_lr * g."""
+def sgd(_: Params, inner_lr: float) -> InnerRule:
+    """The paper's rule, p - update_lr * g."""
     return lambda params, grads: {name: p.add(grads[name], alpha=-inner_lr) for name, p in params.items()}
 
 
+def momentum(
+    initial: Params,
+    inner_lr: float,
+    *,
+    momentum: Annotated[float, "part of the velocity that each inner step keeps", Range(0, 1)] = 0.9,
+) -> InnerRule:
+    """SGD with momentum, as `torch.optim.SGD`; the velocity is 0 at the start of each inner loop."""
+    velocity = {name: torch.zeros_like(p) for name, p in initial.items()}
+
+    def rule(params: Params, grads: Params) -> Params:
+        for name, grad in grads.items():
+            velocity[name] = momentum * velocity[name] + grad
+        return {name: p.add(velocity[name], alpha=-inner_lr) for name, p in params.items()}
+
+    return rule
+
+
 class MetaSGD(nn.Module):
-    """An inner rule with a learned step size for every number of every parameter.
+    """Meta-SGD: a learned step size for every number of every parameter, which begins at --update_lr.
 
     Li et al., *Meta-SGD: learning to learn quickly for few-shot learning* (2017). The outer Adam learns the
     step sizes; training states and model files keep them.
 
     Args:
-        params: the parameters that the inner loop changes.
+        params: those that the inner loop changes.
         inner_lr: the step size that all begin with.
     """
 
@@ -89,6 +111,18 @@ class MetaSGD(nn.Module):
     def inner_lr(self, name: str) -> Tensor:
         """The step sizes of one parameter, in its shape."""
         return self.get_parameter(self.names[name])
+
+
+INNER_RULES: dict[str, Callable[..., InnerRule]] = {"sgd": sgd, "momentum": momentum, "meta_sgd": MetaSGD}
+"""What `--inner_rule` may name. An entry is a `MakeRule` whose keyword arguments are flags."""
+
+
+def kept_rule(inner: InnerLoop, params: Params) -> tuple[InnerLoop, nn.Module | None]:
+    """Settings with which all inner loops share a rule that is a module, and the module, if there is one."""
+    made = inner.rule and inner.rule(params, inner.lr)
+    if not isinstance(made, nn.Module):
+        return inner, None
+    return replace(inner, rule=lambda *_: made), made
 
 
 def functional(net: nn.Module, names: Collection[str]) -> Forward:
@@ -152,7 +186,7 @@ def inner_loop(
     Returns:
         the fast weights, and [T] the loss before each step.
     """
-    rule = inner.rule or sgd(inner.lr)
+    rule = (inner.rule or sgd)(params, inner.lr)
     forward = functional(net, params)
     losses = []
     for t in range(len(labels)):

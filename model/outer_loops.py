@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from datasets.task_sampler import (
     shuffled_batches,
 )
 from model import method
-from model.method import InnerLoop, MetaLoss, MetaSGD, Params
+from model.method import InnerLoop, MetaLoss, Params, kept_rule
 from model.modelfactory import Network, head_rows, reset_head, trained_parameters
 from model.optimizer import Adam
 from utils.distributed import Group, seed_layers
@@ -129,8 +129,6 @@ class TrajectoryLoop(OuterLoop):
         rln: layers that the inner loop leaves alone; the outer step trains everything.
         update_step, tasks, remember: see `sample_trajectory`.
         meta_batch: trajectories of a step.
-        learn_update_lr: give every parameter of the inner loop a step size of its own, learned from
-            `inner.lr` on by the outer Adam (Meta-SGD).
         reset: draw the sampled classes' rows of the head anew before each trajectory.
         reset_copy: with `reset`, in the inner loop's copy of the weights alone.
         group: the processes that share the trajectories of a step.
@@ -145,7 +143,6 @@ class TrajectoryLoop(OuterLoop):
     tasks: int = 1
     remember: int = 64
     meta_batch: int = 1
-    learn_update_lr: bool = False
     reset: bool = True
     reset_copy: bool = False
     group: Group = field(default_factory=Group)
@@ -157,9 +154,7 @@ class TrajectoryLoop(OuterLoop):
     def __post_init__(self) -> None:
         names = trained_parameters(self.net, self.rln)
         self.params: Params = {name: self.net.get_parameter(name) for name in names}
-        if self.learn_update_lr:
-            self.rule = MetaSGD(self.params, self.inner.lr)
-            self.inner = replace(self.inner, rule=self.rule)
+        self.inner, self.rule = kept_rule(self.inner, self.params)
         self.meta_grads = self.capture(self._meta_grads, self.net) if self.capture else self._meta_grads
         self.trajectory = {name: getattr(self, name) for name in ("update_step", "tasks", "remember")}
         super().__post_init__()

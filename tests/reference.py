@@ -111,6 +111,7 @@ def unrolled(
     labels: Tensor,
     sizes: Mapping[str, Tensor],
     last: int,
+    momentum: float = 0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Mean query loss of any network after the inner loop over the last three query images, the losses before
     the inner steps, and the gradient of the first with respect to all parameters and those of `sizes` that
@@ -120,6 +121,7 @@ def unrolled(
         names: the parameters that the inner loop changes, each in all modules that hold it.
         sizes: their step sizes.
         last: inner steps whose gradients are differentiated; those of the others are constants.
+        momentum: part of the velocity that an inner step keeps.
     """
     net = copy.deepcopy(net)
     learned = dict(net.named_parameters())
@@ -132,13 +134,14 @@ def unrolled(
         if parameter is current[name]
     ]
     unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-    losses = []
+    losses, velocity = [], dict.fromkeys(names, torch.zeros(()))
     for t in (-3, -2, -1):
         loss = F.cross_entropy(net(query[t][None]), labels[t][None])
         losses.append(loss.detach())
         grads = torch.autograd.grad(loss, list(current.values()), create_graph=True, **unused)
         for name, grad in zip(names, grads, strict=True):
-            current[name] = current[name] - sizes[name] * (grad if -t <= last else grad.detach())
+            velocity[name] = (grad if -t <= last else grad.detach()) + momentum * velocity[name]
+            current[name] = current[name] - sizes[name] * velocity[name]
         for table, key, name in homes:
             table[key] = current[name]
     loss = F.cross_entropy(net(query), labels)

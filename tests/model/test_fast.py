@@ -277,7 +277,7 @@ def test_what_the_fast_backend_does_not_follow_runs_plain(monkeypatch: pytest.Mo
         loss, grads = plain(*args)
         return loss / 2, grads
 
-    learned = choose_backend("auto", [net], CPU, Use(net, learn_update_lr=True))
+    learned = choose_backend("auto", [net], CPU, Use(net, inner=InnerLoop(0.1, rule=method.MetaSGD)))
     monkeypatch.setattr(method, "loss_and_grads", halved)
     changed = choose_backend("auto", [net], CPU, Use(net, update_step=3))
     for chosen, why in (learned, "SGD as inner rule"), (changed, "the inner step"):

@@ -308,7 +308,7 @@ def test_what_is_wrong_is_one_line(
 def test_an_inner_step_of_ones_own_is_not_blamed_on_the_network(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def signs(inner_lr: float) -> InnerRule:
+    def signs(_: Params, inner_lr: float) -> InnerRule:
         return lambda params, grads: {n: p - inner_lr * grads[n].sign() for n, p in params.items()}
 
     def constant(forward: Any, params: Params, *_: Any) -> tuple[Tensor, Params]:

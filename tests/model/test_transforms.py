@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from model.method import InnerLoop, InnerRule, MetaSGD, Params, meta_loss
+from model.method import INNER_RULES, InnerLoop, MakeRule, MetaSGD, Params, inner_loop, meta_loss, momentum
 from model.modelfactory import Network, trained_parameters
-from tests.conftest import Trainer, assert_same_run
+from tests.conftest import Trainer, assert_same_run, rows
 from tests.model.test_method import images, network
 from tests.reference import unrolled
+from utils.errors import UserError
 from utils.files import load_checkpoint
 
 STEPS, LR = 3, 0.1
@@ -25,7 +29,7 @@ def examples(seed: int = 1) -> tuple[Tensor, Tensor]:
     return images(2 + STEPS, seed=seed), torch.tensor([0, 5, 3, 3, 3 + seed])
 
 
-def loss_of(net: Network, first_order: bool, rule: InnerRule | None = None) -> Any:
+def loss_of(net: Network, first_order: bool, rule: MakeRule | None = None) -> Any:
     inner = InnerLoop(LR, 0 if first_order else None, rule)
 
     def loss(params: Params, pixels: Tensor, labels: Tensor) -> Tensor:
@@ -73,12 +77,83 @@ def test_learned_step_sizes(first_order: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     for size in rule.parameters():
         size.data += 0.05 * torch.randn(size.shape, generator=generator, dtype=torch.float64)
-    loss = loss_of(net, first_order, rule=rule)(params, pixels, labels)
+    loss = loss_of(net, first_order, rule=lambda *_: rule)(params, pixels, labels)
     everything = [*net.parameters(), *rule.parameters()]
     grads = torch.autograd.grad(loss, everything, allow_unused=True, materialize_grads=True)
     sizes = {name: rule.inner_lr(name) for name in params}
     expected, _, slopes = unrolled(net, params, pixels, labels, sizes, 0 if first_order else STEPS)
     torch.testing.assert_close((loss, grads), (expected, slopes), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [0, 1, None])
+@pytest.mark.parametrize("kind", ["ANML", "OML"])
+def test_momentum(kind: str, steps: int | None) -> None:
+    """Two inner loops with one setting: each against plain autograd, and the fast weights against torch."""
+    net, _ = network(kind)
+    params, (pixels, labels) = learned(net, 0), examples()
+    inner = InnerLoop(LR / 10, steps, momentum)
+    for _ in range(2):
+        loss = meta_loss(net, params, (pixels[-STEPS:], labels[-STEPS:]), (pixels, labels), inner)[0]
+        grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
+        sizes = dict.fromkeys(params, torch.tensor(LR / 10, dtype=torch.float64))
+        last = STEPS if steps is None else steps
+        expected, _, slopes = unrolled(net, params, pixels, labels, sizes, last, momentum=0.9)
+        torch.testing.assert_close((loss, grads), (expected, slopes), rtol=1e-12, atol=1e-12)
+        other = copy.deepcopy(net)
+        optimizer = torch.optim.SGD(other.parameters(), LR / 10, momentum=0.9)
+        for image, label in zip(pixels[-STEPS:], labels[-STEPS:], strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(other(image[None]), label[None]).backward()
+            optimizer.step()
+        fast, _ = inner_loop(net, params, pixels[-STEPS:], labels[-STEPS:], inner)
+        torch.testing.assert_close(fast, dict(other.named_parameters()), rtol=1e-12, atol=1e-12)
+
+
+class Leaking(nn.Module):
+    """Momentum that lives on from one inner loop to the next."""
+
+    def __init__(self, params: Params, inner_lr: float) -> None:
+        super().__init__()
+        self.velocity: Params = {}
+
+    def forward(self, params: Params, grads: Params) -> Params:
+        for name, g in grads.items():
+            self.velocity[name] = g + 0.9 * self.velocity.get(name, torch.zeros_like(g))
+        return {name: p - 0.01 * self.velocity[name] for name, p in params.items()}
+
+
+@pytest.mark.parametrize(("flags", "says"), [("", "keeps state"), ("--first_order", "the second inner loop")])
+def test_a_rule_that_keeps_state_is_refused(
+    flags: str, says: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(INNER_RULES, "leaking", Leaking)
+    with pytest.raises(UserError, match=f"^network ANML: the inner rule .*{says}"):
+        trainer("--steps=1", "--inner_rule=leaking", *flags.split())
+
+
+def test_rules_by_flag(trainer: Trainer) -> None:
+    """A momentum of 0 is the paper's rule, to the digit; Meta-SGD has a short name; a run goes on with it."""
+    flags = {
+        "base": "",
+        "none": "--inner_rule=momentum --momentum=0",
+        "much": "--inner_rule=Momentum --backend=auto",
+    }
+    flags |= {"short": "--learn_update_lr", "long": "--inner_rule=meta_sgd"}
+    for name, typed in flags.items():
+        trainer(f"--name={name}", "--steps=2", *typed.split())
+    found = {name: rows(Path(f"runs/{name}_0")) for name in flags}
+    assert found["base"] == found["none"] != found["much"]
+    assert found["short"] == found["long"]
+    config = json.loads(Path("runs/much_0/config.json").read_text())
+    assert (config["arguments"]["momentum"], config["backend"]) == (0.9, "plain")
+    assert "SGD as inner rule alone" in config["backend_why"]
+    trainer.run = Path("runs/much_0")
+    trainer.resume("--steps=3")
+    assert "--momentum is 0.5 and was 0.9" in trainer.refused("--steps=4", "--momentum=0.5")
+    with pytest.raises(UserError, match="--momentum means nothing with --inner_rule sgd: it belongs to"):
+        trainer("--momentum=0.5")
+    with pytest.raises(UserError, match="drop it or --inner_rule momentum"):
+        trainer("--learn_update_lr", "--inner_rule=momentum")
 
 
 def test_learned_step_sizes_are_saved_and_resumed(trainer: Trainer) -> None:
