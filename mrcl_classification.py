@@ -19,7 +19,6 @@ import utils.start  # noqa: F401 (before torch)
 
 # isort: split
 
-import inspect
 import logging
 import math
 import sys
@@ -35,10 +34,10 @@ from evaluation.runs import gate_statistics, validate
 from flags.training import Plan, Training
 from model.check import check_network
 from model.fast import choose_backend
-from model.guard import Backend, Use
-from model.method import InnerLoop
+from model.guard import DEFAULT, UPDATE_STEP, Backend, Use
 from model.modelfactory import Network, build, fingerprint, restore
-from model.outer_loops import OUTER_LOOPS, OuterLoop, gather
+from model.outer_loop import OuterLoop, Setup, gather
+from model.outer_loops import OUTER_LOOPS
 from model.training_state import load_state, restore_training, save_model, save_progress, state_of
 from utils.command_line import parse, plain, recorded
 from utils.distributed import (
@@ -70,19 +69,21 @@ def initial_network(args: Training, state: Checkpoint | None) -> Network:
     return restore(saved, source)
 
 
-def make_loop(
-    args: Training, plan: Plan, inner: InnerLoop, net: Network, images: Pool, group: Group, backend: Backend
-) -> OuterLoop:
-    """The outer loop of `--learner`, with the flags and parts of the run that are its arguments."""
+def make_loop(args: Training, net: Network, images: Pool, group: Group, backend: Backend) -> OuterLoop:
+    """The outer loop of `--learner`, with its flags and what the run gives to it."""
     seed = args.seed
     if args.checkpoint:  # the seed alone would repeat the draws that made the weights to start from
         sequence = np.random.SeedSequence([args.seed, int(fingerprint(net), 16)])
         seed = int(sequence.generate_state(1)[0])
-    offered = {**vars(args), "rln": plan.rln, "inner": inner, "group": group}
-    offered |= {"meta_loss": backend.meta_loss, "capture": backend.capture}
-    kind = OUTER_LOOPS[args.learner]
-    own = {name: offered[name] for name in inspect.signature(kind).parameters if name in offered}
-    return kind(net, images, torch.Generator().manual_seed(seed), **own)
+    setup = Setup(
+        *(net, images, torch.Generator().manual_seed(seed)),
+        meta_lr=args.meta_lr,
+        rule=args.make_rule,
+        group=group,
+        meta_loss=backend.meta_loss,
+        capture=backend.capture,
+    )
+    return OUTER_LOOPS[args.learner](setup, **args.loop)
 
 
 def train(
@@ -108,6 +109,7 @@ def train(
             if not (math.isfinite(values["loss"]) and loop.finite()):
                 generator.set_state(before)
                 stop_diverged(args, arguments, run, loop, step, values["loss"])
+            loop.optimizer.lr = args.rate(step - 1)
             loop.update()
             run.metrics({"step": step, **values, "seconds": time.perf_counter() - start})
             run.scalars(step, {f"meta_train/{name}": value for name, value in values.items()})
@@ -146,7 +148,8 @@ def stop_diverged(
         kept = f"the state before it is in {run.folder}"
     except UserError as error:
         kept = f"the state before it is not kept: {error}"
-    rates = " ".join(f"--{name} {getattr(args, name):g}" for name in loop.rates)
+    given = {**vars(args), **args.loop}
+    rates = " ".join(f"--{name} {given[name]:g}" for name in loop.rates)
     one = "it" if len(loop.rates) == 1 else "one of the learning rates"
     raise UserError(
         f"step {step}: the loss is {loss:g} and its gradient not finite with {rates} --seed "
@@ -160,12 +163,10 @@ def main() -> None:
     log_to_terminal()
     device = choose_device(args.device, args.threads)
     kind = OUTER_LOOPS[args.learner]
-    inner = InnerLoop(args.update_lr, 0 if args.first_order else args.second_order_steps, args.make_rule)
-    if not kind.inner_loop:
+    inner = kind.inner_loop(args.loop, args.make_rule)
+    if not kind.several:
         refuse_several(f"--learner {args.learner}")
     group = join(device, recorded(args))
-    if args.meta_batch < group.size:
-        raise UserError(f"--meta_batch {args.meta_batch} is too few for {group.size} processes to share")
     state = load_state(args.resume) if args.resume else None
     done = state.step if state else 0
     if done > args.steps:
@@ -178,22 +179,21 @@ def main() -> None:
     if is_first():
         check_writable(plan.model_name, "--model_name")
     net.normalisation = images.normalisation or net.normalisation
-    second_order = kind.inner_loop and inner.second_order_steps != 0
     check_network(
         *(net.network, net.widths, plan.rln),
-        second_order=second_order,
+        second_order=inner is not None and inner.second_order_steps != 0,
         channels=images.channels,
-        inner=inner if kind.inner_loop else None,
+        inner=inner,
     )
     use = Use(
         net,
         rln=plan.rln,
-        inner=inner,
-        update_step=args.update_step,
+        inner=inner or DEFAULT,
+        update_step=args.loop.get("update_step", UPDATE_STEP),
         channels=images.channels,
     )
     backend = choose_backend(args.backend, [net], device, use)
-    loop = make_loop(args, plan, inner, net.to(device).train(), images.pool(device), group, backend)
+    loop = make_loop(args, net.to(device).train(), images.pool(device), group, backend)
     loop.check(images)
     if state:
         restore_training(state, loop, str(args.resume))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from flags import common
 from model.method import INNER_RULES, MakeRule, sgd
 from model.modelfactory import NETWORKS
+from model.outer_loop import OuterLoop
+from model.outer_loops import OUTER_LOOPS
 from model.treatments import Weights
 from utils.errors import UserError
 from utils.flag import (
@@ -22,7 +25,6 @@ from utils.flag import (
     flag,
     folder_name,
     headed,
-    number,
     positive,
     switch,
     whole,
@@ -49,94 +51,30 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         **common.NO_COMMIT,
     }
 
-    deciding: ClassVar = frozenset({"learner", "learn_update_lr"})
+    deciding: ClassVar = frozenset({"learn_update_lr"})
 
     _method: ClassVar = Heading("method")
-    learner: Literal["sgd", "prototypes", "iid"] = choice(
-        "sgd",
-        ("sgd", "prototypes", "iid"),
-        "what the network is to be good for: sgd, a step on each image of a trajectory (the paper); "
-        "prototypes, a head of class means; iid, telling the meta-training classes apart, which Pretrain & "
-        "Transfer begins with (--treatment is OML then, if not given); each has a group of flags of its own",
-    )
-    steps: int = flag(
-        20000, whole(1), "outer (meta) steps; with prototypes, also the length of the cosine schedule"
-    )
+    learner: str = choice("sgd", OUTER_LOOPS, "the outer loop")
+    steps: int = flag(20000, whole(1), "outer (meta) steps, also the length of the --cosine schedule")
     meta_lr: float = flag(
         0.001,
         positive,
-        "learning rate of the outer Adam; with prototypes, of its first step",
+        "learning rate of the outer Adam",
         shown="0.001, with iid 0.0001",
     )
+    warm_up: int = flag(0, whole(0), "steps in which the rate rises to --meta_lr, the same part each step")
+    cosine: bool = switch(False, "let the rate fall to 0 at --steps, as a half cosine (with prototypes: on)")
     train_classes: int | None = flag(
         None, whole(1), "classes to meta-train on, the first of the data", shown="963 of Omniglot, else all"
     )
 
-    _trajectories: ClassVar = Heading("trajectories of --learner sgd")
-    rln: int | None = flag(
-        None,
-        whole(0),
-        "layers frozen in the inner loop, counted from the input (7: the whole neuromodulatory "
-        "network of ANML; 6: the convolutions of OML); the outer step trains all",
-        shown="7 for ANML, 6 for OML, 0 for sANML; `rln_training` of another",
-    )
-    update_lr: float = flag(0.1, positive, "learning rate of the inner SGD")
-    update_step: int = flag(20, whole(1), "inner steps, that is images, per trajectory")
-    tasks: int = flag(1, whole(1), "classes per trajectory, sharing the --update_step images")
-    meta_batch: int = flag(
-        1,
-        whole(1),
-        "trajectories per outer step, whose meta-gradients are averaged; under torchrun the "
-        "processes share them",
-    )
-    remember: int = flag(64, whole(1), "random images added to the trajectory's in the loss")
-    first_order: bool = switch(
-        False,
-        "take inner gradients as constants, as the released code does, instead of "
-        "differentiating through the inner loop",
-    )
-    second_order_steps: int | None = flag(
-        None,
-        whole(0),
-        "differentiate through this many last inner steps and take the gradients of those before as "
-        "constants; 0 is --first_order",
-        shown="all",
-    )
+    _loop: ClassVar = Heading("outer loop")
+    loop: dict[str, Any] = arguments_of("learner", OUTER_LOOPS, "loop", given=1)
+
+    _rule: ClassVar = Heading("inner rule")
     inner_rule: str = choice("sgd", INNER_RULES, "what an inner step does with a gradient")
     rule: dict[str, Any] = arguments_of("inner_rule", INNER_RULES, "rule", given=2)
     learn_update_lr: bool = switch(False, "the same as --inner_rule meta_sgd")
-    reset: bool = switch(True, "re-draw the head's rows of the classes of a trajectory before its inner loop")
-    reset_copy: bool = switch(
-        False,
-        "re-draw them in the copy of the weights that the inner loop changes alone, as the paper is said to, "
-        "and not for good, as the released code",
-    )
-
-    _episodes: ClassVar = Heading("episodes of --learner prototypes")
-    ways: int = flag(60, whole(2), "classes of an episode")
-    shots: int = flag(3, whole(1), "images of each that its mean is of")
-    queries: int = flag(2, whole(1), "images of each that are to be classified")
-    leave_one_out: bool = switch(
-        False, "classify all the images of an episode, each by its class's mean of the others"
-    )
-    symmetries: int = flag(
-        1,
-        int,
-        "classes that each class stands for: 1, as it was drawn; 4, turned by quarters as well; 8, mirrored "
-        "as well",
-        choices=(1, 4, 8),
-    )
-    augment: float = flag(
-        0.0,
-        number(0),
-        "strength of a random turn, stretch, shear and shift of every other image; 1 for up to 12 degrees, "
-        "15 %, 0.15 and 2 pixels",
-    )
-
-    _batches: ClassVar = Heading("batches of --learner iid")
-    batch_size: int = flag(
-        84, whole(1), "images per step; 84 are as many as a step of the paper's meta-training sees"
-    )
 
     _checks: ClassVar = Heading("checks on the way")
     log_every: int = flag(50, whole(1), "steps between lines of the log")
@@ -182,10 +120,7 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        # Pretrain & Transfer is one of OML's network, which has no norm and needs the smaller rate.
-        found: dict[str, Any] = (
-            {"treatment": "OML", "meta_lr": 0.0001} if given.get("learner") == "iid" else {}
-        )
+        found = dict(OUTER_LOOPS[given.get("learner", "sgd")].defaults)
         return found | ({"inner_rule": "meta_sgd"} if given.get("learn_update_lr") else {})
 
     @property
@@ -195,13 +130,19 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         return None if entry is sgd else partial(entry, **self.rule)
 
     def changeable(self) -> frozenset[str]:
-        # The schedule of episodes is as long as they are many, which makes their numbers.
-        return MAY_CHANGE - {"steps"} if self.learner == "prototypes" else MAY_CHANGE
+        return MAY_CHANGE - {"steps"} if self.cosine else MAY_CHANGE  # the length of the schedule
+
+    def rate(self, done: int) -> float:
+        """Adam's step size after `done` steps."""
+        rate = self.meta_lr
+        if self.cosine:
+            rate = rate * (1 + math.cos(math.pi * done / self.steps)) / 2
+        return rate * min(1, (done + 1) / self.warm_up) if self.warm_up else rate
 
     def idle(self) -> Mapping[str, str]:
-        learner = f"--learner {self.learner}"
-        others = [head for head in headed(type(self)) if "of --learner" in head and learner not in head]
-        return {name: learner for head in others for name in headed(type(self))[head]}
+        has_rule = OUTER_LOOPS[self.learner].inner_loop is not OuterLoop.inner_loop
+        fields = () if has_rule else headed(type(self))["inner rule"]
+        return dict.fromkeys(fields, f"--learner {self.learner}")
 
     def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:
@@ -212,12 +153,7 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
             raise UserError(
                 f"--learn_update_lr is --inner_rule meta_sgd: drop it or --inner_rule {self.inner_rule}"
             )
-        if self.reset_copy and not self.reset:
-            raise UserError("--reset_copy says where rows are drawn anew: drop it or --no-reset")
-        if self.first_order and self.second_order_steps:
-            raise UserError(
-                "--first_order differentiates through no inner step: drop it or --second_order_steps"
-            )
+        OUTER_LOOPS[self.learner].validate(self.loop)
 
 
 @dataclass(frozen=True)
@@ -239,11 +175,11 @@ class Plan:
     @classmethod
     def of(cls, args: Training, classes: int) -> Plan:
         """The plan for what is asked, on so many classes."""
-        network, iid = NETWORKS[args.treatment], args.learner == "iid"
-        name = "Pretrain_Model.net" if iid else network.model_name or f"{args.treatment}_Model.net"
+        network, kind, rln = NETWORKS[args.treatment], OUTER_LOOPS[args.learner], args.loop.get("rln")
+        name = kind.model_name or network.model_name or f"{args.treatment}_Model.net"
         return cls(
-            rln=network.rln_training if args.rln is None else args.rln,
+            rln=network.rln_training if rln is None else rln,
             train_classes=classes,
             model_name=args.model_name or Path(name),
-            weights="pretrained" if iid else "meta-trained",
+            weights=kind.weights,
         )

@@ -20,11 +20,11 @@ from model import method
 from model.learner import LEARNERS, LearnerKind, MakeLearner, Settings, adam_learner
 from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
-from model.outer_loops import Capture
+from model.outer_loop import Capture
 
 TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges
-DEFAULT = InnerLoop(0.1)
+DEFAULT, UPDATE_STEP = InnerLoop(0.1), 20
 SMALLEST_LR = 1e-4  # of the inner loop, below which a network that explodes does so by itself
 NARROW = {"nm_channels": 6, "pln_channels": 8, "hidden": 12, "num_classes": 8}
 FEW_STEPS = 2  # inner steps of the network of the run
@@ -48,7 +48,7 @@ class Use:
     net: Network
     rln: int | None = None
     inner: InnerLoop = DEFAULT
-    update_step: int = 20
+    update_step: int = UPDATE_STEP
     meta_test_rln: int | None = None
     optimizer: str = "adam"
     channels: int = 1

@@ -20,7 +20,7 @@ from datasets.task_sampler import sample_task
 from model.layers import FrozenOutput, Inputs
 from model.learner import LEARNERS, Learner, LearnerKind, Prior, Settings
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
-from model.outer_loops import gather
+from model.outer_loop import gather
 from model.scores import Answers, Score
 from utils.errors import UserError
 

@@ -1,22 +1,22 @@
 """The outer loops: how the weights that a meta-test starts from are trained, by name in `OUTER_LOOPS`.
 
-A step is `draw`, `differentiate` and `update`. The method of the paper is `model.method`: `TrajectoryLoop`
-draws head rows anew, takes the meta-gradient of trajectories and steps along it with Adam.
+The method of the paper is `model.method`: `TrajectoryLoop`
+draws head rows anew, takes the meta-gradient of trajectories and steps along it with Adam. The fields of a
+loop are its flags.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from datasets.images import ImageSet, Pool
+from datasets.images import ImageSet
 from datasets.task_sampler import (
     Episode,
     Trajectory,
@@ -27,141 +27,135 @@ from datasets.task_sampler import (
     show,
     shuffled_batches,
 )
-from model import method
-from model.method import InnerLoop, MetaLoss, Params, kept_rule
-from model.modelfactory import Network, head_rows, reset_head, trained_parameters
-from model.optimizer import Adam
-from utils.distributed import Group, seed_layers
-
-Measured = dict[str, Tensor]
-"""Numbers of one step by name, as tensors on the device, before its update: the loss first."""
-
-Capture = Callable[[Callable[..., Any], nn.Module], Callable[..., Any]]
-"""From a function of tensors that computes with a network to one with the same results."""
-
-
-@dataclass(eq=False)
-class OuterLoop:
-    """What outer loops have in common: the weights that learn, and Adam on their gradient.
-
-    Attributes:
-        net: the network, on the device where training happens.
-        images: meta-training classes on the same device, normalised; [C, D, 1, 28, 28] where all classes
-            have as many images.
-        generator: draws what a step needs (CPU).
-        meta_lr: Adam's step size.
-        rule: holds what learns beside the network; training states and model files keep it.
-        learned: the parameters that learn.
-        grads: the gradient that `differentiate` leaves, a tensor for each of `learned`.
-        inner_loop: whether a step has an inner loop. Processes can share the trajectories of such a step.
-        head: what learns in small meta-tests of the network, a key of `model.learner.LEARNERS`.
-        trains_head: whether the head's parameters learn.
-        rates: names of the flags to lower where a step diverges.
-    """
-
-    net: Network
-    images: Pool
-    generator: torch.Generator
-    _: KW_ONLY
-    meta_lr: float
-    inner_loop: ClassVar[bool] = False
-    head: ClassVar[str] = "adam"
-    trains_head: ClassVar[bool] = True
-    rates: ClassVar[tuple[str, ...]] = ("meta_lr",)
-    rule: nn.Module | None = field(default=None, init=False)
-    grads: Sequence[Tensor] = field(default=(), init=False)
-
-    def __post_init__(self) -> None:
-        fixed = set() if self.trains_head else {id(p) for p in self.net.head.parameters()}
-        self.learned = [p for p in self.net.parameters() if p.requires_grad and id(p) not in fixed]
-        self.learned += [] if self.rule is None else self.rule.parameters()
-        self.optimizer = Adam(self.learned, self.meta_lr)
-
-    def check(self, images: ImageSet) -> None:
-        """Raise UserError where there are too few images for a step."""
-
-    def draw(self) -> tuple[Any, ...]:
-        """[B, 2] (class, image) of some images of a step, then what `differentiate` is called with."""
-        raise NotImplementedError
-
-    def differentiate(self, *drawn: Any) -> Measured:
-        """Leave the gradient of a step in `grads`."""
-        raise NotImplementedError
-
-    def finite(self) -> bool:
-        """Whether the gradient in `grads` is; waits for the device."""
-        return bool(torch.nn.utils.get_total_norm(self.grads).isfinite())
-
-    def update(self) -> None:
-        """Make one Adam step along `grads`."""
-        self.optimizer.step(self.grads)
-
-    def step(self, *drawn: Any) -> Measured:
-        """Differentiate and update."""
-        measured = self.differentiate(*drawn)
-        self.update()
-        return measured
-
-    def grads_of(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """A tensor for each of `learned`; zero for what has no effect (a bias before a norm)."""
-        return torch.autograd.grad(loss, self.learned, allow_unused=True, materialize_grads=True)
-
-    def classified(self, logits: Tensor, labels: Tensor) -> Measured:
-        """Leave the gradient of the mean cross-entropy of logits [B, K] in `grads`.
-
-        Returns:
-            `loss`, and `accuracy`, the fraction of the labels [B] that have the largest logit.
-        """
-        loss = F.cross_entropy(logits, labels)
-        self.grads = self.grads_of(loss)
-        right = logits.detach().argmax(1) == labels
-        return {"loss": loss.detach(), "accuracy": right.to(loss.dtype).mean()}
+from model.method import InnerLoop, MakeRule, Params, kept_rule
+from model.modelfactory import head_rows, reset_head, trained_parameters
+from model.outer_loop import Measured, OuterLoop, gather
+from utils.distributed import seed_layers
+from utils.errors import UserError
+from utils.flag import Range, one_of, positive
 
 
 @dataclass(eq=False, kw_only=True)
-class TrajectoryLoop(OuterLoop):
-    """Meta-trains a network with Adam, one trajectory per step or the mean over several.
+class SequenceLoop(OuterLoop):
+    """What loops have in common that learn a class image by image, and are measured on it and on others.
 
-    No step reads a value back from the device.
-
-    Args:
+    Attributes:
         inner: settings of the inner loop.
-        rln: layers that the inner loop leaves alone; the outer step trains everything.
-        update_step, tasks, remember: see `sample_trajectory`.
-        meta_batch: trajectories of a step.
-        reset: draw the sampled classes' rows of the head anew before each trajectory.
-        reset_copy: with `reset`, in the inner loop's copy of the weights alone.
-        group: the processes that share the trajectories of a step.
-        meta_loss: `method.meta_loss`, or what gives the same numbers faster.
-        capture: turns the meta-gradient into a function that may be faster, and whose results the next call
-            may overwrite.
+        params: the parameters that the inner loop changes.
     """
 
-    inner: InnerLoop
-    rln: int
-    update_step: int = 20
-    tasks: int = 1
-    remember: int = 64
-    meta_batch: int = 1
-    reset: bool = True
-    reset_copy: bool = False
-    group: Group = field(default_factory=Group)
-    meta_loss: MetaLoss = method.meta_loss
-    capture: Capture | None = None
-    inner_loop = True
+    rln: Annotated[
+        int | None,
+        "layers frozen in the inner loop, counted from the input (7: the whole neuromodulatory network of "
+        "ANML; 6: the convolutions of OML); the outer step trains all; without it 7 for ANML, 6 for OML, 0 "
+        "for sANML, `rln_training` of another",
+        Range(0),
+    ] = None
+    update_lr: Annotated[float, "learning rate of the inner SGD", positive] = 0.1
+    update_step: Annotated[int, "inner steps, that is images, per trajectory", Range(1)] = 20
+    tasks: Annotated[int, "classes per trajectory, sharing the --update_step images", Range(1)] = 1
+    remember: Annotated[int, "random images added to the trajectory's in the loss", Range(1)] = 64
+    reset: Annotated[bool, "re-draw the head's rows of the classes of a trajectory before its inner loop"] = (
+        True
+    )
     rates = ("meta_lr", "update_lr")
 
     def __post_init__(self) -> None:
-        names = trained_parameters(self.net, self.rln)
-        self.params: Params = {name: self.net.get_parameter(name) for name in names}
-        self.inner, self.rule = kept_rule(self.inner, self.params)
-        self.meta_grads = self.capture(self._meta_grads, self.net) if self.capture else self._meta_grads
+        net = self.setup.net
+        names = trained_parameters(net, net.rln_training if self.rln is None else self.rln)
+        self.params: Params = {name: net.get_parameter(name) for name in names}
+        inner = self.inner_loop(vars(self), self.setup.rule)
+        assert inner is not None
+        self.inner, self.rule = kept_rule(inner, self.params)
         self.trajectory = {name: getattr(self, name) for name in ("update_step", "tasks", "remember")}
         super().__post_init__()
 
     def check(self, images: ImageSet) -> None:
         images.require(longest_share(self.update_step, self.tasks), f"--update_step {self.update_step}")
         sample_trajectory(images.sizes, torch.Generator(), **self.trajectory)
+
+    def draw(self) -> tuple[Any, ...]:
+        """The remember set of a trajectory, then the trajectory."""
+        trajectory = sample_trajectory(self.images.sizes, self.generator, **self.trajectory)
+        return trajectory.query[: self.remember], trajectory
+
+    def _meta_grads(
+        self, images: Tensor, labels: Tensor, support: Tensor
+    ) -> tuple[Sequence[Tensor], Measured]:
+        """The gradient of one trajectory, a tensor for each of `learned`, and what it measured.
+
+        Args:
+            images, labels: of the query.
+            support: the labels of the trajectory.
+        """
+        steps = len(support)
+        # The query ends with the trajectory, so one pass of it through the frozen part serves both loops.
+        inputs = self.net.frozen(images, self.params)
+        examples = (inputs[-steps:], support), (inputs, labels)
+        loss, logits, _ = self.setup.meta_loss(self.net, self.params, *examples, self.inner)
+        grads = self.grads_of(loss)
+        right = (logits.detach().argmax(1) == labels).to(loss.dtype)
+        return grads, {
+            "loss": loss.detach(),
+            "accuracy_trajectory": right[-steps:].mean(),
+            "accuracy_remember": right[:-steps].mean(),
+        }
+
+
+@dataclass(eq=False, kw_only=True)
+class TrajectoryLoop(SequenceLoop):
+    """Meta-trains a network with Adam, one trajectory per step or the mean over several (the paper).
+
+    No step reads a value back from the device.
+    """
+
+    meta_batch: Annotated[
+        int,
+        "trajectories per outer step, whose meta-gradients are averaged; under torchrun the processes share "
+        "them",
+        Range(1),
+    ] = 1
+    first_order: Annotated[
+        bool,
+        "take inner gradients as constants, as the released code does, instead of differentiating through "
+        "the inner loop",
+    ] = False
+    second_order_steps: Annotated[
+        int | None,
+        "differentiate through this many last inner steps and take the gradients of those before as "
+        "constants; 0 is --first_order; without it all",
+        Range(0),
+    ] = None
+    reset_copy: Annotated[
+        bool,
+        "re-draw them in the copy of the weights that the inner loop changes alone, as the paper is said to, "
+        "and not for good, as the released code",
+    ] = False
+    several = True
+
+    @classmethod
+    def inner_loop(cls, flags: Mapping[str, Any], rule: MakeRule | None = None) -> InnerLoop:
+        return InnerLoop(flags["update_lr"], 0 if flags["first_order"] else flags["second_order_steps"], rule)
+
+    @classmethod
+    def validate(cls, flags: Mapping[str, Any]) -> None:
+        if flags["reset_copy"] and not flags["reset"]:
+            raise UserError("--reset_copy says where rows are drawn anew: drop it or --no-reset")
+        if flags["first_order"] and flags["second_order_steps"]:
+            raise UserError(
+                "--first_order differentiates through no inner step: drop it or --second_order_steps"
+            )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        capture = self.setup.capture
+        self.meta_grads = capture(self._meta_grads, self.net) if capture else self._meta_grads
+
+    def check(self, images: ImageSet) -> None:
+        super().check(images)
+        size = self.setup.group.size
+        if self.meta_batch < size:
+            raise UserError(f"--meta_batch {self.meta_batch} is too few for {size} processes to share")
 
     def draw(self) -> tuple[Any, ...]:
         """The remember set of the first trajectory, then the trajectories."""
@@ -211,7 +205,7 @@ class TrajectoryLoop(OuterLoop):
         buffers = list(self.net.buffers())
         before = [buffer.clone() for buffer in buffers]
         sums: list[Tensor] = []
-        for seed, trajectory in self.group.shard(list(zip(seeds, trajectories, strict=True))):
+        for seed, trajectory in self.setup.group.shard(list(zip(seeds, trajectories, strict=True))):
             seed_layers(seed)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
@@ -222,7 +216,7 @@ class TrajectoryLoop(OuterLoop):
                 torch._foreach_add_(sums, found)
             else:
                 sums = [value.clone() for value in found]
-        means = [value / len(trajectories) for value in self.group.all_reduce(sums)]
+        means = [value / len(trajectories) for value in self.setup.group.all_reduce(sums)]
         for buffer, value in zip(reversed(buffers), reversed(before), strict=True):
             mean = means.pop()
             buffer.copy_(value + (mean if buffer.is_floating_point() else mean.round().to(buffer.dtype)))
@@ -234,23 +228,6 @@ class TrajectoryLoop(OuterLoop):
         images, labels = gather(self.images, trajectory.query)
         grads, measured = self.meta_grads(images, labels, labels[-len(trajectory.support) :])
         return grads, measured
-
-    def _meta_grads(
-        self, images: Tensor, labels: Tensor, support: Tensor
-    ) -> tuple[Sequence[Tensor], Measured]:
-        """:meth:`_differentiate` of the query's images and labels, and of the trajectory's labels."""
-        steps = len(support)
-        # The query ends with the trajectory, so one pass of it through the frozen part serves both loops.
-        inputs = self.net.frozen(images, self.params)
-        examples = (inputs[-steps:], support), (inputs, labels)
-        loss, logits, _ = self.meta_loss(self.net, self.params, *examples, self.inner)
-        grads = self.grads_of(loss)
-        right = (logits.detach().argmax(1) == labels).to(loss.dtype)
-        return grads, {
-            "loss": loss.detach(),
-            "accuracy_trajectory": right[-steps:].mean(),
-            "accuracy_remember": right[:-steps].mean(),
-        }
 
 
 def _moved(buffer: Tensor, before: Tensor) -> Tensor:
@@ -290,28 +267,34 @@ class EpisodeLoop(OuterLoop):
     classes of other images. Nothing is adapted, so a step has one gradient and no inner loop. At meta-test
     running sums give such a head in one pass over the stream, and forget nothing.
 
-    Args:
-        meta_lr: Adam's step size at the first step.
-        steps: length of the cosine schedule, at whose end the step size is 0.
-        ways, symmetries: see `sample_episode`.
-        shots, leave_one_out: see `prototype_logits`.
-        queries: images of each class beside `shots`.
-        augment: strength of `distort` on every image.
+    See `sample_episode`, `prototype_logits` and `distort`.
     """
 
-    steps: int
-    ways: int = 60
-    shots: int = 3
-    queries: int = 2
-    leave_one_out: bool = False
-    symmetries: int = 1
-    augment: float = 0
+    ways: Annotated[int, "classes of an episode", Range(2)] = 60
+    shots: Annotated[int, "images of each that its mean is of", Range(1)] = 3
+    queries: Annotated[int, "images of each that are to be classified", Range(1)] = 2
+    leave_one_out: Annotated[
+        bool, "classify all the images of an episode, each by its class's mean of the others"
+    ] = False
+    symmetries: Annotated[
+        int,
+        "classes that each class stands for: 1, as it was drawn; 4, turned by quarters as well; 8, mirrored "
+        "as well",
+        one_of(1, 4, 8),
+    ] = 1
+    augment: Annotated[
+        float,
+        "strength of a random turn, stretch, shear and shift of every other image; 1 for up to 12 degrees, "
+        "15 %, 0.15 and 2 pixels",
+        Range(0),
+    ] = 0.0
     head = "ncm"
+    defaults: ClassVar = {"cosine": True}
     trains_head = False
 
     def __post_init__(self) -> None:
         # The logits have a learned scale, kept positive.
-        self.log_scale = nn.Parameter(torch.zeros((), device=self.images.rows.device))
+        self.log_scale = nn.Parameter(torch.zeros((), device=self.setup.images.rows.device))
         self.rule = nn.ParameterDict({"log_scale": self.log_scale})
         self.episode = {"ways": self.ways, "images": self.shots + self.queries, "symmetries": self.symmetries}
         super().__post_init__()
@@ -342,11 +325,6 @@ class EpisodeLoop(OuterLoop):
         labels = torch.arange(ways, device=logits.device).repeat_interleave(len(logits) // ways)
         return {**self.classified(logits, labels), "scale": scale.detach()}
 
-    def update(self) -> None:
-        done = self.optimizer.steps[0].item()
-        self.optimizer.lr = self.meta_lr * (1 + math.cos(math.pi * done / self.steps)) / 2
-        super().update()
-
 
 @dataclass(eq=False, kw_only=True)
 class BatchLoop(OuterLoop):
@@ -355,12 +333,16 @@ class BatchLoop(OuterLoop):
     What meta-learning adds shows in comparison. Classes and number of images are those of meta-training. The
     network is trained to tell these classes apart, and not to learn new ones without forgetting.
 
-    Args:
-        generator: its seed gives all batches.
-        batch_size: images per step.
+    The seed of the generator gives all batches.
     """
 
-    batch_size: int
+    batch_size: Annotated[
+        int, "images per step; 84 are as many as a step of the paper's meta-training sees", Range(1)
+    ] = 84
+    # The network of Pretrain & Transfer is OML's, which has no norm and needs the smaller rate.
+    defaults: ClassVar = {"treatment": "OML", "meta_lr": 0.0001}
+    model_name = "Pretrain_Model.net"
+    weights = "pretrained"
 
     @cached_property
     def batches(self) -> Iterator[Tensor]:
@@ -390,20 +372,4 @@ OUTER_LOOPS: dict[str, type[OuterLoop]] = {
     "prototypes": EpisodeLoop,
     "iid": BatchLoop,
 }
-"""What `--learner` of a training may name. Keyword arguments of an entry are flags of the same name, or parts
-of a run."""
-
-
-def gather(pool: Pool, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [..., C, 28, 28], or other rows of a pool, and class ids [...] of an index [..., 2] of (class,
-    image), which may lie on the CPU."""
-    device = pool.rows.device
-    return pool.rows[send(pool.positions(index), device)], send(index, device)[..., 0]
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting where that is safe.
-
-    MPS would read the memory after another tensor has taken it.
-    """
-    return tensor.to(device, non_blocking=device.type == "cuda")
+"""What `--learner` of a training may name. An entry is called with a `Setup` and its own flags."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from datasets.images import Pool
 from datasets.task_sampler import Task
 from model.modelfactory import Network, shared_copy
-from model.outer_loops import gather
+from model.outer_loop import gather
 
 CHUNK = 100  # images that pass through the network at a time
 QUERIES = 500  # images whose distances to all examples are held at a time

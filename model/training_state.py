@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model.outer_loops import OuterLoop
+from model.outer_loop import OuterLoop
 from utils.distributed import is_first
 from utils.errors import UserError
 from utils.files import STATE, Checkpoint, keep_earlier, load_checkpoint

@@ -139,6 +139,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
     from model.meta_test import FrozenOutputs, answers, learn, new_run
     from model.method import InnerLoop
     from model.modelfactory import NETWORKS, build, trained_parameters
+    from model.outer_loop import Setup
     from model.outer_loops import TrajectoryLoop
 
     logging.getLogger("anml").setLevel(logging.ERROR)
@@ -160,14 +161,14 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
         backend = choose_backend(asked, [net], torch.device("cpu"), use)
         used.append(backend.name)
         outer = TrajectoryLoop(
-            net.train(),
-            pool,
-            generator,
-            meta_lr=0.001,
-            inner=inner,
-            rln=net.rln_training,
-            meta_loss=backend.meta_loss,
-            capture=backend.capture,
+            Setup(
+                *(net.train(), pool, generator),
+                meta_lr=0.001,
+                meta_loss=backend.meta_loss,
+                capture=backend.capture,
+            ),
+            update_lr=inner.lr,
+            first_order=not second_order,
         )
         torch.manual_seed(0)
         for _ in range(1 + second_order):  # Adam's moments show in a second step

@@ -32,7 +32,7 @@ from model.meta_test import FrozenOutputs, answers, learn
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
 from model.optimizer import Adam
-from model.outer_loops import gather
+from model.outer_loop import gather
 from utils.errors import UserError, run_script
 
 Array = np.ndarray[Any, Any]

@@ -34,7 +34,7 @@ from flags import common
 from model.fast import choose_backend
 from model.guard import Use
 from model.modelfactory import restore
-from model.outer_loops import gather
+from model.outer_loop import gather
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
 from tools.ledger import REPRESENTATION, read_targets
 from utils.command_line import parse, recorded

@@ -47,9 +47,9 @@ from model.fast import BACKENDS
 from model.fast.memory import keep_freed_memory
 from model.learner import Settings
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
-from model.method import InnerLoop
 from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
-from model.outer_loops import TrajectoryLoop, gather
+from model.outer_loop import Setup, gather
+from model.outer_loops import TrajectoryLoop
 from tests import reference
 from utils.command_line import parse
 from utils.distributed import choose_device
@@ -129,12 +129,13 @@ def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device
 
     for name, backend in BACKENDS.items():
         learner = TrajectoryLoop(
-            *(network(args, "ANML", name, device), pool, generator),
-            meta_lr=defaults.meta_lr,
-            inner=InnerLoop(defaults.update_lr, 0 if first_order else None),
-            rln=ANML.rln_training,
-            meta_loss=backend.meta_loss,
-            capture=backend.capture,
+            Setup(
+                *(network(args, "ANML", name, device), pool, generator),
+                meta_lr=defaults.meta_lr,
+                meta_loss=backend.meta_loss,
+                capture=backend.capture,
+            ),
+            **defaults.loop | {"first_order": first_order},
         )
         works[line, name] = partial(step, learner), 1
     weights = [parameter.detach().clone() for parameter in learner.net.parameters()]
@@ -143,12 +144,12 @@ def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device
         trajectory = sample_trajectory(pool.sizes, generator)
         query, labels = gather(pool, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
-        settings = len(trajectory.support), defaults.update_lr, ANML.rln_training, not first_order
+        settings = len(trajectory.support), defaults.loop["update_lr"], ANML.rln_training, not first_order
         reference.meta_gradient(weights, grey, classes, *settings)
 
     works[line, "textbook"] = textbook, 1
     # torch differentiates the inner steps with respect to the image as well, which nobody asks for.
-    needless = 0 if first_order else defaults.update_step * 2 * 3 * 9 * args.pln_channels * 26 * 26
+    needless = 0 if first_order else defaults.loop["update_step"] * 2 * 3 * 9 * args.pln_channels * 26 * 26
     return works, line, needless, 0
 
 

@@ -295,6 +295,17 @@ def positive(text: str) -> float:
     return found
 
 
+def one_of(*values: int) -> Reader:
+    """A reader of one of some whole numbers."""
+
+    def read(text: str) -> int:
+        if text not in map(str, values):
+            raise ArgumentTypeError(f"{text!r}: choose from {', '.join(map(str, values))}")
+        return int(text)
+
+    return read
+
+
 def file_path(text: str) -> Path:
     """The path that a text spells: a leading `~` or `~user` is a home folder.
 

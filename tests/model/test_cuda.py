@@ -14,9 +14,9 @@ from model.fast import BACKENDS
 from model.fast.cuda_graph import CudaGraph
 from model.learner import Settings
 from model.meta_test import FrozenOutputs, learn
-from model.method import InnerLoop
 from model.modelfactory import shared_copy, trained_parameters
-from model.outer_loops import EpisodeLoop, TrajectoryLoop, gather
+from model.outer_loop import Setup, gather
+from model.outer_loops import EpisodeLoop, TrajectoryLoop
 from tests.conftest import pooled
 from tests.model.test_method import CLASSES, images, network
 from utils.distributed import choose_device
@@ -34,13 +34,16 @@ def meta_learner(
     kind: str, rln: int, backend: str, first_order: bool, device: torch.device
 ) -> TrajectoryLoop:
     return TrajectoryLoop(
-        *(network(kind, backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
-        torch.Generator().manual_seed(7),
-        meta_lr=0.001,
-        inner=InnerLoop(0.03, 0 if first_order else None),
+        Setup(
+            *(network(kind, backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
+            torch.Generator().manual_seed(7),
+            meta_lr=0.001,
+            meta_loss=BACKENDS[backend].meta_loss,
+            capture=BACKENDS[backend].capture,
+        ),
+        update_lr=0.03,
+        first_order=first_order,
         rln=rln,
-        meta_loss=BACKENDS[backend].meta_loss,
-        capture=BACKENDS[backend].capture,
     )
 
 
@@ -67,10 +70,11 @@ def test_meta_steps(kind: str, rln: int, backend: str, first_order: bool) -> Non
 def test_episodes(backend: str) -> None:
     def weights(device: torch.device) -> Sequence[Tensor]:
         learner = EpisodeLoop(
-            *(network("ANML", backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
-            torch.Generator().manual_seed(7),
-            meta_lr=0.001,
-            steps=10,
+            Setup(
+                *(network("ANML", backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
+                torch.Generator().manual_seed(7),
+                meta_lr=0.001,
+            ),
             shots=3,
             leave_one_out=True,
             augment=1,

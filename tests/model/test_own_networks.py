@@ -32,6 +32,7 @@ from model.modelfactory import (
     reset_head,
     trained_parameters,
 )
+from model.outer_loop import Setup
 from model.outer_loops import TrajectoryLoop
 from model.representation import represent
 from tests.conftest import Call, Run, assert_same_run, pooled
@@ -194,8 +195,9 @@ def test_pretraining(scripts: Run) -> None:
 
 def test_meta_test_leaves_training_mode_and_buffers_alone() -> None:
     net = new("BatchNorm").double().train()
-    pool, inner = pooled(images(10, 4)), InnerLoop(0.1)
-    learner = TrajectoryLoop(net, pool, torch.Generator().manual_seed(0), meta_lr=0.001, inner=inner, rln=0)
+    learner = TrajectoryLoop(
+        Setup(net, pooled(images(10, 4)), torch.Generator().manual_seed(0), meta_lr=0.001), rln=0
+    )
     learner.step(sample_trajectory([4] * 10, torch.Generator(), update_step=2, remember=3))
     buffers = {name: value.clone() for name, value in net.named_buffers()}
     represent(net, pooled(images(2, 3)))

@@ -12,6 +12,7 @@ from torch import Tensor
 import mrcl_classification
 from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
+from model.outer_loop import Setup
 from model.outer_loops import EpisodeLoop, prototype_logits
 from tests.conftest import Run, assert_same_run, pooled
 from tests.model.test_method import CLASSES, images, network
@@ -58,9 +59,7 @@ def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
     net, _ = network("ANML")
     BACKENDS[backend].prepare(net)
     learner = EpisodeLoop(
-        *(net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1)),
-        meta_lr=0.001,
-        steps=10,
+        Setup(net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1), meta_lr=0.001),
         shots=2,
         augment=1,
     )

@@ -64,7 +64,7 @@ def test_released_train_command_gives_the_defaults() -> None:
 
 def test_every_released_flag_is_accepted() -> None:
     training = train(RELEASED_TRAIN)
-    assert (training.treatment, training.reset, training.rln) == ("ANML", False, 7)
+    assert (training.treatment, training.loop["reset"], training.loop["rln"]) == ("ANML", False, 7)
     assert [notice.split()[0] for notice in training.notices] == ["--seeds", "--model", "--commit"]
     arguments = evaluate(RELEASED_EVALUATE)
     assert (arguments.schedule, arguments.model) == ([10, 50], [Path("m.net")])
@@ -82,7 +82,7 @@ def test_both_spellings_of_every_flag() -> None:
         typed.replace("-", "_").replace("__", "--"),
     ):
         found = train(spelled.replace("=a_b_c", "=a_b-c"))
-        assert (found.reset, found.first_order, found.meta_lr) == (False, False, 0.5)
+        assert (found.loop["reset"], found.loop["first_order"], found.meta_lr) == (False, False, 0.5)
         assert (found.dataset_path, found.constructor["nm_channels"]) == (Path("a_b-c"), 3)
     assert all("-" not in option[2:] for kind in (Training, Evaluation) for option in Parser(kind).flags)
 
@@ -149,10 +149,10 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('steps = 7\nmeta-lr = 1\nreset = false\ntreatment = "oml"\nseed = 3\n')
     arguments = train(f"--config {file} --seed 9 --treatment ANML")
-    assert (arguments.steps, arguments.meta_lr, arguments.reset) == (7, 1.0, False)
+    assert (arguments.steps, arguments.meta_lr, arguments.loop["reset"]) == (7, 1.0, False)
     # 9 and ANML are the defaults: typed, they count all the same.
     assert (arguments.seed, arguments.treatment, Plan.of(arguments, 9).rln) == (9, "ANML", 7)
-    assert train(f"--config {file} --reset").reset
+    assert train(f"--config {file} --reset").loop["reset"]
     file.write_text("schedule = [2, 3]\nscratch = true\nlrs = [1, 0.5]\n")
     evaluation = evaluate(f"--config {file}")
     assert (evaluation.schedule, evaluation.lrs) == ([2, 3], [1.0, 0.5])

@@ -18,8 +18,8 @@ from torch.distributed.launcher import api as launcher
 import evaluate_classification
 import mrcl_classification
 from datasets.task_sampler import sample_trajectory
-from model.method import InnerLoop
 from model.modelfactory import NETWORKS, build
+from model.outer_loop import Setup
 from model.outer_loops import TrajectoryLoop
 from model.training_state import load_state
 from tests.conftest import ROOT, TINY, Call, Trainer, pooled, process, rows
@@ -82,13 +82,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     net = build(name, {"num_classes": 8, **SMALL[name]}, generator).double().train()
     images = torch.randn(8, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
-    learner = TrajectoryLoop(
-        *(net, pooled(images), generator),
-        meta_lr=0.01,
-        inner=InnerLoop(0.1),
-        rln=net.rln_training,
-        group=group,
-    )
+    learner = TrajectoryLoop(Setup(net, pooled(images), generator, meta_lr=0.01, group=group))
     results = []
     for step in range(3):
         torch.manual_seed(step)

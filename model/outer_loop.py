@@ -1,0 +1,159 @@
+"""What outer loops have in common; `model.outer_loops` has them by name.
+
+A step is `draw`, `differentiate` and `update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor, nn
+
+from datasets.images import ImageSet, Pool
+from model import method
+from model.method import InnerLoop, MakeRule, MetaLoss
+from model.modelfactory import Network
+from model.optimizer import Adam
+from model.treatments import Weights
+from utils.distributed import Group
+
+Measured = dict[str, Tensor]
+"""Numbers of one step by name, as tensors on the device, before its update: the loss first."""
+
+Capture = Callable[[Callable[..., Any], nn.Module], Callable[..., Any]]
+"""From a function of tensors that computes with a network to one with the same results."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a run gives to every outer loop.
+
+    Attributes:
+        net: the network, on the device where training happens.
+        images: meta-training classes on the same device, normalised.
+        generator: draws what a step needs (CPU).
+        meta_lr: Adam's step size.
+        rule: the inner rule; None for the paper's.
+        group: the processes of the job.
+        meta_loss: `method.meta_loss`, or what gives the same numbers faster.
+        capture: turns the meta-gradient into a function that may be faster, and whose results the next call
+            may overwrite.
+    """
+
+    net: Network
+    images: Pool
+    generator: torch.Generator
+    _: KW_ONLY
+    meta_lr: float
+    rule: MakeRule | None = None
+    group: Group = field(default_factory=Group)
+    meta_loss: MetaLoss = method.meta_loss
+    capture: Capture | None = None
+
+
+@dataclass(eq=False)
+class OuterLoop:
+    """What outer loops have in common: the weights that learn, and Adam on their gradient.
+
+    Attributes:
+        net, images, generator: of `setup`.
+        rule: holds what learns beside the network; training states and model files keep it.
+        learned: the parameters that learn.
+        grads: the gradient that `differentiate` leaves, a tensor for each of `learned`.
+        optimizer: Adam on `learned`; the run sets its `lr` before each update.
+        several: whether processes can share a step.
+        head: what learns in small meta-tests of the network, a key of `model.learner.LEARNERS`.
+        trains_head: whether the head's parameters learn.
+        rates: names of the flags to lower where a step diverges.
+        defaults: values of flags of the script that are not given.
+        model_name: default of `--model_name`; None for the network's.
+        weights: what a model file says of how its weights were made.
+    """
+
+    setup: Setup
+    _: KW_ONLY
+    several: ClassVar[bool] = False
+    head: ClassVar[str] = "adam"
+    trains_head: ClassVar[bool] = True
+    rates: ClassVar[tuple[str, ...]] = ("meta_lr",)
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    model_name: ClassVar[str | None] = None
+    weights: ClassVar[Weights] = "meta-trained"
+    rule: nn.Module | None = field(default=None, init=False)
+    grads: Sequence[Tensor] = field(default=(), init=False)
+
+    @classmethod
+    def inner_loop(cls, flags: Mapping[str, Any], rule: MakeRule | None = None) -> InnerLoop | None:
+        """Settings of the inner loop with these flags; None for a loop without one."""
+        return None
+
+    @classmethod
+    def validate(cls, flags: Mapping[str, Any]) -> None:
+        """Raise UserError where flags contradict each other."""
+
+    def __post_init__(self) -> None:
+        self.net, self.generator = self.setup.net, self.setup.generator
+        self.images = self.setup.images
+        fixed = set() if self.trains_head else {id(p) for p in self.net.head.parameters()}
+        self.learned = [p for p in self.net.parameters() if p.requires_grad and id(p) not in fixed]
+        self.learned += [] if self.rule is None else self.rule.parameters()
+        self.optimizer = Adam(self.learned, self.setup.meta_lr)
+
+    def check(self, images: ImageSet) -> None:
+        """Raise UserError where there are too few images for a step, or too many processes."""
+
+    def draw(self) -> tuple[Any, ...]:
+        """[B, 2] (class, image) of some images of a step, then what `differentiate` is called with."""
+        raise NotImplementedError
+
+    def differentiate(self, *drawn: Any) -> Measured:
+        """Leave the gradient of a step in `grads`."""
+        raise NotImplementedError
+
+    def finite(self) -> bool:
+        """Whether the gradient in `grads` is; waits for the device."""
+        return bool(torch.nn.utils.get_total_norm(self.grads).isfinite())
+
+    def update(self) -> None:
+        """Make one Adam step along `grads`."""
+        self.optimizer.step(self.grads)
+
+    def step(self, *drawn: Any) -> Measured:
+        """Differentiate and update."""
+        measured = self.differentiate(*drawn)
+        self.update()
+        return measured
+
+    def grads_of(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """A tensor for each of `learned`; zero for what has no effect (a bias before a norm)."""
+        return torch.autograd.grad(loss, self.learned, allow_unused=True, materialize_grads=True)
+
+    def classified(self, logits: Tensor, labels: Tensor) -> Measured:
+        """Leave the gradient of the mean cross-entropy of logits [B, K] in `grads`.
+
+        Returns:
+            `loss`, and `accuracy`, the fraction of the labels [B] that have the largest logit.
+        """
+        loss = F.cross_entropy(logits, labels)
+        self.grads = self.grads_of(loss)
+        right = logits.detach().argmax(1) == labels
+        return {"loss": loss.detach(), "accuracy": right.to(loss.dtype).mean()}
+
+
+def gather(pool: Pool, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [..., C, 28, 28], or other rows of a pool, and class ids [...] of an index [..., 2] of (class,
+    image), which may lie on the CPU."""
+    device = pool.rows.device
+    return pool.rows[send(pool.positions(index), device)], send(index, device)[..., 0]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting where that is safe.
+
+    MPS would read the memory after another tensor has taken it.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
