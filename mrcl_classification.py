@@ -7,6 +7,7 @@
     python mrcl_classification.py --resume runs/mrcl_omniglot_0              # go on after an interruption
     python mrcl_classification.py --config configs/prototypes.toml           # for a head of class means
     python mrcl_classification.py --learner iid                              # for Pretrain & Transfer
+    python mrcl_classification.py --config configs/asb.toml                  # without a meta-gradient
     python mrcl_classification.py --meta_batch 2 --processes 2               # two cores, or two GPUs
 
 Each step draws a class, learns its 20 images one by one, and improves the weights it started from so
@@ -104,10 +105,11 @@ def train(
             # What layers draw (dropout) is resumed as well: the generator's state holds its first seed.
             seed_layers(generator.initial_seed() * 2**32 + step)
             shown, *drawn = loop.draw()
-            measured = loop.differentiate(*drawn)
+            measured = loop.gradient(*drawn)
             values = {name: value.item() for name, value in measured.items()}
-            if not (math.isfinite(values["loss"]) and loop.finite()):
+            if not (math.isfinite(values["loss"] + values.get("penalty", 0)) and loop.finite()):
                 generator.set_state(before)
+                loop.undo()
                 stop_diverged(args, arguments, run, loop, step, values["loss"])
             loop.optimizer.lr = args.rate(step - 1)
             loop.update()

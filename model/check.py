@@ -82,6 +82,9 @@ def _faults(net: Network, cuts: Iterable[int], channels: int, second_order: bool
     yield from _faults_of_logits(evaluated, images.double())
     yield from _faults_of_restored(net, images)
     yield from _faults_of_parts(evaluated, cuts, images.double())
+    penalty = precise.penalty()
+    if penalty is not None and (penalty.ndim or not (penalty.requires_grad and penalty.isfinite())):
+        yield f"penalty gives {penalty}, not one finite number that follows from its parameters"
     yield from _faults_of_derivatives(precise, images.double(), labels, second_order)
     without = _without_effect(evaluated, channels)
     if without:

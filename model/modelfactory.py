@@ -163,6 +163,10 @@ class Network(nn.Module):
         """Channels that the first convolution reads; None without one."""
         return next((m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d)), None)
 
+    def penalty(self) -> Tensor | None:
+        """A number that each step of an outer loop adds to its loss; None for none."""
+        return None
+
     @property
     def network(self) -> str:
         """The name of this network in `NETWORKS`, as model files and `--treatment` spell it."""

@@ -1,6 +1,6 @@
 """What outer loops have in common; `model.outer_loops` has them by name.
 
-A step is `draw`, `differentiate` and `update`.
+A step is `draw`, `gradient` and `update`.
 """
 
 from __future__ import annotations
@@ -114,6 +114,18 @@ class OuterLoop:
         """Leave the gradient of a step in `grads`."""
         raise NotImplementedError
 
+    def gradient(self, *drawn: Any) -> Measured:
+        """Differentiate, and add the gradient of the network's penalty to `grads`.
+
+        Returns:
+            what `differentiate` does, and the `penalty` of a network that has one.
+        """
+        measured, penalty = self.differentiate(*drawn), self.net.penalty()
+        if penalty is None:
+            return measured
+        self.grads = [a + b for a, b in zip(self.grads, self.grads_of(penalty), strict=True)]
+        return {**measured, "penalty": penalty.detach()}
+
     def finite(self) -> bool:
         """Whether the gradient in `grads` is; waits for the device."""
         return bool(torch.nn.utils.get_total_norm(self.grads).isfinite())
@@ -122,9 +134,12 @@ class OuterLoop:
         """Make one Adam step along `grads`."""
         self.optimizer.step(self.grads)
 
+    def undo(self) -> None:
+        """Put the network back to where it was before `differentiate`, in a loop that changes it there."""
+
     def step(self, *drawn: Any) -> Measured:
-        """Differentiate and update."""
-        measured = self.differentiate(*drawn)
+        """Take the gradient and update."""
+        measured = self.gradient(*drawn)
         self.update()
         return measured
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from datasets.images import ImageSet
@@ -27,7 +28,7 @@ from datasets.task_sampler import (
     show,
     shuffled_batches,
 )
-from model.method import InnerLoop, MakeRule, Params, kept_rule
+from model.method import Examples, InnerLoop, MakeRule, Params, inner_loop, kept_rule
 from model.modelfactory import head_rows, reset_head, trained_parameters
 from model.outer_loop import Measured, OuterLoop, gather
 from utils.distributed import seed_layers
@@ -42,6 +43,7 @@ class SequenceLoop(OuterLoop):
     Attributes:
         inner: settings of the inner loop.
         params: the parameters that the inner loop changes.
+        meta_loss: gives the loss of the query after the inner loop; see `method.meta_loss`.
     """
 
     rln: Annotated[
@@ -68,6 +70,7 @@ class SequenceLoop(OuterLoop):
         assert inner is not None
         self.inner, self.rule = kept_rule(inner, self.params)
         self.trajectory = {name: getattr(self, name) for name in ("update_step", "tasks", "remember")}
+        self.meta_loss = self.setup.meta_loss
         super().__post_init__()
 
     def check(self, images: ImageSet) -> None:
@@ -92,7 +95,7 @@ class SequenceLoop(OuterLoop):
         # The query ends with the trajectory, so one pass of it through the frozen part serves both loops.
         inputs = self.net.frozen(images, self.params)
         examples = (inputs[-steps:], support), (inputs, labels)
-        loss, logits, _ = self.setup.meta_loss(self.net, self.params, *examples, self.inner)
+        loss, logits, _ = self.meta_loss(self.net, self.params, *examples, self.inner)
         grads = self.grads_of(loss)
         right = (logits.detach().argmax(1) == labels).to(loss.dtype)
         return grads, {
@@ -235,6 +238,55 @@ def _moved(buffer: Tensor, before: Tensor) -> Tensor:
     return torch.where(buffer == before, torch.zeros_like(buffer), buffer - before)
 
 
+@dataclass(eq=False, kw_only=True)
+class AlternatingLoop(SequenceLoop):
+    """Learns without a meta-gradient: inner steps change the network itself, then Adam steps on the query.
+
+    Frati et al., *Reset it and forget it: relearning last-layer weights improves continual and transfer
+    learning* (2024), where it is called alternating sequential and batch learning (ASB), with zapping, which
+    draws the head's row of the class anew. Adam's gradient is that at the weights after the inner steps.
+    """
+
+    @classmethod
+    def inner_loop(cls, flags: Mapping[str, Any], rule: MakeRule | None = None) -> InnerLoop:
+        return InnerLoop(flags["update_lr"], 0, rule)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule is not None:
+            raise UserError("--learner asb has no meta-gradient that an --inner_rule could learn by")
+        self.meta_loss = _loss_after
+
+    def differentiate(self, trajectory: Trajectory) -> Measured:
+        """Reset head rows, make the inner steps and leave the gradient of the query's loss in `grads`.
+
+        Returns:
+            as `TrajectoryLoop.differentiate`.
+        """
+        self.before = [value.clone() for value in self.net.state_dict().values()]
+        if self.reset:
+            reset_head(self.net, self.generator, trajectory.classes)
+        images, labels = gather(self.images, trajectory.query)
+        self.grads, measured = self._meta_grads(images, labels, labels[-len(trajectory.support) :])
+        return measured
+
+    def undo(self) -> None:
+        for value, before in zip(self.net.state_dict().values(), self.before, strict=True):
+            value.copy_(before)
+
+
+def _loss_after(
+    net: nn.Module, params: Params, support: Examples, query: Examples, inner: InnerLoop
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `method.meta_loss`, at the params themselves, which the inner loop changes in place."""
+    fast_params, inner_losses = inner_loop(net, params, *support, inner)
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(fast_params[name])
+    logits: Tensor = net(query[0])
+    return F.cross_entropy(logits, query[1]), logits, inner_losses
+
+
 def prototype_logits(features: Tensor, shots: int, leave_one_out: bool = False) -> Tensor:
     """Logits of the queries of an episode: minus squared distance to each class mean, over sqrt(F).
 
@@ -371,5 +423,6 @@ OUTER_LOOPS: dict[str, type[OuterLoop]] = {
     "sgd": TrajectoryLoop,
     "prototypes": EpisodeLoop,
     "iid": BatchLoop,
+    "asb": AlternatingLoop,
 }
 """What `--learner` of a training may name. An entry is called with a `Setup` and its own flags."""

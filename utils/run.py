@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from utils.command_line import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, refusing, try_to_write
-from utils.files import write_text
+from utils.files import read_text, write_text
 from utils.flag import Flags
 
 log = logging.getLogger("anml")
@@ -182,14 +182,18 @@ class Run:
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`; the first row's keys are its columns.
 
+        The first row of a run that is resumed may add columns, which are empty in the rows before.
+
         Raises:
             UserError: the file cannot be written.
-            ValueError: the keys differ from the first row's.
+            ValueError: a key is not one of the first row's.
         """
         if not self._writes:
             return
         with _writing(self.folder):
             if self._metrics is None:
+                if self._columns is not None:
+                    self._columns = _with_columns(self.folder / "metrics.csv", self._columns, row)
                 # Line-buffered, so that a killed run keeps its rows.
                 file = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
                 self._metrics = self._opened.enter_context(file)
@@ -357,6 +361,16 @@ def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
         log.warning("%s lacks %d of the %d steps done", path, done - len(wanted), done)
     write_text(path, "".join(f"{','.join(row)}\r\n" for row in ([header, *wanted] if kept else [])))
     return tuple(header) if kept else None
+
+
+def _with_columns(path: Path, columns: tuple[str, ...], row: Iterable[str]) -> tuple[str, ...]:
+    """Add the keys of a row to a file with these columns, empty; returns the columns of the file then."""
+    new = [key for key in row if key not in columns]
+    if new:
+        header, *rows = read_text(path).splitlines()
+        lines = [",".join([header, *new]), *(line + "," * len(new) for line in rows)]
+        write_text(path, "".join(f"{line}\r\n" for line in lines))
+    return (*columns, *new)
 
 
 def _circumstances() -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""Alternating learning, a penalty and the schedule: steps against torch's own, and runs of the script."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+
+from datasets.task_sampler import sample_trajectory
+from flags.training import Training
+from model.check import check_network
+from model.modelfactory import ANML, NETWORKS, head_rows, reset_head, trained_parameters
+from model.outer_loop import OuterLoop, Setup
+from model.outer_loops import OUTER_LOOPS, AlternatingLoop
+from tests.conftest import ROOT, Trainer, assert_same_run, pooled, rows
+from tests.model.test_method import CLASSES, images, network
+from utils.command_line import parse
+from utils.errors import UserError
+from utils.files import load_checkpoint
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize(("kind", "rln"), [("ANML", 7), ("sANML", 0)])
+def test_alternating_steps_are_those_of_torch(kind: str, rln: int, momentum: float) -> None:
+    """Two steps, so that Adam's moments count, by SGD and Adam of torch.optim on a copy."""
+    net, pixels = network(kind)[0], images(CLASSES, 20)
+    assert rln == net.rln_training
+    other, (ours, theirs) = copy.deepcopy(net), (torch.Generator().manual_seed(7) for _ in range(2))
+    rule: Any = {0: None, 0.9: parse(Training, ["--inner_rule=momentum"]).make_rule}[momentum]
+    loop = AlternatingLoop(
+        Setup(net, pooled(pixels), ours, meta_lr=0.001, rule=rule), update_step=5, update_lr=0.01
+    )
+    adam = torch.optim.Adam(other.parameters(), 0.001)
+    for _ in range(2):
+        trajectory = sample_trajectory([20] * CLASSES, torch.Generator().manual_seed(1), update_step=5)
+        step = loop.step(trajectory)
+
+        reset_head(other, theirs, trajectory.classes)
+        learned = [other.get_parameter(name) for name in trained_parameters(other, rln)]
+        sgd = torch.optim.SGD(learned, 0.01, momentum=momentum)
+        for label, number in trajectory.support.tolist():
+            sgd.zero_grad()
+            F.cross_entropy(other(pixels[label, number][None]), torch.tensor([label])).backward()
+            sgd.step()
+        adam.zero_grad()
+        labels = trajectory.query[:, 0]
+        loss = F.cross_entropy(other(pixels[labels, trajectory.query[:, 1]]), labels)
+        loss.backward()
+        adam.step()
+        torch.testing.assert_close(step["loss"], loss.detach(), rtol=1e-10, atol=0)
+    for name, parameter in net.named_parameters():
+        if name not in net.no_effect:  # whose gradients are rounding, which Adam scales up
+            torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-8, atol=1e-10)
+
+
+def test_alternating_learning_without_inner_steps_or_zapping_is_plain_training() -> None:
+    net, pixels = network("sANML")[0], images(CLASSES, 20)
+    before = {name: net.get_parameter(name).detach().clone() for name in head_rows(net)}
+    loop = AlternatingLoop(
+        Setup(net, pooled(pixels), torch.Generator(), meta_lr=0.001), update_lr=1e-300, reset=False
+    )
+    loop.gradient(loop.draw()[1])
+    for name, value in before.items():
+        torch.testing.assert_close(net.get_parameter(name).detach(), value, rtol=0, atol=0)
+
+
+def test_alternating_learning_as_a_run(trainer: Trainer, cache: Path) -> None:
+    """Resumed to the same bits; where it diverges, the weights are those before the step."""
+    asb = ["--learner=asb", "--update_lr=0.01", "--backend=auto"]
+    trainer(*asb, "--steps=4", "--name=whole")
+    trainer(*asb, "--steps=2", "--name=part")
+    trainer.run = Path("runs/part_0")
+    trainer.resume("--steps=4")
+    assert_same_run(Path("runs/whole_0"), Path("runs/part_0"))
+    again = ["--checkpoint", "--saved_model=runs/whole_0/model.net", "--update_lr=1e30", "--no-reset"]
+    with pytest.raises(UserError, match=r"^step 1: .* with --meta_lr 0.001 --update_lr 1e\+30 .* one of"):
+        trainer(*asb, *again, "--name=high")
+    kept, before = (load_checkpoint(Path(f"runs/{name}_0/model.net")) for name in ("high", "whole"))
+    torch.testing.assert_close(kept.state_dict, before.state_dict, rtol=0, atol=0)
+    with pytest.raises(UserError, match="--learner asb has no meta-gradient"):
+        trainer(*asb, "--inner_rule=meta_sgd")
+    with pytest.raises(UserError, match="--first_order means nothing with --learner asb: it belongs to"):
+        trainer(*asb, "--first_order")
+    for treatment in ("ANML", "sANML"):
+        preset = parse(Training, [f"--config={ROOT}/configs/asb.toml", f"--treatment={treatment}"])
+        assert (preset.learner, preset.steps, preset.loop["rln"]) == ("asb", 9000, None)
+
+
+class Decayed(ANML):
+    """ANML, with a term that makes its head's weights small."""
+
+    no_effect = ()
+
+    def __init__(
+        self, nm_channels: int = 2, pln_channels: int = 2, num_classes: int = 20, decay: float = 0.0
+    ) -> None:
+        super().__init__(nm_channels, pln_channels, num_classes)
+
+    def penalty(self) -> Tensor:
+        return float(self.widths["decay"]) * self.head.get_parameter("weight").square().sum()
+
+
+SCHEDULE = ["--no-cosine", "--warm_up=2"]
+LOOPS = {"sgd": "--update_step=2", "asb": "--update_step=2", "prototypes": "--ways=5", "iid": ""}
+
+
+@pytest.mark.parametrize("learner", LOOPS)
+def test_a_penalty_counts_once_in_every_loop(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "Decayed", Decayed)
+    kind = OUTER_LOOPS[learner]
+    flags = parse(Training, [f"--learner={learner}", *LOOPS[learner].split()]).loop
+
+    def gradient(decay: float) -> tuple[OuterLoop, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        net = Decayed(decay=decay).double().train()
+        loop = kind(
+            Setup(net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1), meta_lr=0.1), **flags
+        )
+        return loop, loop.gradient(*loop.draw()[1:])
+
+    (plain, _), (decayed, measured) = gradient(0), gradient(0.5)
+    weight = decayed.net.get_parameter("head.weight")
+    torch.testing.assert_close(measured["penalty"], 0.5 * weight.detach().square().sum())
+    for parameter, ours, theirs in zip(decayed.learned, decayed.grads, plain.grads, strict=True):
+        torch.testing.assert_close(ours, theirs + weight.detach() if parameter is weight else theirs)
+
+
+def test_a_penalty_in_a_run(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strength 0 is the run without, to the digit; a run that began without goes on with it."""
+    trainer("--steps=2", "--name=base", "--meta_batch=2")
+    monkeypatch.setattr(ANML, "penalty", lambda net: 0 * net.head.weight.sum())
+    trainer("--steps=2", "--name=none", "--meta_batch=2")
+    found = [{**row, "penalty": ""} for row in rows(Path("runs/none_0"))]
+    assert found == [{**row, "penalty": ""} for row in rows(Path("runs/base_0"))]
+    monkeypatch.setattr(ANML, "penalty", lambda net: net.head.weight.square().sum())
+    trainer.run = Path("runs/base_0")
+    trainer.resume("--steps=4")
+    trainer.resume("--steps=5")
+    penalties = [row["penalty"] for row in rows(trainer.run)]
+    assert (penalties[:2], len(penalties)) == (["", ""], 5)
+    assert all(float(penalty) > 1 for penalty in penalties[2:])
+    monkeypatch.setattr(ANML, "penalty", lambda net: torch.tensor(math.nan))
+    with pytest.raises(UserError, match=r"network ANML: penalty gives .*nan"):
+        check_network("ANML", {"nm_channels": 2, "pln_channels": 2})
+
+
+def test_the_schedule_is_that_of_all_loops(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = parse(Training, ["--steps", "8", "--meta_lr", "0.1", "--warm_up", "4", "--cosine"])
+    expected = [0.1 * min(1, (k + 1) / 4) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(9)]
+    assert [flags.rate(k) for k in range(9)] == pytest.approx(expected)
+    assert parse(Training, ["--learner=prototypes"]).cosine
+    rates: list[float] = []
+    plain_update = OuterLoop.update
+
+    def update(loop: OuterLoop) -> None:
+        rates.append(loop.optimizer.lr)
+        plain_update(loop)
+
+    monkeypatch.setattr(OuterLoop, "update", update)
+    trainer.flags.remove("--update_step=2")
+    for learner, typed in LOOPS.items():
+        rates.clear()
+        trainer(f"--learner={learner}", *typed.split(), "--treatment=ANML", "--meta_lr=0.1", *SCHEDULE)
+        assert rates == pytest.approx([0.05, 0.1, 0.1, 0.1])
+    trainer.run = Path("runs/smoke_0")
+    trainer.resume("--steps=5")
+    assert rates[-1] == 0.1
+    assert "--warm_up is 3 and was 2" in trainer.refused("--warm_up=3")
+    with_cosine = Path("runs/cosine_0")
+    trainer("--cosine", "--name=cosine")
+    trainer.run = with_cosine
+    assert "--steps is 9 and was 4" in trainer.refused("--steps=9")
