@@ -17,7 +17,7 @@ With `--nested` one pass over a draw serves all class counts.
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
+import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 

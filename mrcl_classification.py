@@ -16,7 +16,7 @@ that afterwards these images and 64 others of all classes are classified right.
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
+import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 
@@ -24,7 +24,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -40,7 +41,7 @@ from model.modelfactory import Network, build, fingerprint, restore
 from model.outer_loop import OuterLoop, Setup, gather
 from model.outer_loops import OUTER_LOOPS
 from model.training_state import load_state, restore_training, save_model, save_progress, state_of
-from utils.command_line import parse, plain, recorded
+from utils.command_line import as_tokens, parse, plain, recorded
 from utils.distributed import (
     Group,
     Interrupt,
@@ -57,6 +58,9 @@ from utils.files import Checkpoint, check_writable, load_checkpoint
 from utils.run import Progress, Run, log_to_terminal
 
 log = logging.getLogger("anml")
+
+OnStep = Callable[[int, Mapping[str, float], Network], object]
+"""Called with the number of a step, from 1 on, what was measured in it, and the network."""
 
 
 def initial_network(args: Training, state: Checkpoint | None) -> Network:
@@ -87,7 +91,7 @@ def make_loop(args: Training, net: Network, images: Pool, group: Group, backend:
     return OUTER_LOOPS[args.learner](setup, **args.loop)
 
 
-def train(
+def steps(
     args: Training,
     arguments: Mapping[str, Any],
     run: Run,
@@ -95,6 +99,7 @@ def train(
     group: Group,
     interrupt: Interrupt,
     done: int,
+    on_step: OnStep | None,
 ) -> int:
     """Train after `done` steps until `--steps` or a signal; returns the number of steps done."""
     generator = loop.generator
@@ -124,6 +129,8 @@ def train(
                 save_model(run.folder / f"model_{step}.net", state_of(run, loop, step, arguments))
             if step % args.save_every == 0 and step < args.steps:
                 save_progress(run, loop, step, arguments)
+            if on_step is not None:
+                on_step(step, values, loop.net)
             if interrupt.agree(group):
                 break
     return progress.step
@@ -159,9 +166,24 @@ def stop_diverged(
     )
 
 
-def main() -> None:
-    args = parse(Training)
-    run_as(args.processes)
+def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **arguments: Any) -> Path:
+    """Meta-train, as the command line does.
+
+    Args:
+        argv: flags as they are typed.
+        on_step: called after each step.
+        arguments: flags by name.
+
+    Returns:
+        the run folder.
+
+    Raises:
+        UserError: a flag or what it names is wrong, or the training diverges.
+        SystemExit: a signal ended the training.
+    """
+    argv = [*argv, *as_tokens(arguments)]
+    args = parse(Training, argv)
+    run_as(args.processes, argv)
     log_to_terminal()
     device = choose_device(args.device, args.threads)
     kind = OUTER_LOOPS[args.learner]
@@ -169,6 +191,9 @@ def main() -> None:
     if not kind.several:
         refuse_several(f"--learner {args.learner}")
     group = join(device, recorded(args))
+    batch = args.loop.get("meta_batch", group.size)
+    if batch < group.size:
+        raise UserError(f"--meta_batch {batch} is too few for {group.size} processes to share")
     state = load_state(args.resume) if args.resume else None
     done = state.step if state else 0
     if done > args.steps:
@@ -201,7 +226,7 @@ def main() -> None:
         restore_training(state, loop, str(args.resume))
     same = {"data": images.data_hash[:12], "weights": fingerprint(net)[:12], "steps done": done}
     group.check_same({**same, "backend": backend.name})
-    arguments = recorded(args) | plain(vars(plan))
+    settings = recorded(args) | plain(vars(plan))
     extra = {"plan": plain(vars(plan), absolute=True), "device": str(device), **images.about()}
     extra |= {"backend": backend.name, "backend_why": backend.why}
     with (
@@ -209,12 +234,17 @@ def main() -> None:
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
     ):
         log.info("run folder %s, device %s", run.folder, device)
-        step = train(args, arguments, run, loop, group, interrupt, done)
-        save_progress(run, loop, step, arguments)
+        step = steps(args, settings, run, loop, group, interrupt, done, on_step)
+        save_progress(run, loop, step, settings)
         log.info("step %d of %d: model written to %s", step, args.steps, plan.model_name)
         group.leave()
     if step < args.steps:
         sys.exit(interrupt.exit_code)
+    return run.folder
+
+
+def main() -> None:
+    train(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,18 @@ from typing import Any, ClassVar, Literal
 from datasets import DATASETS, Source
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS
-from utils.flag import Flags, Heading, arguments_of, choice, file_path, flag, whole
+from utils.flag import (
+    PROJECT,
+    Flags,
+    Heading,
+    arguments_of,
+    choice,
+    existing,
+    file_path,
+    flag,
+    in_project,
+    whole,
+)
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
@@ -73,8 +84,10 @@ class DataFlags(Flags):
     options: dict[str, Any] = arguments_of("dataset", DATASETS, "data")
 
     def source(self) -> Source:
-        """The images that these flags name."""
-        return Source(self.dataset, self.dataset_path, self.cache_dir, self.options)
+        """The images that these flags name; from another folder those of the project, if it has some."""
+        root = in_project(self.dataset_path)
+        cache = self.cache_dir if root == self.dataset_path else PROJECT / self.cache_dir
+        return Source(self.dataset, root, cache, self.options)
 
 
 class RunFlags(Flags):
@@ -91,5 +104,5 @@ class RunFlags(Flags):
         "fast on the CPU and on CUDA, plain elsewhere",
     )
     config: Path | None = flag(
-        None, file_path, "TOML file of flags, which flags typed here override", metavar="FILE"
+        None, existing, "TOML file of flags, which flags typed here override", metavar="FILE"
     )

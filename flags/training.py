@@ -21,6 +21,7 @@ from utils.flag import (
     Heading,
     arguments_of,
     choice,
+    existing,
     file_path,
     flag,
     folder_name,
@@ -115,7 +116,7 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         "so that the same seed does not repeat those that made them",
     )
     saved_model: Path | None = flag(
-        None, file_path, "model file to start from, with --checkpoint", metavar="FILE"
+        None, existing, "model file to start from, with --checkpoint", metavar="FILE"
     )
 
     @classmethod

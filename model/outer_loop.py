@@ -65,7 +65,7 @@ class OuterLoop:
         learned: the parameters that learn.
         grads: the gradient that `differentiate` leaves, a tensor for each of `learned`.
         optimizer: Adam on `learned`; the run sets its `lr` before each update.
-        several: whether processes can share a step.
+        several: whether processes can share a step, each a part of `--meta_batch`.
         head: what learns in small meta-tests of the network, a key of `model.learner.LEARNERS`.
         trains_head: whether the head's parameters learn.
         rates: names of the flags to lower where a step diverges.
@@ -104,7 +104,7 @@ class OuterLoop:
         self.optimizer = Adam(self.learned, self.setup.meta_lr)
 
     def check(self, images: ImageSet) -> None:
-        """Raise UserError where there are too few images for a step, or too many processes."""
+        """Raise UserError where there are too few images for a step."""
 
     def draw(self) -> tuple[Any, ...]:
         """[B, 2] (class, image) of some images of a step, then what `differentiate` is called with."""

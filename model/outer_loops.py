@@ -154,12 +154,6 @@ class TrajectoryLoop(SequenceLoop):
         capture = self.setup.capture
         self.meta_grads = capture(self._meta_grads, self.net) if capture else self._meta_grads
 
-    def check(self, images: ImageSet) -> None:
-        super().check(images)
-        size = self.setup.group.size
-        if self.meta_batch < size:
-            raise UserError(f"--meta_batch {self.meta_batch} is too few for {size} processes to share")
-
     def draw(self) -> tuple[Any, ...]:
         """The remember set of the first trajectory, then the trajectories."""
         size = self.images.sizes, self.generator

@@ -10,7 +10,7 @@ KNN accuracy are those of 5 others. Of classes with equal votes the one with the
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
+import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 

@@ -7,7 +7,7 @@ It is made with its default arguments; each fault is one line that names the cau
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
+import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 

@@ -6,7 +6,7 @@ python -m tools.compare_results results/anml.csv runs/Omni_test_traj_3/results.j
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
+import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 

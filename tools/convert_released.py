@@ -13,7 +13,7 @@ read here without running anything (`Reader`). The names and order of both are:
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
+import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 

@@ -12,7 +12,7 @@ Two figures, each as PNG and PDF: `<name>_curves`, accuracy against the number o
 
 from __future__ import annotations
 
-import utils.start  # noqa: F401 (before torch)
+import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 

@@ -249,6 +249,19 @@ def _spelled(action: argparse.Action, value: object) -> list[str]:
     return [f"{name}={item}" for item in values] or [name]
 
 
+def as_tokens(arguments: Mapping[str, Any]) -> list[str]:
+    """What one would type for flags by name: True or False for a switch, a list for several values, None for
+    a flag that is not given."""
+    tokens = []
+    for name, value in arguments.items():
+        if isinstance(value, bool):
+            tokens.append(f"--{name}" if value else f"--no_{name}")
+        elif value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            tokens += [f"--{name}={item}" for item in values]
+    return tokens
+
+
 def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     """Read the command line (`argv`, default that of the process) and the config file it names.
 

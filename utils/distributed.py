@@ -51,18 +51,21 @@ def refuse_several(what: str) -> None:
         raise UserError(f"{what} runs in one process: start it without --processes and torchrun")
 
 
-def run_as(processes: int) -> None:
+def run_as(processes: int, argv: Sequence[str] | None = None) -> None:
     """Run this script as `processes` processes of this machine, and leave with their exit code.
 
     torch's launcher starts them, as torchrun does with the same command. The launcher passes signals on.
     Where a process fails, the launcher ends the others, and the exit code is that of the failed process.
-    The processes share the cores. With one process, and within a job, this function returns at once.
+    The processes share the cores. `argv` holds the flags of the run. With one process, and within a job, this
+    function returns at once.
 
     Raises:
-        UserError: the processes cannot be started.
+        UserError: the processes cannot be started, or the flags are not those of the command line.
     """
     if processes == 1 or launched():
         return
+    if argv is not None and [*argv] != sys.argv[1:]:
+        raise UserError(f"--processes {processes} starts a script anew: give the flags on the command line")
     # Here, since these take a while to import.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -33,6 +33,7 @@ Reader = Callable[[str], Any]
 """Makes a value of a text, or raises ArgumentTypeError."""
 
 KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+PROJECT = Path(__file__).parents[1]
 REQUIRED = inspect.Parameter.empty  # the default of an argument that has none
 
 
@@ -314,6 +315,17 @@ def file_path(text: str) -> Path:
     """
     path = os.path.expanduser(reader(str)(text))  # noqa: PTH111 (pathlib takes ./~ for ~)
     return Path(path)
+
+
+def existing(text: str) -> Path:
+    """The path of what is to be read. A relative path that leads nowhere is one within the project."""
+    return in_project(file_path(text))
+
+
+def in_project(path: Path) -> Path:
+    """A path as it is, or where nothing is there, and in the folder of the project something, that of the
+    project."""
+    return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
 
 
 def folder_name(text: str) -> str:
