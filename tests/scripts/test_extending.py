@@ -1,0 +1,90 @@
+"""The examples of docs/extending.md for trainings, run where the page puts them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import mrcl_classification
+from model import method, modelfactory, outer_loops
+from tests.conftest import ROOT, Trainer, process, rows
+from utils.errors import UserError
+
+PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+
+IID = "--learner=iid", "--learner=smoothed"
+
+
+def example(tag: str) -> str:
+    code = PAGE.split(f"<!-- {tag} -->")[1].split("```")[1].removeprefix("python\n")
+    assert code.count("\n") <= 15
+    return code
+
+
+def losses(run: str) -> list[str]:
+    return [row["loss"] for row in rows(Path(f"runs/{run}_0"))]
+
+
+@pytest.mark.parametrize(
+    ("tag", "module", "table", "base", "flags", "strength"),
+    [
+        ("inner rule", method, method.INNER_RULES, "", "--inner_rule=averaged", "--keep"),
+        ("outer loop", outer_loops, outer_loops.OUTER_LOOPS, *IID, "--smoothing"),
+        ("penalty", modelfactory, modelfactory.NETWORKS, "", "--treatment=Decayed", "--decay"),
+    ],
+)
+def test_an_entry_of_a_table(
+    tag: str,
+    module: ModuleType,
+    table: dict[str, Any],
+    base: str,
+    flags: str,
+    strength: str,
+    trainer: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Strength 0 gives the numbers of the base, to the digit; one half gives others."""
+    if base:  # a network that knows no --nm_channels
+        trainer.flags = [
+            *["--dataset=glyphs", "--pln_channels=4", "--steps=4", "--threads=1"],
+            trainer.flags[-1],
+        ]
+    monkeypatch.setitem(table, flags.partition("=")[2], None)  # to be forgotten afterwards
+    exec(compile(example(tag), tag, "exec"), {**vars(module)})  # noqa: S102 (our own documentation)
+    trainer(*base.split(), "--name=base")
+    trainer(flags, f"{strength}=0", "--name=none")
+    trainer(flags, f"{strength}=0.5", "--name=half")
+    assert losses("base") == losses("none") != losses("half")
+    assert len(losses("half")) == 4
+
+
+def test_from_python(tmp_path: Path) -> None:
+    code = example("from python").replace("path/to/this/project", str(ROOT))
+    Path(tmp_path, "mine.py").write_text(f"{code}\nprint(folder, len(losses))\n", encoding="utf-8")
+    done = process(tmp_path, sys.executable, "mine.py", PYTHONPATH="")
+    assert done.stdout.splitlines()[-1:] == [f"{Path('runs/smoke_0')} 3"], done.stderr
+    assert (tmp_path / "runs/smoke_0/model.net").exists()
+    code = f"import sys, types; sys.modules['datasets'] = types.ModuleType('datasets')\n{code}"
+    Path(tmp_path, "mine.py").write_text(code, encoding="utf-8")
+    taken = process(tmp_path, sys.executable, "mine.py", PYTHONPATH="").stderr.splitlines()[-1]
+    assert taken.startswith("ImportError: another package called 'datasets' is loaded already")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"steps": "many"}, "argument --steps: 'many' is not a whole number"),
+        ({"stepz": 3}, "unrecognized arguments: --stepz=3"),
+        ({"reset": 3}, "argument --reset"),
+        ({"processes": 2}, "--processes 2 starts a script anew"),
+        ({"learner": "iid", "ways": 3}, "--ways means nothing with --learner iid: it belongs to"),
+    ],
+)
+def test_arguments_by_name(arguments: Mapping[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        mrcl_classification.train(**arguments)
