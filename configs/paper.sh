@@ -90,7 +90,7 @@ evaluate() {
   local name=$1 time=$2 training=$3 folder=runs/paper_$1_0
   shift 3
   local command=("$PYTHON" evaluate_classification.py --name "paper_$name" --dataset-path "$ROOT" "$@")
-  among --learner "$@" || command+=(--test) # heads that need no gradient have no rate to choose
+  among --learner "$@" || among --lr "$@" || command+=(--test) # else there is no rate to choose
   RESULTS+=("$name" "$folder/results.csv" "$training" "$(typed "${command[@]}")")
   if [[ -d $folder ]]; then
     command+=(--resume "$folder")

@@ -190,7 +190,8 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     def idle(self) -> Mapping[str, str]:
         learner = f"--learner {self.learner}"
         others = [head for head in headed(type(self)) if "of --learner" in head and learner not in head]
-        return {name: learner for head in others for name in headed(type(self))[head]}
+        of_checks = {} if self.eval_every else {"eval_classes": f"--eval_every {self.eval_every}"}
+        return of_checks | {name: learner for head in others for name in headed(type(self))[head]}
 
     def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:
