@@ -33,6 +33,7 @@ log = logging.getLogger("anml")
 SPLITS = ("background", "evaluation")  # for meta-training and for meta-test; the two share no class
 SIZE = 28  # pixels, side of the images that networks see
 FILTER = Image.Resampling.LANCZOS  # as in the released code
+INVERTED = "light and dark seem to be exchanged, compared with the pictures that the network was trained on"
 PART = 500  # images made at a time
 SECONDS = 0.03  # for images made anew before a cache is used; four are made however long they take
 Make = Callable[[Sequence[int]], NDArray[np.uint8]]
@@ -225,6 +226,13 @@ class ImageSet:
         return Pool(normalise(self.images.to(device)).to(dtype), self.sizes)
 
 
+def inverted(images: Tensor, normalisation: Normalisation) -> bool:
+    """Whether light and dark of uint8 images are exchanged, as their mean says, for a network that is used to
+    a normalisation."""
+    usual, mean = sum(normalisation.mean) / len(normalisation.mean), images.float().mean().item()
+    return abs(mean - usual) > max(100, abs(255 - mean - usual))  # of no images the mean is NaN
+
+
 def _as_images(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
     """[B, C, 28, 28] of uint8 [B, 28, 28] or [B, C, 28, 28]. Raises ValueError for another shape or type."""
     images = torch.as_tensor(pixels)
@@ -247,15 +255,12 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
         ValueError: another shape or type.
 
     Warns:
-        UserWarning: images that look like light ink on dark paper, for a network trained on Omniglot.
+        UserWarning: images that look like light ink on dark paper, for a network trained on dark ink on light
+            paper such as Omniglot's, or the other way round.
     """
     images = _as_images(pixels)
-    if normalisation == OMNIGLOT and images.float().mean() < 128:  # the mean of no images is NaN
-        warnings.warn(
-            "most pixels are dark: the networks have seen dark ink (0) on light paper (255); 255 - images "
-            "turns the one into the other",
-            stacklevel=2,
-        )
+    if inverted(images, normalisation):
+        warnings.warn(f"{INVERTED}: 255 - images turns the one into the other", stacklevel=2)
     return normalisation(images)
 
 
