@@ -15,6 +15,10 @@ that afterwards these images and 64 others of all classes are classified right.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 import utils.start  # noqa: F401 (before torch)
 
 # isort: split
@@ -22,7 +26,6 @@ import utils.start  # noqa: F401 (before torch)
 import inspect
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -31,6 +34,7 @@ import numpy as np
 import torch
 
 from datasets import ImageSet, Pool
+from evaluation.plots import load_matplotlib
 from evaluation.runs import gate_statistics, validate
 from flags.training import Plan, Training
 from model.check import check_network
@@ -39,7 +43,14 @@ from model.guard import Backend, Use
 from model.method import InnerLoop
 from model.modelfactory import Network, build, fingerprint, restore
 from model.outer_loops import OUTER_LOOPS, OuterLoop, gather
-from model.training_state import load_state, restore_training, save_model, save_progress, state_of
+from model.training_state import (
+    keep_foreign,
+    load_state,
+    restore_training,
+    save_model,
+    save_progress,
+    state_of,
+)
 from utils.command_line import parse, plain, recorded
 from utils.distributed import (
     Group,
@@ -128,6 +139,7 @@ def train(
 def check_images(args: Training, images: ImageSet) -> None:
     """Raise UserError where the images are too few for the checks that are asked for."""
     if args.eval_every:
+        load_matplotlib()
         images.require(2, f"--eval_every {args.eval_every}")
         if args.eval_classes > len(images):
             raise UserError(
@@ -203,6 +215,7 @@ def main() -> None:
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
     ):
         log.info("run folder %s, device %s", run.folder, device)
+        keep_foreign(run, plan.model_name)
         step = train(args, arguments, run, loop, group, interrupt, done)
         save_progress(run, loop, step, arguments)
         log.info("step %d of %d: model written to %s", step, args.steps, plan.model_name)
