@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import folder, glyphs, omniglot
-from datasets.images import (
-    INVERTED,
-    OMNIGLOT,
-    ImageSet,
-    Normalisation,
-    Pool,
-    inverted,
-    normalise,
-    reason,
-)
+from datasets.images import OMNIGLOT, ImageSet, Normalisation, Pool, normalise, reason
 from utils.errors import UserError
 
 __all__ = ["DATASETS", "OMNIGLOT", "ImageSet", "Normalisation", "Pool", "Source", "normalise"]
@@ -67,8 +58,8 @@ class Source:
             UserError: the images are missing, damaged or incomplete. No other data ever takes their place.
         """
         images = self._read(split)
-        if normalisation and split == "evaluation" and inverted(images.images, normalisation):
-            log.warning("%s: %s: invert the pictures", images.name, INVERTED)
+        if normalisation and split == "evaluation" and (fault := normalisation.fault_of(images.images)):
+            log.warning("%s: %s", images.name, fault)
         normalisation = normalisation or images.normalisation or self._read("background").statistics()
         counts = " to ".join(str(size) for size in dict.fromkeys((min(images.sizes), max(images.sizes))))
         kind = "grey" if images.images.shape[1] == 1 else "colour"

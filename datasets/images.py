@@ -33,7 +33,6 @@ log = logging.getLogger("anml")
 SPLITS = ("background", "evaluation")  # for meta-training and for meta-test; the two share no class
 SIZE = 28  # pixels, side of the images that networks see
 FILTER = Image.Resampling.LANCZOS  # as in the released code
-INVERTED = "light and dark seem to be exchanged, compared with the pictures that the network was trained on"
 PART = 500  # images made at a time
 SECONDS = 0.03  # for images made anew before a cache is used; four are made however long they take
 Make = Callable[[Sequence[int]], NDArray[np.uint8]]
@@ -75,6 +74,14 @@ class Normalisation:
     def arguments(self) -> dict[str, list[float]]:
         """The arguments in a model file that name this normalisation; see :meth:`of`."""
         return {"pixel_mean": list(self.mean), "pixel_std": list(self.std)}
+
+    def fault_of(self, pixels: Tensor) -> str | None:
+        """What is wrong with uint8 images whose mean is nearer to this one with light and dark exchanged."""
+        usual, mean = sum(self.mean) / len(self.mean), pixels.float().mean().item()  # of no images NaN
+        text = (
+            "light and dark seem to be exchanged: a network trained on dark ink takes 255 - images of light"
+        )
+        return text if abs(mean - usual) > max(100, abs(255 - mean - usual)) else None
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """float32 [N, C, H, W] of uint8 images; with three means, grey images get three channels."""
@@ -226,13 +233,6 @@ class ImageSet:
         return Pool(normalise(self.images.to(device)).to(dtype), self.sizes)
 
 
-def inverted(images: Tensor, normalisation: Normalisation) -> bool:
-    """Whether light and dark of uint8 images are exchanged, as their mean says, for a network that is used to
-    a normalisation."""
-    usual, mean = sum(normalisation.mean) / len(normalisation.mean), images.float().mean().item()
-    return abs(mean - usual) > max(100, abs(255 - mean - usual))  # of no images the mean is NaN
-
-
 def _as_images(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
     """[B, C, 28, 28] of uint8 [B, 28, 28] or [B, C, 28, 28]. Raises ValueError for another shape or type."""
     images = torch.as_tensor(pixels)
@@ -259,8 +259,8 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
             paper such as Omniglot's, or the other way round.
     """
     images = _as_images(pixels)
-    if inverted(images, normalisation):
-        warnings.warn(f"{INVERTED}: 255 - images turns the one into the other", stacklevel=2)
+    if fault := normalisation.fault_of(images):
+        warnings.warn(fault, stacklevel=2)
     return normalisation(images)
 
 

@@ -65,10 +65,9 @@ def load_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a library that is half there raises nearly anything
-        library, why = name.partition(".")[0], str(error) or type(error).__name__
-        raise UserError(
-            f"cannot import {library}: {why}; install it again: pip install -r requirements.txt"
-        ) from error
+        library, why = name.partition(".")[0], " ".join(str(error).split()) or type(error).__name__
+        remedy = "unset what is wrong in its settings, or pip install -r requirements.txt"
+        raise UserError(f"cannot import {library}: {why}; {remedy}") from error
 
 
 def say(text: str) -> None:
