@@ -392,6 +392,9 @@ def test_a_tracked_evaluation_leaves_table_and_picture(evaluate: Evaluate) -> No
     first = read_results(tracked).rows[2]
     assert sum(float(row["test"]) for row in rows[-5:]) / 5 == pytest.approx(first["test"])
     assert (tracked / "forgetting_5.png").read_bytes().startswith(b"\x89PNG")
+    config = (tracked / "config.json").read_text()
+    assert '"lrs": null' in config  # an earlier commit recorded flags that mean nothing with --lr
+    (tracked / "config.json").write_text(config.replace('"lrs": null', '"lrs": [0.1]'))
     evaluate(f"--resume {tracked} --runs 3")
     for n in (2, 5):  # once, and not lost with the points of the first process
         assert [image.step for image in events(tracked).Images(f"meta_test/forgetting_{n}")] == [n]
