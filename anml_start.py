@@ -1,10 +1,11 @@
-"""What has to happen before torch is loaded: each script imports this module first.
+"""What has to happen before torch is loaded, which this module loads: each script imports this module first.
 
 Threads of OpenMP spin while they wait for each other. A thread that spins on the core that another run needs
 makes both several times slower. `docs/performance.md` has the table that this number comes from.
 
 The project's packages have names that others have as well. Importing this module raises ImportError where
-another package of one of these names is loaded already; afterwards the project's come first.
+another package of one of these names is loaded already. A library that cannot be imported ends the process
+with one line.
 """
 
 from __future__ import annotations
@@ -27,5 +28,12 @@ for name in ("datasets", "evaluation", "flags", "model", "tools", "utils"):
             f"another package called {name!r} is loaded already ({file}): run the scripts of {ROOT} in a "
             "process of their own, or import them before it"
         )
-if str(ROOT) not in sys.path[:1]:
-    sys.path.insert(0, str(ROOT))
+
+from utils.errors import UserError, load_library  # noqa: E402 (now that these are the project's)
+
+try:
+    for name in ("numpy", "torch", "PIL.Image", "filelock", "tensorboardX", "tqdm", "typing_extensions"):
+        load_library(name)
+except UserError as error:  # a traceback would hide that something is to be installed
+    sys.stderr.write(f"error: {error}\n")
+    raise SystemExit(2) from None

@@ -17,6 +17,10 @@ With `--nested` one pass over a draw serves all class counts.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 import anml_start  # noqa: F401 (before torch)
 
 # isort: split
@@ -28,7 +32,7 @@ from functools import partial
 from typing import Any
 
 from datasets import ImageSet, Pool
-from evaluation.plots import comparison_figure, save_png
+from evaluation.plots import comparison_figure, load_matplotlib, or_warn, save_png
 from evaluation.results import summarise, table
 from evaluation.runs import Model, Runs, evaluate, how_chosen, match_earlier, models_to_test
 from flags.evaluation import SCHEDULE, Evaluation
@@ -59,6 +63,7 @@ def main() -> None:
     args = parse(Evaluation)
     run_as(args.processes)
     log_to_terminal()
+    load_matplotlib()  # or an evaluation of days would end without a figure
     device = choose_device(args.device, args.threads)
     group = join(device, recorded(args))
     models = [model._replace(net=model.net.to(device)) for model in models_to_test(args)]
@@ -97,9 +102,11 @@ def main() -> None:
         group.leave()
         if not is_first():
             return
-        figure = comparison_figure({plan.treatment: summarise(rows)})
-        pixels = save_png(figure, run.folder / "accuracy.png")
-        run.image("meta_test/accuracy", pixels, max(plan.schedule))
+        with or_warn("accuracy.png"):
+            pixels = save_png(
+                comparison_figure({plan.treatment: summarise(rows)}), run.folder / "accuracy.png"
+            )
+            run.image("meta_test/accuracy", pixels, max(plan.schedule))
         log.info("%s", how_chosen(args, len(models), rows))
         log.info("%s", table(rows))
         if args.nested:
@@ -204,6 +211,10 @@ def images(args: Evaluation, net: Network, group: Group) -> dict[str, ImageSet]:
         found = group.one_before_others(lambda: source.load("background", normalisation))
         most = FITTED if kind.fit else net.num_outputs if kind.takes_steps else len(found)
         sets["background"] = found.first(most)
+        if kind.fit and (single := sets["background"].sizes.count(1)):
+            log.warning("%s: %d classes of one image are left out of the prior", found.name, single)
+            if single == len(sets["background"]):
+                found.require(2, f"--learner {args.learner}")
     return sets
 
 

@@ -16,22 +16,25 @@ that afterwards these images and 64 others of all classes are classified right.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 import anml_start  # noqa: F401 (before torch)
 
 # isort: split
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from datasets import ImageSet, Pool
+from evaluation.plots import load_matplotlib
 from evaluation.runs import gate_statistics, validate
 from flags.training import Plan, Training
 from model.check import check_network
@@ -40,7 +43,14 @@ from model.guard import DEFAULT, UPDATE_STEP, Backend, Use
 from model.modelfactory import Network, build, fingerprint, restore
 from model.outer_loop import OuterLoop, Setup, gather
 from model.outer_loops import OUTER_LOOPS
-from model.training_state import load_state, restore_training, save_model, save_progress, state_of
+from model.training_state import (
+    keep_foreign,
+    load_state,
+    restore_training,
+    save_model,
+    save_progress,
+    state_of,
+)
 from utils.command_line import as_tokens, parse, plain, recorded
 from utils.distributed import (
     Group,
@@ -139,6 +149,7 @@ def steps(
 def check_images(args: Training, images: ImageSet) -> None:
     """Raise UserError where the images are too few for the checks that are asked for."""
     if args.eval_every:
+        load_matplotlib()
         images.require(2, f"--eval_every {args.eval_every}")
         if args.eval_classes > len(images):
             raise UserError(
@@ -234,6 +245,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
     ):
         log.info("run folder %s, device %s", run.folder, device)
+        keep_foreign(run, plan.model_name)
         step = steps(args, settings, run, loop, group, interrupt, done, on_step)
         save_progress(run, loop, step, settings)
         log.info("step %d of %d: model written to %s", step, args.steps, plan.model_name)

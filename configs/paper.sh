@@ -90,7 +90,7 @@ evaluate() {
   local name=$1 time=$2 training=$3 folder=runs/paper_$1_0
   shift 3
   local command=("$PYTHON" evaluate_classification.py --name "paper_$name" --dataset-path "$ROOT" "$@")
-  among --learner "$@" || command+=(--test) # heads that need no gradient have no rate to choose
+  among --learner "$@" || among --lr "$@" || command+=(--test) # else there is no rate to choose
   RESULTS+=("$name" "$folder/results.csv" "$training" "$(typed "${command[@]}")")
   if [[ -d $folder ]]; then
     command+=(--resume "$folder")
@@ -117,24 +117,24 @@ keep() {
 
 paper() {
   # Models.
-  train train_anml "150 min" Neuromodulation_Model.net \
+  train train_anml "2.5 to 4 h" Neuromodulation_Model.net \
     mrcl_classification.py --config configs/anml.toml --keep_every 2000
-  train train_anml_first_order "90 min" Neuromodulation_Model_first_order.net \
+  train train_anml_first_order "1.6 to 3 h" Neuromodulation_Model_first_order.net \
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
-  train train_oml "6 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
+  train train_oml "6 to 15 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
   train train_prototypes "1 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net mrcl_classification.py --learner iid --steps 20000
 
   # Treatments. Learning rates are chosen by test accuracy (--test), as the released code reports it;
   # anml_blind chooses on meta-training classes instead.
-  evaluate anml "4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML --track_every 50
-  evaluate anml_blind "4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML \
+  evaluate anml "1 to 4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML --track_every 50
+  evaluate anml_blind "1 to 4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML \
     --lr_search_split background
-  evaluate anml_first_order "4 h" "$FIRST" --model Neuromodulation_Model_first_order.net --treatment-preset ANML
+  evaluate anml_first_order "1 to 4 h" "$FIRST" --model Neuromodulation_Model_first_order.net --treatment-preset ANML
   evaluate anml_ft_pln "23 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-FT:PLN
   evaluate anml_ft_pln_nm_out "27 h" "$ANML" --model Neuromodulation_Model.net \
     --treatment-preset ANML-FT:PLN+NM-out
-  evaluate anml_unlimited "35 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Unlimited
+  evaluate anml_unlimited "a day" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Unlimited
   evaluate oml "6 h" "$OML" --model OML_Model.net --treatment-preset OML
   evaluate oml_olft "2 h" "$OML" --model OML_Model.net --treatment-preset OML-OLFT
   evaluate oml_unlimited "25 h, at 600 classes alone" "$OML" --model OML_Model.net \

@@ -58,6 +58,8 @@ class Source:
             UserError: the images are missing, damaged or incomplete. No other data ever takes their place.
         """
         images = self._read(split)
+        if normalisation and split == "evaluation" and (fault := normalisation.fault_of(images.images)):
+            log.warning("%s: %s", images.name, fault)
         normalisation = normalisation or images.normalisation or self._read("background").statistics()
         counts = " to ".join(str(size) for size in dict.fromkeys((min(images.sizes), max(images.sizes))))
         kind = "grey" if images.images.shape[1] == 1 else "colour"

@@ -168,6 +168,8 @@ def _split_classes(
     root: Path, labels: Sequence[Label], evaluation_classes: int | None, seed: int
 ) -> dict[Label, tuple[str, str]]:
     """The split and the name of each class, by folders called `background` and `evaluation` or by a draw."""
+    if seed and evaluation_classes is None:
+        raise UserError(f"--data_seed {seed} means nothing without --evaluation_classes, whose draw it is of")
     inside = {label: (label[0], "/".join(label[1:])) for label in labels if label[0] in SPLITS and label[1:]}
     if inside:
         if evaluation_classes is not None:

@@ -75,6 +75,14 @@ class Normalisation:
         """The arguments in a model file that name this normalisation; see :meth:`of`."""
         return {"pixel_mean": list(self.mean), "pixel_std": list(self.std)}
 
+    def fault_of(self, pixels: Tensor) -> str | None:
+        """What is wrong with uint8 images whose mean is nearer to this one with light and dark exchanged."""
+        usual, mean = sum(self.mean) / len(self.mean), pixels.float().mean().item()  # of no images NaN
+        text = (
+            "light and dark seem to be exchanged: a network trained on dark ink takes 255 - images of light"
+        )
+        return text if abs(mean - usual) > max(100, abs(255 - mean - usual)) else None
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """float32 [N, C, H, W] of uint8 images; with three means, grey images get three channels."""
         # The released code normalises in float32, whatever it computes in afterwards.
@@ -247,15 +255,12 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
         ValueError: another shape or type.
 
     Warns:
-        UserWarning: images that look like light ink on dark paper, for a network trained on Omniglot.
+        UserWarning: images that look like light ink on dark paper, for a network trained on dark ink on light
+            paper such as Omniglot's, or the other way round.
     """
     images = _as_images(pixels)
-    if normalisation == OMNIGLOT and images.float().mean() < 128:  # the mean of no images is NaN
-        warnings.warn(
-            "most pixels are dark: the networks have seen dark ink (0) on light paper (255); 255 - images "
-            "turns the one into the other",
-            stacklevel=2,
-        )
+    if fault := normalisation.fault_of(images):
+        warnings.warn(fault, stacklevel=2)
     return normalisation(images)
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from datasets.folder import DAMAGE, Picture, prepared, stamp_of
 from datasets.images import OMNIGLOT, ImageSet, reason
-from utils.errors import UserError
+from utils.errors import UserError, load_library
 from utils.files import write_bytes
 
 log = logging.getLogger("anml")
@@ -103,12 +103,12 @@ def _download(split: str, archive: Path) -> Path:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        from torchvision.datasets.utils import download_url  # a second to import, which other starts save
-
+        # A second to import, which other starts save.
+        download_url = load_library("torchvision.datasets.utils").download_url
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             download_url(f"{URL}/{archive.name}", folder, archive.name, MD5[split])
             content = Path(folder, archive.name).read_bytes()
-    except (*DAMAGE, HTTPException, ImportError) as error:
+    except (*DAMAGE, HTTPException, UserError) as error:
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
         raise UserError(

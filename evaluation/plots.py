@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.scores import MEASURES, accuracies
+from utils.errors import UserError, load_library
 from utils.files import atomic_write
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import and most runs draw nothing
     from matplotlib.figure import Figure
+
+log = logging.getLogger("anml")
 
 # Line style, marker and brightness differ, so that curves and bars stay apart in black and white.
 STYLES = (
@@ -38,12 +42,27 @@ Line = Mapping[str, Any]
 1, of each accuracy: `test`, `test_low`, `test_high` and the like, None if unknown."""
 
 
+def load_matplotlib() -> Any:
+    """The module matplotlib; raises UserError where it cannot be imported."""
+    os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; an unknown name would end that
+    return load_library("matplotlib.figure") and load_library("matplotlib")
+
+
+@contextmanager
+def or_warn(what: str) -> Iterator[None]:
+    """A block in which a figure that fails, but for want of space on the disk, is a warning."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # matplotlib's faults are of many kinds
+        log.warning("%s is not drawn: %s", what, " ".join(str(error).split()) or type(error).__name__)
+
+
 @contextmanager
 def default_style() -> Iterator[None]:
     """Within this context matplotlib has its own defaults, whatever files and variables of the user say."""
-    os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; an unknown name would end that
-    import matplotlib
-
+    matplotlib = load_matplotlib()
     defaults = matplotlib.rcParamsDefault
     with matplotlib.rc_context({key: defaults[key] for key in defaults if not key.startswith("backend")}):
         yield
@@ -162,6 +181,12 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
+
+
+def read_png(path: Path) -> NDArray[np.uint8]:
+    """The pixels of a PNG file that :func:`save_png` wrote."""
+    with Image.open(path) as picture:
+        return np.array(picture, np.uint8)
 
 
 def save_png(figure: Figure, path: Path) -> NDArray[np.uint8]:

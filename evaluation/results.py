@@ -24,6 +24,11 @@ from utils.flag import Reader, positive, whole
 
 FEW = 10  # fewer values than these have Student's t interval; as many or more have a bootstrap interval
 RESAMPLES = 9999  # of a bootstrap
+STUDENT = (
+    *(12.706204736174694, 4.302652729749462, 3.1824463052837078, 2.7764451051977934),
+    *(2.5705818356363146, 2.4469118511449786, 2.364624251592784, 2.306004135204166),
+)
+"""97.5 % quantiles of Student's t, of 1 degree of freedom and more."""
 
 METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 """The columns of a training's `metrics.csv` that are drawn."""
@@ -236,11 +241,9 @@ def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, str] | No
         return values[0], values[0], method
     sizes, sums = np.array([len(unit) for unit in units]), np.array([sum(unit) for unit in units])
     if count < FEW:
-        from scipy.special import stdtrit  # half a second to import
-
         mean = sums.sum() / sizes.sum()
         error = math.sqrt(count / (count - 1) * ((sums - sizes * mean) ** 2).sum()) / sizes.sum()
-        half = stdtrit(count - 1, 0.975) * error
+        half = STUDENT[count - 2] * error
         return max(float(mean - half), 0.0), min(float(mean + half), 1.0), method
     drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     low, high = np.percentile(sums[drawn].sum(1) / sizes[drawn].sum(1), (2.5, 97.5))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets import Pool, Source
-from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, save_png
+from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, or_warn, read_png, save_png
 from evaluation.results import Key, Row, append, known_scores, summarise, write_results, write_table
 from flags.evaluation import Evaluation
 from model.learner import LEARNERS, Settings
@@ -169,6 +169,9 @@ def evaluate(
             tags = {"lr": "lr"} | {name: m.kind.tag.format(name) for name, m in MEASURES.items()}
             points = {f"meta_test/{tag}": line[name] for name, tag in tags.items() if line[name] is not None}
             runs.run.scalars(line["classes"], points)
+            picture = runs.run.folder / f"forgetting_{line['classes']}.png"
+            if is_first() and picture.exists():  # also of a run before this process, whose points go
+                runs.run.image(f"meta_test/{picture.stem}", read_png(picture), line["classes"])
         if is_first():
             chosen = how_chosen(args, len(runs.models), rows)
             more = {"search": tries, "search_tries": numbers, "lr_chosen": chosen}
@@ -276,8 +279,8 @@ class Runs:
                 if is_first() and remembered:
                     name = f"forgetting_{key.classes}"
                     write_table(self.run.folder / f"{name}.csv", remembered)
-                    pixels = save_png(forgetting_figure(remembered), self.run.folder / f"{name}.png")
-                    self.run.image(f"meta_test/{name}", pixels, key.classes)
+                    with or_warn(f"{name}.png"):
+                        save_png(forgetting_figure(remembered), self.run.folder / f"{name}.png")
                 if is_first():
                     append(self.path, [*key, *score.values()])
             for job in together:
@@ -360,7 +363,8 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
     gate = represent(net, shown).gate
     if gate is not None:
         labels = torch.arange(len(shown)).repeat_interleave(2).tolist()
-        run.image("meta_val/gate", figure_pixels(gate_figure(gate.rows.cpu().numpy(), labels)), step)
+        with or_warn("meta_val/gate"):
+            run.image("meta_val/gate", figure_pixels(gate_figure(gate.rows.cpu().numpy(), labels)), step)
 
 
 def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:

@@ -200,10 +200,15 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     def idle(self) -> Mapping[str, str]:
         options, parts = LEARNERS[self.learner].options, headed(type(self))
         of_heads = {*parts["heads that need no gradient"]}
-        of_steps = {*parts["steps of --learner adam"], *parts["learning rate"]} - {"full_search"}  # no number
+        of_steps = {*parts["steps of --learner adam"], *parts["learning rate"]}
         others = of_heads if options is None else of_steps | (of_heads - options.keys())
         of_scratch = parts["network"] if self.model else ()
-        return dict.fromkeys(others, f"--learner {self.learner}") | dict.fromkeys(of_scratch, "--model")
+        of_search = {*parts["learning rate"]} - {"lr"} if self.lr is not None else ()
+        return {
+            **dict.fromkeys(of_scratch, "--model"),
+            **dict.fromkeys(of_search, "--lr"),
+            **dict.fromkeys(others, f"--learner {self.learner}"),
+        }
 
     def validate(self) -> None:
         if self.model is None and not self.scratch:

@@ -143,7 +143,8 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     def idle(self) -> Mapping[str, str]:
         has_rule = OUTER_LOOPS[self.learner].inner_loop is not OuterLoop.inner_loop
         fields = () if has_rule else headed(type(self))["inner rule"]
-        return dict.fromkeys(fields, f"--learner {self.learner}")
+        of_checks = {} if self.eval_every else {"eval_classes": f"--eval_every {self.eval_every}"}
+        return of_checks | dict.fromkeys(fields, f"--learner {self.learner}")
 
     def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:

@@ -210,7 +210,9 @@ class StreamingLDA(NearestClassMean):
         counts = means.new_tensor([self.counts[label] for label in self.labels])
         within = (self.products - (means.t() * counts) @ means) / counts.sum()
         shrunk = (1 - s) * within
-        shrunk.diagonal().add_(s * within.diagonal().mean().clamp_min(TINY))
+        # Rounding is all there is within classes of one image, and no covariance.
+        rounding = 1e4 * torch.finfo(means.dtype).eps * self.products.diagonal().mean() / counts.sum()
+        shrunk.diagonal().add_(s * within.diagonal().mean().clamp_min(rounding.clamp_min(TINY)))
         factor, failed = torch.linalg.cholesky_ex(shrunk)
         if failed:
             factor = torch.full_like(factor, torch.nan)

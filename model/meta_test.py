@@ -238,7 +238,8 @@ class MetaTest:
     def _prior(self, net: Network) -> Prior | None:
         if self.kind.fit is None or self.background is None:
             return None
-        classes = (self.background[label][:CHUNK] for label in range(len(self.background)))
+        sizes = enumerate(self.background.sizes)  # one image has no variance
+        classes = (self.background[label][:CHUNK] for label, size in sizes if size > 1)
         return self.kind.fit(net, self.settings, (net.frozen(images, self.trained) for images in classes))
 
     @cached_property

@@ -59,9 +59,6 @@ def save_progress(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, 
     """Write the training state after `step` steps to the run folder, then its model there and to the
     argument `model_name`; in a job rank 0 does.
 
-    A model of another training under `model_name` is kept under another name: once, by the first save of a
-    process, so that two trainings with one `model_name` do not keep each other's models without end.
-
     Raises:
         UserError: a file cannot be written, or the weights are not finite; what was there stays.
     """
@@ -69,13 +66,23 @@ def save_progress(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, 
         return
     state, model_name = state_of(run, loop, step, arguments), Path(arguments["model_name"])
     state.save(run.folder / NAME, previous=run.folder / PREVIOUS)
-    if not run.saved and not _is_of(run, model_name):
-        kept = keep_earlier(model_name)
-        if kept is not None:
-            log.warning("%s is the model of another training, and is kept as %s", model_name, kept)
+    keep_foreign(run, model_name)
     run.saved = True
     for path in (run.folder / "model.net", model_name):
         save_model(path, state)
+
+
+def keep_foreign(run: Run, model_name: Path) -> None:
+    """Keep a model of another training under another name, and warn: when a run starts, or else when it saves
+    for the first time. Two trainings with one `model_name` keep no more of each other's models.
+
+    Raises:
+        UserError: a file cannot be read or written.
+    """
+    if is_first() and not run.saved and model_name.exists() and not _is_of(run, model_name):
+        kept = keep_earlier(model_name)
+        log.warning("%s is the model of another training, and is kept as %s", model_name, kept)
+        run.saved = True
 
 
 def save_model(path: Path, state: Checkpoint) -> None:

@@ -103,10 +103,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts that run within this process share characters and checks, and ask no git for its state."""
+    """Scripts that run within this process share characters and checks."""
     monkeypatch.setattr(mrcl_classification, "check_network", checked_once)
     monkeypatch.setitem(DATASETS, "glyphs", drawn_once)
-    monkeypatch.setenv("GIT_DIR", os.devnull)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ class Forks:
     """Starts processes of the scripts, which end and are killed like any other."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GIT_DIR": os.devnull}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command, pipe = [sys.executable, "-m", "tests.forks"], subprocess.PIPE
         self.server = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe)
 

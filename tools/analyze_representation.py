@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from datasets import ImageSet, Pool
 from datasets.task_sampler import Task, sample_task
-from evaluation.plots import STYLES, default_style, new_figure, save_png
+from evaluation.plots import STYLES, default_style, load_matplotlib, new_figure, or_warn, save_png
 from evaluation.results import aligned
 from flags import common
 from model.fast import choose_backend
@@ -204,6 +204,7 @@ def main() -> None:
     args = parse(Analysis)
     log_to_terminal()
     refuse_several("analysis")
+    load_matplotlib()
     device = choose_device(args.device, args.threads)
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
@@ -226,8 +227,9 @@ def main() -> None:
         run.scalars(step, {f"representation/{key}": value for key, value in measured.items()})
         content = {**about, "arguments": recorded(args), "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")
-        for name, figure in pictures(representation, task, images).items():
-            run.image(f"representation/{name}", save_png(figure, run.folder / f"{name}.png"), step)
+        with or_warn("the representation"):
+            for name, figure in pictures(representation, task, images).items():
+                run.image(f"representation/{name}", save_png(figure, run.folder / f"{name}.png"), step)
         log.info("%s", table(measured, representation.gate is not None, args.dataset == "omniglot"))
         log.info("representation.json and the pictures are in %s", run.folder)
 

@@ -18,7 +18,7 @@ from statistics import fmean
 from evaluation.results import Results, Row, aligned, read_results
 from model.scores import accuracies
 from utils.command_line import parse
-from utils.errors import UserError, run_script, say
+from utils.errors import UserError, load_library, run_script, say
 from utils.flag import Flags, file_path, flag
 
 RESULTS = "run folder of an evaluation, or its results.csv or results.json"
@@ -31,7 +31,7 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
     U is the number of pairs of runs in which `a` is better, ties counting half. The test is the paper's, and
     takes all runs of all models of a result for independent.
     """
-    from scipy import stats  # a second to import
+    stats = load_library("scipy.stats")  # a second to import
 
     headings = [text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")]
     lines = [["classes", "runs", *headings]]

@@ -162,7 +162,7 @@ def ledger(folder: Path) -> str:
         where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
         raise UserError(f"{folder}: the result {name!r} {where}")
     results = {name: read_result(path) for name, path in files.items()}
-    training = {row["result"]: row["training"] for row in manifest}  # beside each number: it may be short
+    made = {row["result"]: row for row in manifest}  # beside each number: training may have been short
     compared, outcomes = [], []
     for target in targets:
         key, classes = target.quantity, target.classes
@@ -174,7 +174,8 @@ def ledger(folder: Path) -> str:
         row = {"treatment": target.treatment, "quantity": QUANTITIES[key], "classes": str(classes or "")}
         row |= {"published": str(target), "source": target.source, "ours": shown(line, key) if line else "-"}
         row |= {"difference": f"**{difference}**" if outcomes[-1] is False else difference}
-        row |= {"training": training.get(target.result, ""), "command": f"`configs/paper.sh {target.result}`"}
+        how = made.get(target.result, {"training": "", "command": f"configs/paper.sh {target.result}"})
+        row |= {"training": how["training"], "command": f"`{how['command']}`"}
         compared.append(row)
     others = [
         {"result": name, "quantity": text, "classes": str(line["classes"] or ""), "ours": shown(line, key)}
@@ -183,19 +184,22 @@ def ledger(folder: Path) -> str:
         for line in results[name]
         if key in line
     ]
-    made = [
-        {"result": row["result"], "training": row["training"], "made by": f"`{row['command']}`"}
-        for row in manifest
+    more = [
+        {"result": name, "training": row["training"], "command": f"`{row['command']}`"}
+        for name, row in made.items()
+        if name in {other["result"] for other in others}
     ]
     parts = [
         f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
         f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is how far from it "
-        "a 95% interval over runs (of several models, over these) reaches: Student's t for fewer than "
-        f"{FEW} of them, else the bootstrap. Tolerances are in `results/targets.csv`: twice the published "
+        "a 95% interval over runs reaches (of several models, over these): Student's t for fewer than "
+        f"{FEW} of them, else the bootstrap. The runs of one model are draws of the same 650 classes: the "
+        "interval says nothing of other trainings. A command is what made this number, of the training "
+        "beside it. Tolerances are in `results/targets.csv`: twice the published "
         "spread and at least 2 points, 3 or more without one. Second-hand: cited by others, not checked "
         "against the paper's text."
     ]
-    for heading, rows in (("", compared), ("Ours without a published number:", others), ("", made)):
+    for heading, rows in (("", compared), ("Ours without a published number:", others), ("", more)):
         parts += [part for part in (heading, markdown(rows)) if part] if rows else []
     return "\n\n".join(parts)
 

@@ -178,11 +178,21 @@ class Parser(HelpFirst):
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def filled(self, kind: type[FlagsT], given: Mapping[str, Any]) -> FlagsT:
+    def filled(
+        self,
+        kind: type[FlagsT],
+        given: Mapping[str, Any],
+        asked: Collection[str] = (),
+        typed: Collection[str] = (),
+    ) -> FlagsT:
         """Arguments of which some are given, the others at their defaults.
 
+        Args:
+            asked: those given for this run, in a config file or typed, and not by the run that is resumed.
+            typed: those that were typed. What one of them makes idle in a config file is passed over.
+
         Raises:
-            UserError: a flag is given that means nothing beside the others, or an argument is missing.
+            UserError: a flag is asked for that means nothing beside the others, or an argument is missing.
         """
         found = {**kind.implied(given), **given}
         values: dict[str, Any] = {part.name: found[part.name] for part in fields(kind) if part.name in found}
@@ -194,7 +204,8 @@ class Parser(HelpFirst):
         idle = flags.idle()
         for key in self.flags:
             name, argument = self.places.get(key, (key, ""))
-            if name in idle and key in given:
+            # What makes a flag idle is typed as `--chooser NAME` or as `--flag`.
+            if name in idle and (key in typed or (key in asked and idle[name].split()[0][2:] not in typed)):
                 raise UserError(
                     f"{as_typed(key, given[key])} means nothing with {idle[name]}: drop one of them"
                 )
@@ -290,7 +301,8 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     chosen = first.values(settings, of_config) | typed | first.values(run, of_run)
     parser = Parser(kind, {**kind.implied(chosen), **chosen})
     before = parser.values(run, of_run, choosers)
-    given = parser.values(settings, of_config, choosers & typed.keys()) | parser.read(tokens)
+    typed = parser.read(tokens)
+    given = parser.values(settings, of_config, choosers & typed.keys()) | typed
     if resume is not None:
         asked = parser.filled(kind, before)
         left_open = plan.keys() & parser.flags.keys() - before.keys() - asked.idle().keys()
@@ -298,7 +310,7 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
         _refuse_contradictions(parser, parser.filled(kind, before), resume, given)
         if config is None and isinstance(earlier_config, str):
             given["config"] = Path(earlier_config)
-    flags = parser.filled(kind, before | given)
+    flags = parser.filled(kind, before | given, given.keys(), typed.keys())
     flags.validate()
     return flags
 

@@ -36,8 +36,17 @@ MAY_DIFFER = (
 
 
 def launched() -> bool:
-    """Whether this process is one of a job: torchrun and Kubernetes say so in RANK and WORLD_SIZE."""
-    return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE"))
+    """Whether this process is one of a job: torchrun and Kubernetes say so in RANK and WORLD_SIZE.
+
+    Raises:
+        UserError: RANK is no number below WORLD_SIZE.
+    """
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and size.isdecimal()):
+        return False
+    if int(rank) >= int(size):
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {size}: unset both, or use ranks from 0 on")
+    return True
 
 
 def environment(name: str, alone: int) -> int:

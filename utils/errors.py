@@ -7,13 +7,14 @@ None of these ends a run.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class UserError(Exception):
@@ -53,6 +54,20 @@ def refusing(what: str, hint: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot {what}: {error.strerror or error}{hint}") from error
+
+
+def load_library(name: str) -> Any:
+    """A module of a library that not all runs need.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a library that is half there raises nearly anything
+        library, why = name.partition(".")[0], " ".join(str(error).split()) or type(error).__name__
+        remedy = "unset what is wrong in its settings, or pip install -r requirements.txt"
+        raise UserError(f"cannot import {library}: {why}; {remedy}") from error
 
 
 def say(text: str) -> None:

@@ -394,12 +394,17 @@ def cpu_name() -> str:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """The commit this code is at and whether it differs from it; None outside a git work tree."""
+    """The commit this code is at and whether it differs from it; None where this folder is no work tree of
+    git, say a copy in one of another project."""
+    root = Path(__file__).resolve().parents[1]
+    # Git's own variables may name another repository, say within a hook; GIT_CONFIG and others say none.
+    others = {name: x for name, x in os.environ.items() if not name.startswith("GIT_") or "CONFIG" in name}
+    environment = {**others, "GIT_CEILING_DIRECTORIES": str(root.parent)}
     # Without optional locks: looking at the user's repository must not write to it.
     words = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
     try:
         done = subprocess.run(  # noqa: S603 (fixed words)
-            words, cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=10
+            words, cwd=root, env=environment, check=True, capture_output=True, timeout=10
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -21,9 +21,10 @@ import mrcl_classification
 from datasets import DATASETS, ImageSet, Normalisation, Pool, Source
 from datasets.images import shrink
 from datasets.task_sampler import sample_episode, sample_task, sample_trajectory, shuffled_batches
+from evaluation.results import read_results, summarise
 from model.meta_test import CHUNK, FrozenOutputs
 from model.modelfactory import build, load_network, trained_parameters
-from tests.conftest import ROOT, TINY, Run
+from tests.conftest import ROOT, TINY, Evaluate, Run
 from tools import analyze_representation
 from utils.errors import UserError
 
@@ -309,6 +310,25 @@ def test_statistics_are_those_of_the_background_and_go_into_meta_test(root: Path
         wrong = {"pixel_mean": mean, "pixel_std": std}
         with pytest.raises(ValueError, match="standard deviation"):
             Normalisation.of(wrong)
+
+
+def test_a_model_says_what_it_has_not_seen(tmp_path: Path, models: Path, evaluate: Evaluate) -> None:
+    """Light ink on dark paper, and meta-training classes of one image, which have no variance."""
+    splits = {f"{split}/{letter}{split[0]}": 4 for split in ("background", "evaluation") for letter in "ab"}
+    root = fill(tmp_path / "root", splits | {"background/c": 1})
+    for path in root.rglob("*.png"):
+        Image.fromarray((np.asarray(Image.open(path)) // 4).astype(np.uint8)).save(path)
+    flags = "--train_images 3 --test_images 1 --schedule 2 --runs 1 --learner map --model ANML.net"
+    run = evaluate(f"--dataset folder --dataset_path {root} {flags}")
+    log = (run / "log.txt").read_text()
+    assert log.count("folder root evaluation: light and dark seem to be exchanged") == 1
+    assert "1 classes of one image are left out of the prior" in log
+    (line,) = summarise(read_results(run).rows)
+    assert line["diverged"] == 0
+    for path in root.glob("background/*/[123].png"):
+        path.unlink()
+    with pytest.raises(UserError, match="--learner map: 2 of each class are needed"):
+        evaluate(f"--dataset folder --dataset_path {root} {flags}")
 
 
 def test_draws_of_classes_of_several_sizes() -> None:

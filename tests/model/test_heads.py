@@ -109,6 +109,7 @@ def test_what_is_not_finite_is_no_class() -> None:
         ("--model ANML.net --learner slda --features gated", "ANML, streaming LDA --features gated"),
         ("--model ANML.net --learner ncm --power 1 --backend fast", "ANML, nearest class mean --power 1"),
         ("--model ANML.net --learner map --nested", "ANML, GeMCL-MAP"),
+        ("--model ANML.net --learner slda --train_images 1", "ANML, streaming LDA"),
         ("--model OML.net --learner slda", "OML, streaming LDA"),
         ("--model Pretrain.net --learner map", "Pretrain, GeMCL-MAP"),
         ("--model sANML.net --learner ncm", "sANML, nearest class mean"),  # of 4 outputs: none is used

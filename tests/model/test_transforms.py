@@ -182,12 +182,13 @@ def test_example_of_the_door_for_notebooks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_normalise_says_what_it_does_not_take() -> None:
-    from datasets import normalise
+    from datasets import OMNIGLOT, Normalisation, normalise
 
     paper = torch.full((2, 28, 28), 255, dtype=torch.uint8)
     assert normalise(paper.numpy()).shape == (2, 1, 28, 28)
-    with pytest.warns(UserWarning, match="dark"):
-        normalise(255 - paper)
+    for turned, usual in ((255 - paper, OMNIGLOT), (paper, Normalisation((20.0,), (60.0,)))):
+        with pytest.warns(UserWarning, match="light and dark seem"):
+            normalise(turned, usual)
     for wrong in (paper.float(), paper[:, :20], paper[0], paper[:, None, None]):
         with pytest.raises(ValueError, match="28, 28"):
             normalise(wrong)

@@ -142,7 +142,7 @@ def test_names_that_flags_have(call: Call) -> None:
     assert "--net_channels is 3 and was 2; --rln is 1 and was 0" in refused.stderr
     short = ["--threads=1", "--schedule=2", "--runs=1", "--dataset=noise", "--name=e"]
     for flags in (
-        ["--model=m", "--lr=0.01", "--test"],
+        ["--model=m", "--lrs=0.01", "--test"],
         ["--model=m", "--learner=Cosine", "--features=gated", "--power=1"],
         ["--scratch", "--treatment=Taken", "--net_channels=2", "--net_lr=0.3", "--lr=0.01"],
         ["--scratch", "--nm_channels=2", "--pln_channels=2", "--lr=0.01"],

@@ -53,6 +53,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PROTOTYPES} --shots 19": "21 of each class",
         f"{IID} --train_classes 9": "8 outputs",
         f"{IID} --update_lr 0.1": "--update_lr means nothing with --learner iid",
+        f"{IID} --eval_classes 5": "--eval_classes 5 means nothing with --eval_every 0",
         f"{IID} --nm_channels 5": "--nm_channels means nothing with --treatment OML",
     },
     evaluate_classification: {
@@ -75,13 +76,28 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
             .replace("treatment-", "treatment_")
             for flag in (
                 *("--lr 0.1", "--lrs 0.1", "--lr_search_runs 10", "--lr_search_split evaluation", "--test"),
-                *("--rln 13", "--no-freeze", "--reset", "--iid", "--epoch 1", "--optimizer adam"),
+                *(
+                    "--full_search",
+                    "--rln 13",
+                    "--no-freeze",
+                    "--reset",
+                    "--iid",
+                    "--epoch 1",
+                    "--optimizer adam",
+                ),
                 *("--treatment-preset ANML", "--shrinkage 0", "--shrinkage 1.5", "--power 0"),
             )
         },
         f"{EVALUATE} --learner ncm --shrinkage 0.5": "--shrinkage",
         f"{EVALUATE} --treatment ANML": "--treatment ANML means nothing with --model",
         f"{EVALUATE} --features gate": "--features",
+        **{
+            f"{EVALUATE} --lr 0.1 {flag}": f"{flag} means nothing with --lr"
+            for flag in (
+                *("--lrs 0.1", "--lr_search_runs 3", "--lr_search_split evaluation", "--test"),
+                "--full_search",
+            )
+        },
         f"{EVALUATE} --power 1": "--power",
         **{
             f"{GLYPHS} --model sANML.net --learner ncm --features {seen}": (

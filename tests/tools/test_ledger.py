@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from evaluation.results import write_results
+from evaluation.results import read_results, read_table, shown, summarise, write_results
+from flags.evaluation import Evaluation
 from tests.conftest import Call
 from tools import ledger as tool
+from tools.analyze_representation import Analysis
 from tools.ledger import COLUMNS, END, START, inserted, ledger, read_targets
+from utils.command_line import parse
 from utils.errors import UserError
+from utils.flag import Flags
 
 ROOT = Path(__file__).parents[2]
 HEADER = "model,classes,run,lr,test,train,above_chance,diverged\n"
@@ -57,6 +63,99 @@ def test_page_says_what_results_hold() -> None:
     assert inserted(text, ledger(ROOT / "results"), Path("results.md")) == text, "run python -m tools.ledger"
 
 
+# What pages say beside the ledger: `{result classes}` stands for a test accuracy, `±` for its interval,
+# `{result}` for the accuracies of a row of a table.
+SAID = {
+    "README.md": (
+        "| ANML | 63.8 | 65, 66 | {anml 600 ±} |",
+        "| ANML with the released, first-order gradient | | 64 | {anml_first_order 600 ±} |",
+        "streaming LDA in place of Adam's head | | | {anml_slda 600 ±} |",
+        "meta-trained for class means (`docs/prototypes.md`) | | | {anml_prototypes_ncm 600 ±} |",
+        "keep {seed_9 200}, {seed_10 200} and {seed_11 200} % of 200 classes ({seeds 200 ±} over seeds)",
+        "Of {published} published numbers {met} are met and {missed} missed;",
+    ),
+    "docs/heads.md": (
+        "The head that Adam trains at meta-test keeps {anml 600} % of 600 classes.",
+        "| `adam` (ANML's head) | {anml} |",
+        "| `ncm`, nearest class mean | {anml_ncm} |",
+        "| `map`, GeMCL's normal distributions | {anml_map} |",
+        "| `slda --features gated`, streaming LDA | {anml_slda_gated} |",
+        "| `slda`, with the gate beside the features | {anml_slda} |",
+        "first order keeps {anml_first_order 600} % with Adam, {anml_first_order_ncm 600} with `ncm`, "
+        "{anml_first_order_map 600} with `map`, {anml_first_order_slda_gated 600} with `slda --features "
+        "gated` and {anml_first_order_slda 600} with `slda`",
+        "keeps {anml_prototypes_ncm 600} with `ncm`, {anml_prototypes_map 600} with `map`, "
+        "{anml_prototypes_slda 600} with `slda --features gated` and {anml_prototypes_slda_both 600} with",
+        "it is {sanml_6000 600} % with Adam, {sanml_6000_ncm 600} with `ncm`, {sanml_6000_map 600} with "
+        "`map` and {sanml_6000_slda 600} with `slda`",
+        "keeps {anml_3000 600}, {anml_3000_ncm 600} with `ncm` and {anml_3000_slda_gated 600} with `slda",
+    ),
+    "docs/prototypes.md": (
+        "`--learner ncm`, 10 runs | {anml_prototypes_ncm ±} |",
+        "| the same, `--learner slda --features gated`, 10 runs | {anml_prototypes_slda ±} |",
+        "| ANML's model, `--learner slda`, 10 runs | {anml_slda} |",
+        "| ANML's model, its own head (`adam`), 10 runs | {anml} |",
+    ),
+    "docs/results.md": (
+        "and {anml 600} % after 16,149; first order ends at {anml_first_order 600} %.",
+        "{anml_continued 600 ±} % of 600 classes (`anml_continued`) against {anml 600 ±} (`anml`,",
+        "| 6,000 | {seed_9 50}, {seed_10 50}, {seed_11 50} | {seeds 50 ±} | {seed_9 200}, {seed_10 200}, "
+        "{seed_11 200} | {seeds 200 ±} |",
+        "keep {anml 600}, {anml_ft_pln 600}, {anml_ft_pln_nm_out 600} and {anml_unlimited 600} % (`anml`,",
+        "| 0.0003: {scratch_oracle 600} % of 600 (2 runs) |",
+        "keeps {oml_olft 10} % of 10 and {oml_olft 600} % of 600 classes, with both linear "
+        "layers (OML) {oml 600} % of 600",
+        "{anml_3000 50}, {sanml_3000 50}, {sanml_6000 50} | {anml_3000 200}, {sanml_3000 200}, "
+        "{sanml_6000 200} | {anml_3000 600}, {sanml_3000 600}, {sanml_6000 600} |",
+        "is the highest number here: {anml_prototypes_ncm 600} % of 600 classes.",
+        "{anml_sgd 600} % of 600 classes against Adam's {anml 600}.",
+    ),
+}
+
+
+def test_pages_say_what_results_hold() -> None:
+    results = {path.stem: read_results(path).rows for path in (ROOT / "results").glob("[!mt]*.csv")}
+    on_the_way = [
+        read_results(ROOT / f"results/on_the_way/{name}.csv").rows for name in ("second_order", "seeds")
+    ]
+    after_6000 = [row for rows in on_the_way for row in rows if row["model"].endswith("_6000.net")]
+    results |= {f"seed_{n}": [row for row in after_6000 if f"seed_{n}/" in row["model"]] for n in (10, 11)}
+    results |= {"seed_9": [row for row in after_6000 if "seed" not in row["model"]], "seeds": after_6000}
+    head = ledger(ROOT / "results").replace(",", "").replace(":", "").split()
+    counts = dict(zip(("published", "met", "missed"), (head[0], head[3], head[5]), strict=True))
+
+    def number(match: re.Match[str]) -> str:
+        name, classes, interval = match.groups()
+        if name in counts:
+            return counts[name]
+        lines = {line["classes"]: shown(line, "test") for line in summarise(results[name])}
+        wanted = [int(classes)] if classes else [10, 50, *range(100, 700, 100)]
+        plain = [lines[n].partition(" ")[0] for n in wanted]
+        return " | ".join([*plain[:-1], lines[wanted[-1]] if interval else plain[-1]])
+
+    for page, texts in SAID.items():
+        said = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        for text in texts:
+            assert re.sub(r"\{(\w+)(?: (\d+))?( ±)?\}", number, text) in said, (page, text)
+
+
+def test_every_command_of_the_ledger_is_accepted() -> None:
+    scripts: dict[str, type[Flags]] = {"evaluate_classification.py": Evaluation, "-m": Analysis}
+    for row in read_table(
+        tool.ROOT / "results/manifest.csv", dict.fromkeys(("result", "training", "command"), str)
+    ):
+        _, script, *flags = shlex.split(row["command"])
+        parse(scripts[script], flags[script == "-m" :])
+
+
+def test_times_of_one_command_agree() -> None:
+    for config, time in (("anml", "2.5 to 4 hours"), ("anml_first_order", "1.6 to 3 hours")):
+        assert f"# Expected time: {time} on" in (ROOT / f"configs/{config}.toml").read_text()
+        assert f'train_{config} "{time.removesuffix("ours")}"' in (ROOT / "configs/paper.sh").read_text()
+    assert "| 2.5 to 4 hours (1.6 to 3) |" in (ROOT / "docs/performance.md").read_text()
+    assert "trajectories: 2.5 to 4 hours, or" in (ROOT / "README.md").read_text()
+
+
 def test_published_numbers_are_those_of_the_sources() -> None:
     targets = read_targets()
     by_key = {(t.result, t.quantity, t.classes, t.source): str(t) for t in targets}
@@ -87,7 +186,9 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
     assert "| 94.0 ± 0 | +1.0 |" in rows["| ANML", "train accuracy", "600"]
     assert "| 2.0 ± 12.7 | **+1.0** |" in rows["| OML", "test accuracy", "600"]
     assert "| 0.4 | +0.4 |" in rows["| ANML", "dead units", ""]
-    assert "| anml | 20,000 steps | `python evaluate.py --x a\\|b` |" in tables
+    assert rows["| ANML", "train accuracy", "600"].endswith(
+        "| 20,000 steps | `python evaluate.py --x a\\|b` |"
+    )
 
 
 def test_one_run_has_no_interval(tmp_path: Path) -> None:

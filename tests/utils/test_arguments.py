@@ -157,6 +157,11 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
     evaluation = evaluate(f"--config {file}")
     assert (evaluation.schedule, evaluation.lrs) == ([2, 3], [1.0, 0.5])
     assert evaluate(f"--config {file} --schedule 4").schedule == [4]
+    # What is typed makes flags of the config idle; within a config that is a contradiction.
+    assert evaluate(f"--config {file} --lr 2").lr == 2
+    file.write_text("lr = 2\nscratch = true\nlrs = [1, 0.5]\n")
+    with pytest.raises(UserError, match=r"--lrs 1.0 0.5 means nothing with --lr: drop one of them"):
+        evaluate(f"--config {file}")
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,15 @@ def test_what_makes_a_job(
     assert launched() == ("RANK" in environment and environment["RANK"] != "high")
 
 
+@pytest.mark.parametrize(("rank", "size"), [("1", "1"), ("3", "2"), ("0", "0")])
+def test_a_rank_of_no_job_is_refused(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would else run without a word and write nothing, since it is not rank 0."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=f"^RANK is {rank} and WORLD_SIZE {size}: "):
+        run_as(1)
+
+
 def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_reduce(*tensors: object) -> None:
         raise RuntimeError("NCCL error: Duplicate GPU\nException raised from x (most recent call first):\n#0")
