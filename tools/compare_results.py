@@ -25,11 +25,11 @@ RESULTS = "run folder of an evaluation, or its results.csv or results.json"
 
 
 def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
-    """The comparison for the terminal at class counts that both results have: for each accuracy the means in
-    percent, U of `a` and the two-sided p.
+    """The comparison as a table for the terminal, at class counts of both results: for each accuracy the
+    means in percent, U of `a` and the two-sided p.
 
-    U is the number of pairs of runs in which `a` is better, ties counting half. The test is the paper's, and
-    takes all runs of all models of a result for independent.
+    U is the number of pairs of runs in which `a` is better; ties count half. The test is the paper's, and
+    assumes that all runs of all models are independent.
     """
     from scipy import stats  # a second to import
 
@@ -48,7 +48,7 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
 
 
 def describe(path: Path, results: Results) -> str:
-    """One line on a result: where it is, what it is of."""
+    """One line on a result: path, treatment, numbers of runs, models and classes."""
     treatment = results.about.get("treatment", "treatment not recorded")
     models = len({row["model"] for row in results.rows})
     counts = " ".join(map(str, sorted({row["classes"] for row in results.rows})))
