@@ -266,9 +266,9 @@ class Runs:
     ) -> Iterator[tuple[Job, dict[int, Score]]]:
         """Each job and its scores by class count; `bar` counts the jobs."""
         for start in range(0, len(jobs), self.group.size):
-            together = jobs[start : start + self.group.size]
-            own = [made for job in self.group.shard(together) for made in self._make(purpose, job)]
-            for key, score, remembered in chain(*self.group.gather(own)):
+            batch = jobs[start : start + self.group.size]
+            made = [result for job in self.group.shard(batch) for result in self._make(purpose, job)]
+            for key, score, remembered in chain(*self.group.gather(made)):
                 self.known[key] = score
                 if is_first() and remembered:
                     name = f"forgetting_{key.classes}"
@@ -277,7 +277,7 @@ class Runs:
                     self.run.image(f"meta_test/{name}", pixels, key.classes)
                 if is_first():
                     append(self.path, [*key, *score.values()])
-            for job in together:
+            for job in batch:
                 found = {n: self.known[self._key(purpose, job, n)] for n in job.stops}
                 if bar.advance(**{name: found[job.stops[-1]][name] for name in accuracies()}):
                     bar.report()

@@ -111,7 +111,7 @@ def best_rate(values: Mapping[Draw, Mapping[float, float]]) -> float:
         values: for every draw, the value of every rate: an accuracy, or `LOST`.
     """
     wins, _ = _wins(values, next(iter(values.values())))
-    return max(wins, key=lambda lr: (wins[lr], fmean(of_draw[lr] for of_draw in values.values()), -lr))
+    return max(wins, key=lambda lr: (wins[lr], fmean(by_rate[lr] for by_rate in values.values()), -lr))
 
 
 def _wins(
@@ -120,12 +120,12 @@ def _wins(
     """Lower and upper bounds of the draws that each rate wins, over all outcomes of the missing tries."""
     least = dict.fromkeys(rates, Fraction())
     most = dict(least)
-    for of_draw in values.values():
-        winners = _winners(of_draw)
+    for by_rate in values.values():
+        winners = _winners(by_rate)
         for lr in rates:
             share = Fraction(lr in winners, len(winners) or 1)
-            most[lr] += share if lr in of_draw else 1
-            least[lr] += share if len(of_draw) == len(rates) else 0
+            most[lr] += share if lr in by_rate else 1
+            least[lr] += share if len(by_rate) == len(rates) else 0
     return least, most
 
 

@@ -36,10 +36,10 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
     headings = [text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")]
     lines = [["classes", "runs", *headings]]
     for classes in counts:
-        of_a, of_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
-        line = [str(classes), f"{len(of_a)}/{len(of_b)}"]
+        rows_a, rows_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
+        line = [str(classes), f"{len(rows_a)}/{len(rows_b)}"]
         for key in accuracies():
-            values = [[row[key] for row in rows] for rows in (of_a, of_b)]
+            values = [[row[key] for row in rows] for rows in (rows_a, rows_b)]
             found = stats.mannwhitneyu(*values, alternative="two-sided")
             line += [*(f"{100 * fmean(side):.1f}" for side in values), f"{found.statistic:g}"]
             line.append(f"{found.pvalue:.2g}")

@@ -214,10 +214,10 @@ def figures(args: Plot) -> dict[str, Figure]:
         raise UserError(f"{', '.join(results)} have no class count in common: there are no bars to draw")
     longest = max(common)
     final = {label: line for label in summaries for line in summaries[label] if line["classes"] == longest}
-    of_omniglot = all(str(r.about.get("data", "omniglot")).startswith("omniglot") for r in results.values())
+    is_omniglot = all(str(r.about.get("data", "omniglot")).startswith("omniglot") for r in results.values())
     # Published numbers at more classes than our results would squeeze the curves.
     end = max(line["classes"] for lines in summaries.values() for line in lines)
-    treatments, known = published(results, end) if args.published and of_omniglot else ({}, {})
+    treatments, known = published(results, end) if args.published and is_omniglot else ({}, {})
     beside = [
         (label, line)
         for label, treatment in treatments.items()

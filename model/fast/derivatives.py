@@ -150,27 +150,27 @@ class Block:
         return self.y
 
     def backward(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        self.passed = _relu_backward(grad, self.y)
-        spread = self.passed * self.scale
+        self.delta = _relu_backward(grad, self.y)  # gradient before the ReLU
+        spread = self.delta * self.scale
         grad_conv = self.norm.backward(self.pool.spread(spread) if self.pool else spread)
         grad_x, grad_weight = self.conv.backward(grad_conv, need_x)
-        return grad_x, self._grads(grad_weight[0], self.passed * self.pooled, self.passed)
+        return grad_x, self._grads(grad_weight[0], self.delta * self.pooled, self.delta)
 
     def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
         v_weight, _, v_scale, v_shift = v_params
         v_scale = v_scale * self.sign
         v = self.norm.double_backward(self.conv.double_backward(v_x, (v_weight,)))
         v = self.pool.select(v) if self.pool else v
-        self.vjp_scale, self.vjp_pooled = v * self.passed, self.passed * v_scale
+        self.vjp_scale, self.vjp_pooled = v * self.delta, self.delta * v_scale
         return _relu_backward(torch.addcmul(v_shift, self.pooled, v_scale).addcmul_(v, self.scale), self.y)
 
     def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
-        passed = _relu_backward(grad, self.y)
-        spread = torch.addcmul(self.vjp_pooled, passed, self.scale)
+        delta = _relu_backward(grad, self.y)
+        spread = torch.addcmul(self.vjp_pooled, delta, self.scale)
         spread = self.pool.spread(spread) if self.pool else spread
         grad_conv = self.norm.backward_both(spread)
         grad_x, grad_weight = self.conv.backward_both(grad_conv, need_x)
-        return grad_x, self._grads(grad_weight[0], torch.addcmul(self.vjp_scale, passed, self.pooled), passed)
+        return grad_x, self._grads(grad_weight[0], torch.addcmul(self.vjp_scale, delta, self.pooled), delta)
 
     def _grads(self, weight: Tensor, scale: Tensor, shift: Tensor) -> Grads:
         """Gradients of the parameters, from scale's and shift's at each pixel. The bias has no effect."""
@@ -287,8 +287,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     """The gradient of the input of a ReLU, from its output `y` and the output's gradient."""
-    passed: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
-    return passed
+    grad_x: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
+    return grad_x
 
 
 class Autograd:
@@ -311,8 +311,8 @@ class Autograd:
 
     def double_backward(self, v_x: Tensor | None, v_params: Grads) -> Tensor:
         v = v_params if v_x is None else (v_x, *v_params)
-        of = [self.grad, *self.inputs]
-        v_grad, *self.vjp = torch.autograd.grad(self.grads, of, v, retain_graph=True, **UNUSED)
+        inputs = [self.grad, *self.inputs]
+        v_grad, *self.vjp = torch.autograd.grad(self.grads, inputs, v, retain_graph=True, **UNUSED)
         return v_grad
 
     def backward_both(self, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Grads]:
