@@ -1,11 +1,10 @@
 """Characters made from random strokes: Omniglot's shapes and counts without Omniglot's files.
 
-Glyphs are hard for the reasons that Omniglot is. The characters of an alphabet share a small pool of
-strokes, so they are easy to confuse, and no two of the 20 drawings of a character agree in shape, slant,
-size, place or pen. Drawings are made like Omniglot's, black on white at 105 x 105, and shrunk in the same
-way. Ink, stroke thickness and the accuracy of nearest neighbours on pixels are close to Omniglot's:
-50% of the images of 50 background classes and 34% of 200 (Omniglot: 50% and 36%) are right by the
-nearest of 15 examples per class.
+Glyphs are hard for the same reasons as Omniglot. The characters of an alphabet share a small pool of strokes,
+so they are easy to confuse. The 20 drawings of a character differ in shape, slant, size, place and pen.
+Drawings are black on white at 105 x 105 and shrunk like Omniglot's. Ink, stroke thickness and the accuracy of
+nearest neighbours on pixels are close to Omniglot's: with 15 examples per class, 50% of images are right for
+50 background classes and 34% for 200 (Omniglot: 50% and 36%).
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ ALPHABETS = {"background": 30, "evaluation": 20}
 Floats = NDArray[np.float64]
 
 POOL = 9  # strokes that the characters of one alphabet are composed of
-STROKES = 4  # at most, in one character
-STROKE_COUNT = (0.4, 0.35, 0.25)  # probability of 2, 3 and 4 of them
+STROKES = 4  # largest number in one character
+STROKE_COUNT = (0.4, 0.35, 0.25)  # probability of 2, 3 and 4 strokes in a character
 SINGLE = 0.5  # probability that a stroke of the pool is a character by itself
-KNOTS = 6  # a stroke is a smooth curve through so many points
+KNOTS = 6  # points of a stroke, which is a smooth curve through them
 SAMPLES = 96  # drawn points per stroke: close enough together for the thinnest pen
-BORDER = 6  # pixels around the canvas, more than twice the pen's reach: ink outside ends up there
+BORDER = 6  # pixels around the canvas for ink outside it, more than twice the pen's reach
 
 EXTENT = 65.0  # pixels of the canvas, longer side of a character's box
 KNOT_NOISE = 0.025  # std, as a fraction of the extent, like all the following
@@ -52,20 +51,20 @@ def load(
     *,
     glyph_seed: Annotated[int, "seed of the generated characters", Range(0, 2**32 - 1)] = 0,
 ) -> ImageSet:
-    """Characters generated from random strokes, which need no file.
+    """The image set of characters generated from random strokes.
 
     Args:
         split: `background` (964 classes, meta-training) or `evaluation` (659, meta-test).
-        root: not looked at.
+        root: unused.
         cache_dir: see :func:`datasets.images.cached`.
-        glyph_seed: other seeds are other characters.
+        glyph_seed: each seed gives other characters.
     """
     knots, radius = _strokes(split, glyph_seed)
 
     def make(positions: Sequence[int]) -> NDArray[np.uint8]:
         return _render(knots[list(positions)], radius[list(positions)])
 
-    # Few images may differ where a constant has changed, so the cache belongs to the strokes of all images.
+    # The cache key covers the strokes of all images, since a changed constant may change a few images only.
     images = cached(cache_dir, f"glyphs-{split}", knots.tobytes() + radius.tobytes(), len(knots), make)
     return characters(f"glyphs {split} (seed {glyph_seed})", split, images, names(split))
 
@@ -73,7 +72,7 @@ def load(
 def names(split: str) -> tuple[str, ...]:
     """The names of the split's characters, `Glyphs01/character01` and so on, in sorted order.
 
-    The evaluation alphabets are numbered after the background ones, so the splits share none.
+    The evaluation alphabets are numbered after the background alphabets, so the splits share no alphabet.
     """
     first = 1 if split == "background" else 1 + ALPHABETS["background"]
     smaller, larger = divmod(CLASSES[split], ALPHABETS[split])
@@ -85,7 +84,7 @@ def names(split: str) -> tuple[str, ...]:
 
 
 def _strokes(split: str, seed: int) -> tuple[Floats, Floats]:
-    """What all drawings of `split` are made of, class after class, the same for the same `seed` (0 or more).
+    """The strokes of all drawings of `split`, class after class, the same for the same `seed` (0 or more).
 
     Returns:
         Knots `[N, STROKES, KNOTS, 2]`, in pixels of the canvas, NaN where a stroke does not exist, and the
@@ -102,7 +101,7 @@ def _strokes(split: str, seed: int) -> tuple[Floats, Floats]:
 
 
 def _stroke_pool(rng: np.random.Generator) -> Floats:
-    """Invent `[POOL, KNOTS, 2]` strokes with a pen that goes straight, turns, snaps or swings."""
+    """Random strokes `[POOL, KNOTS, 2]` of four kinds: straight, bent, with a corner, wavy."""
     steps = KNOTS - 1
     kind = rng.choice(4, POOL, p=[0.3, 0.4, 0.2, 0.1])
     turn = rng.choice([-1.0, 1.0], POOL) * rng.uniform(0.45, 1.25, POOL)
@@ -125,18 +124,18 @@ def _stroke_pool(rng: np.random.Generator) -> Floats:
 
 def _prototypes(rng: np.random.Generator, pool: Floats, characters: int) -> Floats:
     """Characters `[C, STROKES, KNOTS, 2]` of strokes from the pool, centred; see :func:`_strokes`."""
-    everyone = np.arange(characters)
-    # A stroke can be a character by itself once: twice would be two classes that look the same.
-    single = (everyone < POOL) & (rng.random(characters) < SINGLE)
+    index = np.arange(characters)
+    # A stroke can be a character by itself once only, else two classes would look the same.
+    single = (index < POOL) & (rng.random(characters) < SINGLE)
     count = np.where(single, 1, rng.choice([2, 3, 4], characters, p=STROKE_COUNT))
     stroke_ids = rng.integers(0, POOL, (characters, STROKES))
-    stroke_ids[:, 0] = everyone % POOL
+    stroke_ids[:, 0] = index % POOL
     knots = pool[stroke_ids]
     for stroke in range(1, STROKES):
-        # Most strokes touch an earlier one, each with any of its knots; the others float nearby.
-        earlier = knots[everyone, rng.integers(0, stroke, characters)]
-        target = earlier[everyone, rng.integers(0, KNOTS, characters)]
-        own = knots[everyone, stroke, rng.choice([0, KNOTS // 2, KNOTS - 1], characters)]
+        # Most strokes touch a knot of an earlier stroke; the others float nearby.
+        earlier = knots[index, rng.integers(0, stroke, characters)]
+        target = earlier[index, rng.integers(0, KNOTS, characters)]
+        own = knots[index, stroke, rng.choice([0, KNOTS // 2, KNOTS - 1], characters)]
         floating = rng.random(characters) < 0.3
         target = target + floating[:, None] * rng.normal(0.0, 0.35, (characters, 2))
         knots[:, stroke] += (target - own)[:, None]
@@ -149,7 +148,7 @@ def _prototypes(rng: np.random.Generator, pool: Floats, characters: int) -> Floa
 
 
 def _drawings(rng: np.random.Generator, knots: Floats) -> Floats:
-    """Vary `[C, STROKES, KNOTS, 2]` prototypes into `[C * DRAWINGS, STROKES, KNOTS, 2]`."""
+    """Drawings `[C * DRAWINGS, STROKES, KNOTS, 2]`: variations of prototypes `[C, STROKES, KNOTS, 2]`."""
     characters = len(knots)
     each = (characters, DRAWINGS)
     varied = knots[:, None] + EXTENT * (
@@ -168,19 +167,19 @@ def _drawings(rng: np.random.Generator, knots: Floats) -> Floats:
 
 
 def _spline() -> Floats:
-    """Build `[SAMPLES, KNOTS]`: weights of the knots in points of the Catmull-Rom curve."""
+    """Weights of the knots in the points of the Catmull-Rom curve, `[SAMPLES, KNOTS]`."""
     position = np.linspace(0.0, KNOTS - 1.0, SAMPLES)
     segment = np.minimum(position.astype(int), KNOTS - 2)
     t = position - segment
     curve = -t / 2 + t**2 - t**3 / 2, 1 - 2.5 * t**2 + 1.5 * t**3, t / 2 + 2 * t**2 - 1.5 * t**3
     weights = (*curve, -(t**2) / 2 + t**3 / 2)
-    # The curve ends at its outer knots: the knots beyond continue it in a straight line.
+    # The curve ends at its outer knots. Further knots continue the curve in a straight line.
     knots = np.pad(np.eye(KNOTS), ((1, 1), (0, 0)), "reflect", reflect_type="odd")
     return np.asarray(sum(weight[:, None] * knots[segment + k] for k, weight in enumerate(weights)))
 
 
 def _render(knots: Floats, radius: Floats) -> NDArray[np.uint8]:
-    """Draw N drawings, see :func:`_strokes`, with a round pen, and shrink them to uint8 `[N, 1, 28, 28]`."""
+    """Images uint8 `[N, 1, 28, 28]` of N drawings, see :func:`_strokes`, made with a round pen and shrunk."""
     drawing, stroke = np.nonzero(~np.isnan(knots[..., 0, 0]))
     points = (_spline() @ knots)[drawing, stroke]
     radius = radius[drawing]

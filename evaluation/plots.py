@@ -1,4 +1,4 @@
-"""Figures of evaluations and trainings, which depend on no display and no settings of the user."""
+"""Figures of evaluations and trainings; they need no display and ignore the user's matplotlib settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.scores import MEASURES, accuracies
 from utils.errors import UserError, load_library
 from utils.files import atomic_write
 
-if TYPE_CHECKING:  # matplotlib takes most of a second to import and most runs draw nothing
+if TYPE_CHECKING:  # matplotlib takes most of a second to import, and most runs draw nothing
     from matplotlib.figure import Figure
 
 log = logging.getLogger("anml")
@@ -34,12 +34,12 @@ STYLES = (
     ("-.", "X", "tab:brown"),
     (":", "*", "tab:pink"),
 )
-HOLLOW = tuple(("none", marker, "black") for marker in "os^DvPX*")  # of published numbers
-DPI = 150  # of PNG files
+HOLLOW = tuple(("none", marker, "black") for marker in "os^DvPX*")  # styles of published numbers
+DPI = 150  # dots per inch of PNG files
 
 Line = Mapping[str, Any]
-"""One line of what `evaluation.results.summarise` returns: `classes` (count) and mean and 95% interval, 0 to
-1, of each accuracy: `test`, `test_low`, `test_high` and the like, None if unknown."""
+"""A line of `evaluation.results.summarise`: `classes` (count), and mean and 95% interval of each accuracy,
+0 to 1 or None: `test`, `test_low`, `test_high` and so on."""
 
 
 def load_matplotlib() -> Any:
@@ -69,7 +69,7 @@ def default_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, whose parts make room for each other."""
+    """An empty figure, width and height in inches, with constrained layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -79,12 +79,12 @@ def new_figure(width: float, height: float) -> Figure:
 def comparison_figure(
     curves: Mapping[str, Sequence[Line]], published: Mapping[str, Sequence[Line]] | None = None
 ) -> Figure:
-    """Accuracy of treatments against the number of classes, or against the meta-steps that their models were
-    trained for, where the lines of the curves have a `step`: a panel for each accuracy.
+    """A figure with a panel for each accuracy, against the number of classes, or against the models'
+    meta-steps where lines have a `step`.
 
     Args:
-        curves: by the name in the legend.
-        published: points of other curves, drawn as hollow markers.
+        curves: lines by the name in the legend.
+        published: published lines by the name in the legend, drawn as hollow markers.
     """
     everything = [line for rows in curves.values() for line in rows]
     against = "step" if "step" in everything[0] else "classes"
@@ -94,21 +94,21 @@ def comparison_figure(
     for axes, name in zip(panels, accuracies(), strict=True):
         for (label, lines), (style, marker, colour) in drawn:
             rows = sorted(lines, key=lambda row: int(row[against]))
-            places = [row[against] for row in rows]
+            x = [row[against] for row in rows]
             mean, low, high = (percent(rows, f"{name}{end}") for end in ("", "_low", "_high"))
-            fill, size = ("none", 9) if style == "none" else (colour, 6)  # so that ours shows through
-            axes.plot(places, mean, ls=style, marker=marker, color=colour, mfc=fill, ms=size, label=label)
-            # A band has no width at a single point, which bars show the interval of, too.
-            axes.vlines(places, low, high, color=colour, linewidth=1)
+            fill, size = ("none", 9) if style == "none" else (colour, 6)  # so that our marker shows through
+            axes.plot(x, mean, ls=style, marker=marker, color=colour, mfc=fill, ms=size, label=label)
+            # Bars show the interval of a single point as well, where a band has no width.
+            axes.vlines(x, low, high, color=colour, linewidth=1)
             if style != "none":
-                axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+                axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         if against == "classes":
             classes = [line["classes"] for line in everything]
             counts = np.geomspace(min(classes), max(classes), 100)
             axes.plot(counts, 100 / counts, "k:", label="chance")
             axes.set_xlim(left=0)
-        along = "classes learned one after another" if against == "classes" else "meta-steps"
-        axes.set(title=MEASURES[name].title, xlabel=along, ylabel=with_interval("accuracy (%)", everything))
+        xlabel = "classes learned one after another" if against == "classes" else "meta-steps"
+        axes.set(title=MEASURES[name].title, xlabel=xlabel, ylabel=with_interval("accuracy (%)", everything))
         axes.set_ylim(0, 102)  # room for the upper half of a marker
         axes.grid(alpha=0.3)
         axes.label_outer()
@@ -118,23 +118,23 @@ def comparison_figure(
 
 
 def with_interval(label: str, rows: Sequence[Line]) -> str:
-    """The label of an axis, which names the interval where some row has one."""
+    """The label of an axis; the interval is named where a row has one."""
     known = any(row.get(f"{name}_low") is not None for row in rows for name in accuracies())
     return f"{label}, 95% interval" if known else label
 
 
 def percent(rows: Sequence[Line], key: str) -> NDArray[np.float64]:
-    """A column in percent; NaN, which is not drawn, for None."""
+    """A column in percent; None becomes NaN, which is not drawn."""
     return 100 * np.array([row.get(key) for row in rows], dtype=float)
 
 
 @default_style()
 def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Accuracy on every class learned so far, over the course of one run: black is forgotten.
+    """A figure of the accuracy on every class learned so far, over the course of one run; black is 0.
 
     Args:
-        rows: of `evaluation.runs.by_class`, one moment after the other. A picture row is one moment, a column
-            one class; the panels are the images trained on and unseen ones.
+        rows: of `evaluation.runs.by_class`, in the order of time. A picture row is one moment, a column one
+            class; one panel is of training images, the other of unseen images.
     """
     times = sorted({int(row["seen"]) for row in rows})
     accuracy = np.full((2, len(times), times[-1]), np.nan)
@@ -143,7 +143,7 @@ def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
     figure = new_figure(9, 5)
     panels = figure.subplots(2, 1, sharex=True)
     for axes, values, name in zip(panels, accuracy, ("images trained on", "unseen images"), strict=True):
-        # A time's row reaches down from the time before, so that the vertical axis is to scale.
+        # A picture row begins at the moment before, so that the vertical axis is to scale.
         image = axes.pcolormesh(
             np.arange(times[-1] + 1), [0, *times], 100 * values, cmap="gray", vmin=0, vmax=100
         )
@@ -158,7 +158,7 @@ def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 @default_style()
 def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figure:
-    """The gate of several images as rows of grey values, black where a feature is shut off.
+    """A figure of the gates of several images as rows of grey values; black is 0.
 
     Args:
         gates: [B, features], 0 to 1.
@@ -190,8 +190,7 @@ def read_png(path: Path) -> NDArray[np.uint8]:
 
 
 def save_png(figure: Figure, path: Path) -> NDArray[np.uint8]:
-    """Write the figure as PNG, whole or not at all, or raise UserError; returns its pixels, which take longer
-    than writing them."""
+    """Write the figure as PNG, whole or not at all, or raise UserError; returns the pixels [H, W, 3]."""
     figure.set_dpi(DPI)
     pixels = figure_pixels(figure)
     with atomic_write(path) as file:

@@ -1,5 +1,5 @@
-"""The files that an evaluation leaves: every score in `scores.csv` as it is found, one row per run of the
-report in `results.csv`, what it was and a summary in `results.json`."""
+"""The files of an evaluation: `scores.csv` gets every score at once, `results.csv` one row per run of the
+report, `results.json` settings and a summary."""
 
 from __future__ import annotations
 
@@ -31,28 +31,23 @@ STUDENT = (
 """97.5 % quantiles of Student's t, of 1 degree of freedom and more."""
 
 METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
-"""The columns of a training's `metrics.csv` that are drawn."""
+"""The columns of a training's `metrics.csv` that figures show."""
 
 Row = Mapping[str, Any]
-"""One run: `model` (its file), `classes`, `run`, `lr` (None of a learner that takes no steps), and its score,
-a value for each of `model.scores.MEASURES`."""
+"""One run: `model` (file name), `classes` (count), `run` (draw number), `lr` (None for a learner
+without steps), and a value for each of `model.scores.MEASURES`."""
 
 
 class Results(NamedTuple):
-    """What an evaluation left: its rows, and what `results.json` says beside their summary (empty without
-    that file)."""
+    """An evaluation's rows, and the content of `results.json` (if there) without the summary."""
 
     rows: list[dict[str, Any]]
     about: dict[str, Any]
 
 
 def write_results(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
-    """Write `results.csv` and `results.json` into a folder; raises UserError where one cannot be written.
-
-    Args:
-        rows: every run so far.
-        about: what else `results.json` should say: treatment, models, plan, search.
-    """
+    """Write `results.csv` and `results.json` into a folder, or raise UserError; `about` is the content of
+    `results.json` beside the summary: treatment, models, plan, search."""
     write_table(folder / "results.csv", rows)
     content = {**about, "summary": summarise(rows)}
     write_text(folder / "results.json", json.dumps(content, indent=2) + "\n")
@@ -69,11 +64,11 @@ def read_results(path: Path) -> Results:
     """The results that :func:`write_results` wrote.
 
     Args:
-        path: a run folder, or a CSV file or the JSON file of the same name beside it.
+        path: a run folder, its CSV file, or the JSON file of the same name beside the CSV file.
 
     Raises:
-        UserError: no such file, or the CSV file is no table of runs: other columns, a value of the wrong
-            kind or out of its range, a run twice, no runs at all.
+        UserError: the file is missing, or the CSV file is malformed: other columns, a value of the wrong kind
+            or out of range, a run twice, no runs.
     """
     path = path / "results.csv" if path.is_dir() else path
     path = path.with_suffix(".csv") if path.suffix == ".json" else path
@@ -87,14 +82,14 @@ def read_results(path: Path) -> Results:
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
-    """The columns `METRICS` of what a training run measured, a value for each of its steps.
+    """The columns `METRICS` of a training's `metrics.csv`, a value for each step.
 
     Args:
-        path: a run folder, or its `metrics.csv`. A last line without its end is passed over: a training may
-            be writing it.
+        path: a run folder, or its `metrics.csv`. A last line without a line end is ignored, since a training
+            may be writing that line.
 
     Raises:
-        UserError: no such file, or no such columns of numbers, or no steps at all.
+        UserError: the file is missing, a column is missing or not numeric, or there are no steps.
     """
     path = path / "metrics.csv" if path.is_dir() else path
     whole_lines = [line for line in text_of(path).splitlines(keepends=True) if line.endswith("\n")]
@@ -116,12 +111,12 @@ def read_table(
     """The rows of a CSV file.
 
     Args:
-        columns: what makes a value of a cell, by the heading of the column, in the order of the file.
-        key: columns whose values no two rows share.
+        columns: readers of the cells by the heading of the column, in the order of the file.
+        key: columns whose values together are unique.
 
     Raises:
         UserError: the file cannot be read, has other columns, a row with too few or too many fields, a cell
-            that its reader refuses, or two rows of one key.
+            that its reader refuses, or two rows with the same key.
     """
     lines = csv.reader(io.StringIO(text_of(path)), strict=True)
     rows: dict[object, dict[str, Any]] = {}
@@ -145,8 +140,8 @@ def read_table(
 
 
 class Key(NamedTuple):
-    """What a score is a function of, within one run folder. `purpose` is `search` or `report`, `lr` None for
-    a learner that takes no steps."""
+    """The identity of a score within one run folder. `purpose` is `search` or `report`; `lr` is None for a
+    learner without steps."""
 
     purpose: str
     model: str
@@ -156,13 +151,13 @@ class Key(NamedTuple):
 
 
 def known_scores(path: Path) -> dict[Key, Score]:
-    """The scores that are in `scores.csv`, which is made where there is none.
+    """The scores in `scores.csv`; a missing file is created.
 
-    A process killed at any moment, or a full disk, can at worst tear the last line: the line lacks its end,
-    is cut off here, and its score is computed again.
+    A killed process or a full disk can leave an incomplete last line. Such a line has no line end, is cut off
+    here, and its score is computed again.
 
     Raises:
-        UserError: the file cannot be read or written, or holds something else.
+        UserError: the file cannot be read or written, or is malformed.
     """
     lr = optional(positive)
     columns = with_measures(purpose=str, model=str, classes=whole(1), draw=whole(0), lr=lr)
@@ -176,10 +171,10 @@ def known_scores(path: Path) -> dict[Key, Score]:
 
 
 def append(path: Path, values: Sequence[object]) -> None:
-    """Append a line to a CSV file and put it on disk, or raise UserError; numbers have all their digits.
+    """Append a line to a CSV file and sync the file, or raise UserError; numbers are written with all digits.
 
-    Rewriting the whole file each time would be as safe, but would cost more with every score, of which a
-    search makes thousands.
+    Rewriting the whole file would be as safe, but would take longer with every score; a search makes
+    thousands of scores.
     """
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)
@@ -191,17 +186,17 @@ def append(path: Path, values: Sequence[object]) -> None:
 
 
 def optional(read: Reader) -> Reader:
-    """A reader that makes None of an empty text."""
+    """A reader that returns None for an empty text, and else the result of `read`."""
     return lambda text: read(text) if text else None
 
 
 def with_measures(**columns: Reader) -> dict[str, Reader]:
-    """What makes a value of a cell, by column, of a file that has all measures beside `columns`."""
+    """The readers `columns`, followed by the readers of all measures."""
     return columns | {name: measure.kind.read for name, measure in MEASURES.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError where the file cannot be read or holds something else."""
+    """The object in a JSON file; raises UserError where the file cannot be read or holds no object."""
     try:
         content = json.loads(text_of(path))
     except (ValueError, RecursionError) as error:
@@ -221,15 +216,15 @@ def text_of(path: Path) -> str:
 
 
 def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, str] | None:
-    """95% interval of the mean of accuracies over models or, of one model, over its runs: its ends, within 0
-    to 1, and how they were found. None for one run.
+    """The 95% interval of a mean accuracy over models, or over runs of a single model: the two ends, within 0
+    to 1, and the method. None for a single run.
 
-    Fewer than `FEW` models or runs have Student's t interval: resampling so few gives an interval that is far
-    too narrow. More have percentiles of the means of `RESAMPLES` draws of as many models or runs. The runs of
-    a model resemble each other, and may depend on each other in any way: they enter as a whole.
+    Fewer than `FEW` models or runs have Student's t interval, since a bootstrap of so few is far too narrow.
+    More have a percentile bootstrap with `RESAMPLES` resamples. Runs of one model may depend on each other,
+    so models are resampled whole.
 
     Args:
-        groups: the values of each model; none is empty.
+        groups: the values of each model, one or more.
     """
     of = "models" if len(groups) > 1 else "runs"
     units = groups if len(groups) > 1 else [[value] for value in groups[0]]
@@ -237,7 +232,7 @@ def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, str] | No
     if count < 2:
         return None
     method = f"Student's t over {of}" if count < FEW else f"bootstrap over {of}"
-    if len(set(values)) == 1:  # their means differ by rounding
+    if len(set(values)) == 1:  # the means of resamples would differ by rounding
         return values[0], values[0], method
     sizes, sums = np.array([len(unit) for unit in units]), np.array([sum(unit) for unit in units])
     if count < FEW:
@@ -254,11 +249,10 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Mean and 95% interval over the models and runs of each class count, in order of class count.
 
     Returns:
-        mappings with `classes`, `models`, `runs` (of all models), `lr` (that of the first run), and each
-        measure as its mean over the runs, or as the number of runs that it is true of (`diverged`). A run
-        that diverged has nothing right, which counts; where all runs did, a mean is None. An accuracy such as
-        `test` has `test_low`, `test_high` and `test_interval` as well, which names the method of its
-        :func:`interval`; None where there is no interval.
+        mappings with `classes`, `models`, `runs` (of all models), `lr` (of the first run), and each measure
+        as its mean over the runs, or as the number of runs (`diverged`). A run that diverged counts as 0 %;
+        where all runs diverged, a mean is None. An accuracy such as `test` has its :func:`interval` as
+        `test_low`, `test_high` and `test_interval` (the method); None where there is no interval.
     """
     summary = []
     for classes in sorted({row["classes"] for row in rows}):
@@ -282,7 +276,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The summary as lines for the terminal; accuracies in percent with the reach of their 95% intervals."""
+    """The summary as a table for the terminal; accuracies in percent, ± the reach of their 95% intervals."""
     headings = [m.kind.heading.format(name.replace("_", " ")) for name, m in MEASURES.items()]
     lines = [["classes", "lr", "runs", *headings]]
     summary = summarise(rows)
@@ -298,20 +292,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def shown(line: Mapping[str, Any], name: str) -> str:
-    """A fraction of a line of a summary in percent: its mean, how far from the mean its 95% interval reaches
-    where there is one, and how many runs diverged where others did not."""
+    """The measure `name` of a summary's line as text: mean in percent, ± the reach of its 95% interval,
+    and how many runs diverged. Missing parts are left out."""
     mean, low, high = (line.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if mean is None:
         return "diverged"
     text = f"{100 * mean:.1f}"
     if low is not None and high is not None:
-        reach = 100 * max(mean - low, high - mean)  # an interval ends at 0 and at 100
-        text += f" ± {reach:.1f}" if reach >= 0.05 else f" ± {reach:.1g}"  # never 0.0 for what is not 0
+        reach = 100 * max(mean - low, high - mean)  # an interval may be cut off at 0 or 100 %
+        text += f" ± {reach:.1f}" if reach >= 0.05 else f" ± {reach:.1g}"  # shows no small reach as 0.0
     return f"{text} ({line['diverged']} diverged)" if line.get("diverged") else text
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of equally many cells as text, each column as wide as its widest cell and aligned to the
-    right."""
+    """Lines of equally many cells as text, in columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)

@@ -1,5 +1,5 @@
-"""The paper's evaluation from top to bottom: the models, the search of a learning rate, then the report of
-fresh draws at it, by runs each of which is made once and has its scores on disk before the next begins."""
+"""The paper's evaluation from top to bottom: models, search for a learning rate, report on fresh draws. A run
+is made once, and its scores are on disk before the next run begins."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from utils.errors import UserError
 from utils.files import load_checkpoint
 from utils.run import Progress, Run
 
-VALIDATION_LR = 0.001  # of the small meta-tests of a training: the best rate for most class counts
-SHOWN = 10  # classes whose gates are drawn, two images each
+VALIDATION_LR = 0.001  # learning rate of a training's meta-tests: the best for most class counts
+SHOWN = 10  # classes whose gates are drawn, for two images each
 
 log = logging.getLogger("anml")
 
@@ -40,12 +40,12 @@ class Model(NamedTuple):
     """One model to test.
 
     Attributes:
-        name: what the column `model` of the results holds: the file as it was typed, or `scratch`.
+        name: the file as it was typed, or `scratch`; the column `model` of the results.
         net: the network.
-        weights: what made its weights.
+        weights: the origin of the weights.
         sha256: hexadecimal digest of the file; empty without a file.
-        step: meta-steps of its training.
-        arguments: flags of its training; empty without a file.
+        step: meta-steps of the training.
+        arguments: flags of the training; empty without a file.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Model(NamedTuple):
 
 def models_to_test(args: Evaluation) -> list[Model]:
     """The models of `--model`, each once, on the CPU; for `--scratch` one new network, of the shape of
-    `--model` if that is given.
+    `--model` if given.
 
     Raises:
-        UserError: a file is unreadable, or a model is not of the treatment of the others or of
+        UserError: a file is unreadable, or models are of different treatments or not of the treatment of
             `--treatment-preset`.
     """
     models: list[Model] = []
@@ -89,8 +89,8 @@ def models_to_test(args: Evaluation) -> list[Model]:
                 f"--treatment-preset {row.name} tests {row.weights} {row.network}; "
                 f"{model.name} holds {model.weights} {model.net.network}"
             )
-    # Counted twice, weights such as those of the last model that training kept beside its final one would
-    # narrow an interval over models.
+    # Equal weights (say of a training's final model and its last kept model) would count twice, and narrow an
+    # interval over models.
     kept: dict[str, Model] = {}
     for model in models:
         first = kept.setdefault(fingerprint(model.net), model)
@@ -100,14 +100,14 @@ def models_to_test(args: Evaluation) -> list[Model]:
 
 
 def match_earlier(models: list[Model], decided: Mapping[str, Any], folder: Path) -> list[Model]:
-    """The models under the names that the evaluation in a run folder gave them.
+    """The models under the names that they had in the evaluation of a run folder.
 
     Args:
-        decided: what else must be as `config.json` has it: the plan, and what identifies the images.
-        folder: of the evaluation that is resumed.
+        decided: other values that must equal those in `config.json`: the plan, and the images' identity.
+        folder: the run folder of the evaluation that is resumed.
 
     Raises:
-        UserError: models, by content, or something decided are not those of the folder.
+        UserError: the models' contents or a value of `decided` differ from the folder's.
     """
     config = read_config(folder)
     before = {**config, **config["plan"]}
@@ -127,8 +127,8 @@ def match_earlier(models: list[Model], decided: Mapping[str, Any], folder: Path)
 
 
 def _warn_of_other_data(model: Model, source: Source) -> None:
-    """Warn where a model was trained on the same data set with other options: of a folder that is split by a
-    draw, the training may have seen the classes that are tested."""
+    """Warn where a model was trained on the same data set with other options: where a draw splits a folder's
+    classes, the training may have used tested classes."""
     for name, value in source.options.items() if model.arguments.get("dataset") == source.dataset else ():
         before = model.arguments.get(f"data_{name}", model.arguments.get(name, value))
         if before != value:
@@ -139,12 +139,9 @@ def _warn_of_other_data(model: Model, source: Source) -> None:
 def evaluate(
     args: Evaluation, schedule: Sequence[int], runs: Runs, about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Search and report each class count of `schedule`, with `--nested` all at once.
+    """The rows of the report: search and report each class count of `schedule`, with `--nested` all at once.
 
-    `results.csv` and `results.json` are written after each.
-
-    Args:
-        about: what `results.json` says beside the search and the summary.
+    `results.csv` and `results.json` (with `about`, search and summary) are written after each class count.
     """
     rows: list[dict[str, Any]] = []
     tries: list[dict[str, Any]] = []
@@ -180,9 +177,9 @@ def evaluate(
 
 
 def search(args: Evaluation, runs: Runs, counts: Sequence[int]) -> dict[int, RateSearch]:
-    """The search of a learning rate for each of `counts`, all of which one pass serves.
+    """The finished search for a learning rate of each class count in `counts`, all from the same runs.
 
-    All rates are tried on each draw of each model, as long as a try may change which rate is the best.
+    Rates are tried on each draw of each model, as long as a try may change the best rate.
     """
     draws = list(starmap(Draw, product(range(len(runs.models)), range(args.lr_search_runs))))
     objective = "test" if args.test else "train"
@@ -198,7 +195,7 @@ def search(args: Evaluation, runs: Runs, counts: Sequence[int]) -> dict[int, Rat
 def report(args: Evaluation, runs: Runs, rates: Mapping[int, float | None]) -> list[dict[str, Any]]:
     """One row for each class count of `rates`, at its rate, and each of `--runs` draws of each model.
 
-    A run serves all counts of one rate, and goes as far as the largest of them.
+    One run gives the rows of all class counts with the same rate.
     """
     stops = {lr: tuple(n for n, rate in rates.items() if rate == lr) for lr in rates.values()}
     draws = starmap(Draw, product(range(len(runs.models)), range(args.runs)))
@@ -213,7 +210,7 @@ def report(args: Evaluation, runs: Runs, rates: Mapping[int, float | None]) -> l
 
 
 def _warn_of_diverged(of: str, rows: Sequence[Row]) -> None:
-    """Warn where runs at a rate diverged: their accuracies say nothing else."""
+    """Warn where runs at a rate diverged, which accuracies alone do not show."""
     for classes, lr in dict.fromkeys((row["classes"], row["lr"]) for row in rows):
         diverged = [row["diverged"] for row in rows if (row["classes"], row["lr"]) == (classes, lr)]
         at = "" if lr is None else f" at the learning rate {lr:g}"
@@ -223,8 +220,8 @@ def _warn_of_diverged(of: str, rows: Sequence[Row]) -> None:
 
 
 def how_chosen(args: Evaluation, models: int, rows: Sequence[Row]) -> str:
-    """One line on where the learning rates of `rows` come from: it names a search on the classes reported on,
-    and the class counts whose best rate is the smallest or the largest tried."""
+    """One line on the origin of the learning rates of `rows`. The line names a search on reported classes,
+    and class counts whose best rate is the smallest or largest tried."""
     if not LEARNERS[args.learner].takes_steps:
         return f"no learning rate: {LEARNERS[args.learner].title} takes no steps"
     if args.lr is not None:
@@ -245,12 +242,12 @@ def how_chosen(args: Evaluation, models: int, rows: Sequence[Row]) -> str:
 
 
 class Runs:
-    """Makes the runs of several models, each once: a run whose scores are in `scores.csv` is not made again.
+    """Makes the runs of several models; scores that are in `scores.csv` are not computed again.
 
-    The processes of `group` make one run each at a time, and rank 0 writes down what all of them found.
+    The processes of `group` make one run each at a time, and rank 0 writes all their scores.
 
     Args:
-        make: gives the meta-test of a model on a split of the data, `evaluation` or `background`.
+        make: returns the meta-test of a model on a split of the data, `evaluation` or `background`.
     """
 
     def __init__(
@@ -264,7 +261,7 @@ class Runs:
         self.args, self.run, self.models, self.group = args, run, models, group
         self.path = run.folder / "scores.csv"
         self.known = group.gather(known_scores(self.path) if is_first() else {})[0]
-        # Two are kept, since frozen outputs take memory: with one model the meta-tests of both splits.
+        # Two meta-tests are kept (both splits of one model); more frozen outputs would take too much memory.
         self._meta_test = lru_cache(maxsize=2)(lambda position, split: make(models[position], split))
 
     def scores(
@@ -272,9 +269,9 @@ class Runs:
     ) -> Iterator[tuple[Job, dict[int, Score]]]:
         """Each job and its scores by class count; `bar` counts the jobs."""
         for start in range(0, len(jobs), self.group.size):
-            together = jobs[start : start + self.group.size]
-            own = [made for job in self.group.shard(together) for made in self._make(purpose, job)]
-            for key, score, remembered in chain(*self.group.gather(own)):
+            batch = jobs[start : start + self.group.size]
+            made = [result for job in self.group.shard(batch) for result in self._make(purpose, job)]
+            for key, score, remembered in chain(*self.group.gather(made)):
                 self.known[key] = score
                 if is_first() and remembered:
                     name = f"forgetting_{key.classes}"
@@ -283,7 +280,7 @@ class Runs:
                         save_png(forgetting_figure(remembered), self.run.folder / f"{name}.png")
                 if is_first():
                     append(self.path, [*key, *score.values()])
-            for job in together:
+            for job in batch:
                 found = {n: self.known[self._key(purpose, job, n)] for n in job.stops}
                 if bar.advance(**{name: found[job.stops[-1]][name] for name in accuracies()}):
                     bar.report()
@@ -293,8 +290,8 @@ class Runs:
         return Key(purpose, self.models[job.draw.model].name, classes, job.draw.number, job.lr)
 
     def _make(self, purpose: Purpose, job: Job) -> Iterator[tuple[Key, Score, list[Row]]]:
-        """The score of a run at each stop that has none yet, and of a run that is tracked the accuracies by
-        class until that stop."""
+        """The score of a run at each stop without a score, and in a tracked run the accuracies by class up to
+        that stop."""
         keys = {n: self._key(purpose, job, n) for n in job.stops}
         stops = {n for n, key in keys.items() if key not in self.known}
         if not stops:
@@ -308,7 +305,7 @@ class Runs:
             sorted(stops | on_the_way),
             job.lr,
             purpose,
-            # No two models have a draw in common: their runs are independent.
+            # Models have different draws, so that their runs are independent.
             job.draw.number * len(self.models) + job.draw.model,
             drawn=len(tester.images) if self.args.nested else job.stops[-1],
         ):
@@ -321,8 +318,8 @@ class Runs:
 
 
 def by_class(answers: Answers) -> list[Row]:
-    """One row per class: `seen` (classes learned by then), `position` (in the order of learning, from 0),
-    `class` (id), and the accuracy on its images of `train` and `test`, 0 to 1."""
+    """One row per class: `seen` (classes learned so far), `position` (in the order of learning, from 0),
+    `class` (id), and the accuracies `train` and `test` on the class's images, 0 to 1."""
     train, test = (right.double().mean(1).tolist() for right in (answers.train, answers.test))
     rows = enumerate(zip(answers.classes.tolist(), train, test, strict=True))
     seen = len(answers.classes)
@@ -330,10 +327,10 @@ def by_class(answers: Answers) -> list[Row]:
 
 
 def validate(run: Run, net: Network, images: Pool, step: int, classes: int, learner: str) -> None:
-    """Log a small meta-test on meta-training classes of two or more images, and a picture of gates.
+    """Log a small meta-test on meta-training classes, and a picture of gates.
 
-    Of the 20 images of a class 15 are learned and 5 tested; of fewer images, the same share. The picture
-    shows the gates of two images of each of the first `SHOWN` classes.
+    Of the 20 images of a class 15 are learned and 5 tested; of fewer images (2 or more), the same share. The
+    picture shows the gates of two images of each of the first `SHOWN` classes.
 
     Args:
         learner: key of `model.learner.LEARNERS`.
@@ -368,8 +365,8 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
 
 
 def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
-    """Mean of the gate, and fraction of features that are active before and after it, on images [B, C, 28,
-    28]; in a network without a gate the fraction of active features alone."""
+    """Mean gate and fractions of features active before and after the gate, on images [B, C, 28, 28]; the
+    fraction of active features alone without a gate."""
     seen = represent(net, Pool(images, (len(images),)))
     if seen.gate is None:
         return {"meta_train/active": active_fraction(seen.before.rows)}

@@ -1,9 +1,9 @@
-"""Compares a backend with plain at the start of a run, which it may serve only where the two agree.
+"""Compares a backend with plain at the start of a run; a run uses a backend only where the two agree.
 
-Plain is the definition: an untouched network that goes through `model.method` and `model.learner`'s learner
-as they stand in the working copy, edited or not. Both compute in float64: the logits, the meta-loss, the
-meta-gradient of every parameter and updates of the online learner. They are compared on two networks, the one
-of the run and a narrow one of its class, whose trajectory has all inner steps of the run.
+Plain is the definition: an unprepared network, `model.method` and `model.learner` as they stand in the
+working copy, edited or not. Both compute in float64: the logits, the meta-loss, the meta-gradient of every
+parameter and updates of the online learner. They are compared on two networks: the run's network with a few
+inner steps, and a narrow network of its class with all inner steps of the run.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from model.modelfactory import Network, build, trained_parameters
 from model.outer_loop import Capture
 
 TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
-EXPLODED = 300  # a loss or gradient of this size is that of a trajectory that diverges
+EXPLODED = 300  # a loss or gradient of this size means that the trajectory diverges
 DEFAULT, UPDATE_STEP = InnerLoop(0.1), 20
-SMALLEST_LR = 1e-4  # of the inner loop, below which a network that explodes does so by itself
+SMALLEST_LR = 1e-4  # of the inner loop; at smaller steps an explosion is the network's own
 NARROW = {"nm_channels": 6, "pln_channels": 8, "hidden": 12, "num_classes": 8}
-FEW_STEPS = 2  # inner steps of the network of the run
-OTHERS = 1  # images of the query beside the trajectory
+FEW_STEPS = 2  # inner steps of the run's network, whose full trajectory would take too long
+OTHERS = 1  # query images beside those of the trajectory
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a run does with a network, which both backends are asked for.
+    """The use of a network in a run, for which both backends must give the same numbers.
 
     Attributes:
         net: gives the defaults of `rln` and `meta_test_rln`.
-        rln: layers that the inner loop leaves alone.
+        rln: layers frozen in the inner loop.
         inner: settings of the inner loop.
         update_step: inner steps.
-        meta_test_rln: layers that the online learner leaves alone.
+        meta_test_rln: layers frozen in the online learner.
         optimizer: of the online learner, a key of `OPTIMIZERS`.
         channels: of the images, 1 or 3.
     """
@@ -66,16 +66,16 @@ class Use:
 
 
 class Backend(NamedTuple):
-    """How a run computes what `model.method` defines.
+    """An implementation of `model.method`.
 
     Attributes:
         name: `plain` or `fast`.
         prepare: gives a network the backend's layers, in place. Raises NotImplementedError where the backend
-            does not know the network.
-        meta_loss: in place of `model.method`'s.
+            does not support the network.
+        meta_loss: used in place of `model.method.meta_loss`.
         capture: see `model.outer_loops.TrajectoryLoop`.
-        adam_learner: in place of `model.learner.adam_learner`.
-        why: what made the run choose it.
+        adam_learner: used in place of `model.learner.adam_learner`.
+        why: the reason for the choice of the backend.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Backend(NamedTuple):
     why: str = "as asked for"
 
     def learner(self, name: str) -> LearnerKind:
-        """The entry of `LEARNERS` of that name, as the backend computes it."""
+        """The entry `name` of `LEARNERS`, with the backend's own constructor for `adam`."""
         kind = LEARNERS[name]
         return replace(kind, make=self.adam_learner) if name == "adam" else kind
 
@@ -95,7 +95,7 @@ PLAIN = Backend("plain", lambda net: None, method.meta_loss, None, adam_learner)
 
 
 def difference(net: Network, device: torch.device, use: Use, candidate: Backend) -> str | None:
-    """What a backend computes otherwise than plain, or why it does not know a network; None if both agree."""
+    """The first difference between a backend and plain, or why the backend fails; None if both agree."""
     if use.inner.rule is not None:
         return "the fast backend knows SGD as inner rule alone"
     try:
@@ -129,7 +129,7 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
         lambda net, backend: _meta_gradient(net, backend, images, labels, steps, use), both
     )
     scale = max(float(x.detach().abs().max()) for x in (values, *grads.values()))
-    # Rounding has been amplified as much: smaller steps show more.
+    # An exploding trajectory amplifies rounding errors as well: smaller steps separate them from edits.
     if not scale < EXPLODED and use.inner.lr > SMALLEST_LR:
         smaller = replace(use, inner=replace(use.inner, lr=use.inner.lr / 10))
         return _difference(net, device, smaller, steps, candidate)
@@ -152,7 +152,7 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
 def _of_both(
     compute: Callable[[Network, Backend], Any], both: Sequence[tuple[Network, Backend]]
 ) -> list[Any]:
-    """What `compute` gives for both backends; both draw the same, say for dropout."""
+    """The results of `compute` for both backends, with the same random numbers (say for dropout)."""
     found = []
     for net, backend in both:
         torch.manual_seed(1)
@@ -163,10 +163,9 @@ def _of_both(
 def _meta_gradient(
     net: Network, backend: Backend, images: Tensor, labels: Tensor, steps: int, use: Use
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """All that the meta-loss returns, the inner losses first, and its gradient with respect to each
-    parameter."""
+    """Inner losses, logits and loss in one vector, and the meta-gradient of each parameter by name."""
     params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
-    # Frozen outputs are a shortcut too: plain passes whole images.
+    # Plain gets whole images, since frozen outputs are a shortcut that is compared as well.
     inputs = images if backend is PLAIN else net.frozen(images, params)
     support, query = (inputs[-steps:], labels[-steps:]), (inputs, labels)
     loss, logits, inner_losses = backend.meta_loss(net, params, support, query, use.inner)
@@ -179,7 +178,7 @@ def _meta_gradient(
 def _online(
     net: Network, backend: Backend, images: Tensor, labels: Tensor, use: Use
 ) -> tuple[list[Tensor], Tensor]:
-    """The parameters after some updates of the online learner, and its answers then."""
+    """The parameters after some updates of the online learner, and its answers after them."""
     net = copy.deepcopy(net).eval()
     trained = use.online_learned
     learner = backend.adam_learner(net, trained, Settings(lr=0.01, optimizer=use.optimizer))
@@ -191,7 +190,7 @@ def _online(
 
 @torch.no_grad()
 def _moved(net: Network) -> Network:
-    """The network with noise on all parameters. At initial values edits hide: scales are 1, biases 0."""
+    """Add noise to all parameters, in place: initial scales of 1 and biases of 0 would hide edits."""
     for parameter in net.parameters():
         size = 1.0 if parameter.ndim < 2 else 0.1 * float(parameter.std(correction=0))
         parameter.add_(torch.randn_like(parameter), alpha=size)
@@ -199,14 +198,14 @@ def _moved(net: Network) -> Network:
 
 
 def _examples(count: int, channels: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images, every other one of few bright pixels, whose activations are large; and labels."""
+    """Images and labels; every other image has few bright pixels, which make activations large."""
     images = torch.randn(count, channels, 28, 28, device=device, dtype=torch.float64)
     images[::2] = (torch.rand_like(images[::2]) > 0.98) * 5 + 0.1 * images[::2]
     return images, torch.arange(count, device=device) % classes
 
 
 def _same(ours: Tensor, theirs: Tensor, scale: float = 0.0) -> bool:
-    """Whether two results agree up to rounding; `scale` is that of what they are part of."""
+    """Whether two results agree up to rounding, relative to the larger of their size and `scale`."""
     ours, theirs = ours.detach(), theirs.detach()
     size = max(scale, float(theirs.abs().max()), 1e-300)
     return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= TOLERANCE * size).all())

@@ -1,4 +1,4 @@
-"""Adam, of the outer loop and of meta-test, and SGD, of meta-test."""
+"""Adam, for the outer loop and meta-test, and SGD, for meta-test."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ EPS = 1e-8
 
 
 class Adam:
-    """Adam with the published defaults, which the paper and the released code use, in place.
+    """Adam, which updates weights in place, with its published defaults (as in the paper and released code).
 
-    The arithmetic is torch's own, fused into one pass over memory where the device has it.
-    `torch.optim.Adam` around it would load the compiler, seconds at every start, and walk its
-    parameter groups at every one of the thousands of updates of a meta-test.
+    The arithmetic is torch's functional `adam`, fused into one pass over memory where the device can.
+    `torch.optim.Adam` would import the compiler, which takes seconds, and walk its parameter groups at each
+    of the thousands of updates of a meta-test.
 
     Args:
-        weights: what learns; each keeps its place in memory.
+        weights: the tensors to update; their addresses stay.
         lr: step size.
     """
 
@@ -32,20 +32,16 @@ class Adam:
         self.flat = [list(map(_flat, part)) for part in (self.weights, self.means, self.squares)]
         device = self.weights[0].device
         self.fused = device.type in ("cpu", "cuda", "mps")
-        # The fused kernels count on the device; the plain one reads the count on the host.
+        # Fused kernels keep the step count on the device; the plain one reads the count on the host.
         counter = device if self.fused else torch.device("cpu")
         self.steps = [torch.zeros((), device=counter) for _ in self.weights]
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """Moments and counts, a tensor per weight; the tensors themselves, not copies."""
+        """Moments and step counts, a tensor per weight; later steps change these tensors."""
         return {"means": self.means, "squares": self.squares, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
-        """Take over what `state_dict` gave for the same weights, on any device.
-
-        Raises:
-            ValueError: it belongs to other weights.
-        """
+        """Copy a state that `state_dict` returned, on any device; raises ValueError if the weights differ."""
         for key, own in self.state_dict().items():
             loaded = state.get(key, ())
             if [(x.shape, x.dtype) for x in loaded] != [(x.shape, x.dtype) for x in own]:
@@ -55,7 +51,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """Move each weight by its gradient, a tensor of its shape."""
+        """Update each weight with its gradient, a tensor of the same shape."""
         weights, means, squares = self.flat
         flat = [_flat(*pair) for pair in zip(gradients, self.weights, strict=True)]
         adam(
@@ -72,7 +68,7 @@ class Adam:
 
 
 class SGD:
-    """Plain gradient descent, which the paper speaks of at meta-test; as `Adam`."""
+    """Plain gradient descent, which the paper mentions for meta-test; the interface is that of `Adam`."""
 
     def __init__(self, weights: Iterable[Tensor], lr: float) -> None:
         self.weights = [weight.detach() for weight in weights]
@@ -80,23 +76,24 @@ class SGD:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """Move each weight against its gradient, a tensor of its shape."""
+        """Update each weight with its gradient, a tensor of the same shape."""
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.sub_(gradient, alpha=self.lr)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """Nothing: a step depends on its gradient alone."""
+        """An empty state: a step depends on its gradient alone."""
         return {}
 
 
 OPTIMIZERS: dict[str, type[Adam] | type[SGD]] = {"adam": Adam, "sgd": SGD}
-"""What `--optimizer` may name at meta-test."""
+"""The choices of `--optimizer` at meta-test."""
 
 
 def _flat(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """The elements as they lie in memory, a view; of a copy in the memory layout of `like` where `x` has
-    another. The fused pass copies tensors that are not contiguous, such as convolution kernels with the
-    channels last, and takes a gradient to have the layout of its weight."""
+    """A flat view of `x` in memory order; of a copy with the memory layout of `like` if that differs.
+
+    The fused pass would copy tensors that are not contiguous, such as convolution kernels with the channels
+    last, and reads a gradient in the layout of its weight."""
     if like is not None and x.stride() != like.stride():
         x = torch.empty_like(like).copy_(x)
     return x.as_strided((x.numel(),), (1,))

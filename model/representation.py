@@ -1,7 +1,6 @@
-"""Sparsity and class structure of features and gate on classes that training has never seen (paper, section
-5).
+"""Sparsity and class structure of features and gate on unseen classes (paper, section 5).
 
-The network is the one that meta-training left: no weight changes here.
+The weights are those after meta-training; no weight changes here.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from model.outer_loop import gather
 
 CHUNK = 100  # images that pass through the network at a time
 QUERIES = 500  # images whose distances to all examples are held at a time
-ACTIVE = 0.01  # a unit above this counts as active (paper)
+ACTIVE = 0.01  # activation above which a unit counts as active (paper)
 NEIGHBOURS = 5  # of the KNN classifier (paper)
 
 
@@ -27,9 +26,9 @@ class Representation:
     """The input of the head for the images of a pool, and its two factors.
 
     Attributes:
-        before: rows [F], features before the gate; in a network without one, what the head sees.
-        gate: rows [G], as many numbers as the network's gate has; None in a network without one.
-        after: rows [F], what the head sees.
+        before: rows [F], the features before the gate; without a gate, the head's input.
+        gate: rows [G], the values of the gate; None without a gate.
+        after: rows [F], the head's input.
     """
 
     before: Pool
@@ -39,7 +38,7 @@ class Representation:
 
 @torch.no_grad()
 def represent(net: Network, pool: Pool) -> Representation:
-    """Representation of a pool of images on its device, in `eval` mode."""
+    """The representation of a pool of images, on the pool's device, in `eval` mode."""
     net = shared_copy(net)
     found = []
     for part in pool.rows.split(CHUNK):
@@ -67,7 +66,7 @@ def dead_fraction(activations: Tensor) -> float:
 def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """The class of each query by a majority vote of its k nearest examples (Euclidean distance).
 
-    Of classes with equally many votes, the one with the nearest example.
+    Among classes with equally many votes, the class of the nearest example wins.
 
     Args:
         examples: [E, F], E at least k.
@@ -77,14 +76,14 @@ def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int
     Returns:
         [Q] classes, on the CPU.
     """
-    # `cdist` computes distances from matmuls, which in float32 round small differences between large features
-    # away. Not every device has float64.
+    # `cdist` computes distances from matmuls. In float32 these round away small differences between large
+    # features, and not every device has float64.
     examples, queries, labels = examples.cpu().double(), queries.cpu().double(), labels.cpu()
     classes = []
     for part in queries.split(QUERIES):
         nearest = labels[torch.cdist(part, examples).topk(k, largest=False).indices]  # [Q, k]
         votes = (nearest[:, :, None] == nearest[:, None, :]).sum(2)
-        # A vote counts k points, less the rank of its example: the ranks only decide between equal votes.
+        # A vote counts k points minus the example's rank, so that ranks decide between equal votes only.
         rank = torch.arange(k)
         winner = (votes * k - rank).argmax(1, keepdim=True)
         classes.append(nearest.gather(1, winner).squeeze(1))
@@ -92,24 +91,18 @@ def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int
 
 
 def knn_accuracy(activations: Pool, task: Task, k: int = NEIGHBOURS) -> float:
-    """Fraction of the test images of `task` that KNN on its training images classifies right.
-
-    Args:
-        activations: rows [F] of the pool that `task` indexes.
-    """
+    """Fraction of the task's test images that KNN on its training images classifies right; `activations` are
+    rows [F] of the pool that `task` indexes."""
     examples, labels = gather(activations, task.train.flatten(0, 1))
     queries, truth = gather(activations, task.test.flatten(0, 1))
     return fraction(nearest_neighbours(examples, labels, queries, k) == truth.cpu())
 
 
 def measure(representation: Representation, task: Task) -> dict[str, float]:
-    """The paper's quantities, each 0 to 1; those of the gate only where there is one.
+    """The paper's quantities, 0 to 1, for the pool that `task` indexes, by name in `results/targets.csv`.
 
-    Activity is measured on the test images of `task`. KNN learns its training images and is tested on its
-    test images. Keys are the quantities of `results/targets.csv`.
-
-    Args:
-        representation: of the pool that `task` indexes.
+    Activity is measured on the task's test images. KNN uses the task's training images as examples and the
+    test images as queries. The gate's quantities are left out for networks without a gate.
     """
     names = ("before",) if representation.gate is None else ("before", "gate", "after")
     shown = {name: gather(getattr(representation, name), task.test)[0] for name in (*names, "after")}
@@ -122,10 +115,9 @@ def measure(representation: Representation, task: Task) -> dict[str, float]:
 
 
 def principal_components(points: Tensor, count: int = 2) -> Tensor:
-    """Points [N, F] in the plane of their largest variance: [N, count], on the CPU.
+    """The first `count` principal components of points [N, F]: [N, count], on the CPU.
 
-    By a full SVD, which needs no random numbers; each axis points to where its largest loading is
-    positive, as the sign is arbitrary.
+    A full SVD needs no random numbers. The sign of an axis is chosen so that its largest loading is positive.
     """
     points = points.cpu()  # not every device has the SVD
     centred = points - points.mean(0)

@@ -1,6 +1,6 @@
 """The measures of a meta-test run, and the learning rate that they choose.
 
-One more measure is one more line of `MEASURES`, which files, tables, curves and figures follow.
+A new measure is one more line of `MEASURES`; files, tables, curves and figures follow.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from utils.flag import Reader, number, whole
 
-if TYPE_CHECKING:  # a second to import, which tools that only read results do without
+if TYPE_CHECKING:  # torch takes a second to import, and tools that read results do not need it
     from torch import Tensor
 
-LOST = -1.0  # stands for the accuracy of a run that diverged, and is less than any
+LOST = -1.0  # accuracy of a run that diverged, less than any other
 
 Score = Mapping[str, float]
-"""The measures of one run by name. A score is read only."""
+"""The measures of one run by name, read-only."""
 
 
 class Answers(NamedTuple):
-    """What a run answered after a sequence of N classes."""
+    """A run's answers after a sequence of N classes."""
 
     test: Tensor  # [N, 5] bool, whether each test image of a class is classified right
-    train: Tensor  # [N, 15] bool, the same for the images that were trained on
-    diverged: bool  # whether weights or logits are not finite; nothing is right then
+    train: Tensor  # [N, 15] bool, the same for the training images
+    diverged: bool  # whether weights or logits are not finite; then no answer counts as right
     classes: Tensor  # [N] class ids, in the order of learning
 
     def score(self) -> Score:
@@ -37,7 +37,7 @@ class Answers(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a measure counts."""
+    """How the values of a measure are read and shown."""
 
     read: Reader  # of one value
     heading: str  # pattern of the heading in tables
@@ -45,12 +45,12 @@ class Kind(NamedTuple):
 
 
 ACCURACY = Kind(number(0, 1), "meta-test {} %", "accuracy_{}")  # has an interval
-CLASSES = Kind(whole(0), "{}", "classes_{}")  # the number of classes that it is true of
-RUNS = Kind(whole(0, 1), "{}", "{}")  # 1 for a run that it is true of, else 0
+CLASSES = Kind(whole(0), "{}", "classes_{}")  # a number of classes
+RUNS = Kind(whole(0, 1), "{}", "{}")  # 1 where the measure is true of the run, else 0
 
 
 class Measure(NamedTuple):
-    """One number of a run: its column in files, its kind, its meaning in words, and how it is computed."""
+    """One number of a run: column name in files, kind, meaning in words, and how the number is computed."""
 
     name: str
     kind: Kind
@@ -59,7 +59,7 @@ class Measure(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Title of its figures."""
+        """The title of figures of the measure."""
         return f"meta-test {self.name} ({self.meaning})"
 
 
@@ -84,15 +84,15 @@ def accuracies() -> list[str]:
 
 
 class Draw(NamedTuple):
-    """One draw of classes for one of the models that are tested together: the numbers of both."""
+    """One draw of classes for one model: the numbers of both."""
 
     model: int
     number: int
 
 
 class Job(NamedTuple):
-    """A run to make: a draw, learned at a rate (None for a learner that takes no steps) and tested at each of
-    `stops`, class counts in ascending order."""
+    """A run to make: a draw, its learning rate (None for a learner without steps), and the class counts
+    `stops`, ascending, at which the run is tested."""
 
     draw: Draw
     lr: float | None
@@ -102,30 +102,30 @@ class Job(NamedTuple):
 def best_rate(values: Mapping[Draw, Mapping[float, float]]) -> float:
     """The learning rate that wins most draws (paper and released code: the mode of the winners).
 
-    Rates that are equal on a draw share its win. Of rates with equally many wins the one with the best mean
-    over all draws is chosen, and of equal means the smallest rate. So the order of the rates does not matter,
-    and no rate is chosen that is nowhere better than another rate and somewhere worse. Several models share
-    one rate: the draws of all models count alike.
+    Rates that tie on a draw share its win. Ties in wins go to the best mean over all draws, ties in means to
+    the smallest rate. So the order of the rates does not matter, and a rate that is nowhere better and
+    somewhere worse than another is not chosen. Several models share one rate: the draws of all models count
+    alike.
 
     Args:
         values: for every draw, the value of every rate: an accuracy, or `LOST`.
     """
     wins, _ = _wins(values, next(iter(values.values())))
-    return max(wins, key=lambda lr: (wins[lr], fmean(of_draw[lr] for of_draw in values.values()), -lr))
+    return max(wins, key=lambda lr: (wins[lr], fmean(by_rate[lr] for by_rate in values.values()), -lr))
 
 
 def _wins(
     values: Mapping[Draw, Mapping[float, float]], rates: Collection[float]
 ) -> tuple[dict[float, Fraction], dict[float, Fraction]]:
-    """The least and the most draws that each rate wins, whatever the tries give that are missing."""
+    """Lower and upper bounds of the draws that each rate wins, over all outcomes of the missing tries."""
     least = dict.fromkeys(rates, Fraction())
     most = dict(least)
-    for of_draw in values.values():
-        winners = _winners(of_draw)
+    for by_rate in values.values():
+        winners = _winners(by_rate)
         for lr in rates:
             share = Fraction(lr in winners, len(winners) or 1)
-            most[lr] += share if lr in of_draw else 1
-            least[lr] += share if len(of_draw) == len(rates) else 0
+            most[lr] += share if lr in by_rate else 1
+            least[lr] += share if len(by_rate) == len(rates) else 0
     return least, most
 
 
@@ -137,20 +137,18 @@ def _winners(values: Mapping[float, float]) -> list[float]:
 
 @dataclass
 class RateSearch:
-    """A search that asks for tries, each of a rate on a draw, as long as a try may change the best rate.
+    """A search for the best rate, which stops when no further try (a rate on a draw) can change the result.
 
-    A try that is not made yet leaves the number of wins of a rate between two bounds: the rate wins the draw,
-    or it does not. A rate is a candidate as long as its upper bound reaches the largest lower bound of all
-    rates. A missing try of any other rate matters only on a draw that a candidate leads, since it may take
-    that win away. When no missing try matters, every candidate has all its tries, and its wins are certain:
-    the best rate is that of a full search, whatever the missing tries would give.
+    A missing try leaves a rate's number of wins between two bounds: the rate wins the draw or loses it. A
+    rate is a candidate as long as its upper bound reaches the largest lower bound of all rates. A missing try
+    of another rate matters only on a draw that a candidate leads, whose win the try may take away. When no
+    missing try matters, every candidate has all its tries, its wins are certain, and the best rate is that of
+    a full search.
 
     Attributes:
-        rates: the rates to choose from.
-        draws: the draws that each rate is tried on.
         objective: the measure to maximise, `train` (as released) or `test`.
-        full: ask for every try.
-        scores: of the tries made, in their order.
+        full: whether every try is made.
+        scores: of the tries made, in the order of the tries.
     """
 
     rates: Sequence[float]
@@ -161,12 +159,12 @@ class RateSearch:
 
     @property
     def decided(self) -> bool:
-        """Whether one candidate is left: the search asks for no more tries."""
+        """Whether one candidate is left and no more tries are wanted."""
         return not self.full and len(self._candidates()) == 1
 
     def wanted(self, *, rivals: bool) -> dict[Draw, list[float]]:
-        """The rates that each draw misses: of the candidates, and with `rivals`, on draws that a candidate
-        leads, of all rates."""
+        """The missing rates of each draw, among the candidates; with `rivals` among all rates where a
+        candidate leads the draw."""
         candidates = self.rates if self.full else self._candidates()
         wanted = {}
         for draw, values in self._values().items():
@@ -177,12 +175,12 @@ class RateSearch:
         return wanted
 
     def best(self) -> float:
-        """The best rate, after the last try that the search asks for."""
+        """The best rate, once no more tries are wanted."""
         lost = dict.fromkeys(self.rates, LOST)
         return best_rate({draw: lost | values for draw, values in self._values().items()})
 
     def _values(self) -> dict[Draw, dict[float, float]]:
-        """The value of each rate that was tried, by draw. A run that diverged is worse than any other."""
+        """The value of each rate that was tried, by draw; `LOST` for a run that diverged."""
         values: dict[Draw, dict[float, float]] = {draw: {} for draw in self.draws}
         for draw, lr in product(self.draws, self.rates):
             if score := self.scores.get((draw, lr)):
@@ -198,12 +196,12 @@ class RateSearch:
 def next_tries(searches: Mapping[int, RateSearch], number: int = 1) -> list[Job]:
     """The tries to make next; empty when all searches are decided.
 
-    The search of the largest of a try's class counts asks for the try. The searches of the others are not
-    decided either, and get its score as well: they may ask for it later.
+    A try is made for the search of its largest class count. Undecided searches of smaller counts get a score
+    from the same run, which may save them a try.
 
     Args:
-        searches: by class count, of the same rates and draws. A run of so many classes passes smaller counts.
-        number: tries that are made at the same time. Where one draw has fewer, the next draws' are added.
+        searches: by class count, over the same rates and draws.
+        number: tries that are made at the same time. Tries of later draws are added until there are so many.
     """
     open_counts = sorted(classes for classes, search in searches.items() if not search.decided)
     for rivals in (False, True):

@@ -1,7 +1,7 @@
-"""Training states: what a run needs to go on exactly where it stood, in its run folder.
+"""Training states, from which a run resumes with the same bits, in its run folder.
 
-`state.pt` is a model file's content with Adam and the random generator. `state.previous.pt` is the state
-before, which takes the place of a damaged `state.pt`.
+`state.pt` holds a model file's content, the optimizer and the random generator. `state.previous.pt` is the
+state before that one, for the case that `state.pt` is damaged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME, PREVIOUS = "state.pt", "state.previous.pt"
 
 
 def state_of(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, Any]) -> Checkpoint:
-    """The state of a training with these arguments after `step` steps; it shares the training's tensors."""
+    """The state of a training with these arguments after `step` steps, which shares the loop's tensors."""
     return Checkpoint(
         loop.net.network,
         loop.net.widths,
@@ -41,11 +41,8 @@ def state_of(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, Any])
 
 
 def restore_training(state: Checkpoint, loop: OuterLoop, source: str) -> None:
-    """Load the state of the optimizer of restored weights, of the generator and of the rule, in place.
-
-    Raises:
-        UserError: the state does not belong to those weights; `source` names the state.
-    """
+    """Load optimizer, generator and inner rule from a state, in place, or raise UserError if the state is of
+    other weights; `source` names the state in the message."""
     try:
         loop.optimizer.load_state_dict(state.optimizer or {})
         loop.generator.set_state(torch.empty(0) if state.generator is None else state.generator)
@@ -56,11 +53,11 @@ def restore_training(state: Checkpoint, loop: OuterLoop, source: str) -> None:
 
 
 def save_progress(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, Any]) -> None:
-    """Write the training state after `step` steps to the run folder, then its model there and to the
-    argument `model_name`; in a job rank 0 does.
+    """Write the training state to the run folder, then the model to the run folder and to the argument
+    `model_name`; rank 0 alone writes.
 
     Raises:
-        UserError: a file cannot be written, or the weights are not finite; what was there stays.
+        UserError: a file cannot be written, or the weights are not finite; the earlier files stay.
     """
     if not is_first():
         return
@@ -86,7 +83,7 @@ def keep_foreign(run: Run, model_name: Path) -> None:
 
 
 def save_model(path: Path, state: Checkpoint) -> None:
-    """Write the model of a training state; raises UserError as `Checkpoint.save`."""
+    """Write the model of a training state; raises UserError like `Checkpoint.save`."""
     replace(state, optimizer=None, generator=None).save(path)
 
 
@@ -99,12 +96,12 @@ def _is_of(run: Run, path: Path) -> bool:
 
 
 def load_state(folder: Path) -> Checkpoint | None:
-    """The newest sound state of a run folder, on the CPU; None if the run ended before its first.
+    """The newest readable state of a run folder, on the CPU; None if the run saved none.
 
-    A warning says where this is not the newest state.
+    A warning is logged where a newer state is damaged.
 
     Raises:
-        UserError: there were states, and none is sound.
+        UserError: states or a model exist, and no state is readable.
     """
     faults: list[str] = []
     for path in (folder / NAME, folder / PREVIOUS):

@@ -1,6 +1,6 @@
-"""The treatments of the paper's meta-test, one row each: which network, whose weights, what learns.
+"""The treatments of the paper's meta-test: for each its network, weights and trained layers.
 
-`--treatment-preset NAME` sets the flags of a row; an evaluation without it is named by its row.
+`--treatment-preset NAME` sets the flags of a treatment. Any evaluation is named after its treatment.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Weights = Literal["meta-trained", "pretrained", "random"]
-"""What made the weights: meta-training, pretraining, or the random initial values alone."""
+"""The origin of the weights: meta-training, pretraining, or random initialisation."""
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """One row of the table.
+    """One treatment, a row of `TABLE`.
 
     Attributes:
         name: as the paper calls it.
         network: entry of `modelfactory.NETWORKS`; None for any.
-        weights: what meta-test starts from. Random weights are drawn anew for each run; of other weights the
-            head alone is.
+        weights: the weights at the start of meta-test. For each run, random weights are drawn anew; of other
+            weights, the head alone.
         rln: layers frozen at meta-test; see `modelfactory.trained_parameters`.
-        trained: what learns at meta-test, in words.
+        trained: the layers that learn at meta-test, in words.
         iid: the stream is shuffled (an Oracle) instead of class after class. The paper's Oracles pass over
             the stream 1 or 20 times, all others once.
     """
@@ -40,7 +40,7 @@ class Treatment:
         return self.weights == "random"
 
 
-# Paper, section 4 and its supplement. Pretrain is its Pretrain & Transfer.
+# Paper, section 4 and supplement; Pretrain is the paper's Pretrain & Transfer.
 _SEQUENTIAL = (
     Treatment("ANML", "ANML", "meta-trained", 13, "head"),
     Treatment("ANML-FT:PLN", "ANML", "meta-trained", 7, "all of the prediction network"),
@@ -70,19 +70,19 @@ def describe(
     optimizer: str = "adam",
     learner: str = "",
 ) -> str:
-    """The name of what an evaluation does; different treatments have different names.
+    """The name of an evaluation's treatment, unique to the treatment.
 
-    It is the name of a row of the table, `-Oracle` included, followed by the number of passes where that is
-    not one. A treatment without a row is spelled out: `ANML --rln 9`.
+    The name is that of a row of the table, `-Oracle` included, followed by the number of passes if more than
+    one. A treatment without a row is spelled out: `ANML --rln 9`.
 
     Args:
         network, weights, rln, iid: see :class:`Treatment`.
         epochs: passes over the stream.
         reset: whether every trained layer starts anew, in place of the head alone.
-        optimizer: what takes the steps at meta-test; the name leaves Adam out.
-        learner: what learns without steps, see `model.learner.LearnerKind.describe`; empty for an optimizer.
+        optimizer: key of `OPTIMIZERS`; the name leaves out `adam`.
+        learner: a learner without steps, see `model.learner.LearnerKind.describe`; empty with an optimizer.
     """
-    if reset and rln == 0:  # then no weights of the training are left
+    if reset and rln == 0:  # no trained weights remain
         weights, reset = "random", False
     kind = "" if weights == "meta-trained" else f" ({weights})"
     alike = [row for row in _SEQUENTIAL if (row.weights, row.rln) == (weights, rln)]

@@ -1,1 +1,1 @@
-"""Programs around the scripts: `python -m tools.NAME --help`."""
+"""Programs beside the two scripts: `python -m tools.NAME --help`."""

@@ -1,11 +1,11 @@
-"""Look at what a model makes of classes it has never seen: sparsity, dead units, KNN, pictures.
+"""Measure and draw a model's representation of unseen classes: sparsity, dead units, KNN, pictures.
 
     python -m tools.analyze_representation --model Neuromodulation_Model.net
-    python -m tools.analyze_representation --model OML_Model.net        # without a gate: what exists of it
-    python -m tools.analyze_representation --model M.net --dataset glyphs --test_classes 100   # no data
+    python -m tools.analyze_representation --model OML_Model.net        # a network without a gate
+    python -m tools.analyze_representation --model M.net --dataset glyphs --test_classes 100   # no files
 
-Nothing is learned but a KNN classifier (k = 5, Euclidean) on 15 images of each class; activity and
-KNN accuracy are those of 5 others. Of classes with equal votes the one with the nearest image wins.
+Nothing is learned but a KNN classifier (k = 5, Euclidean) on 15 images of each class. Activity and KNN
+accuracy are measured on 5 other images of each class.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("anml")
 
-LABELS = 60  # names along an axis, beyond which none is readable
-SHOWN = 6  # images whose activations are drawn, of classes spread over the data
-ALPHABETS, CLASSES_SHOWN = 5, 6  # in the embedding, and of each of them: more would hide each other
+LABELS = 60  # names along an axis; more would be unreadable
+SHOWN = 6  # images whose activations are drawn, from classes spread over the data
+ALPHABETS, CLASSES_SHOWN = 5, 6  # alphabets in the embedding, classes of each: more would overlap
 
 
 class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
@@ -74,7 +74,7 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
 
 
 def table(measured: dict[str, float], gated: bool, published: bool) -> str:
-    """The quantities as lines for the terminal, in percent; `published`: beside the paper's of ANML."""
+    """The quantities as a table for the terminal, in percent; `published` adds the paper's for ANML."""
     paper = {target.quantity: str(target) for target in read_targets()} if published and gated else {}
     lines = [["%".ljust(max(map(len, REPRESENTATION.values()))), "here", *["paper"] * published]]
     for key, value in measured.items():
@@ -85,7 +85,7 @@ def table(measured: dict[str, float], gated: bool, published: bool) -> str:
 
 
 def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, Figure]:
-    """All figures by name."""
+    """All figures, by the stems of their file names."""
     names, gate = images.classes, representation.gate
     alphabets = [name.partition("/")[0] for name in names]
     features = {"features": representation.before}
@@ -121,12 +121,12 @@ def pictures(representation: Representation, task: Task, images: ImageSet) -> di
 def activations_figure(
     images: NDArray[np.uint8], rows: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]
 ) -> Figure:
-    """Sample images above their activations, each as a square map (the paper's figure of sparsity).
+    """A figure of images above their activations as square maps (the paper's figure of sparsity).
 
     Args:
-        images: `[B, 28, 28, C]`, 0 to 255, of one channel or three.
-        rows: by title, `[B, F]` activations, 0 or more. The row `gate` goes from 0 to 1, any other to its
-            largest value.
+        images: `[B, 28, 28, C]`, 0 to 255, with one channel or three.
+        rows: `[B, F]` activations, 0 or more, by title. The colour scale of the row `gate` ends at 1, of any
+            other row at its largest value.
         names: of the classes of the B images, `Alphabet/character01`.
     """
     figure = new_figure(1.5 * len(names), 1.6 * (1 + len(rows)))
@@ -137,7 +137,7 @@ def activations_figure(
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(name.replace("/", "\n"), fontsize=7)
     for line, (title, activations) in zip(panels[1:], rows.items(), strict=True):
-        # The smallest square that holds all: 2304 features are 48 x 48. The rest is NaN.
+        # The smallest square that holds all features (2304 are 48 x 48), filled up with NaN.
         side = math.isqrt(activations.shape[1] - 1) + 1
         missing = (0, 0), (0, side**2 - activations.shape[1])
         squares = np.pad(activations, missing, constant_values=np.nan).reshape(-1, side, side)
@@ -151,17 +151,16 @@ def activations_figure(
 
 @default_style()
 def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str]) -> Figure:
-    """The mean gate of every class, a row each, the rows of an alphabet together.
+    """A figure of the mean gate of every class, a row each; units go from the most open to the most shut.
 
     Args:
-        gates: `[C, F]`, 0 to 1, classes sorted by alphabet. Units are shown from the most open one to the
-            most shut one.
+        gates: `[C, F]`, 0 to 1, classes sorted by alphabet.
         alphabets: of the C classes.
     """
     figure = new_figure(9, 7)
     axes = figure.add_subplot()
     order = np.argsort(-gates.mean(0), kind="stable")
-    # Trained gates are nearly shut: a scale up to 1, or to one open unit, would show black.
+    # Trained gates are nearly shut: on a scale up to 1, or up to one open unit, all would be black.
     top = float(np.percentile(gates, 99.5)) or 1.0
     image = axes.imshow(
         gates[:, order], "magma", vmin=0, vmax=top, aspect="auto", interpolation="antialiased"
@@ -180,16 +179,16 @@ def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str
 
 @default_style()
 def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets: Sequence[str]) -> Figure:
-    """Images as points in a plane, coloured and marked by alphabet.
+    """A figure of images as points in a plane, coloured and marked by alphabet.
 
     Args:
-        panels: by title, `[N, 2]` coordinates.
+        panels: `[N, 2]` coordinates by title.
         alphabets: of the N images.
     """
     figure = new_figure(5.2 * len(panels), 5.4)
     names = np.array(alphabets)
-    places = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, points) in zip(places, panels.items(), strict=True):
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
         for (_, marker, colour), name in zip(cycle(STYLES), dict.fromkeys(alphabets)):
             x, y = points[names == name].T
             axes.scatter(x, y, s=14, marker=marker, color=colour, alpha=0.7, linewidth=0, label=name)

@@ -1,19 +1,19 @@
-"""Compare how fast this machine meta-trains and meta-tests with a textbook and with what the machine can do.
+"""Measure the speed of meta-training and meta-test, beside a textbook version and the machine's own rate.
 
-    python -m tools.benchmark                                  # everything, at paper size, under 2 minutes
-    python -m tools.benchmark --json benchmark.json            # and keep the numbers
-    python -m tools.benchmark --only second-order anml-13      # some of it
+    python -m tools.benchmark                                  # all parts, at paper size, under 2 minutes
+    python -m tools.benchmark --json benchmark.json            # also writes the numbers to a file
+    python -m tools.benchmark --only second-order anml-13      # two parts
 
-No data is needed. A line is a meta-step or, at meta-test, the frozen layers, an update or an answer, each for
-one image. Columns, in ms:
+No data is needed. A line is a meta-step or, at meta-test, one image's pass through the frozen layers, update
+or answer. Columns, in ms:
 
 - fast, plain: `--backend fast` and `--backend plain`.
 - textbook: `tests/reference.py` in float32, image by image, frozen layers recomputed, unfused.
-- machine: what the arithmetic takes at the machine's rate of convolutions (FLOPs of plain PyTorch, as torch
-  counts them) and, of an update, Adam's pass at the machine's rate of copies.
+- machine: the time of the FLOPs of plain PyTorch (as torch counts them) at the machine's rate of convolutions
+  and, for an update, of Adam's pass at the machine's rate of copies.
 
-All are measured in turns, and ratios are medians over the turns, so that a machine that slows down or is
-shared changes the ratios little.
+All columns are measured in turns, and ratios are medians over the turns. A machine that slows down or is
+shared then changes the ratios little.
 """
 
 from __future__ import annotations
@@ -64,28 +64,28 @@ PARTS = (*ORDERS, *TREATMENTS)
 COLUMNS = ("fast", "plain", "textbook", "machine")
 
 WIDTHS = {name: arguments(ANML)[name].default for name in ("nm_channels", "pln_channels")}
-TRAIN_IMAGES = 15  # of a class at meta-test
-TEXTBOOK_IMAGES = 3  # of the textbook's meta-test
-ADAM_BYTES = 4 * 7  # a weight, its gradient and two moments read; all but the gradient written
-PART_SECONDS = 13  # after which a part begins no other turn
-QUIET_SHARE, QUIET_RATE = 0.9, 0.8  # of the cores' time, and of the best rate, that a quiet machine gives
-CALLS = 3  # of which a rate is the median
+TRAIN_IMAGES = 15  # images of a class at meta-test (paper)
+TEXTBOOK_IMAGES = 3  # images in the textbook's meta-test, which is slow
+ADAM_BYTES = 4 * 7  # per weight: reads weight, gradient, two moments; writes all but the gradient
+PART_SECONDS = 13  # a part begins no turn after this time
+QUIET_SHARE, QUIET_RATE = 0.9, 0.8  # a quiet machine's least share of core time, and of the best rate
+CALLS = 3  # a rate is the median of so many calls
 COPIED = 64 * 2**20  # float32 values, far more than a cache holds
 
 Rate = tuple[float, float]
-"""What the machine does in a second, and the part of its threads' time that it gave to this process: nearly 1
-on a quiet CPU, less where others or a quota take the cores; 1 on a GPU."""
+"""A rate per second, and the share of its threads' time that this process got: nearly 1 on a quiet CPU, less
+on a busy one; 1 on a GPU."""
 Works = dict[tuple[str, str], tuple[Callable[[], object], int]]
-"""By line and column of the table: what is done in a turn, and to how many images."""
+"""The work of a turn and its number of images, by line and column of the table."""
 Part = tuple[Works, str, float, float]
-"""Works, one of their lines, its FLOPs that nobody asks for, and the bytes of memory that it moves."""
+"""Works, the line with a `machine` column, its needless FLOPs in plain PyTorch, and its bytes moved."""
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Time in s that `work` takes on `device`, its kernels included."""
     moments = []
-    for do in (list, work):  # nothing first, so that earlier kernels have ended
-        do()
+    for call in (list, work):  # `list` does nothing; earlier kernels end before `work` begins
+        call()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         moments.append(time.perf_counter())
@@ -94,9 +94,9 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 @torch.no_grad()
 def convolution_rate(device: torch.device) -> Rate:
-    """FLOP/s of the PLN's second convolution over a query, nearly all of a meta-step: forward, float32."""
+    """FLOP/s of the PLN's second convolution over a query (nearly all of a meta-step), forward, float32."""
     x, kernel = torch.ones(84, 256, 13, 13, device=device), torch.ones(256, 256, 3, 3, device=device)
-    F.conv2d(x, kernel)  # not counted
+    F.conv2d(x, kernel)  # warm-up
     cpu, start = time.process_time(), time.perf_counter()
     taken = median(seconds(partial(F.conv2d, x, kernel), device) for _ in range(CALLS))
     cpu, wall = time.process_time() - cpu, time.perf_counter() - start
@@ -105,13 +105,13 @@ def convolution_rate(device: torch.device) -> Rate:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s of copying a large float32 tensor, bytes read and bytes written both counted."""
+    """Bytes/s of copying a large float32 tensor, read and written bytes both counted."""
     source, target = torch.ones(COPIED, device=device), torch.zeros(COPIED, device=device)
     return 2 * 4 * COPIED / median(seconds(partial(target.copy_, source), device) for _ in range(CALLS))
 
 
 def network(args: Benchmark, kind: str, backend: str, device: torch.device) -> Network:
-    """A network of this kind that computes as `backend` does."""
+    """A network of this kind with the layers of `backend`."""
     widths = {name: getattr(args, name) for name in arguments(NETWORKS[kind]).keys() & WIDTHS}
     net = build(kind, widths, torch.Generator().manual_seed(0)).to(device)
     BACKENDS[backend].prepare(net)
@@ -148,7 +148,7 @@ def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device
         reference.meta_gradient(weights, grey, classes, *settings)
 
     works[line, "textbook"] = textbook, 1
-    # torch differentiates the inner steps with respect to the image as well, which nobody asks for.
+    # torch also differentiates the inner steps with respect to the image, which is not needed.
     needless = 0 if first_order else defaults.loop["update_step"] * 2 * 3 * 9 * args.pln_channels * 26 * 26
     return works, line, needless, 0
 
@@ -159,7 +159,7 @@ def meta_test(part: str, args: Benchmark, images: ImageSet, device: torch.device
     frozen, updated, tested = (f"{kind} --rln {rln}, {what}" for what in ("frozen layers", "update", "test"))
     generator, pool = torch.Generator().manual_seed(0), images.first(1).pool(device)
     index = torch.tensor([(0, number) for number in range(TRAIN_IMAGES)])
-    many = index.repeat(CHUNK, 1)[:CHUNK]  # as many as an evaluation tests at a time
+    many = index.repeat(CHUNK, 1)[:CHUNK]  # as an evaluation tests `CHUNK` images at a time
     works: Works = {}
     for name, backend in BACKENDS.items():
         net = network(args, kind, name, device)
@@ -198,7 +198,7 @@ def render(lines: Mapping[str, Any]) -> str:
 
 
 def busy(rates: Sequence[Rate]) -> str | None:
-    """A warning where others took part of the machine while its rates were measured; None if not."""
+    """A warning if other processes used the machine while its rates were measured, else None."""
     (low, _), (high, _), share = min(rates), max(rates), median(share for _, share in rates)
     if low >= QUIET_RATE * high and share >= QUIET_SHARE:
         return None
@@ -237,7 +237,7 @@ def main() -> None:
         works, line, needless, moved = (meta_step if part in ORDERS else meta_test)(
             part, args, images, device
         )
-        for work, _ in works.values():  # Adam's moments, the allocator, kernel choices
+        for work, _ in works.values():  # warm-up: Adam's moments, the allocator, kernel choices
             work()
         work, count = works[line, "plain"]
         with FlopCounterMode(display=False) as counter:
@@ -266,8 +266,8 @@ def main() -> None:
         "paper_size": all(getattr(args, name) == width for name, width in WIDTHS.items()),
         "busy": busy(rates),
     }
-    said = "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}".format(**machine)
-    say(f"{said}; {flops_per_second / 1e9:.0f} GFLOP/s, {copies / 1e9:.1f} GB/s\n")
+    header = "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}".format(**machine)
+    say(f"{header}; {flops_per_second / 1e9:.0f} GFLOP/s, {copies / 1e9:.1f} GB/s\n")
     say(render(lines))
     if machine["busy"] is not None:
         say(f"\n{machine['busy']}")

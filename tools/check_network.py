@@ -1,8 +1,8 @@
-"""Say what is wrong with a network of the registry, before hours are spent on it.
+"""Check a network of the registry, before hours of training are spent on it.
 
     python -m tools.check_network ANML
 
-It is made with its default arguments; each fault is one line that names the cause.
+The network is built with its default arguments. A fault ends the check with one line that names the cause.
 """
 
 from __future__ import annotations

@@ -25,21 +25,21 @@ RESULTS = "run folder of an evaluation, or its results.csv or results.json"
 
 
 def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
-    """The comparison for the terminal at class counts that both results have: for each accuracy the means in
-    percent, U of `a` and the two-sided p.
+    """The comparison as a table for the terminal, at class counts of both results: for each accuracy the
+    means in percent, U of `a` and the two-sided p.
 
-    U is the number of pairs of runs in which `a` is better, ties counting half. The test is the paper's, and
-    takes all runs of all models of a result for independent.
+    U is the number of pairs of runs in which `a` is better; ties count half. The test is the paper's, and
+    assumes that all runs of all models are independent.
     """
     stats = load_library("scipy.stats")  # a second to import
 
     headings = [text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")]
     lines = [["classes", "runs", *headings]]
     for classes in counts:
-        of_a, of_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
-        line = [str(classes), f"{len(of_a)}/{len(of_b)}"]
+        rows_a, rows_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
+        line = [str(classes), f"{len(rows_a)}/{len(rows_b)}"]
         for key in accuracies():
-            values = [[row[key] for row in rows] for rows in (of_a, of_b)]
+            values = [[row[key] for row in rows] for rows in (rows_a, rows_b)]
             found = stats.mannwhitneyu(*values, alternative="two-sided")
             line += [*(f"{100 * fmean(side):.1f}" for side in values), f"{found.statistic:g}"]
             line.append(f"{found.pvalue:.2g}")
@@ -48,7 +48,7 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
 
 
 def describe(path: Path, results: Results) -> str:
-    """One line on a result: where it is, what it is of."""
+    """One line on a result: path, treatment, numbers of runs, models and classes."""
     treatment = results.about.get("treatment", "treatment not recorded")
     models = len({row["model"] for row in results.rows})
     counts = " ".join(map(str, sorted({row["classes"] for row in results.rows})))

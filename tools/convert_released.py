@@ -1,9 +1,9 @@
-"""Turn a model of the released ANML code, or of higherANML, into one of this project.
+"""Convert a model file of the released ANML code, or of higherANML, into a model file of this project.
 
     python -m tools.convert_released IN OUT
 
-The released code saves whole modules, which cannot be loaded without running what the file says. They are
-read here without running anything (`Reader`). The names and order of both are:
+The released code saves whole modules, and `torch.load` of a module can run code from the file. `Reader` reads
+such files without running any. Names and order of the parameters are:
 
 | file | names |
 |---|---|
@@ -39,11 +39,11 @@ WIDTHS = {
     "ANML": {"nm_channels": 0, "pln_channels": 14, "num_classes": -1},
     "OML": {"pln_channels": 0, "hidden": 12, "num_classes": -1},
 }
-"""For each argument of a network's constructor, the parameter whose first size is the argument."""
+"""For each constructor argument of a network, the position of the parameter with this first size."""
 
 
 def _higher_anml(block: str, first: int, conv: str, norm: str) -> list[str]:
-    """Names of higherANML's parameters, whose blocks are called `block` and a number from `first` on."""
+    """Names of higherANML's parameters; its blocks are called `block` and a number from `first` on."""
     trunk = [f"{block}{first + k}.{layer}" for k in range(3) for layer in (conv, norm)]
     owners = [*(f"nm.{layer}" for layer in trunk), "nm.fc", *(f"rln.{layer}" for layer in trunk), "fc"]
     return [f"{owner}.{part}" for owner in owners for part in ("weight", "bias")]
@@ -56,25 +56,24 @@ FORMS = (
     ("ANML", _higher_anml("convBlock", 1, "conv", "bn")),
     ("ANML", _higher_anml("encoder.", 0, "0", "1")),
 )
-"""Networks, and how a file may name their parameters behind a prefix, in the order of this project."""
+"""Networks, each with the names of its parameters in files, after a prefix, in the order of this project."""
 
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "Long": torch.int64}
 Storages = dict[str, tuple[torch.dtype, int]]
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it wrote zips
-# Limits, far above what a model takes: bytes of a file, bytes of its pickles, objects to look through for
-# tensors (which may be there many times over), letters of a tensor's name.
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of files of torch.save before it wrote zips
+# Limits far above any model: bytes of a file, bytes of its pickles, objects searched for tensors (one object
+# may be referenced many times), letters of a tensor's name.
 FILE, PICKLES, OBJECTS, NAME = 2**30, 2**22, 10_000, 1_000
 
 
 def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
-    """The network of a foreign model file, on the meta device, its weights, and the names of what is left
-    over.
+    """The network of a foreign model file, on the meta device, its weights, and the names of unused tensors.
 
-    A kernel for grey images becomes one for three equal channels, a third each: the same outputs. Left over
-    are the statistics of norms that look at the sample alone, as they do here.
+    A kernel for grey images is divided over three equal channels, which gives the same outputs. Unused are
+    the running statistics of norms, since these norms use the sample's own statistics, as in this project.
 
     Raises:
-        UserError: the file is none of the known ones, is damaged, or a tensor does not fit.
+        UserError: the file has no known form, is damaged, or a tensor has the wrong shape.
     """
     found = read(source)
     known = (
@@ -106,8 +105,8 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
 
 
 class Inert(dict[str | int, object]):
-    """Stands for every dict, class and function that a file names, and for the objects that the file makes
-    with them: it takes arguments, items and a state, and does nothing."""
+    """An inert stand-in for every dict, class and function that a file names, and for the objects made with
+    them: a stand-in stores arguments, items and a state, and does nothing."""
 
     def __init__(self, name: str, arguments: tuple[object, ...] = ()) -> None:
         super().__init__()
@@ -121,20 +120,20 @@ class Inert(dict[str | int, object]):
         self.state = state
 
     def __setitem__(self, key: str | int, value: object) -> None:
-        if not isinstance(key, str | int):  # the hash of a tuple may take as long as the file says
+        if not isinstance(key, str | int):  # hashing a nested tuple can take forever
             raise ValueError("a key is neither a name nor a number")
         super().__setitem__(key, value)
 
 
 class Reader(pickle._Unpickler):
-    """Interprets a pickle, which is a program, without looking up or calling anything that it names.
+    """Interprets a pickle without importing or calling anything that the pickle names.
 
-    It is Python's reader, not that of C, in which some instructions reserve memory for what the file
-    announces. It knows those of protocol 2, which torch.save writes, but for those that build a dict of any
-    keys or take a registered object.
+    The base class is Python's reader: in the C reader some instructions reserve as much memory as the file
+    announces. Allowed are the instructions of protocol 2, which torch.save writes, without those that build a
+    dict of any keys or take a registered object.
 
     Attributes:
-        storages: type and length of the numbers of each tensor, by their key.
+        storages: type and length of each tensor's storage, by the storage's key.
     """
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
@@ -153,7 +152,7 @@ class Reader(pickle._Unpickler):
         return Inert(f"{module}.{name}")
 
     def persistent_load(self, pid: object) -> object:
-        """The key of a tensor's storage, which is noted, or the class of a module saved with its source."""
+        """The key of a tensor's storage, or the class of a module saved with its source."""
         match pid:
             case ("storage", Inert(name=kind), str(key), str(), int(length), *_):
                 self.storages.setdefault(key, (DTYPES[kind[len("torch.") : -len("Storage")]], length))
@@ -164,13 +163,13 @@ class Reader(pickle._Unpickler):
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of a file of `torch.save`: a state dict, a module, or a dict that has one of these.
+    """Tensors by name of a file of `torch.save`: a state dict, a module, or a dict that holds one of them.
 
-    Both formats are read, the zip and the one before torch 1.6. Not read are sparse and quantised tensors,
-    and files of TorchScript. Memory is taken for what is in the file, and not twice.
+    Both formats are read, zips and the format before torch 1.6. Sparse and quantised tensors and TorchScript
+    are refused. Memory is bounded by the size of the file.
 
     Raises:
-        UserError: the file cannot be read, is none of these, or is damaged.
+        UserError: the file cannot be read, has another format, or is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -184,7 +183,7 @@ def read(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a tensor is cut short")
             numbers[key] = torch.frombuffer(values[key], dtype=dtype) if length else torch.empty(0)
         return _tensors(content, numbers)
-    except Exception as error:  # a damaged pickle makes its reader raise nearly anything
+    except Exception as error:  # a damaged pickle makes the reader raise nearly anything
         raise UserError(f"cannot read {path}: {reason(error)}") from error
 
 
@@ -202,8 +201,8 @@ def _read_zip(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
 
 
 def _read_legacy(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
-    """Of five pickles (magic number, version, machine, content, keys), then the length and the numbers of
-    each storage."""
+    """Content, storages and their bytes of the format before torch 1.6: five pickles (magic number, version,
+    machine, content, keys), then length and numbers of each storage."""
     file = io.BytesIO(data[:PICKLES])
     readers = [Reader(file) for _ in range(5)]
     magic, _, machine, content, keys = (reader.load() for reader in readers)
@@ -214,13 +213,13 @@ def _read_legacy(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
         if not isinstance(key, str):
             raise ValueError("a storage has no name")
         dtype, length = readers[3].storages[key]
-        start += 8 + dtype.itemsize * length  # after the length, which the content has as well
+        start += 8 + dtype.itemsize * length  # 8 bytes of length, which the content has as well
         values[key] = bytearray(data[start - dtype.itemsize * length : start])
     return content, readers[3].storages, values
 
 
 def _tensors(content: object, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names and tensors of what a file holds; of a module, as `state_dict` would name them."""
+    """Tensors of a file's content by name; those of a module have their `state_dict` names."""
     found: dict[str, Tensor] = {}
     rest = [("", content)]
     for _ in range(OBJECTS):
@@ -244,8 +243,8 @@ def _view(arguments: tuple[object, ...], numbers: Mapping[str, Tensor]) -> Tenso
     """The tensor that a file describes as a view of a storage's numbers."""
     match arguments:
         case (str(key), int(offset), tuple(size), tuple(stride), *_):
-            view = numbers[key].as_strided(size, stride, offset)  # torch refuses what lies outside
-            # Strides may repeat a number, but may not make more of the file than there is in it.
+            view = numbers[key].as_strided(size, stride, offset)  # torch refuses a view beyond the storage
+            # Strides may repeat numbers. A view larger than its storage could fill the memory.
             if view.numel() <= len(numbers[key]):
                 return view
     raise ValueError("a tensor does not lie within the numbers that the file has for it")

@@ -1,13 +1,12 @@
-"""The ledger: what was published beside what we measured, as tables in docs/results.md.
+"""Write the ledger: published numbers beside our results, as tables in docs/results.md.
 
-    python -m tools.ledger            # write them into docs/results.md
-    python -m tools.ledger --check    # exit 1 if docs/results.md does not say what results/ holds
+    python -m tools.ledger            # write the tables into docs/results.md
+    python -m tools.ledger --check    # exit 1 if the tables in docs/results.md are out of date
 
-`results/` holds the published numbers (`targets.csv`, see :class:`Target`), our results as `<result>.csv`,
-the `results.csv` of an evaluation (its `results.json` may lie beside it as `<result>.json`), or as
-`<result>.json` alone, the `representation.json` of an analysis, and `manifest.csv`, which says how each was
-made. What has no result is listed as not run; a result of a name that no target has stands in a table of its
-own.
+`results/` holds the published numbers (`targets.csv`, see :class:`Target`), `manifest.csv` with the training
+and command of each result, and our results. A result is `<result>.csv`, the `results.csv` of an evaluation
+(with its `results.json` as `<result>.json`), or `<result>.json` alone, the `representation.json` of an
+analysis. A target without a result is listed as not run; results without a target have their own table.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ REPRESENTATION = {
     "knn_after": "KNN on features after the gate",
 }
 QUANTITIES = ACCURACIES | REPRESENTATION
-"""Quantities by the name they have in files, as people call them. All are fractions, shown in percent."""
+"""Names of quantities for people, by their names in files. All are fractions, shown in percent."""
 
 NUMBERS = {"classes", "published", "ours", "difference"}  # columns that differ between class counts
 
@@ -55,18 +54,18 @@ NUMBERS = {"classes", "published", "ours", "difference"}  # columns that differ 
 class Target(NamedTuple):
     """One published number in percent: a row of `results/targets.csv`.
 
-    Tolerances, in points: twice the spread published, at least 2; without a spread 3, and 5 for what is
-    measured of representations unless the number itself is small.
+    Tolerances are in percentage points: twice the published spread and at least 2; without a spread 3, and 5
+    for quantities of representations unless the number itself is small.
 
     Attributes:
-        result: our result, `results/<result>.csv`, and the step of `configs/paper.sh` that makes it.
-        treatment: its name for people.
-        quantity: one of `QUANTITIES`.
-        classes: the class count of an accuracy; None for what is measured of a representation.
-        published: the number, after `<` if it is an upper limit and `~` if it is about that.
-        spread: as published; None where none was.
-        tolerance: points that ours may differ from it.
-        source: who published it.
+        result: name of our result in `results/`, and of the step of `configs/paper.sh` that makes the result.
+        treatment: the treatment's name for people.
+        quantity: key of `QUANTITIES`.
+        classes: the class count of an accuracy; None for quantities of a representation.
+        published: the number, after `<` for an upper limit and `~` for an approximate number.
+        spread: as published; None if none was.
+        tolerance: allowed difference of our result, in points.
+        source: the publication.
     """
 
     result: str
@@ -80,15 +79,15 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ± {self.spread:g}"
-        return self.published.replace("~", "about ") + spread  # Markdown strikes out what is between ~
+        return self.published.replace("~", "about ") + spread  # Markdown strikes out text between two ~
 
     @property
     def percent(self) -> float:
-        """The number alone."""
+        """The number without `<` and `~`."""
         return float(self.published.lstrip("<~"))
 
     def met_by(self, percent: float) -> bool:
-        """Whether `percent` is within the tolerance, or below an upper limit."""
+        """Whether `percent` is within the tolerance, or below an upper limit plus the tolerance."""
         if self.published.startswith("<"):
             return percent < self.percent + self.tolerance
         return abs(percent - self.percent) <= self.tolerance
@@ -116,12 +115,8 @@ def read_targets(path: Path = TARGETS) -> list[Target]:
 
 
 def read_result(path: Path) -> Sequence[Mapping[str, Any]]:
-    """What the `results.csv` of an evaluation or the `representation.json` of an analysis says, as lines of a
-    summary: one per class count, or one without a class count.
-
-    Raises:
-        UserError: the file is neither.
-    """
+    """The summary of an evaluation's `results.csv`, one line per class count, or of an analysis's
+    `representation.json`, one line without a class count; raises UserError for other files."""
     if path.suffix == ".csv":
         return summarise(read_results(path).rows)
     measured = read_json(path).get("measured")
@@ -134,8 +129,7 @@ def read_result(path: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table of rows of equal keys; one line gives the numbers of all class counts that differ in
-    nothing else."""
+    """A Markdown table of rows of equal keys. Neighbours that differ only in `NUMBERS` share a line."""
     lines = [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
     for _, group in groupby(rows, lambda row: [row[key] for key in row if key not in NUMBERS]):
         alike = list(group)
@@ -148,11 +142,8 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def ledger(folder: Path) -> str:
-    """The tables of docs/results.md, from the files in `folder`.
-
-    Raises:
-        UserError: a file is malformed, or a result is not in the manifest, or the other way round.
-    """
+    """The tables of docs/results.md, from the files in `folder`; raises UserError if a file is malformed, or
+    if the manifest lists other results than the folder holds."""
     targets = read_targets(folder / "targets.csv")
     columns = dict.fromkeys(("result", "training", "command"), str)
     manifest = read_table(folder / "manifest.csv", columns, key=["result"])
@@ -205,8 +196,8 @@ def ledger(folder: Path) -> str:
 
 
 def inserted(text: str, tables: str, source: Path) -> str:
-    """`text` with `tables` between the two marker lines; raises UserError where these are not there once
-    each, in order."""
+    """`text` with `tables` between the two marker lines; raises UserError unless each marker occurs once, in
+    order."""
     parts = re.split(f"({re.escape(START)}|{re.escape(END)})", text)
     if parts[1::2] != [START, END]:
         raise UserError(f"{source} must hold these two lines once each: {START} and {END}")

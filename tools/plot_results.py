@@ -1,13 +1,13 @@
-"""Draw results of evaluations beside each other and beside what was published.
+"""Draw results of evaluations beside each other and beside published numbers.
 
     python -m tools.plot_results runs/Omni_test_traj_0
     python -m tools.plot_results ANML=runs/anml_0 OML=runs/oml_0/results.csv --out figures --name main
     python -m tools.plot_results runs/on_the_way_0 --against steps      # of an evaluation of several models
     python -m tools.plot_results runs/mrcl_omniglot_0 --against training
 
-Two figures, each as PNG and PDF: `<name>_curves`, accuracy against the number of classes, and
-`<name>_bars`, the accuracy at the largest class count that all results have. Against meta-steps one,
-`<name>_steps`, and of what trainings measured on the way one, `<name>_training`.
+The figures, each as PNG and PDF, are `<name>_curves` (accuracy against the number of classes) and
+`<name>_bars` (accuracy at the largest class count that all results have); with `--against steps`
+`<name>_steps`, and with `--against training` `<name>_training`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from utils.flag import Flags, choice, file_path, flag, folder_name, reader, swit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SMOOTHED = 50  # meta-steps, since that of one trajectory says little
+SMOOTHED = 50  # meta-steps of a moving average, since single trajectories are noisy
 FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
 
 Found = TypeVar("Found")
@@ -55,10 +55,10 @@ Found = TypeVar("Found")
 
 @default_style()
 def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
-    """What trainings measured at each meta-step, as means over `SMOOTHED` steps: loss and accuracies.
+    """A figure of loss and accuracies of trainings at each meta-step, as means over `SMOOTHED` steps.
 
     Args:
-        runs: by the name in the legend, the columns that `evaluation.results.read_metrics` returns.
+        runs: the columns of `evaluation.results.read_metrics` by the name in the legend.
     """
     figure = new_figure(9, 3.6)
     panels = figure.subplots(1, 2, sharex=True)
@@ -79,11 +79,11 @@ def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Fi
 
 @default_style()
 def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]] = ()) -> Figure:
-    """Accuracies of several treatments after the same number of classes, as bars.
+    """A figure of the accuracies of several treatments after the same number of classes, as bars.
 
     Args:
-        final: by name, the line of its summary at that class count.
-        published: lines at that class count, each with the name it belongs to.
+        final: the line of each summary at that class count, by name.
+        published: names of `final`, each with a published line at that class count.
     """
     (classes,) = {line["classes"] for line in final.values()}
     names, lines = list(final), list(final.values())
@@ -93,14 +93,14 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
     step = 0.8 / len(accuracies())
     for k, ((colour, hatch), name) in enumerate(zip(cycle(FILLS), accuracies())):
         offset = (k - (len(accuracies()) - 1) / 2) * step
-        places = np.arange(len(names)) + offset
+        y = np.arange(len(names)) + offset
         mean, low, high = (percent(lines, f"{name}{bound}") for bound in ("", "_low", "_high"))
         style: dict[str, Any] = {"color": colour, "edgecolor": "black", "hatch": hatch}
-        axes.barh(places, mean, 0.95 * step, label=MEASURES[name].title, **style)
-        axes.errorbar(mean, places, xerr=(mean - low, high - mean), fmt="none", ecolor="black", capsize=3)
-        for place, value in zip(places, mean, strict=True):  # apart from the bars and what is on them
+        axes.barh(y, mean, 0.95 * step, label=MEASURES[name].title, **style)
+        axes.errorbar(mean, y, xerr=(mean - low, high - mean), fmt="none", ecolor="black", capsize=3)
+        for row, value in zip(y, mean, strict=True):  # right of the bars and their intervals
             text = "-" if np.isnan(value) else f"{value:.1f}"
-            axes.text(110, place, text, ha="right", va="center", fontsize=9)
+            axes.text(110, row, text, ha="right", va="center", fontsize=9)
         label = "published" if published and k == 0 else None
         shown = percent([line for _, line in published], name)
         axes.plot(shown, rows + offset, "kD", mfc="white", zorder=3, clip_on=False, label=label)
@@ -114,11 +114,8 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
 
 
 def read_all(texts: list[str], read: Callable[[Path], Found]) -> dict[str, Found]:
-    """What `read` finds at each `label=path`, by label; a path alone is named after its run folder or file.
-
-    Raises:
-        UserError: nothing to read there, or a label that is empty, is there twice or is none to matplotlib.
-    """
+    """The result of `read` for each `label=path`, by label; the label of a path alone is its folder or file.
+    Raises UserError for an unreadable path, or a label that is empty, used twice or special to matplotlib."""
     results: dict[str, Found] = {}
     for text in texts:
         label, equals, rest = text.partition("=")
@@ -134,10 +131,10 @@ def read_all(texts: list[str], read: Callable[[Path], Found]) -> dict[str, Found
 
 
 def published(results: dict[str, Results], most: int) -> tuple[dict[str, str], dict[str, list[Line]]]:
-    """The treatment of each label that something is published of, and what is published of these at up to
-    `most` classes, as lines of a summary by the name in the legend; ANML's if nothing is.
+    """The treatment of each label with published numbers, and published lines of these treatments (else of
+    ANML) at up to `most` classes, by the name in the legend.
 
-    A label that names a treatment counts more than what the results say they are, which does not
+    A label that names a treatment takes precedence over the treatment that the results record, which does not
     tell how a model was trained.
     """
     targets = [target for target in read_targets() if target.quantity in ACCURACIES]
@@ -158,8 +155,8 @@ def published(results: dict[str, Results], most: int) -> tuple[dict[str, str], d
 
 
 def on_the_way(results: dict[str, Results]) -> dict[str, list[Line]]:
-    """A curve for each class count of each label: lines of a summary with the `step` of their models; raises
-    UserError where results do not say for how many steps their models were trained."""
+    """A curve for each class count of each label: lines of a summary with their models' meta-steps as `step`;
+    raises UserError where results do not record these steps."""
     curves: dict[str, list[Line]] = {}
     for label, result in results.items():
         try:
@@ -205,7 +202,7 @@ class Plot(Flags):
 
 
 def figures(args: Plot) -> dict[str, Figure]:
-    """The figures of `--against` by the end of their file's name."""
+    """The figures of `--against`, by the ends of their file names."""
     if args.against == "training":
         return {"training": training_figure(read_all(args.results, read_metrics))}
     results = read_all(args.results, read_results)
@@ -217,10 +214,10 @@ def figures(args: Plot) -> dict[str, Figure]:
         raise UserError(f"{', '.join(results)} have no class count in common: there are no bars to draw")
     longest = max(common)
     final = {label: line for label in summaries for line in summaries[label] if line["classes"] == longest}
-    of_omniglot = all(str(r.about.get("data", "omniglot")).startswith("omniglot") for r in results.values())
-    # Published numbers at more classes than ours would only squeeze the curves.
+    is_omniglot = all(str(r.about.get("data", "omniglot")).startswith("omniglot") for r in results.values())
+    # Published numbers at more classes than our results would squeeze the curves.
     end = max(line["classes"] for lines in summaries.values() for line in lines)
-    treatments, known = published(results, end) if args.published and of_omniglot else ({}, {})
+    treatments, known = published(results, end) if args.published and is_omniglot else ({}, {})
     beside = [
         (label, line)
         for label, treatment in treatments.items()
@@ -235,10 +232,8 @@ def main() -> None:
     for name, figure in figures(args).items():
         png, pdf = (args.out / f"{args.name}_{name}.{suffix}" for suffix in ("png", "pdf"))
         save_png(figure, png)
-        with (
-            default_style(),
-            atomic_write(pdf) as file,
-        ):  # without its date: the same file for the same figure
+        with default_style(), atomic_write(pdf) as file:
+            # Without a date, so that the same figure gives the same file.
             figure.savefig(file, format="pdf", metadata={"CreationDate": None})
         say(f"{png}\n{pdf}")
 

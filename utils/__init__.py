@@ -1,1 +1,1 @@
-"""What the scripts share beside networks and data: arguments, run folders, checkpoints, plots."""
+"""Modules without networks and data: flags, run folders, files, checkpoints, processes, errors."""

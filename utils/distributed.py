@@ -1,8 +1,7 @@
-"""The processes of one job, on one machine or several, as torchrun or `--processes` starts them; the devices
-they use, and the signals that stop them.
+"""The processes of a job (of torchrun or `--processes`), their devices, and the signals that stop them.
 
-All processes draw the same random numbers and hold the same weights. Each process computes its share of what
-can be computed apart, and results are put together in the same order whatever the number of processes.
+All processes draw the same random numbers and hold the same weights. Each process computes its shard of
+independent work, and results are combined in the same order for every number of processes.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 HERE = "127.0.0.1"
-STOPS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends the one, `kill` and Slurm the other
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C sends SIGINT, `kill` and Slurm send SIGTERM
 MAY_DIFFER = (
     *("config", "runs_dir", "name", "cache_dir", "dataset_path", "model_name", "saved_model", "model"),
     *("device", "threads", "processes"),
 )
-"""Flags that may differ between the processes of a job. The contents of what is read are compared."""
+"""Flags that may differ between the processes of a job. Contents of files are compared instead of paths."""
 
 
 def launched() -> bool:
@@ -55,32 +54,31 @@ def environment(name: str, alone: int) -> int:
 
 
 def refuse_several(what: str) -> None:
-    """Raise UserError where this process is one of several, since `what` runs in one."""
+    """Raise UserError if this process is one of several; `what` is named in the message."""
     if environment("WORLD_SIZE", 1) > 1:
         raise UserError(f"{what} runs in one process: start it without --processes and torchrun")
 
 
 def run_as(processes: int, argv: Sequence[str] | None = None) -> None:
-    """Run this script as `processes` processes of this machine, and leave with their exit code.
+    """Run this script as `processes` processes of this machine, and exit with their exit code.
 
-    torch's launcher starts them, as torchrun does with the same command. The launcher passes signals on.
-    Where a process fails, the launcher ends the others, and the exit code is that of the failed process.
-    The processes share the cores. `argv` holds the flags of the run. With one process, and within a job, this
-    function returns at once.
+    torch's launcher starts the processes, as torchrun does, and passes signals on. If a process fails, the
+    launcher ends the others, and the exit code is that of the failed process. The processes share the cores.
+    With one process, and within a job, this function returns at once.
 
     Raises:
-        UserError: the processes cannot be started, or the flags are not those of the command line.
+        UserError: the start fails, or `argv`, the flags of the run, differs from the command line.
     """
     if processes == 1 or launched():
         return
     if argv is not None and [*argv] != sys.argv[1:]:
         raise UserError(f"--processes {processes} starts a script anew: give the flags on the command line")
-    # Here, since these take a while to import.
+    # Imported here, since these modules take a while to import.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say why
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process prints its error
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -88,7 +86,7 @@ def run_as(processes: int, argv: Sequence[str] | None = None) -> None:
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint=f"{HERE}:0",  # any port that is free
-        local_addr=HERE,  # or the machine's own name is looked up, which may have no address
+        local_addr=HERE,  # else the machine's own name is looked up, which may fail
         run_id=str(os.getpid()),
         max_restarts=0,
     )
@@ -105,15 +103,15 @@ def run_as(processes: int, argv: Sequence[str] | None = None) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this process is rank 0, which alone writes files and prints."""
     return environment("RANK", 0) == 0
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a job, seen from one of them.
+    """The processes of a job.
 
-    All processes call each method but `shard` together. If one process has ended, the others raise UserError.
+    All processes call each method except `shard` together. UserError is raised if one of them has ended.
 
     Attributes:
         rank: number of this process, from 0.
@@ -146,7 +144,7 @@ class Group:
         return values
 
     def check_same(self, values: Mapping[str, object]) -> None:
-        """Raise UserError, in all processes, with the names of the values that are not the same in all."""
+        """Raise UserError in all processes if a value differs between them; the message names the values."""
         every = self.gather({name: str(value) for name, value in values.items()})
         found = {name: dict.fromkeys(other.get(name, "none") for other in every) for name in values}
         differ = [f"{name} ({', '.join(each)})" for name, each in found.items() if len(each) > 1]
@@ -157,33 +155,30 @@ class Group:
             )
 
     def one_before_others(self, work: Callable[[], T]) -> T:
-        """What `work` returns. On each machine one process does `work` first, and fills the cache for the
+        """The result of `work`. On each machine one process does `work` first, and fills the cache for the
         others."""
         first = environment("LOCAL_RANK", 0) == 0
         value = work() if first else None
-        self.gather(None)  # which all processes wait for
+        self.gather(None)  # a barrier
         return work() if value is None else value
 
     def leave(self) -> None:
-        """End the group when all processes are done: a process that leaves early would end the job."""
+        """End the group once all processes call this method; a process that left early would end the job."""
         if self.size > 1:
             self.gather(None)
             torch.distributed.destroy_process_group()
 
 
 def join(device: torch.device, flags: Mapping[str, object]) -> Group:
-    """The group of this process; waits for the others (nccl between GPUs, gloo between CPUs).
-
-    Args:
-        flags: those of this process, by name.
+    """The group of this process, once all processes have joined (nccl for GPUs, gloo for CPUs).
 
     Raises:
-        UserError: the other processes cannot be reached, or have other flags or other code.
+        UserError: another process cannot be reached, or has other flags or other code.
     """
     size = environment("WORLD_SIZE", 1)
     if size == 1:
         return Group()
-    os.environ.setdefault("MASTER_PORT", "29500")  # which torchrun names as the usual one
+    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's default
     with _others_answer():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type != "cuda":
@@ -195,7 +190,7 @@ def join(device: torch.device, flags: Mapping[str, object]) -> Group:
 
 
 def _code() -> str:
-    """A short hash of this project's modules that are loaded."""
+    """A short hash of the loaded modules of this project."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     files = {Path(name) for name in names if name is not None}
@@ -206,8 +201,8 @@ def _code() -> str:
 
 
 def _end_threads() -> None:
-    """End gloo's threads while Python still runs: a thread that outlives Python may abort the process, whose
-    exit code is lost then (once in 120 times that two processes left right after a collective)."""
+    """End gloo's threads while Python still runs: a thread that outlives Python may abort the process and
+    change its exit code (once in 120 exits of two processes right after a collective)."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -216,7 +211,7 @@ def _end_threads() -> None:
 def _others_answer() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # what the backends raise, and what looks for the others
+    except (RuntimeError, ValueError) as error:  # of the backends and of the rendezvous
         cause = str(error).partition("Exception raised from")[0]  # a C++ backtrace follows
         raise UserError(
             f"process {environment('RANK', 0)} stops: {cause.strip() or type(error).__name__} (if that is "
@@ -226,14 +221,11 @@ def _others_answer() -> Iterator[None]:
 
 
 def choose_device(name: str, threads: int | None = None) -> torch.device:
-    """The device for `--device`, and `--threads` CPU threads from now on (None: torch's choice).
+    """The device of `--device`, or UserError if the machine lacks it; sets the number of CPU threads.
 
-    `auto` is CUDA where there is a GPU, then MPS, then the CPU. On CUDA, TF32 and non-deterministic
-    kernels are off: the numbers are those of float32, and the same seed gives the same run. `cuda` without a
-    number gives each process of a job on one machine a GPU of its own.
-
-    Raises:
-        UserError: the machine does not have that device.
+    `auto` is CUDA if there is a GPU, else MPS, else the CPU. On CUDA, TF32 and non-deterministic kernels are
+    off: the numbers are those of float32, and the same seed gives the same run. `cuda` without a number gives
+    each process of a machine its own GPU. Without `threads`, torch chooses the number.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -255,7 +247,7 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
 def seed_layers(seed: int) -> None:
     """Seed the generators that layers draw from (dropout), on the CPU and on the devices in use.
 
-    `torch.manual_seed` does the same, and takes more than a millisecond where there is no GPU.
+    `torch.manual_seed` does the same, but takes more than a millisecond without a GPU.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
@@ -265,15 +257,14 @@ def seed_layers(seed: int) -> None:
 
 
 class Interrupt:
-    """While this context is open, the first Ctrl-C, SIGTERM or SIGHUP is noted for the end of the step in
-    hand, so that what is saved is never half a step; a second one acts as usual.
+    """A context that records the first Ctrl-C, SIGTERM or SIGHUP, so that a run can end after a whole step.
 
-    A second SIGHUP does not act: the kernel and the shell both send one when a terminal is closed. A SIGHUP
-    that was ignored before, as `nohup` has it, stays ignored.
+    A second Ctrl-C or SIGTERM acts as usual. A second SIGHUP is ignored: the kernel and the shell both send
+    one when a terminal is closed. A SIGHUP that was ignored before (`nohup`) stays ignored.
 
     Args:
-        patient: let no second signal act. A launcher passes on what its terminal got, so that its processes
-            get one Ctrl-C twice.
+        patient: ignore all later signals. Processes of a launcher get each Ctrl-C twice, from the terminal
+            and from the launcher.
 
     Attributes:
         signal: number of the first signal, 0 before it.
@@ -283,13 +274,13 @@ class Interrupt:
         self.signal, self._patient = 0, patient
 
     def agree(self, group: Group) -> bool:
-        """Whether a signal asks any of the processes to stop, which all of them then do."""
+        """Whether any process of the group has received a signal, upon which all of them stop."""
         self.signal = max(group.gather(self.signal))
         return self.signal > 0
 
     @property
     def exit_code(self) -> int:
-        """What a process that a signal has ended leaves by convention: 129, 130 or 143; 0 without one."""
+        """The conventional exit code after a signal: 129, 130 or 143; 0 without a signal."""
         return 128 + self.signal if self.signal else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

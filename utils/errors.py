@@ -1,8 +1,7 @@
-"""How a script speaks, and how it ends when the user, the data or the disk is at fault: one line on stderr,
-exit code 2.
+"""Output of scripts, and errors of user, data or disk: one line on stderr, exit code 2.
 
-stdout and stderr may be closed, a pipe without a reader, a full disk, or have an encoding without umlauts.
-None of these ends a run.
+No state of stdout or stderr ends a run: closed, a pipe without a reader, a full disk, an encoding without
+umlauts.
 """
 
 from __future__ import annotations
@@ -18,19 +17,18 @@ from typing import Any, TextIO
 
 
 class UserError(Exception):
-    """What is wrong and what to do about it, in one line for the person at the terminal."""
+    """An error that the user can mend; the message is one line with cause and remedy."""
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main function and leave the process with the exit code users expect.
+    """Run a script's main function, and end the process with the usual exit code.
 
-    0 when `main` returns, 2 after a :class:`UserError` (printed as one line on stderr, as argparse
-    does for a wrong flag) and 130 after Ctrl-C. Any other exception is a defect and keeps its
-    traceback.
+    The exit code is 0 when `main` returns, 2 after a :class:`UserError` (printed as one line on stderr, as by
+    argparse), and 130 after Ctrl-C. Any other exception is a defect and keeps its traceback.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # whoever started this process has closed it
+        if stream is None:  # closed by the parent process
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (to the end)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -43,13 +41,13 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        for stream in (sys.stdout, sys.stderr):  # here, since an error at exit would change the exit code
+        for stream in (sys.stdout, sys.stderr):  # a write error at exit would change the exit code
             try_to_write("", stream)
 
 
 @contextmanager
 def refusing(what: str, hint: str = "") -> Iterator[None]:
-    """Turn what the system refuses within the block into a UserError: "cannot `what`: the reason"."""
+    """Turn an OSError of the block into a UserError: "cannot `what`: the reason", and `hint`."""
     try:
         yield
     except OSError as error:
@@ -71,11 +69,7 @@ def load_library(name: str) -> Any:
 
 
 def say(text: str) -> None:
-    """Print what a script has found.
-
-    Raises:
-        UserError: stdout cannot be written. A pipe whose reader has left is no error.
-    """
+    """Print a result, or raise UserError if stdout cannot be written (a reader that has left is no error)."""
     error = try_to_write(f"{text}\n", sys.stdout)
     with refusing("write to stdout"):
         if error is not None and not isinstance(error, BrokenPipeError):
@@ -83,8 +77,8 @@ def say(text: str) -> None:
 
 
 def try_to_write(text: str, stream: TextIO) -> OSError | None:
-    """Write `text` at once; returns the error if that fails, and leads all later output of the stream to
-    nowhere."""
+    """Write `text` and flush; returns the error if that fails, and sends the stream's later output to
+    /dev/null."""
     try:
         stream.write(text)
         stream.flush()

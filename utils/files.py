@@ -1,7 +1,7 @@
-"""Files that are either whole or not there; among them model files and training states.
+"""Atomic writes of files; model files and training states.
 
-A model file is one dict of weights and of what is needed to rebuild and trust them. Reading it runs no code:
-only tensors and plain values come out of it, and each is checked.
+A model file is one dict of weights and of the data needed to rebuild the network. Reading a file runs no
+code: only tensors and plain values are read, and each is checked.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ TYPES = {"str": str, "int": int, "dict": dict, "Tensor": Tensor}  # by the first
 
 @contextmanager
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a binary file that appears under `path`, complete and on disk, when the block ends well.
+    """Open a binary file that appears under `path`, complete and on disk, when the block succeeds.
 
     Until then, and after an exception, `path` has its earlier content.
 
     Args:
-        previous: a path in the same folder that gets the earlier content of `path`. A process that is killed
-            between the two renames leaves that content under `previous`, and nothing under `path`.
+        previous: a path in the same folder that gets the earlier content of `path`. If the process is killed
+            between the two renames, that content is under `previous`, and nothing is under `path`.
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
@@ -65,14 +65,10 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
 
 
 def sync(handle: int) -> None:
-    """Write an open file's content through to the disk, where the file system can do that.
-
-    Raises:
-        OSError: the content is not on the disk, which may be full.
-    """
+    """Sync an open file to the disk, where the file system has fsync; raises OSError for a full disk."""
     try:
         os.fsync(handle)
-    except OSError as error:  # any other error means that the file system has no fsync
+    except OSError as error:  # other errors mean that there is no fsync
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
@@ -81,7 +77,7 @@ def keep_earlier(path: Path) -> Path | None:
     """Copy the file `path`, which is to be replaced, to `name.1.suffix` or the next free number.
 
     Returns:
-        the copy's path; an equal copy that exists is enough. None if there is no file.
+        the copy's path, which may be that of an earlier equal copy. None if there is no file.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -98,9 +94,9 @@ def keep_earlier(path: Path) -> Path | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that people may have edited: UTF-8, or UTF-16 with its mark, and any line ends.
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark, with any line ends.
 
-    Editors and spreadsheets of Windows put a byte order mark in front of the text.
+    Editors and spreadsheets of Windows write byte order marks.
 
     Raises:
         OSError: the file cannot be read.
@@ -124,7 +120,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Raise UserError now if `path`, which `flag` names, cannot be written at the end of a long run."""
+    """Raise UserError if `path`, given by `flag`, cannot be written; called before a long run."""
     with refusing(f"write {flag} {path}"):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -140,12 +136,12 @@ class Checkpoint:
         network: the network's name.
         widths: the arguments of its constructor.
         state_dict: parameters and buffers by name, without NaN and infinity (a mask may hold -inf).
-        arguments: those of the training run.
+        arguments: flags of the training run.
         step: outer steps done.
-        inner_rule: the state dict of the inner loop's rule, where the rule has parameters.
-        run: when the training began, which tells it from other trainings; empty where that is not known.
-        optimizer: moments and counts, a tensor for each weight.
-        generator: the state of the one generator that every draw of training comes from.
+        inner_rule: the state dict of the inner loop's rule, if the rule has parameters.
+        run: start time of the training, which identifies the training; empty if unknown.
+        optimizer: moments and step counts, a tensor for each weight.
+        generator: the state of the generator of all draws of the training.
     """
 
     network: str
@@ -159,11 +155,7 @@ class Checkpoint:
     generator: Tensor | None = None
 
     def to_bytes(self) -> bytes:
-        """The file's content.
-
-        Raises:
-            ValueError: a value is none that a file may hold, say a weight that is not finite.
-        """
+        """The file's content; raises ValueError for values that a file may not hold, say infinite weights."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         content = {name: _stored(value) for name, value in values.items() if value is not None}
         content["format"] = MODEL if self.optimizer is None else STATE
@@ -177,20 +169,20 @@ class Checkpoint:
 
     @classmethod
     def of_bytes(cls, data: bytes, format_name: str = MODEL) -> Checkpoint:
-        """What `to_bytes` gave, on the CPU.
+        """The checkpoint that `to_bytes` wrote, on the CPU.
 
         Raises:
-            ValueError: `data` is damaged, is another file's, or holds more than tensors and plain values.
+            ValueError: `data` is damaged, has another format, or holds more than tensors and plain values.
         """
         try:
-            if data.startswith(b"PK"):  # torch checks no checksums
+            if data.startswith(b"PK"):  # a zip, whose checksums torch does not check
                 with zipfile.ZipFile(io.BytesIO(data)) as archive:
                     if archive.testzip() is not None:
                         raise ValueError("a checksum does not fit")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is in a foreign file
+                warnings.simplefilter("ignore")  # warnings about the content of foreign files
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # bytes that torch did not save make it raise nearly anything
+        except Exception as error:  # torch raises nearly anything for foreign bytes
             raise ValueError(
                 "the file is damaged, or it holds pickled Python objects, as the models of the released code "
                 "do, and loading those could run code; python -m tools.convert_released IN.net NEW.net reads "
@@ -205,10 +197,7 @@ class Checkpoint:
         return cls(**{part.name: content[part.name] for part in fields(cls) if part.name in content})
 
     def save(self, path: Path, previous: Path | None = None) -> None:
-        """Write a file that `of_bytes` reads, whole or not at all.
-
-        Args:
-            previous: where to keep what is under `path` so far, in the same folder.
+        """Write a file that `of_bytes` reads, whole or not at all; for `previous` see :func:`atomic_write`.
 
         Raises:
             UserError: the file cannot be written, or a weight is not finite; an earlier file stays.
@@ -222,11 +211,11 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a model file onto the CPU. That its tensors fit a network is for the network to say.
+    """The checkpoint of a model file, on the CPU. Whether its tensors fit a network is not checked here.
 
     Raises:
-        UserError: there is no such file, or it is damaged, foreign or holds pickled code, as the
-            models of the released code do.
+        UserError: the file is missing, damaged or foreign, or holds pickled code, as models of the released
+            code do.
     """
     with refusing(f"read the model {path}", "; mrcl_classification.py writes one under --model_name"):
         data = path.read_bytes()
@@ -237,7 +226,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _stored(value: Any) -> Any:
-    """A value with copies of its tensors on the CPU: torch.save writes the whole storage of a view."""
+    """A value with its tensors copied to the CPU, since torch.save writes the whole storage of a view."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, dict):
@@ -246,7 +235,7 @@ def _stored(value: Any) -> Any:
 
 
 def _fault(content: Any, format_name: str) -> str | None:
-    """What is wrong with the dict of a file; None if nothing is."""
+    """The fault of a file's dict, for an error message; None without a fault."""
     if not isinstance(content, dict):
         return f"it holds a {type(content).__name__}"
     if content.get("format") != format_name:
@@ -264,7 +253,7 @@ def _fault(content: Any, format_name: str) -> str | None:
 
 
 def _fault_of(value: Any, name: str, tensors: bool) -> str | None:
-    """What is wrong with a value, which is made of tensors or of what JSON knows."""
+    """The fault of a value, which may hold tensors, or else values of JSON; None without a fault."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):

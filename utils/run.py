@@ -1,8 +1,7 @@
-"""A run folder: everything a run leaves behind, written as it goes, so that a crash keeps it.
+"""Run folders, whose files are written during the run, so that a crash loses nothing.
 
-`runs/<name>_<k>/` holds `config.json` (what was asked, with what, when), `log.txt`, `metrics.csv`
-and TensorBoard events; scripts add their own files. A run that was interrupted goes on in its folder,
-in one process at a time.
+`runs/<name>_<k>/` holds `config.json` (arguments, versions, time), `log.txt`, `metrics.csv` and TensorBoard
+events; scripts add their own files. An interrupted run is resumed in its folder, by one process at a time.
 """
 
 from __future__ import annotations
@@ -50,19 +49,19 @@ class _Terminal(logging.Handler):
             return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         with tqdm.external_write_mode(file=sys.stdout):
-            try_to_write(f"{prefix}{self.format(record)}\n", sys.stdout)  # the run goes on without a reader
+            try_to_write(f"{prefix}{self.format(record)}\n", sys.stdout)  # the run survives a closed stdout
 
 
 def log_to_terminal() -> MemoryHandler:
-    """Show the lines of the `anml` logger on stdout; returns what keeps them for the next run's `log.txt`.
+    """Show the lines of the `anml` logger on stdout; returns the handler that keeps them for `log.txt`.
 
-    A script calls this function first, since it reads its data before it has a run. Calling it again is
-    harmless. Of several processes, rank 0 alone speaks.
+    A script calls this function first, since data is read before there is a run folder. Another call returns
+    the same handler. Rank 0 alone prints.
     """
     for handler in log.handlers:
         if isinstance(handler, MemoryHandler):
             return handler
-    memory = MemoryHandler(capacity=1)  # keeps all lines while it has no target, and none while it has one
+    memory = MemoryHandler(capacity=1)  # keeps all lines without a target, none with a target
     log.addHandler(_Terminal())
     log.addHandler(memory)
     log.setLevel(logging.INFO if is_first() else logging.CRITICAL)
@@ -70,10 +69,10 @@ def log_to_terminal() -> MemoryHandler:
 
 
 class _LogFile(logging.FileHandler):
-    """`log.txt`. A full disk ends the run; logging's own handler would print a traceback and go on."""
+    """The handler of `log.txt`. A full disk ends the run, where logging's own handler would go on."""
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802 (logging's name)
-        """Raise what went wrong: logging calls this method within its except block."""
+        """Raise the error in hand: logging calls this method within an except block."""
         with _writing(Path(self.baseFilename).parent):
             raise
 
@@ -81,11 +80,11 @@ class _LogFile(logging.FileHandler):
 class Run:
     """One run's folder, log, metrics and TensorBoard events; a context manager.
 
-    Scripts use :meth:`open`. Of several processes rank 0 alone writes; in the others, all methods do nothing.
+    Scripts use :meth:`open`. Rank 0 alone writes; in other processes all methods do nothing.
 
     Attributes:
-        folder: the run folder; in processes other than rank 0 the one to resume, or the folder of all runs.
-        started: when the run began, which tells it from other runs.
+        folder: the run folder; in processes other than rank 0 the folder to resume, or that of all runs.
+        started: start time, which identifies the run.
         saved: whether this process has saved a model.
     """
 
@@ -93,7 +92,7 @@ class Run:
         self.folder, self.started, self.saved = folder, started, False
         self._writes, self._opened = writes, ExitStack()
         self._columns: tuple[str, ...] | None = None
-        self._metrics: TextIO | None = None  # opened for the first row: an evaluation has none
+        self._metrics: TextIO | None = None  # opened at the first row; an evaluation has no rows
 
     @classmethod
     def open(
@@ -105,18 +104,18 @@ class Run:
         extra: Mapping[str, Any] | None = None,
         done: int = 0,
     ) -> Run:
-        """A new run in `runs_dir/<name>_<k>` with the smallest free k, or that in `resume` after step `done`.
+        """A new run in `runs_dir/<name>_<k>` with the smallest free k, or that of `resume` after step `done`.
 
-        `config.json` gets the arguments, versions, machine, git commit, start time and `extra` (say the
-        data hash and the device chosen); TensorBoard gets the arguments as a table and as a line of its
-        HPARAMS tab. Notices among the arguments are logged as warnings.
+        `config.json` gets the arguments, versions, machine, git commit, start time and `extra` (data hash,
+        chosen device and so on). TensorBoard gets the arguments in the TEXT and HPARAMS tabs. Notices among
+        the arguments are logged as warnings.
 
-        At a resume, rows of `metrics.csv` and points of TensorBoard after step `done` go. `config.json` gets
-        the arguments as they are now, and under `resumed` when, where and at which step.
+        A resume deletes rows of `metrics.csv` and points of TensorBoard after step `done`, and writes the
+        present arguments to `config.json`, with time, machine and step of the resume under `resumed`.
 
         Raises:
-            UserError: the folder cannot be made, read or written, another process is at work in it, or
-                `extra["data_hash"]` is not that of the run: it would go on with other data.
+            UserError: the folder cannot be made, read or written, another process uses the folder, or
+                `extra["data_hash"]` differs from the run's: the data has changed.
         """
         if not is_first():
             return cls(resume or runs_dir, "", writes=False)
@@ -147,7 +146,7 @@ class Run:
         return run
 
     def _start(self, opened: ExitStack, done: int | None) -> None:
-        """Open the files; of a run that is resumed, cut back to step `done`."""
+        """Open the files; in a resumed run `metrics.csv` is cut back to step `done`."""
         log_file = _LogFile(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         opened.callback(log_file.close)
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -157,8 +156,8 @@ class Run:
         path = self.folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
         self._events = opened.enter_context(path.open("xb"))
         self._write_event(0, file_version="brain.Event:2")
-        # START drops the points after its step. A reader takes the first one of a folder for that of the
-        # first run. So there are two.
+        # START makes TensorBoard drop the points after its step. The first START of a folder counts as the
+        # start of the run and drops nothing, so there are two.
         for _ in range(0 if done is None else 2):
             self._write_event((done or 0) + 1, session_log=SessionLog(status=SessionLog.START))
         memory = log_to_terminal()
@@ -169,8 +168,8 @@ class Run:
     def _describe(self, settings: Mapping[str, Any]) -> None:
         """Add the arguments to TensorBoard's TEXT and HPARAMS tabs.
 
-        HPARAMS itself finds the arguments that differ between runs, and shows the last value of each curve.
-        A list of columns would be that of all runs, and is left out.
+        HPARAMS finds the arguments that differ between runs, and shows the last value of each curve. No list
+        of columns is written, since TensorBoard would use it for all runs.
         """
         table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
         text = summary.text("arguments", f"| argument | value |\n|---|---|\n{table}")
@@ -204,25 +203,21 @@ class Run:
             writer.writerow(row)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one point to the TensorBoard curve of each tag in `values`.
-
-        Raises:
-            UserError: the points cannot be written.
-        """
+        """Add one point to the TensorBoard curve of each tag in `values`, or raise UserError."""
         points = summary.Summary()
         for tag, value in values.items():
             points.MergeFrom(summary.scalar(tag, value))
         self._write_event(step, summary=points)
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard; raises UserError as :meth:`scalars`."""
+        """Add an image, `[H, W, 3]`, 0 to 255, to TensorBoard; raises UserError like :meth:`scalars`."""
         self._write_event(step, summary=summary.image(tag, pixels, dataformats="HWC"))
 
     def _write_event(self, step: int, **content: Any) -> None:
-        """Append an event to TensorBoard's file: its length, its content, and a checksum of each.
+        """Append an event to TensorBoard's file: length and content, each with a checksum.
 
-        (tensorboardX's `SummaryWriter` writes in a second thread. A full disk ends that thread without a
-        word, and the run hangs as soon as the queue between the threads is full.)
+        (tensorboardX's `SummaryWriter` writes in a second thread. A full disk ends that thread without an
+        error, and the run hangs once the queue between the threads is full.)
         """
         if not self._writes:
             return
@@ -240,7 +235,7 @@ class Run:
             with _writing(self.folder):
                 self._opened.close()
             return
-        # The disk may be full: what ended the run is what is to be told.
+        # A full disk must not hide the error that ended the run.
         with suppress(UserError):
             log.error("ended by %s: %s", type(error).__name__, error, extra={"file_only": True})
         with suppress(OSError):
@@ -248,7 +243,7 @@ class Run:
 
 
 class Progress:
-    """Follows a loop of `total` steps that reports every `every` of them, and at its last.
+    """Progress bar and log lines of a loop of `total` steps, with a report at every `every`-th and the last.
 
         with Progress(steps, every=50) as progress:
             for _ in range(steps):
@@ -256,10 +251,10 @@ class Progress:
                 if progress.advance(loss=loss, accuracy=accuracy):
                     rate = progress.report()
 
-    A bar shows it on a terminal, log lines elsewhere; `log.txt` has the lines either way.
+    A terminal shows the bar, other outputs the log lines; `log.txt` has the lines in both cases.
 
     Args:
-        done: steps of them that an earlier process did.
+        done: steps that an earlier process did.
 
     Attributes:
         step: steps done.
@@ -279,7 +274,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, **values: float) -> bool:
-        """Count one step with its values; true if it is one to report. The bar shows each step."""
+        """Count one step and show its values in the bar; returns whether a report is due."""
         self.step += 1
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
@@ -288,11 +283,7 @@ class Progress:
         return self.step % self._every == 0 or self.step == self._total
 
     def report(self) -> float:
-        """Log the mean of each value since the last report, speed and time left.
-
-        Returns:
-            Steps per second since the last report.
-        """
+        """Log means since the last report, speed and time left; returns the speed, in steps per second."""
         (step, then), now = self._since, time.perf_counter()
         steps = max(self.step - step, 1)
         rate = steps / max(now - then, 1e-9)
@@ -307,7 +298,7 @@ class Progress:
 
 
 def _new_folder(runs_dir: Path, name: str) -> Path:
-    """Make the first folder of its name that is free; mkdir decides between two runs at once."""
+    """Make the first free folder `<name>_<k>`; mkdir decides between two runs at the same time."""
     with _writing(runs_dir):
         runs_dir.mkdir(parents=True, exist_ok=True)
         for k in count():
@@ -319,17 +310,14 @@ def _new_folder(runs_dir: Path, name: str) -> Path:
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
-    """A block in which an error of the system is one of writing the run folder."""
+    """A block whose OSErrors become UserErrors about the run folder."""
     return refusing(f"write the run folder {folder}", "; choose with --runs_dir")
 
 
 def _lock(folder: Path) -> FileLock:
-    """A lock that keeps other processes out of a run folder: two would cut and write each other's files.
+    """A lock on a run folder, or UserError if another process uses the folder and could overwrite files.
 
-    The system unlocks the folder when this process ends, however it ends.
-
-    Raises:
-        UserError: another process is at work in the folder.
+    The system releases the lock when this process ends, in whatever way.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -344,17 +332,17 @@ def _lock(folder: Path) -> FileLock:
 def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
     """Cut `metrics.csv` back to one row for each of the steps 1 to `done`; returns its columns.
 
-    A last row without an end is torn, and goes as well. So do the drafts of files that a killed process left.
+    Also deleted are a last row without a line end, and the unfinished files of a killed process.
     """
     for draft in folder.glob(".*.*"):  # see `atomic_write`
         with suppress(OSError):
             draft.unlink()
     path = folder / "metrics.csv"
-    if done == 0 and not path.exists():  # also of an evaluation, which has no rows
+    if done == 0 and not path.exists():  # an evaluation, for example
         return None
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
     lines = [line.strip() for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
-    header, *rows = [line.split(",") for line in lines] or [[]]  # numbers, so that no cell is quoted
+    header, *rows = [line.split(",") for line in lines] or [[]]  # cells are numbers, never quoted
     kept = {row[0]: row for row in rows if header[:1] == ["step"] and len(row) == len(header)}
     wanted = [kept[str(step)] for step in range(1, done + 1) if str(step) in kept]
     if len(wanted) < done:
@@ -374,7 +362,7 @@ def _with_columns(path: Path, columns: tuple[str, ...], row: Iterable[str]) -> t
 
 
 def _circumstances() -> dict[str, Any]:
-    """When, where and with what code a process works on a run."""
+    """Time, versions, machine and git commit of this process."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     machine = {"platform": platform.platform(), "cpu": cpu_name(), "cpus": os.cpu_count()}
     return {
@@ -386,7 +374,7 @@ def _circumstances() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name where Linux tells it, else what Python knows."""
+    """The processor's name from /proc/cpuinfo, else from Python."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,9 +1,9 @@
 """The fast backend of ANML, sANML and OML: plain PyTorch's numbers up to rounding, several times faster.
 
-Nobody who reads or changes the method needs any of it. A run uses it only where `model.guard` has just
-found it equal to what is written; everything else runs on `model.layers` and `model.method`. Blocks become
-drop-ins and features come with their derivatives (`network`, `derivatives`), the inner loop keeps the head's
-steps as factors (`inner_loop`), and on CUDA a step is one graph (`cuda_graph`).
+A run uses this backend only where `model.guard` has just found the same numbers as those of `model.layers`
+and `model.method`. Conv blocks become drop-in layers (`network`) with hand-written derivatives
+(`derivatives`), the head's inner steps are kept as factors (`inner_loop`), and on CUDA a step is one graph
+(`cuda_graph`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ BACKENDS = {backend.name: backend for backend in (PLAIN, FAST)}
 
 
 def choose_backend(asked: str, nets: Sequence[Network], device: torch.device, use: Use) -> Backend:
-    """Give networks of one architecture the layers of `--backend`, in place; the log says which, and why.
+    """The backend of `--backend`, whose layers the networks get in place; the log names backend and reason.
 
     Args:
         asked: `plain`, `fast`, or `auto`, which is fast where fast has just given the numbers of plain.
-        nets: in evaluation mode or training mode, as they will be used.
+        nets: of one architecture, in the mode (evaluation or training) in which they will be used.
 
     Raises:
-        UserError: `fast` is asked for and differs, or does not know the network.
+        UserError: `fast` is asked for, and gives other numbers than plain or does not support the network.
     """
     keep_freed_memory()
     if asked == "plain":

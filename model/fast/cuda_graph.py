@@ -1,6 +1,6 @@
-"""Thousands of small kernels as one launch: a function of tensors, captured as a CUDA graph.
+"""CUDA graphs, which launch thousands of small kernels at once.
 
-A meta-step at batch 1 is some ten thousand kernels of a few microseconds each, which Python launches more
+A meta-step at batch 1 is some ten thousand kernels of a few microseconds each. Python launches them more
 slowly than a GPU computes them. A graph replays the same kernels on the same memory.
 """
 
@@ -16,17 +16,17 @@ from model.layers import FrozenOutput, Inputs
 from model.method import OnlineLearner, Optimizer
 
 T = TypeVar("T")
-WARM_UP = 2  # calls before the capture, in which libraries choose kernels and take memory
+WARM_UP = 2  # calls before the capture, in which libraries choose kernels and allocate memory
 
 
 class CudaGraph(Generic[T]):
     """A function of CUDA tensors, captured at its first call for each set of shapes, then replayed.
 
-    Its results are overwritten by the next call.
+    The next call overwrites the results of a call.
 
     Args:
-        function: reads nothing back from the device and computes with tensors that stay where they are.
-        changed: what it changes in place, which the calls before the capture shall not.
+        function: must read nothing back from the device, and its tensors must keep their addresses.
+        changed: tensors that `function` changes in place; their values are restored after the warm-up.
     """
 
     def __init__(self, function: Callable[..., T], changed: Iterable[Tensor] = ()) -> None:
@@ -38,31 +38,31 @@ class CudaGraph(Generic[T]):
         key = tuple((x.shape, x.dtype) for x in inputs)
         if key not in self.captured:
             self.captured[key] = self._capture(inputs)
-        graph, places, result = self.captured[key]
-        for place, x in zip(places, inputs, strict=True):
-            place.copy_(x)
+        graph, static_inputs, result = self.captured[key]
+        for static, x in zip(static_inputs, inputs, strict=True):
+            static.copy_(x)
         graph.replay()
         return result
 
     def _capture(self, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor], T]:
-        places = [x.clone() for x in inputs]
-        before = [x.detach().clone() for x in self.changed]
+        static_inputs = [x.clone() for x in inputs]
+        saved = [x.detach().clone() for x in self.changed]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                self.function(*places)
-            for x, value in zip(self.changed, before, strict=True):
+                self.function(*static_inputs)
+            for x, value in zip(self.changed, saved, strict=True):
                 x.detach().copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = self.function(*places)
-        return graph, places, result
+            result = self.function(*static_inputs)
+        return graph, static_inputs, result
 
 
 def capture(function: Callable[..., T], net: nn.Module) -> Callable[..., T]:
-    """A function that computes with a known network, on a GPU as a CUDA graph."""
+    """`function`, which computes with `net`; on a GPU as a CUDA graph."""
     return CudaGraph(function) if all(parameter.is_cuda for parameter in net.parameters()) else function
 
 
@@ -75,7 +75,7 @@ class GraphLearner(OnlineLearner):
         super().__init__(net, trained, optimizer)
         moments = [x for part in self.optimizer.state_dict().values() for x in part]
         self.graph = CudaGraph(self._step, [*self.params, *moments])
-        self.done: tuple[int, ...] | None = None  # what the frozen part has done to images before they come
+        self.done: tuple[int, ...] | None = None  # of the latest `FrozenOutput`; None for images
 
     def learn(self, images: Inputs, labels: Tensor) -> None:
         if isinstance(images, FrozenOutput):

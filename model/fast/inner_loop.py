@@ -1,8 +1,8 @@
-"""The meta-loss and the online learner of the known networks, with all gradients written out.
+"""The meta-loss and the online learner of the supported networks, with all gradients written out.
 
-An inner step adds an outer product to the head's weight, 1000 x 2304 numbers made of 3304. Kept as factors,
-T of them cost T dot products per image in place of passes over the whole weight. The loop itself is
-`model.method`'s; the run's start compares the two (`model.guard`).
+An inner step adds an outer product to the head's weight: 1000 x 2304 numbers from 1000 + 2304. Kept as
+factors, T steps cost T dot products per image in place of passes over the whole weight. The loop is that of
+`model.method`, with which `model.guard` compares the results.
 """
 
 from __future__ import annotations
@@ -29,17 +29,14 @@ HEAD = ["head.weight", "head.bias"]
 def meta_loss(
     net: nn.Module, params: Params, support: Examples, query: Examples, inner: InnerLoop
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`model.method.meta_loss`, of which it takes arguments, images as frozen outputs, and gives results.
-
-    Raises:
-        NotImplementedError: another inner rule, or a head that does not learn.
-    """
+    """The results of `model.method.meta_loss`, with images as frozen outputs; raises NotImplementedError for
+    an inner rule other than SGD, or a head that does not learn."""
     if inner.rule is not None or list(params)[-2:] != HEAD:
         raise NotImplementedError("model/fast knows SGD as inner rule, with a head that learns")
     assert isinstance(net, Network)
     assert isinstance(support[0], FrozenOutput)
     assert isinstance(query[0], FrozenOutput)
-    # The first stage that learns may have parameters that the inner loop leaves alone.
+    # The first stage that learns may have parameters that the inner loop does not change.
     others = [name for name in Features(net, query[0]).names if name not in params]
     loop = _Loop(net, [*params, *others], list(params)[:-2], support, query, inner)
     tensors = [*params.values(), *map(net.get_parameter, others)]
@@ -49,11 +46,11 @@ def meta_loss(
 
 
 class _Loop(NamedTuple):
-    """What the meta-loss is of, beside the tensors that it is differentiated by."""
+    """Arguments of the meta-loss beside the tensors whose gradients are computed."""
 
     net: Network
-    names: list[str]  # of the parameters that the gradient is asked for
-    body: list[str]  # those of them that the inner loop changes, but for the head's
+    names: list[str]  # of the parameters whose gradients are computed
+    body: list[str]  # names of the parameters that the inner loop changes, without the head's
     support: Examples
     query: Examples
     inner: InnerLoop
@@ -76,18 +73,18 @@ class _MetaLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph()
-        grads, ctx.grads = ctx.grads, None  # scaled in place, and so once
+        grads, ctx.grads = ctx.grads, None  # scaled in place, and so used once
         return None, *(None if g is None else g.mul_(grad) for g in grads)
 
 
 def _value_and_grads(
     loop: _Loop, params: Params, need: tuple[Sequence[bool], Sequence[bool]]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Params, list[Tensor | None]]:
-    """Loss, logits and inner losses; gradients of the params; those of the inputs of support and query."""
+    """Loss, logits and inner losses; gradients of the params; gradients of the support and query inputs."""
     net, body, lr, steps = loop.net, loop.body, loop.inner.lr, len(loop.support[1])
     constant = loop.inner.constant(steps)
     head = _Head(params, lr, steps)
-    passed, inner_losses = _adapt(loop, params, head, constant)
+    batches, inner_losses = _adapt(loop, params, head, constant)
 
     weight, bias = head.weights()
     batch = Features(net, loop.query[0])(params)
@@ -95,35 +92,35 @@ def _value_and_grads(
     logits = matmul(batch.x, weight.t()) + bias
     loss = F.cross_entropy(logits, labels)
     grad_logits = (logits.softmax(1) - F.one_hot(labels, len(bias))) / len(labels)
-    grads, of_query = batch.backward(matmul(grad_logits, weight), need[1])
+    grads, query_grads = batch.backward(matmul(grad_logits, weight), need[1])
     head.begin_backward(matmul(grad_logits.t(), batch.x), grad_logits.sum(0))
-    del batch  # and all that its layers keep
+    del batch  # frees the activations in its layers
 
-    of_support: list[list[Tensor]] = [[] for _ in need[0]]
+    support_grads: list[list[Tensor]] = [[] for _ in need[0]]
     for t in reversed(range(constant, steps)):
-        batch = passed.pop()  # its activations go as soon as they have served
+        batch = batches.pop()  # removed, so that its activations are freed after this step
         v_grad_x = None
         if body:
             v_grad_x = batch.double_backward({n: g.mul(-lr if n in body else 0) for n, g in grads.items()})
-        step_grads, of_inputs = batch.backward_both(head.backward(t, batch.x, v_grad_x), need[0])
+        step_grads, input_grads = batch.backward_both(head.backward(t, batch.x, v_grad_x), need[0])
         for name, grad in step_grads.items():
             grads[name] += grad
-        for rows, row in zip(of_support, of_inputs, strict=True):
+        for rows, row in zip(support_grads, input_grads, strict=True):
             if row is not None:
                 rows.append(row)
     grads["head.weight"], grads["head.bias"] = head.grads()
     inputs = [
         torch.cat([rows[0].new_zeros(constant, *rows[0].shape[1:]), *reversed(rows)]) if rows else None
-        for rows in of_support
+        for rows in support_grads
     ]
-    return (loss, logits, torch.stack(inner_losses)), grads, [*inputs, *of_query]
+    return (loss, logits, torch.stack(inner_losses)), grads, [*inputs, *query_grads]
 
 
 def _adapt(loop: _Loop, params: Params, head: _Head, constant: int) -> tuple[list[Batch], list[Tensor]]:
-    """The inner loop, which changes `params` and the head: for each step but the first `constant` what its
-    image passed; and the losses."""
+    """Run the inner loop, which changes `params` and the head; returns the batches of all steps after the
+    first `constant`, and the losses of all steps."""
     features = Features(loop.net, loop.support[0])
-    passed, losses = [], []
+    batches, losses = [], []
     for t, label in enumerate(loop.support[1].split(1)):
         batch = features(params, slice(t, t + 1))
         logits = head.logits(batch.x)
@@ -133,15 +130,15 @@ def _adapt(loop: _Loop, params: Params, head: _Head, constant: int) -> tuple[lis
             grads, _ = batch.backward(grad_x, [False] * len(loop.net.chains))
             params |= {name: params[name].add(grads[name], alpha=-loop.inner.lr) for name in loop.body}
         if t >= constant:
-            passed.append(batch)
-    return passed, losses
+            batches.append(batch)
+    return batches, losses
 
 
 class _Head:
     """The head within a trajectory: its initial weights, the factors of its SGD steps, and gradients.
 
-    After t steps W_t = W - lr * D_t' X_t and b_t = b - lr * sum(D_t), where X_t [t, F] are the features seen
-    and D_t [t, O] the gradients of the logits. Step t computes l = W_t x + b_t, d = softmax(l) - onehot and
+    After t steps W_t = W - lr * D_t' X_t and b_t = b - lr * sum(D_t), where X_t [t, F] holds their features
+    and D_t [t, O] the gradients of their logits. Step t computes l = W_t x + b_t, d = softmax(l) - onehot and
     u = W_t' d, the gradient of x.
     """
 
@@ -158,7 +155,7 @@ class _Head:
         return self._forward(x, self.done) + self.bias - self.lr * self.d[: self.done].sum(0)
 
     def step(self, x: Tensor, logits: Tensor, label: Tensor, need_x: bool) -> Tensor:
-        """One SGD step; returns the gradient of x, [1, F], without meaning where not needed."""
+        """Take one SGD step; returns the gradient of x, [1, F], undefined where not needed."""
         t = self.done
         self.softmax[t] = logits.softmax(1)[0]
         self.d[t] = self.softmax[t] - F.one_hot(label[0], len(self.bias))
@@ -175,27 +172,27 @@ class _Head:
         )
 
     def begin_backward(self, grad_weight: Tensor, grad_bias: Tensor) -> None:
-        """Take the gradients of `weights()`."""
+        """Start the backward pass from the gradients of `weights()`."""
         self.grad_weight, self.grad_bias = grad_weight, grad_bias
-        self.to_d = -self.lr * (matmul(self.x, grad_weight.t()) + grad_bias)
-        self.to_x = -self.lr * matmul(self.d, grad_weight)
-        self.factors: list[tuple[Tensor, Tensor]] = []  # outer products that the weight's gradient adds up
+        self.grad_d = -self.lr * (matmul(self.x, grad_weight.t()) + grad_bias)
+        self.grad_x = -self.lr * matmul(self.d, grad_weight)
+        self.factors: list[tuple[Tensor, Tensor]] = []  # their outer products add up to the weight's gradient
 
     def backward(self, t: int, x: Tensor, v_u: Tensor | None) -> Tensor:
-        """The gradient of the x of step t, [1, F], from the cotangent of its u."""
-        before, d, to_d = slice(t), self.d[t : t + 1], self.to_d[t : t + 1]
+        """The gradient of x at step t, [1, F], from the cotangent of u at step t (None: u was not used)."""
+        before, d, grad_d = slice(t), self.d[t : t + 1], self.grad_d[t : t + 1]
         if v_u is not None:
-            to_d = to_d + self._forward(v_u, t)
-            self.to_x[before] -= self.lr * (self.d[before] @ d[0])[:, None] * v_u
-            self.to_d[before] -= self.lr * (self.x[before] @ v_u[0])[:, None] * d
+            grad_d = grad_d + self._forward(v_u, t)
+            self.grad_x[before] -= self.lr * (self.d[before] @ d[0])[:, None] * v_u
+            self.grad_d[before] -= self.lr * (self.x[before] @ v_u[0])[:, None] * d
             self.factors.append((d, v_u))
         p = self.softmax[t : t + 1]
-        to_logits = p * (to_d - (p * to_d).sum())
-        self.to_x[before] -= self.lr * (self.d[before] @ to_logits[0])[:, None] * x
-        self.to_d[before] -= self.lr * (self.x[before] @ x[0] + 1)[:, None] * to_logits
-        self.factors.append((to_logits, x))
-        self.grad_bias = self.grad_bias + to_logits[0]
-        return self.to_x[t : t + 1] + self._transposed(to_logits, t)
+        grad_logits = p * (grad_d - (p * grad_d).sum())
+        self.grad_x[before] -= self.lr * (self.d[before] @ grad_logits[0])[:, None] * x
+        self.grad_d[before] -= self.lr * (self.x[before] @ x[0] + 1)[:, None] * grad_logits
+        self.factors.append((grad_logits, x))
+        self.grad_bias = self.grad_bias + grad_logits[0]
+        return self.grad_x[t : t + 1] + self._transposed(grad_logits, t)
 
     def grads(self) -> tuple[Tensor, Tensor]:
         """Gradients of the initial weight and bias."""
@@ -214,8 +211,7 @@ class _Head:
 
 
 def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
-    """`model.learner.adam_learner`: by hand on the CPU, on CUDA as a graph."""
-
+    """`model.learner.adam_learner` with gradients written out on the CPU, and as a CUDA graph on CUDA."""
     kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
     assert lr is not None
     learner = GraphLearner if net.head.weight.is_cuda else HandLearner
@@ -231,7 +227,7 @@ class HandLearner(OnlineLearner):
         super().__init__(net, trained, optimizer)
         self.trained = list(trained)
         self.all_params = dict(net.named_parameters())
-        self.grad_weight = torch.empty_like(self.params[-2], requires_grad=False)  # memory that stays
+        self.grad_weight = torch.empty_like(self.params[-2], requires_grad=False)  # reused by every update
 
     @torch.no_grad()
     def learn(self, images: Inputs, labels: Tensor) -> None:

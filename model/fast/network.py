@@ -1,6 +1,6 @@
-"""The networks that the fast backend knows: drop-in blocks, and what enters the head, with its derivatives.
+"""The networks that the fast backend supports: their drop-in layers, and the head's input with derivatives.
 
-Stages that are no block and no convolution have autograd's derivatives.
+Stages other than conv blocks and convolutions have autograd's derivatives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.layers import ConvBlock, Inputs
 from model.method import Params
 from model.modelfactory import ANML, OML, SANML, Network
 
-KNOWN = (ANML, SANML, OML)
+SUPPORTED = (ANML, SANML, OML)
 
 
 class _Apply(torch.autograd.Function):
@@ -32,24 +32,24 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         refuse_create_graph()
-        to_x, grads = ctx.layer.backward(grad.contiguous(), ctx.needs_input_grad[1])
-        return None, to_x, *grads
+        grad_x, grads = ctx.layer.backward(grad.contiguous(), ctx.needs_input_grad[1])
+        return None, grad_x, *grads
 
 
 def refuse_create_graph() -> None:
-    """Raise RuntimeError where a backward pass is to be differentiated itself.
+    """Raise RuntimeError in a backward pass with `create_graph`.
 
-    (`once_differentiable` raises at the second pass, and not even then if that is asked for the gradients of
-    given tensors: it takes the first ones for constants.)
+    (`once_differentiable` raises at the second backward pass, and `autograd.grad` with given inputs treats
+    the first gradients as constants without an error.)
     """
     if torch.is_grad_enabled():
         raise RuntimeError("the fast layers are differentiable once: for more use plain ones")
 
 
 def _applied(stage: nn.Module, x: Tensor) -> Tensor:
-    """A block or convolution of [B, C, H, W], as its drop-in computes it."""
+    """The output of a drop-in layer for [B, C, H, W]."""
     grey = is_grey(x)
-    y: Tensor = _Apply.apply(_layer(stage, grey)(), _entering(stage, x, grey), *stage.parameters())
+    y: Tensor = _Apply.apply(_layer(stage, grey)(), _layer_input(stage, x, grey), *stage.parameters())
     return y.permute(0, 3, 1, 2)
 
 
@@ -71,15 +71,15 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {ConvBlock: FastConvBlock, nn.Con
 
 
 def use_fast_layers(net: nn.Module) -> None:
-    """Turn the blocks and convolutions of a network into their drop-ins, in place.
+    """Replace the conv blocks and convolutions of a network by their drop-ins, in place.
 
-    Parameters, state dict and numbers (up to rounding) stay, if the network is as its class in
-    `modelfactory` has it: `model.guard` compares the numbers. Kernels are laid out with the channels last.
+    Parameters and state dict stay. `model.guard` compares the numbers. Kernels get a memory layout with the
+    channels last.
 
     Raises:
-        NotImplementedError: the network is of another class, or has hooks, which would not be called.
+        NotImplementedError: the network's class is not supported, or hooks exist, which would not be called.
     """
-    if type(net) not in KNOWN:
+    if type(net) not in SUPPORTED:
         raise NotImplementedError("the fast backend is for ANML, sANML and OML alone")
     modules = list(net.modules())
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
@@ -92,7 +92,7 @@ def use_fast_layers(net: nn.Module) -> None:
 
 
 def _layer(stage: nn.Module, grey: bool) -> Callable[[], Layer]:
-    """What makes the layer of `derivatives` that computes a stage."""
+    """A constructor of the layer of `derivatives` that computes a stage."""
     if isinstance(stage, FastConvBlock):
         if grey and stage.pool:
             return partial(GreyBlock, stage.norm.eps)
@@ -112,12 +112,12 @@ def _layer(stage: nn.Module, grey: bool) -> Callable[[], Layer]:
 
 
 def is_grey(x: Tensor) -> bool:
-    """Whether [B, C, H, W] are grey images, whose channel is repeated as a view, and take no gradient."""
+    """Whether [B, C, H, W] are grey images (one channel, repeated as a view) without a gradient."""
     return x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 0 and not x.requires_grad
 
 
-def _entering(stage: nn.Module, x: Tensor, grey: bool) -> Tensor:
-    """What the layer of a stage takes: [B, C, H, W] as [B, H, W, C], of grey images their patches."""
+def _layer_input(stage: nn.Module, x: Tensor, grey: bool) -> Tensor:
+    """[B, C, H, W] as the stage's layer takes them: [B, H, W, C], or the patches of grey images."""
     if x.ndim == 2:
         return x
     if grey and isinstance(stage, ConvBlock) and stage.pool:
@@ -126,18 +126,18 @@ def _entering(stage: nn.Module, x: Tensor, grey: bool) -> Tensor:
 
 
 class Features:
-    """What enters the head of a known network: the product of the outputs of its chains.
+    """The head's input of a supported network: the product of the outputs of its chains.
 
     Args:
         net: after `use_fast_layers`.
-        inputs: of the network.
+        inputs: images, or the network's frozen outputs of images.
     """
 
     def __init__(self, net: Network, inputs: Inputs) -> None:
         if isinstance(inputs, Tensor):
             inputs = net.frozen(inputs, [name for name, _ in net.named_parameters()])
         assert not isinstance(inputs, Tensor)
-        # For each chain what makes the layers that are left, with the names of their params, and their input.
+        # For each chain: constructors of its remaining layers, the names of their params, and the input.
         self.parts: list[tuple[list[tuple[Callable[[], Layer], list[str]]], Tensor]] = []
         for chain, x, done in zip(net.chains, inputs.activations, inputs.done, strict=True):
             stages = list(net.get_submodule(chain).named_children())[done:]
@@ -146,11 +146,11 @@ class Features:
                 (_layer(stage, grey and k == 0), [f"{chain}.{name}.{p}" for p, _ in stage.named_parameters()])
                 for k, (name, stage) in enumerate(stages)
             ]
-            self.parts.append((layers, _entering(stages[0][1], x, grey) if stages else x))
+            self.parts.append((layers, _layer_input(stages[0][1], x, grey) if stages else x))
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters that the features are computed with."""
+        """Names of the parameters that the features are computed with."""
         return [name for layers, _ in self.parts for _, names in layers for name in names]
 
     def __call__(self, params: Mapping[str, Tensor], rows: slice = slice(None)) -> Batch:
@@ -160,36 +160,33 @@ class Features:
 
 
 class Batch:
-    """Features of a batch of images, and their derivatives.
+    """Features `x` [B, F] of a batch of images, and their derivatives.
 
     Args:
         chains: without layers where all of a chain is frozen.
-        inputs: of the chains.
-
-    Attributes:
-        x: [B, F].
+        inputs: of the chains, in their order.
     """
 
     def __init__(self, chains: Sequence[Chain], inputs: Sequence[Tensor], params: Mapping[str, Tensor]):
         self.chains = chains
         self.outputs = [chain.forward(x, params) for chain, x in zip(chains, inputs, strict=True)]
         self.x = math.prod(self.outputs[1:], start=self.outputs[0])
-        self.v: dict[int, Tensor] = {}  # by chain, cotangent of the gradient that it was handed
+        self.v: dict[int, Tensor] = {}  # by chain, cotangent of the chain output's gradient
 
     def backward(self, grad: Tensor, need: Sequence[bool]) -> tuple[Params, list[Tensor | None]]:
-        """Gradients of the params by name, and of each chain's input where needed, from that of `x`."""
+        """Gradients of the params by name, and of each chain's input where needed; `grad` is that of `x`."""
         self.grad = grad
         return self._backward([self._product(grad, k) for k in range(len(self.chains))], need, both=False)
 
     def double_backward(self, v_params: Mapping[str, Tensor]) -> Tensor:
-        """Cotangent of the gradient of `x` from those of the params' gradients."""
+        """Cotangent of the gradient of `x` from the cotangents of the params' gradients."""
         self.v = {k: chain.double_backward(v_params) for k, chain in enumerate(self.chains) if chain.layers}
         first, *others = (self._product(v, k) for k, v in self.v.items())
         return sum(others, start=first)
 
     def backward_both(self, grad: Tensor, need: Sequence[bool]) -> tuple[Params, list[Tensor | None]]:
-        """`backward` at the cotangent `grad`, plus the vjp of the earlier `backward` that `double_backward`
-        prepared: each chain was handed the gradient of `x` times the outputs of the other chains."""
+        """`backward` at `grad`, plus the vjp of the earlier `backward`, which `double_backward` prepared; a
+        chain's output gets the gradient of `x` times the outputs of the other chains."""
         cotangents = [self._product(grad, k) for k in range(len(self.chains))]
         for k in range(len(self.chains)):
             for j, v in self.v.items():
@@ -198,17 +195,18 @@ class Batch:
         return self._backward(cotangents, need, both=True)
 
     def _product(self, start: Tensor, *without: int) -> Tensor:
-        """`start` times the outputs of the chains but those `without`."""
+        """`start` times the outputs of all chains except those in `without`."""
         return math.prod((y for k, y in enumerate(self.outputs) if k not in without), start=start)
 
     def _backward(
         self, grads: Sequence[Tensor], need: Sequence[bool], both: bool
     ) -> tuple[Params, list[Tensor | None]]:
-        """From the gradients of the chains' outputs."""
-        of_params: Params = {}
-        of_inputs: list[Tensor | None] = []
+        """Gradients of params and inputs from the gradients of the chains' outputs."""
+        param_grads: Params = {}
+        input_grads: list[Tensor | None] = []
         for chain, grad, need_x in zip(self.chains, grads, need, strict=True):
-            to_x, found = chain.backward(grad, need_x, both)
-            of_params |= found
-            of_inputs.append(to_x.permute(0, 3, 1, 2) if to_x is not None and to_x.ndim == 4 else to_x)
-        return of_params, of_inputs
+            grad_x, found = chain.backward(grad, need_x, both)
+            param_grads |= found
+            grad_x = grad_x.permute(0, 3, 1, 2) if grad_x is not None and grad_x.ndim == 4 else grad_x
+            input_grads.append(grad_x)
+        return param_grads, input_grads
