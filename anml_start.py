@@ -34,6 +34,8 @@ from utils.errors import UserError, load_library  # noqa: E402 (now that these a
 try:
     for name in ("numpy", "torch", "PIL.Image", "filelock", "tensorboardX", "tqdm", "typing_extensions"):
         load_library(name)
+    if sys.version_info < (3, 11):
+        load_library("tomli")
 except UserError as error:  # a traceback would hide that something is to be installed
     sys.stderr.write(f"error: {error}\n")
     raise SystemExit(2) from None

@@ -50,7 +50,8 @@ def launched() -> bool:
 
 def environment(name: str, alone: int) -> int:
     """RANK, LOCAL_RANK or WORLD_SIZE of this process; `alone` outside of a job."""
-    return int(os.environ.get(name, alone)) if launched() else alone
+    value = os.environ.get(name, "")
+    return int(value) if launched() and value.isdecimal() else alone
 
 
 def refuse_several(what: str) -> None:

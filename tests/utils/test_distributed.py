@@ -165,7 +165,7 @@ def test_more_processes_than_trajectories(trainer: Trainer, monkeypatch: pytest.
     [
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}, True),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "7"}, True),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, False),
         ({"WORLD_SIZE": "2"}, False),
         ({"RANK": "high", "WORLD_SIZE": "all"}, False),
     ],
@@ -181,6 +181,7 @@ def test_what_makes_a_job(
     else:
         refuse_several("the analysis")
         assert join(torch.device("cpu"), {}) == Group()
+        assert Group().one_before_others(lambda: 7) == 7
     assert launched() == ("RANK" in environment and environment["RANK"] != "high")
 
 
@@ -190,7 +191,7 @@ def test_a_rank_of_no_job_is_refused(rank: str, size: str, monkeypatch: pytest.M
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UserError, match=f"^RANK is {rank} and WORLD_SIZE {size}: "):
-        run_as(1)
+        is_first()
 
 
 def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
