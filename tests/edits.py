@@ -99,7 +99,7 @@ EDITS: dict[str, list[Edit]] = {
         Edit("OML's strides", "(1, 1, 1, 2, 1, 2)", "(1, 1, 2, 1, 1, 2)", "OML"),
         Edit("another gain", "math.sqrt(2 / math.prod(", "math.sqrt(1 / math.prod("),
     ],
-    "model/outer_loops.py": [Edit("no row drawn anew", "if self.reset:", "if False:")],
+    "model/outer_loops.py": [Edit("no row drawn anew", "reset_head(self.net, self.generator, c", "str(c")],
     "model/optimizer.py": [
         Edit("Adam's rate", "lr=self.lr,", "lr=3 * self.lr,"),
         Edit("Adam's betas", "BETAS = (0.9, 0.999)", "BETAS = (0.5, 0.9)"),
