@@ -18,7 +18,7 @@ from datasets import Pool, Source
 from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, or_warn, read_png, save_png
 from evaluation.results import Key, Row, append, known_scores, summarise, write_results, write_table
 from flags.evaluation import Evaluation
-from model.learner import LEARNERS, Settings
+from model.learner import LEARNERS
 from model.meta_test import MetaTest, Purpose
 from model.modelfactory import Network, build, fingerprint, restore
 from model.representation import active_fraction, represent
@@ -335,8 +335,6 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
     Args:
         learner: key of `model.learner.LEARNERS`.
     """
-    kind = LEARNERS[learner]
-    options: dict[str, Any] = dict(kind.options or {})
     smallest = min(20, *images.sizes)
     test_images = max(1, smallest // 4)
     test = MetaTest(
@@ -346,8 +344,7 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
         seed=0,
         train_images=smallest - test_images,
         test_images=test_images,
-        kind=kind,
-        settings=Settings(**options),
+        kind=LEARNERS[learner],
     )
     score = test.score(classes, VALIDATION_LR, "validation", draw=0)
     found = {name: score[name] for name in accuracies()}
