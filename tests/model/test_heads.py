@@ -137,16 +137,45 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
         evaluate(f"--resume {begun} --power 1")
 
 
-def test_a_head_of_ones_own(evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that the documentation shows, run as it says."""
+@pytest.fixture
+def mine(
+    evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], list[dict[str, Any]]]:
+    """Runs a file that the documentation shows as it says, with flags; the rows of its results."""
     text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-    code = text.split("<!-- learner -->")[1].split("```")[1].removeprefix("python\n")
-    assert code.count("\n") <= 30
-    Path("mine.py").write_text(code, encoding="utf-8")
-    flags = f"{TINY} --schedule 5 --runs 1 --model ANML.net --learner cosine --cache_dir={cache}"
-    monkeypatch.setattr(sys, "argv", ["mine.py", *flags.split()])
-    monkeypatch.setitem(LEARNERS, "cosine", LEARNERS["ncm"])  # to be forgotten afterwards
-    runpy.run_path("mine.py", run_name="__main__")
-    results = read_results(Path("runs/e_0"))
-    assert results.about["treatment"] == "ANML, cosine"
-    assert results.rows[0]["test"] > 0.2
+
+    def start(mark: str, flags: str) -> list[dict[str, Any]]:
+        code = text.split(f"<!-- {mark} -->")[1].split("```")[1].removeprefix("python\n")
+        assert code.count("\n") <= 30
+        Path("mine.py").write_text(code, encoding="utf-8")
+        flags = f"{TINY} --schedule 5 --runs 2 --model ANML.net --cache_dir={cache} {flags}"
+        monkeypatch.setattr(sys, "argv", ["mine.py", *flags.split()])
+        for name in ("cosine", "replay"):
+            monkeypatch.setitem(LEARNERS, name, LEARNERS["ncm"])  # to be forgotten afterwards
+        runpy.run_path("mine.py", run_name="__main__")
+        return read_results(max(Path("runs").iterdir(), key=lambda path: path.stat().st_ctime_ns)).rows
+
+    return start
+
+
+def test_a_head_of_ones_own(mine: Callable[[str, str], list[dict[str, Any]]]) -> None:
+    assert mine("learner", "--learner cosine --features gate")[0]["test"] > 0.2
+    assert read_results(Path("runs/e_0")).about["treatment"] == "ANML, cosine --features gate"
+
+
+def test_replay(mine: Callable[[str, str], list[dict[str, Any]]], evaluate: Evaluate) -> None:
+    """Without weight it gives the base run's numbers; it has the flags of steps, and flags of its own."""
+    search = "--lrs 0.01 0.003 --lr_search_runs 1 --rln 7"
+    base = mine("replay", f"{search} --learner adam")
+    assert mine("replay", f"{search} --learner replay --strength 0") == base
+    assert mine("replay", f"{search} --learner replay --buffer 0") == base
+    replayed = mine("replay", f"{search} --learner replay")
+    assert [row["train"] for row in replayed] > [row["train"] for row in base]
+    about = read_results(Path("runs/e_2")).about
+    assert about["treatment"] == "ANML-FT:PLN, replay --buffer 0"
+    assert about["options"] == {"buffer": 0, "strength": 1.0}
+
+
+def test_a_network_without_a_gate_is_resumed(evaluate: Evaluate) -> None:
+    begun = evaluate(f"{TINY} --schedule 2 --runs 1 --model OML.net --learner slda")
+    assert read_results(evaluate(f"--resume {begun} --runs 2")).about["options"]["features"] == "gated"
