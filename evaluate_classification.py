@@ -26,7 +26,7 @@ import anml_start  # noqa: F401 (before torch)
 # isort: split
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from typing import Any
 from datasets import ImageSet, Pool
 from evaluation.plots import comparison_figure, load_matplotlib, or_warn, save_png
 from evaluation.results import summarise, table
-from evaluation.runs import Model, Runs, evaluate, how_chosen, match_earlier, models_to_test
+from evaluation.runs import Model, Runs, how_chosen, match_earlier, models_to_test, search_and_report
 from flags.evaluation import SCHEDULE, Evaluation
 from model.fast import choose_backend
 from model.guard import Backend, Use
@@ -42,7 +42,7 @@ from model.learner import LEARNERS, adam_learner
 from model.meta_test import MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
 from model.treatments import describe
-from utils.command_line import parse, plain, recorded
+from utils.command_line import as_tokens, parse, plain, recorded
 from utils.distributed import Group, choose_device, is_first, join, run_as
 from utils.errors import UserError, run_script
 from utils.flag import arguments
@@ -60,9 +60,22 @@ DEPENDENT = (
 )
 
 
-def main() -> None:
-    args = parse(Evaluation)
-    run_as(args.processes)
+def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
+    """Meta-test, as the command line does.
+
+    Args:
+        argv: flags as they are typed.
+        flags: flags by name.
+
+    Returns:
+        the run folder, which `evaluation.results.read_results` reads.
+
+    Raises:
+        UserError: a flag or what it names is wrong.
+    """
+    argv = [*argv, *as_tokens(flags)]
+    args = parse(Evaluation, argv)
+    run_as(args.processes, argv)
     log_to_terminal()
     load_matplotlib()  # or an evaluation of days would end without a figure
     device = choose_device(args.device, args.threads)
@@ -100,10 +113,10 @@ def main() -> None:
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
         make = partial(meta_test, args, plan, backend, pools)
         runs = Runs(args, run, models, make, group)
-        rows = evaluate(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
+        rows = search_and_report(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
         group.leave()
         if not is_first():
-            return
+            return run.folder
         with or_warn("accuracy.png"):
             pixels = save_png(
                 comparison_figure({plan.treatment: summarise(rows)}), run.folder / "accuracy.png"
@@ -114,6 +127,11 @@ def main() -> None:
         if args.nested:
             log.info("%s", DEPENDENT)
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
+    return run.folder
+
+
+def main() -> None:
+    evaluate(sys.argv[1:])
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _warn_of_other_data(model: Model, source: Source) -> None:
             log.warning("%s: make sure that no class tested here was trained on", other)
 
 
-def evaluate(
+def search_and_report(
     args: Evaluation, schedule: Sequence[int], runs: Runs, about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The rows of the report: search and report each class count of `schedule`, with `--nested` all at once.

@@ -16,6 +16,7 @@ from utils.flag import (
     Heading,
     arguments_of,
     choice,
+    existing,
     file_path,
     flag,
     folder_name,
@@ -49,7 +50,7 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     _method: ClassVar = Heading("method")
     model: list[Path] | None = flag(
         None,
-        file_path,
+        existing,
         "model file that mrcl_classification.py wrote; of several, each is tested on draws of its own, and "
         "all of them are one row of the results",
         shown="none: give it, or --scratch",
