@@ -26,7 +26,7 @@ import anml_start  # noqa: F401 (before torch)
 # isort: split
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,17 +34,18 @@ from typing import Any
 from datasets import ImageSet, Pool
 from evaluation.plots import comparison_figure, load_matplotlib, or_warn, save_png
 from evaluation.results import summarise, table
-from evaluation.runs import Model, Runs, evaluate, how_chosen, match_earlier, models_to_test
+from evaluation.runs import Model, Runs, how_chosen, match_earlier, models_to_test, search_and_report
 from flags.evaluation import SCHEDULE, Evaluation
 from model.fast import choose_backend
 from model.guard import Backend, Use
-from model.learner import LEARNERS, Settings
+from model.learner import LEARNERS, adam_learner
 from model.meta_test import MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
 from model.treatments import describe
-from utils.command_line import parse, plain, recorded
+from utils.command_line import as_tokens, parse, plain, recorded
 from utils.distributed import Group, choose_device, is_first, join, run_as
 from utils.errors import UserError, run_script
+from utils.flag import arguments
 from utils.run import Run, log_to_terminal
 
 RECORDED = ("name", "weights", "sha256", "step")  # of a model, in config.json
@@ -59,9 +60,22 @@ DEPENDENT = (
 )
 
 
-def main() -> None:
-    args = parse(Evaluation)
-    run_as(args.processes)
+def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
+    """Meta-test, as the command line does.
+
+    Args:
+        argv: flags as they are typed.
+        flags: flags by name.
+
+    Returns:
+        the run folder, which `evaluation.results.read_results` reads.
+
+    Raises:
+        UserError: a flag or what it names is wrong.
+    """
+    argv = [*argv, *as_tokens(flags)]
+    args = parse(Evaluation, argv)
+    run_as(args.processes, argv)
     log_to_terminal()
     load_matplotlib()  # or an evaluation of days would end without a figure
     device = choose_device(args.device, args.threads)
@@ -71,7 +85,8 @@ def main() -> None:
     sets = images(args, net, group)
     plan = Plan.of(args, models[0], sets)
     decided = plain(vars(plan))
-    use = Use(net, meta_test_rln=plan.rln, optimizer=args.optimizer or "adam")
+    options = plan.options if LEARNERS[args.learner].make is adam_learner else {}
+    use = Use(net, meta_test_rln=plan.rln, options=options)
     backend = choose_backend(args.backend, [model.net for model in models], device, use)
     data = sets["evaluation"].about()
     if "background" in sets:
@@ -98,10 +113,10 @@ def main() -> None:
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
         make = partial(meta_test, args, plan, backend, pools)
         runs = Runs(args, run, models, make, group)
-        rows = evaluate(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
+        rows = search_and_report(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
         group.leave()
         if not is_first():
-            return
+            return run.folder
         with or_warn("accuracy.png"):
             pixels = save_png(
                 comparison_figure({plan.treatment: summarise(rows)}), run.folder / "accuracy.png"
@@ -112,6 +127,11 @@ def main() -> None:
         if args.nested:
             log.info("%s", DEPENDENT)
         log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
+    return run.folder
+
+
+def main() -> None:
+    evaluate(sys.argv[1:])
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,7 @@ class Plan:
         rln: layers that stay as they are at meta-test.
         schedule: class counts to learn.
         test_classes: meta-test classes that draws are made from.
-        options: the settings of the learner beside its learning rate, by the name of their flag.
+        options: the arguments of the learner, by keyword.
     """
 
     treatment: str
@@ -174,29 +194,24 @@ class Plan:
             reset=args.reset and not args.scratch,
             iid=args.iid,
             epochs=args.epoch,
-            optimizer=args.optimizer,
             learner=named,
         )
         return cls(treatment, rln, schedule, len(sets["evaluation"]), options)
 
 
 def learner_options(args: Evaluation, net: Network) -> tuple[dict[str, Any], str]:
-    """The options of `--learner` by the name of their flag, and what treatments call a learner that takes no
-    steps; empty for one that does.
+    """The options of `--learner` by keyword, and what treatments call it; empty for the paper's.
 
     Raises:
         UserError: a gate is asked for in a network that has none.
     """
-    kind = LEARNERS[args.learner]
-    if kind.options is None:
-        return {"optimizer": args.optimizer}, ""
-    defaults = dict(kind.options)
-    if "features" in defaults and not net.has_gate:
-        defaults["features"] = "gated"
-        if args.features not in (None, "gated"):
-            raise UserError(f"--features {args.features}: {net.network} has no gate; drop the flag")
-    options = {name: getattr(args, name) for name in defaults}
-    options |= {name: defaults[name] for name in defaults if options[name] is None}
+    options, kind = dict(args.of_learner), LEARNERS[args.learner]
+    defaults = {name: made.default for name, made in arguments(kind).items()}
+    if "features" in options and not net.has_gate:
+        asked = options["features"] if args.resume is None and "features" in args.given else "gated"
+        if asked != "gated":
+            raise UserError(f"--features {asked}: {net.network} has no gate; drop the flag")
+        options["features"] = defaults["features"] = "gated"
     return options, kind.describe(options, defaults)
 
 
@@ -235,7 +250,7 @@ def meta_test(
         train_images=args.train_images,
         test_images=args.test_images,
         kind=backend.learner(args.learner),
-        settings=Settings(**plan.options),
+        options=plan.options,
         background=pools.get("background"),
     )
 

@@ -7,17 +7,19 @@ import csv
 import errno
 import io
 import json
+import logging
 import math
 import os
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.scores import ACCURACY, MEASURES, RUNS, Score, accuracies
+from model.scores import ACCURACY, MEASURES, RUNS, Score
 from utils.errors import UserError, refusing
 from utils.files import read_text, sync, write_text
 from utils.flag import Reader, positive, whole
@@ -35,7 +37,10 @@ METRICS = ("step", "loss", "accuracy_trajectory", "accuracy_remember")
 
 Row = Mapping[str, Any]
 """One run: `model` (file name), `classes` (count), `run` (draw number), `lr` (None for a learner
-without steps), and a value for each of `model.scores.MEASURES`."""
+without steps), and a value for each of `model.scores.MEASURES`, None for a measure that the file lacks.
+Columns of unknown measures are kept as texts."""
+
+log = logging.getLogger("anml")
 
 
 class Results(NamedTuple):
@@ -54,9 +59,13 @@ def write_results(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows of equal keys as a CSV file, whole or not at all; raises UserError where that fails."""
+    """Write rows as a CSV file, whole or not at all, with a column for each key; raises UserError where that
+    fails."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+    columns = {key: None for row in rows for key in row}
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 
@@ -74,10 +83,16 @@ def read_results(path: Path) -> Results:
     path = path.with_suffix(".csv") if path.suffix == ".json" else path
     beside = path.with_suffix(".json")
     about = read_json(beside) if beside.is_file() else {}
-    columns = with_measures(model=str, classes=whole(1), run=whole(0), lr=optional(positive))
-    rows = read_table(path, columns, key=("model", "classes", "run"))
+    columns: dict[str, Reader] = {
+        "model": str,
+        "classes": whole(1),
+        "run": whole(0),
+        "lr": optional(positive),
+    }
+    rows = read_table(path, columns, ("model", "classes", "run"), measures())
     if not rows:
         raise UserError(f"{path} holds no runs")
+    rows = [row | dict.fromkeys(MEASURES.keys() - row.keys()) for row in rows]
     return Results(rows, {key: about[key] for key in about if key != "summary"})
 
 
@@ -107,12 +122,15 @@ def read_table(
     path: Path,
     columns: Mapping[str, Reader],
     key: Sequence[str] = (),
+    others: Mapping[str, Reader] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of a CSV file.
 
     Args:
         columns: readers of the cells by the heading of the column, in the order of the file.
         key: columns whose values together are unique.
+        others: readers of columns that may follow. Cells of unknown columns are texts, and the log names the
+            unknown columns.
 
     Raises:
         UserError: the file cannot be read, has other columns, a row with too few or too many fields, a cell
@@ -121,15 +139,21 @@ def read_table(
     lines = csv.reader(io.StringIO(text_of(path)), strict=True)
     rows: dict[object, dict[str, Any]] = {}
     try:
-        if next(lines, []) != list(columns):
+        heading = next(lines, [])
+        readers = {**columns, **(others or {})}
+        more = tuple(name for name in heading if name not in readers)
+        fits = heading[: len(columns)] == list(columns) and len({*heading}) == len(heading)
+        if not fits or (others is None and more):
             raise UserError(f"{path} does not begin with the columns {','.join(columns)}")
+        if more:
+            _note(path, more)
         for cells in filter(None, lines):
             place, row = f"{path}, line {lines.line_num}", {}
-            if len(cells) != len(columns):
-                raise UserError(f"{place}: {len(cells)} fields instead of {len(columns)}")
-            for (name, read), cell in zip(columns.items(), cells, strict=True):
+            if len(cells) != len(heading):
+                raise UserError(f"{place}: {len(cells)} fields instead of {len(heading)}")
+            for name, cell in zip(heading, cells, strict=True):
                 try:
-                    row[name] = read(cell)
+                    row[name] = readers.get(name, str)(cell)
                 except (ValueError, LookupError, ArgumentTypeError) as error:
                     raise UserError(f"{place}: {name}: {error}") from None
             if rows.setdefault(tuple(row[name] for name in key) or len(rows), row) is not row:
@@ -137,6 +161,11 @@ def read_table(
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
     return list(rows.values())
+
+
+@cache
+def _note(path: Path, columns: Sequence[str]) -> None:
+    log.warning("%s: %s is no measure here: kept as it is", path, ", ".join(columns))
 
 
 class Key(NamedTuple):
@@ -159,15 +188,22 @@ def known_scores(path: Path) -> dict[Key, Score]:
     Raises:
         UserError: the file cannot be read or written, or is malformed.
     """
-    lr = optional(positive)
-    columns = with_measures(purpose=str, model=str, classes=whole(1), draw=whole(0), lr=lr)
+    readers = (str, str, whole(1), whole(0), optional(positive))
     with refusing(f"write {path}"):
         path.touch()
         end = path.read_bytes().rfind(b"\n") + 1
         os.truncate(path, end)
     if not end:
-        append(path, list(columns))
-    return {Key(*map(row.pop, Key._fields)): row for row in read_table(path, columns)}
+        append(path, [*Key._fields, *MEASURES])
+    rows = read_table(path, dict(zip(Key._fields, readers, strict=True)), others=measures())
+    if missing := MEASURES.keys() - columns_of(path):
+        raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))}: start a new evaluation")
+    return {Key(*map(row.pop, Key._fields)): row for row in rows}
+
+
+def columns_of(path: Path) -> list[str]:
+    """The headings of a CSV file."""
+    return next(csv.reader(io.StringIO(text_of(path))), [])
 
 
 def append(path: Path, values: Sequence[object]) -> None:
@@ -190,9 +226,9 @@ def optional(read: Reader) -> Reader:
     return lambda text: read(text) if text else None
 
 
-def with_measures(**columns: Reader) -> dict[str, Reader]:
-    """The readers `columns`, followed by the readers of all measures."""
-    return columns | {name: measure.kind.read for name, measure in MEASURES.items()}
+def measures() -> dict[str, Reader]:
+    """The readers of all measures, by column."""
+    return {name: measure.kind.read for name, measure in MEASURES.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -250,9 +286,10 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Returns:
         mappings with `classes`, `models`, `runs` (of all models), `lr` (of the first run), and each measure
-        as its mean over the runs, or as the number of runs (`diverged`). A run that diverged counts as 0 %;
-        where all runs diverged, a mean is None. An accuracy such as `test` has its :func:`interval` as
-        `test_low`, `test_high` and `test_interval` (the method); None where there is no interval.
+        that all runs have as its mean over the runs, or as the number of runs (`diverged`). A run that
+        diverged counts as 0 %; where all runs diverged, a mean is None. An accuracy such as `test` has its
+        :func:`interval` as `test_low`, `test_high` and `test_interval` (the method); None where there is no
+        interval.
     """
     summary = []
     for classes in sorted({row["classes"] for row in rows}):
@@ -263,6 +300,8 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
         all_diverged = all(row["diverged"] for row in runs)
         for name, measure in MEASURES.items():
             values = [row[name] for row in runs]
+            if None in values:
+                continue
             if measure.kind is RUNS:
                 line[name] = sum(values)
                 continue
@@ -283,10 +322,10 @@ def table(rows: Sequence[Row]) -> str:
     for line in summary:
         cells = [line["classes"], "-" if line["lr"] is None else f"{line['lr']:.6g}", line["runs"]]
         for name, measure in MEASURES.items():
-            number = "-" if line[name] is None else f"{line[name]:.4g}"
+            number = "-" if line.get(name) is None else f"{line[name]:.4g}"
             cells.append(shown(line, name) if measure.kind is ACCURACY else number)
         lines.append([str(cell) for cell in cells])
-    methods = {line[f"{name}_interval"] for line in summary for name in accuracies()} - {None}
+    methods = {line[key] for line in summary for key in line if key.endswith("_interval")} - {None}
     footer = f"\n± 95% interval: {', '.join(sorted(methods))}" if methods else ""
     return aligned(lines) + footer
 
@@ -296,7 +335,7 @@ def shown(line: Mapping[str, Any], name: str) -> str:
     and how many runs diverged. Missing parts are left out."""
     mean, low, high = (line.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if mean is None:
-        return "diverged"
+        return "diverged" if line.get("diverged") else "-"
     text = f"{100 * mean:.1f}"
     if low is not None and high is not None:
         reach = 100 * max(mean - low, high - mean)  # an interval may be cut off at 0 or 100 %

@@ -16,9 +16,18 @@ from torch import Tensor
 
 from datasets import Pool, Source
 from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, or_warn, read_png, save_png
-from evaluation.results import Key, Row, append, known_scores, summarise, write_results, write_table
+from evaluation.results import (
+    Key,
+    Row,
+    append,
+    columns_of,
+    known_scores,
+    summarise,
+    write_results,
+    write_table,
+)
 from flags.evaluation import Evaluation
-from model.learner import LEARNERS, Settings
+from model.learner import LEARNERS
 from model.meta_test import MetaTest, Purpose
 from model.modelfactory import Network, build, fingerprint, restore
 from model.representation import active_fraction, represent
@@ -136,7 +145,7 @@ def _warn_of_other_data(model: Model, source: Source) -> None:
             log.warning("%s: make sure that no class tested here was trained on", other)
 
 
-def evaluate(
+def search_and_report(
     args: Evaluation, schedule: Sequence[int], runs: Runs, about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The rows of the report: search and report each class count of `schedule`, with `--nested` all at once.
@@ -261,6 +270,7 @@ class Runs:
         self.args, self.run, self.models, self.group = args, run, models, group
         self.path = run.folder / "scores.csv"
         self.known = group.gather(known_scores(self.path) if is_first() else {})[0]
+        self.columns = columns_of(self.path) if is_first() else []
         # Two meta-tests are kept (both splits of one model); more frozen outputs would take too much memory.
         self._meta_test = lru_cache(maxsize=2)(lambda position, split: make(models[position], split))
 
@@ -279,7 +289,8 @@ class Runs:
                     with or_warn(f"{name}.png"):
                         save_png(forgetting_figure(remembered), self.run.folder / f"{name}.png")
                 if is_first():
-                    append(self.path, [*key, *score.values()])
+                    cells = {**key._asdict(), **score}
+                    append(self.path, [cells.get(name, "") for name in self.columns])
             for job in batch:
                 found = {n: self.known[self._key(purpose, job, n)] for n in job.stops}
                 if bar.advance(**{name: found[job.stops[-1]][name] for name in accuracies()}):
@@ -335,8 +346,6 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
     Args:
         learner: key of `model.learner.LEARNERS`.
     """
-    kind = LEARNERS[learner]
-    options: dict[str, Any] = dict(kind.options or {})
     smallest = min(20, *images.sizes)
     test_images = max(1, smallest // 4)
     test = MetaTest(
@@ -346,8 +355,7 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
         seed=0,
         train_images=smallest - test_images,
         test_images=test_images,
-        kind=kind,
-        settings=Settings(**options),
+        kind=LEARNERS[learner],
     )
     score = test.score(classes, VALIDATION_LR, "validation", draw=0)
     found = {name: score[name] for name in accuracies()}

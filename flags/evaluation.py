@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flags import common
-from model.learner import LEARNERS, VIEWS, View
-from model.optimizer import OPTIMIZERS
+from model.learner import LEARNERS
 from model.treatments import TABLE
 from utils.command_line import as_typed
 from utils.errors import UserError
 from utils.flag import (
     SEED,
     Heading,
+    arguments_of,
     choice,
+    existing,
     file_path,
     flag,
     folder_name,
     headed,
-    number,
     positive,
     switch,
     whole,
@@ -50,7 +50,7 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     _method: ClassVar = Heading("method")
     model: list[Path] | None = flag(
         None,
-        file_path,
+        existing,
         "model file that mrcl_classification.py wrote; of several, each is tested on draws of its own, and "
         "all of them are one row of the results",
         shown="none: give it, or --scratch",
@@ -63,14 +63,12 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         "random initial weights; the network is that of --model if given, else that of the "
         "network flags below",
     )
-    learner: str = choice(
-        "adam",
-        LEARNERS,
-        "what learns the stream: adam takes one step of --optimizer on each image; the others are heads that "
-        "need no gradient, which sum features up",
-    )
 
-    _steps: ClassVar = Heading("steps of --learner adam")
+    _learner: ClassVar = Heading("learner")
+    learner: str = choice("adam", LEARNERS, "what learns the stream")
+    of_learner: dict[str, Any] = arguments_of("learner", LEARNERS, "learner")
+
+    _steps: ClassVar = Heading("gradient steps")
     treatment_preset: str | None = choice(
         None,
         tuple(TABLE),
@@ -88,15 +86,9 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     reset: bool = switch(False, "re-draw every trained layer before learning, not the head alone")
     iid: bool = switch(False, "shuffle the stream of images (the Oracle) instead of class after class")
     epoch: int = flag(1, whole(1), "passes over the stream of images")
-    optimizer: str = choice(
-        "adam",
-        tuple(OPTIMIZERS),
-        "what takes the steps, with the learning rate of --lr or the search: the released code's Adam, or "
-        "SGD, which the paper speaks of",
-    )
 
     _search: ClassVar = Heading("learning rate")
-    lr: float | None = flag(None, positive, "learning rate of Adam; skips the search", shown="search")
+    lr: float | None = flag(None, positive, "learning rate; skips the search", shown="search")
     lrs: list[float] = flag(
         list(LEARNING_RATES),
         positive,
@@ -126,26 +118,6 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         False,
         "choose the rate by meta-test test accuracy instead of meta-test train accuracy; both "
         "are reported either way",
-    )
-
-    _heads: ClassVar = Heading("heads that need no gradient")
-    features: View | None = choice(
-        None,
-        VIEWS,
-        "what is seen of the network: the input of its head, its gate, or both side by side",
-        shown="both for slda, gated for the others and in a network without a gate",
-    )
-    power: float | None = flag(
-        None,
-        positive,
-        "exponent that features are raised to before they get unit length; 1 leaves them as they are",
-        shown="0.5",
-    )
-    shrinkage: float | None = flag(
-        None,
-        number(1e-6, 1),
-        "part of the covariance that is replaced by a multiple of the identity",
-        shown="0.5",
     )
 
     _evaluation: ClassVar = Heading("evaluation")
@@ -194,14 +166,14 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         # None of these changes a number: more runs or class counts add to what there is. Models are compared
         # by content, and what the last ones decide by the evaluation's plan.
         changeable = ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend")
-        decided = ("rln", "test_classes", "features", "power", "shrinkage")
+        decided = ["rln", "test_classes"]
+        decided += [flag for flag, (field, _) in self.places.items() if field == "of_learner"]
         return frozenset((*changeable, *common.PLACES, *decided))
 
     def idle(self) -> Mapping[str, str]:
-        options, parts = LEARNERS[self.learner].options, headed(type(self))
-        of_heads = {*parts["heads that need no gradient"]}
-        of_steps = {*parts["steps of --learner adam"], *parts["learning rate"]}
-        others = of_heads if options is None else of_steps | (of_heads - options.keys())
+        parts = headed(type(self))
+        of_steps = {*parts["gradient steps"], *parts["learning rate"]}
+        others = set() if LEARNERS[self.learner].takes_steps else of_steps
         of_scratch = parts["network"] if self.model else ()
         of_search = {*parts["learning rate"]} - {"lr"} if self.lr is not None else ()
         return {

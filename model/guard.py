@@ -9,15 +9,15 @@ inner steps, and a narrow network of its class with all inner steps of the run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model import method
-from model.learner import LEARNERS, LearnerKind, MakeLearner, Settings, adam_learner
+from model.learner import LEARNERS, Given, LearnerKind, MakeLearner, adam_learner
 from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
 from model.outer_loop import Capture
@@ -41,7 +41,7 @@ class Use:
         inner: settings of the inner loop.
         update_step: inner steps.
         meta_test_rln: layers frozen in the online learner.
-        optimizer: of the online learner, a key of `OPTIMIZERS`.
+        options: keyword arguments of the online learner.
         channels: of the images, 1 or 3.
     """
 
@@ -50,7 +50,7 @@ class Use:
     inner: InnerLoop = DEFAULT
     update_step: int = UPDATE_STEP
     meta_test_rln: int | None = None
-    optimizer: str = "adam"
+    options: Mapping[str, Any] = field(default_factory=dict)
     channels: int = 1
 
     @property
@@ -88,7 +88,7 @@ class Backend(NamedTuple):
     def learner(self, name: str) -> LearnerKind:
         """The entry `name` of `LEARNERS`, with the backend's own constructor for `adam`."""
         kind = LEARNERS[name]
-        return replace(kind, make=self.adam_learner) if name == "adam" else kind
+        return replace(kind, make=self.adam_learner) if kind.make is adam_learner else kind
 
 
 PLAIN = Backend("plain", lambda net: None, method.meta_loss, None, adam_learner)
@@ -181,7 +181,7 @@ def _online(
     """The parameters after some updates of the online learner, and its answers after them."""
     net = copy.deepcopy(net).eval()
     trained = use.online_learned
-    learner = backend.adam_learner(net, trained, Settings(lr=0.01, optimizer=use.optimizer))
+    learner = backend.adam_learner(net, trained, Given(lr=0.01), **use.options)
     with torch.no_grad():
         inputs = net.frozen(images, trained)
     learner.learn(inputs, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,13 +91,24 @@ class FrozenOutput:
     def __len__(self) -> int:
         return len(self.activations[0])
 
-    def __getitem__(self, rows: slice) -> FrozenOutput:
-        """Some of the images, in the same place."""
+    def __getitem__(self, rows: slice | Tensor) -> FrozenOutput:
+        """Some of the images, in the same place; of a tensor, those of these numbers or where it is true."""
         return replace(self, activations=tuple(part[rows] for part in self.activations))
 
 
 Inputs = Tensor | FrozenOutput
 """What a network takes: images [B, C, 28, 28], or what its own `frozen` made of them."""
+
+
+def parts(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The tensors [B, ...] that inputs consist of."""
+    return inputs.activations if isinstance(inputs, FrozenOutput) else (inputs,)
+
+
+def cat(inputs: Sequence[Inputs]) -> Inputs:
+    """The images of all inputs, which are those of one network, one after the other."""
+    joined = tuple(torch.cat(part) for part in zip(*map(parts, inputs), strict=True))
+    return replace(inputs[0], activations=joined) if isinstance(inputs[0], FrozenOutput) else joined[0]
 
 
 def run_rest(chain: nn.Sequential, inputs: Inputs, position: int) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from functools import partial, update_wrapper
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -21,9 +22,17 @@ from model.layers import Inputs
 from model.method import OnlineLearner, classify
 from model.modelfactory import Network
 from model.optimizer import OPTIMIZERS
+from utils.flag import Range, positive
 
-View = Literal["gated", "gate", "both"]
-VIEWS: tuple[View, ...] = ("gated", "gate", "both")  # what a head without gradient sees of a network
+VIEWS = ("gated", "gate", "both")  # what a head without gradient sees of a network
+Features = Annotated[
+    str, "what is seen of the network: the input of its head, its gate, or both side by side", VIEWS
+]
+Power = Annotated[
+    float,
+    "exponent that features are raised to before they get unit length; 1 leaves them as they are",
+    positive,
+]
 
 Prior = tuple[float, float]
 """Shape and scale of an inverse gamma distribution."""
@@ -44,61 +53,59 @@ class Learner(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a learner is made with. Each uses those that its entry in the table of learners names.
+class Given:
+    """What a run gives its learner, beside the network and the names of the parameters that may learn.
 
     Attributes:
         lr: step size; None for a learner that takes no steps.
-        optimizer: key of `model.optimizer.OPTIMIZERS`.
-        features: what is seen of a network: what enters its head, its gate, or both side by side.
-        power: exponent of the features, which then get unit length; 1 leaves them as they are.
-        shrinkage: weight of the multiple of the identity that a covariance is mixed with, 0 to 1.
-        prior: of the variance of a feature within a class.
+        generator: for all that the learner draws (CPU). The run draws nothing else from it.
+        prior: what `LearnerKind.fit` found; None without one.
     """
 
     lr: float | None = None
-    optimizer: str = "adam"
-    features: View = "gated"
-    power: float = 1.0
-    shrinkage: float = 0.5
+    generator: torch.Generator = field(default_factory=torch.Generator)
     prior: Prior | None = None
 
 
-MakeLearner = Callable[[Network, Collection[str], Settings], Learner]
-"""From a network that is the learner's to change, names of the parameters that may learn, and settings."""
+MakeLearner = Callable[..., Learner]
+"""From a network that is the learner's to change, names of the parameters that may learn, `Given`, and
+options by keyword."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LearnerKind:
-    """A line of the table of learners.
+    """A line of the table of learners; calling it makes a learner.
 
     Attributes:
-        make: makes one.
+        make: makes one. Its arguments by keyword alone are options, each of which is a flag.
         title: what treatments that use it are called after; empty for the paper's.
-        options: names and defaults of the settings that it uses and a flag sets. None for one that trains
-            the network by gradient steps, with `--lr`, `--rln` and what else belongs to those.
-        fit: gives `Settings.prior` from a network, settings and the images of one meta-training class after
-            the other.
+        takes_steps: whether it trains the network by gradient steps, with `--lr` and its search, `--rln` and
+            what else belongs to those. Each class then needs an output of the network's head.
+        fit: gives `Given.prior` from a network, the images of one meta-training class after the other, and
+            the options.
     """
 
     make: MakeLearner
     title: str = ""
-    options: Mapping[str, object] | None = None
-    fit: Callable[[Network, Settings, Iterator[Inputs]], Prior] | None = None
+    takes_steps: bool = False
+    fit: Callable[..., Prior] | None = None
 
-    @property
-    def takes_steps(self) -> bool:
-        """Whether it trains the network, an output of whose head then stands for each class."""
-        return self.options is None
+    def __post_init__(self) -> None:
+        update_wrapper(self, self.make, updated=())  # its flags, and what `--help` says of it
+
+    def __call__(
+        self, net: Network, trained: Collection[str], given: Given | None = None, **options: Any
+    ) -> Learner:
+        return self.make(net, trained, given or Given(), **options)
 
     def describe(self, chosen: Mapping[str, object], defaults: Mapping[str, object]) -> str:
-        """The title and what of the options is not as by default: `streaming LDA --power 1`."""
-        other = [
-            f" --{name} {value:g}" if isinstance(value, float) else f" --{name} {value}"
-            for name, value in chosen.items()
-            if value != defaults[name]
-        ]
-        return self.title + "".join(other)
+        """The title and what of the options is not as by default: `streaming LDA --power 1`; of the paper's
+        learner these options alone: `SGD`."""
+        other = {name: value for name, value in chosen.items() if value != defaults[name]}
+        if not self.title:
+            return " ".join(map(str, other.values())).upper()
+        spelled = {name: f"{value:g}" if isinstance(value, float) else value for name, value in other.items()}
+        return self.title + "".join(f" --{name} {value}" for name, value in spelled.items())
 
 
 Scores = Callable[[Tensor], Tensor]
@@ -107,35 +114,44 @@ Scores = Callable[[Tensor], Tensor]
 TINY = 1e-30  # stands for a variance of zero
 
 
-def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
-    """The paper's learner, and the released code's: one optimizer step per image."""
-    kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
+Steps = Annotated[str, "what takes the steps, at the learning rate of --lr or the search", OPTIMIZERS]
+
+
+def adam_learner(
+    net: Network, trained: Collection[str], given: Given, *, optimizer: Steps = "adam"
+) -> Learner:
+    """One step of `--optimizer` on each image."""
+    kind, lr = OPTIMIZERS[optimizer], given.lr
     assert lr is not None
     return OnlineLearner(net, trained, lambda params: kind(params, lr))
 
 
 @torch.no_grad()
-def view(net: Network, images: Inputs, settings: Settings) -> Tensor:
+def view(net: Network, images: Inputs, features: str, power: float) -> Tensor:
     """[B, F] what a head sees of images, or of a network's frozen output of them, in float64.
 
-    On the device of the images, or on the CPU where that has no float64 (Apple's). Each part gets
-    `settings.power` (Tukey's ladder of powers; negative numbers keep their sign) and unit length by itself.
+    On the device of the images, or on the CPU where that has no float64 (Apple's). Each part is raised to
+    `power` (Tukey's ladder of powers; negative numbers keep their sign) and gets unit length, by itself.
+
+    Args:
+        features: one of `VIEWS`.
+        power: 1 leaves the parts as they are.
     """
     parts = []
-    if settings.features != "gate":
+    if features != "gate":
         parts.append(net.features(images))
-    if settings.features != "gated":
+    if features != "gated":
         gate = net.gate(images)
         assert gate is not None, "the network has no gate"
         parts.append(gate.flatten(1))
     parts = [(part if part.device.type in ("cpu", "cuda") else part.cpu()).double() for part in parts]
-    if settings.power != 1:
-        parts = [F.normalize(part.sign() * part.abs().pow(settings.power)) for part in parts]
+    if power != 1:
+        parts = [F.normalize(part.sign() * part.abs().pow(power)) for part in parts]
     return torch.cat(parts, 1)
 
 
 class NearestClassMean:
-    """The class whose mean is nearest (Euclidean); what other heads begin with.
+    """The class whose mean is nearest (Euclidean).
 
     A subclass extends `add`, which sums up, and says in `solve` what follows from the sums.
 
@@ -144,15 +160,24 @@ class NearestClassMean:
         sums: of what `add` was given of each class, [F].
     """
 
-    def __init__(self, net: Network, trained: Collection[str], settings: Settings) -> None:
-        self.net, self.settings = net, settings
+    def __init__(
+        self,
+        net: Network,
+        trained: Collection[str],
+        given: Given,
+        *,
+        features: Features = "gated",
+        power: Power = 0.5,
+    ) -> None:
+        self.given = given
+        self.see = partial(view, net, features=features, power=power)
         self.counts: Counter[int] = Counter()
         self.sums: dict[int, Tensor] = {}
         self.scores: Scores | None = None  # of all that is learned so far
 
     def learn(self, images: Inputs, labels: Tensor) -> None:
         """Add images to the sums of their classes [B]."""
-        features = view(self.net, images, self.settings)
+        features = self.see(images)
         self.add(features, labels.to(features.device))
         self.scores = None
 
@@ -160,7 +185,7 @@ class NearestClassMean:
         """[B] the class with the largest score among those learned; -1 where scores are not finite."""
         if self.scores is None:
             self.scores = self.solve()
-        given = classify(self.scores(view(self.net, images, self.settings)))
+        given = classify(self.scores(self.see(images)))
         labels = torch.tensor(self.labels, device=given.device)
         return labels[given.clamp_min(0)].where(given >= 0, given)
 
@@ -195,8 +220,20 @@ class StreamingLDA(NearestClassMean):
     time, on which the order has an influence.)
     """
 
-    def __init__(self, net: Network, trained: Collection[str], settings: Settings) -> None:
-        super().__init__(net, trained, settings)
+    def __init__(
+        self,
+        net: Network,
+        trained: Collection[str],
+        given: Given,
+        *,
+        features: Features = "both",
+        power: Power = 0.5,
+        shrinkage: Annotated[
+            float, "part of the covariance that is replaced by a multiple of the identity", Range(1e-6, 1)
+        ] = 0.5,
+    ) -> None:
+        super().__init__(net, trained, given, features=features, power=power)
+        self.shrinkage = shrinkage
         self.products = torch.zeros(())  # [F, F] the sum of x x' over all images
 
     def add(self, features: Tensor, labels: Tensor) -> None:
@@ -206,7 +243,7 @@ class StreamingLDA(NearestClassMean):
         self.products.addmm_(features.t(), features)
 
     def solve(self) -> Scores:
-        means, s = self.means(), self.settings.shrinkage
+        means, s = self.means(), self.shrinkage
         counts = means.new_tensor([self.counts[label] for label in self.labels])
         within = (self.products - (means.t() * counts) @ means) / counts.sum()
         shrunk = (1 - s) * within
@@ -232,8 +269,8 @@ class NormalMAP(NearestClassMean):
         super().add(torch.cat([features, features.square()], 1), labels)
 
     def solve(self) -> Scores:
-        assert self.settings.prior is not None
-        shape, scale = self.settings.prior
+        assert self.given.prior is not None
+        shape, scale = self.given.prior
         means, squares = self.means().chunk(2, 1)
         counts = means.new_tensor([self.counts[label] for label in self.labels])[:, None]
         deviations = counts * (squares - means.square()).clamp_min(0)
@@ -244,22 +281,25 @@ class NormalMAP(NearestClassMean):
 
 
 @torch.no_grad()
-def fit_prior(net: Network, settings: Settings, classes: Iterator[Inputs]) -> Prior:
+def fit_prior(
+    net: Network, classes: Iterator[Inputs], *, features: str = "gated", power: float = 0.5
+) -> Prior:
     """The inverse gamma distribution with mean and variance of the features' variances within classes.
 
     Args:
         classes: the images of one class after the other, two or more each.
+        features, power: see `view`.
     """
-    variances = torch.stack([view(net, images, settings).var(0) for images in classes])
+    variances = torch.stack([view(net, images, features, power).var(0) for images in classes])
     mean, spread = variances.mean().clamp_min(TINY), variances.var(correction=0)
     shape = 2 + mean.square() / spread.clamp_min(TINY * mean.square())
     return shape.item(), (mean * (shape - 1)).item()
 
 
 LEARNERS: dict[str, LearnerKind] = {
-    "adam": LearnerKind(adam_learner),
-    "ncm": LearnerKind(NearestClassMean, "nearest class mean", {"features": "gated", "power": 0.5}),
-    "map": LearnerKind(NormalMAP, "GeMCL-MAP", {"features": "gated", "power": 0.5}, fit_prior),
-    "slda": LearnerKind(StreamingLDA, "streaming LDA", {"features": "both", "power": 0.5, "shrinkage": 0.5}),
+    "adam": LearnerKind(adam_learner, takes_steps=True),
+    "ncm": LearnerKind(NearestClassMean, "nearest class mean"),
+    "map": LearnerKind(NormalMAP, "GeMCL-MAP", fit=fit_prior),
+    "slda": LearnerKind(StreamingLDA, "streaming LDA"),
 }
 """What `--learner` may name. Defaults are what is best for ANML (see `docs/heads.md`)."""

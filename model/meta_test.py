@@ -5,11 +5,11 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from datasets.images import Pool
 from datasets.task_sampler import sample_task
-from model.layers import FrozenOutput, Inputs
-from model.learner import LEARNERS, Learner, LearnerKind, Prior, Settings
+from model.layers import FrozenOutput, Inputs, cat, parts
+from model.learner import LEARNERS, Given, Learner, LearnerKind, Prior
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
 from model.outer_loop import gather
 from model.scores import Answers, Score
@@ -53,7 +53,7 @@ class FrozenOutputs:
         self.net = net
         self.images = pool
         self.trained = trained
-        self.kept: dict[int, tuple[Tensor, ...]] = {}
+        self.kept: dict[int, Inputs] = {}
         with torch.no_grad():
             self.sample = net.frozen(pool.rows[:1], trained)
         # Where nothing is frozen there is nothing to keep but the images themselves.
@@ -61,7 +61,7 @@ class FrozenOutputs:
             anything = any(self.sample.done)
         else:
             anything = type(net).frozen is not Network.frozen
-        size = sum(part.numel() * part.element_size() for part in _parts(self.sample)) * len(pool.rows)
+        size = sum(part.numel() * part.element_size() for part in parts(self.sample)) * len(pool.rows)
         self.keeps = anything and size <= budget
 
     @torch.no_grad()
@@ -75,15 +75,8 @@ class FrozenOutputs:
                 first, size = int(self.images.starts[label]), self.images.sizes[label]
                 first, size = (first, size) if size <= CHUNK else (row, 1)
                 output = self.net.frozen(self.images.rows[first : first + size], self.trained)
-                of_images = zip(*(part.split(1) for part in _parts(output)), strict=True)
-                self.kept.update(zip(range(first, first + size), of_images, strict=True))
-        parts = tuple(torch.cat(part) for part in zip(*(self.kept[row] for row in rows), strict=True))
-        return replace(self.sample, activations=parts) if isinstance(self.sample, FrozenOutput) else parts[0]
-
-
-def _parts(output: Inputs) -> tuple[Tensor, ...]:
-    """The tensors that a frozen output consists of."""
-    return output.activations if isinstance(output, FrozenOutput) else (output,)
+                self.kept |= {first + k: output[k : k + 1] for k in range(size)}
+        return cat([self.kept[row] for row in rows])
 
 
 def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor, output_of: Tensor | None = None) -> None:
@@ -144,7 +137,7 @@ class MetaTest:
         reset_all: start all trained layers anew, not the head alone (Scratch).
         class_order, split, train_images, test_images: see `sample_task`.
         kind: what learns. One that takes no steps may learn more classes than the network has outputs.
-        settings: what the learner is made with, but for the learning rate and the prior.
+        options: the learner's, by keyword.
         background: images of meta-training classes, for a prior.
         trained: names of the parameters that learn.
     """
@@ -162,7 +155,7 @@ class MetaTest:
     train_images: int = 15
     test_images: int = 5
     kind: LearnerKind = LEARNERS["adam"]
-    settings: Settings = field(default_factory=Settings)
+    options: Mapping[str, Any] = field(default_factory=dict)
     background: Pool | None = None
 
     def __post_init__(self) -> None:
@@ -181,9 +174,10 @@ class MetaTest:
         """Learn one sequence of classes from a fresh head, and test at each of `stops` on all learned so far.
 
         The draw of classes, split, order and head is a function of the seed, `purpose`, `drawn` and `draw`
-        alone: all learning rates meet the same draws, and draws that a rate was chosen on are never the
-        ones it is reported on. Answers at a stop are the same bits whatever other stops there are: testing
-        draws nothing and trains nothing, and a class passes the frozen layers as one batch.
+        alone, whatever the learner draws: all learning rates meet the same draws, and draws that a rate was
+        chosen on are never the ones it is reported on. Answers at a stop are the same bits whatever other
+        stops there are: testing draws nothing and trains nothing, and a class passes the frozen layers as one
+        batch.
 
         Args:
             stops: numbers of classes, ascending; the sequence ends at the last.
@@ -201,7 +195,8 @@ class MetaTest:
                 "only a stream of one class after another, passed once, can be tested on its way"
             )
         sequence = np.random.SeedSequence(self.seed, spawn_key=(PURPOSES.index(purpose), drawn, draw))
-        generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        seeds = sequence.generate_state(2, np.uint64).tolist()
+        generator, of_learner = (torch.Generator().manual_seed(seed) for seed in seeds)
         task = sample_task(
             pool.sizes,
             drawn,
@@ -213,7 +208,7 @@ class MetaTest:
         )
         net = new_run(self.net, self.trained, generator, self.reset_all)
         prior = self._prior(net) if self.reset_all else self._prior_of_all_runs
-        learner = self.kind.make(net, self.trained, replace(self.settings, lr=lr, prior=prior))
+        learner = self.kind(net, self.trained, Given(lr, of_learner, prior), **self.options)
         output_of = torch.arange(len(pool))
         if self.kind.takes_steps and self.net.num_outputs < len(pool):
             # The outputs stand for the classes of the draw in the order of learning. The whole head is drawn
@@ -240,7 +235,8 @@ class MetaTest:
             return None
         sizes = enumerate(self.background.sizes)  # one image has no variance
         classes = (self.background[label][:CHUNK] for label, size in sizes if size > 1)
-        return self.kind.fit(net, self.settings, (net.frozen(images, self.trained) for images in classes))
+        inputs = (net.frozen(images, self.trained) for images in classes)
+        return self.kind.fit(net, inputs, **self.options)
 
     @cached_property
     def _prior_of_all_runs(self) -> Prior | None:

@@ -67,7 +67,6 @@ def describe(
     iid: bool = False,
     epochs: int = 1,
     reset: bool = False,
-    optimizer: str = "adam",
     learner: str = "",
 ) -> str:
     """The name of an evaluation's treatment, unique to the treatment.
@@ -79,8 +78,7 @@ def describe(
         network, weights, rln, iid: see :class:`Treatment`.
         epochs: passes over the stream.
         reset: whether every trained layer starts anew, in place of the head alone.
-        optimizer: key of `OPTIMIZERS`; the name leaves out `adam`.
-        learner: a learner without steps, see `model.learner.LearnerKind.describe`; empty with an optimizer.
+        learner: what learns, see `model.learner.LearnerKind.describe`; empty for the paper's learner.
     """
     if reset and rln == 0:  # no trained weights remain
         weights, reset = "random", False
@@ -94,6 +92,4 @@ def describe(
         name += "-Oracle"
     if epochs > 1:
         name += f", {epochs} epochs"
-    if optimizer != "adam":
-        name += f", {optimizer.upper()}"
     return f"{name}, {learner}" if learner else name

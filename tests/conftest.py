@@ -30,6 +30,7 @@ from evaluation import plots
 from model.check import check_network
 from model.fast.memory import keep_freed_memory
 from model.modelfactory import NETWORKS, build
+from model.scores import ACCURACY, MEASURES
 from model.training_state import load_state
 from tests.forks import Forks
 from utils.errors import run_script
@@ -128,6 +129,11 @@ def rows(run: Path) -> list[dict[str, str]]:
     """Of `metrics.csv`, without the column that no two runs share."""
     with (run / "metrics.csv").open(newline="") as file:
         return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def score(**values: float) -> dict[str, float]:
+    """A run's value of each measure, 0 but for those given."""
+    return {name: 0.0 if measure.kind is ACCURACY else 0 for name, measure in MEASURES.items()} | values
 
 
 def curve(run: Path, tag: str = "meta_train/loss") -> list[tuple[int, float]]:

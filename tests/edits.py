@@ -135,7 +135,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
     from datasets.task_sampler import sample_trajectory
     from model.fast import choose_backend
     from model.guard import Use
-    from model.learner import Settings
+    from model.learner import Given
     from model.meta_test import FrozenOutputs, answers, learn, new_run
     from model.method import InnerLoop
     from model.modelfactory import NETWORKS, build, trained_parameters
@@ -179,7 +179,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
     trained = trained_parameters(net, net.default_meta_test_rln)
     net = new_run(net, trained, generator)
     outputs = FrozenOutputs(net, pool, trained)
-    online = backend.adam_learner(net, trained, Settings(lr=0.01))
+    online = backend.adam_learner(net, trained, Given(lr=0.01))
     index = torch.cartesian_prod(torch.arange(12), torch.arange(3))
     learn(online, outputs, index)
     found += answers(online, outputs, index).double().tolist()

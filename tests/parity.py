@@ -27,7 +27,7 @@ from torch import Tensor
 from datasets import ImageSet, Source
 from model import method
 from model.fast import BACKENDS
-from model.learner import Settings
+from model.learner import Given
 from model.meta_test import FrozenOutputs, answers, learn
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, shared_copy, trained_parameters
@@ -122,7 +122,7 @@ class Fixture:
         with torch.no_grad():
             head.copy_(torch.from_numpy(draw * np.sqrt(2 / head.shape[1])))
             net.get_parameter("head.bias").zero_()
-        online = BACKENDS[self.backend].adam_learner(net, trained, Settings(lr))
+        online = BACKENDS[self.backend].adam_learner(net, trained, Given(lr))
         learn(online, outputs, train.reshape(-1, 2))
         with torch.no_grad():
             logits = net(outputs.get(test.reshape(-1, 2)))

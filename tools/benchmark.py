@@ -45,7 +45,7 @@ from evaluation.results import aligned
 from flags.training import Training
 from model.fast import BACKENDS
 from model.fast.memory import keep_freed_memory
-from model.learner import Settings
+from model.learner import Given
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
 from model.outer_loop import Setup, gather
@@ -165,7 +165,7 @@ def meta_test(part: str, args: Benchmark, images: ImageSet, device: torch.device
         net = network(args, kind, name, device)
         trained = trained_parameters(net, rln)
         outputs, run = FrozenOutputs(net, pool, trained), new_run(net, trained, generator)
-        online = backend.adam_learner(run, trained, Settings(0.001))
+        online = backend.adam_learner(run, trained, Given(0.001))
         if rln:
             works[frozen, name] = torch.no_grad()(partial(net.frozen, pool.rows, trained)), len(pool.rows)
         works[updated, name] = partial(learn, online, outputs, index), TRAIN_IMAGES

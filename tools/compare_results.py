@@ -33,12 +33,13 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
     """
     stats = load_library("scipy.stats")  # a second to import
 
-    headings = [text for key in accuracies() for text in (f"A {key} %", f"B {key} %", "U", "p")]
+    keys = [key for key in accuracies() if all(row[key] is not None for row in (*a, *b))]
+    headings = [text for key in keys for text in (f"A {key} %", f"B {key} %", "U", "p")]
     lines = [["classes", "runs", *headings]]
     for classes in counts:
         rows_a, rows_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
         line = [str(classes), f"{len(rows_a)}/{len(rows_b)}"]
-        for key in accuracies():
+        for key in keys:
             values = [[row[key] for row in rows] for rows in (rows_a, rows_b)]
             found = stats.mannwhitneyu(*values, alternative="two-sided")
             line += [*(f"{100 * fmean(side):.1f}" for side in values), f"{found.statistic:g}"]

@@ -6,8 +6,8 @@ loader and the like.
 
     def __init__(self, width: Annotated[int, "channels of a layer", Range(1)] = 64, skip: bool = False)
 
-An annotation gives an argument's type, a text for `--help` and the range of a number, or a function that
-reads the value. `utils.command_line` makes a parser of such a dataclass.
+An annotation gives an argument's type, a text for `--help`, and the range of a number, the words that a text
+is one of, or a function that reads the value. `utils.command_line` makes a parser of such a dataclass.
 """
 
 from __future__ import annotations
@@ -175,6 +175,11 @@ def choice(
         names: the words. A registry is looked at when a word is read.
         aliases: other words, with the word that each stands for.
     """
+    return flag(default, word(names, aliases), text, names=names, **options)
+
+
+def word(names: Collection[str], aliases: Mapping[str, str] | None = None) -> Reader:
+    """A reader of one of several words; see `choice`."""
 
     def read(text: str) -> str:
         known = {**(aliases or {}), **{name: name for name in names}}
@@ -183,7 +188,7 @@ def choice(
             raise ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
         return known[alike[0]]
 
-    return flag(default, read, text, names=names, **options)
+    return read
 
 
 def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str, given: int = 0) -> Any:
@@ -224,7 +229,8 @@ def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInf
     """
     name = getattr(function, "__name__", str(function))
     try:
-        hints = get_type_hints(function, include_extras=True) if is_dataclass(function) else {}
+        own = isinstance(function, type) and is_dataclass(function)
+        hints = get_type_hints(function, include_extras=True) if own else {}
         parameters = list(inspect.signature(function, eval_str=not hints).parameters.values())[given:]
     except (NameError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise UserError(f"{name}: cannot read its arguments: {error}") from error
@@ -242,13 +248,18 @@ def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInf
                 "or None in place of one, to an argument of its name"
             )
         span = next((extra for extra in extras if isinstance(extra, Range)), Range())
-        read = next((extra for extra in extras if callable(extra)), reader(kind, *span))
+        words = next(
+            (x for x in extras if isinstance(x, Collection) and not isinstance(x, str | Range)), None
+        )
+        read = reader(kind, *span) if words is None else word(words)
+        read = next((extra for extra in extras if callable(extra)), read)
         found[parameter.name] = FlagInfo(
             parameter.default,
             None if kind is bool else read,
             next((extra for extra in extras if isinstance(extra, str)), ""),
             "none, it must be given" if parameter.default is REQUIRED else None,
-            options={} if kind is bool else {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]},
+            words,
+            options={} if kind is bool or words else {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]},
         )
     return found
 

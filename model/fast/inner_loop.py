@@ -18,7 +18,7 @@ from model.fast.cuda_graph import GraphLearner
 from model.fast.matmul import matmul
 from model.fast.network import Batch, Features, refuse_create_graph
 from model.layers import FrozenOutput, Inputs
-from model.learner import Learner, Settings
+from model.learner import Given, Learner
 from model.method import Examples, InnerLoop, OnlineLearner, Optimizer, Params
 from model.modelfactory import Network
 from model.optimizer import OPTIMIZERS
@@ -210,9 +210,9 @@ class _Head:
         return matmul(d, self.weight) - self.lr * (d @ self.d[:t].t()) @ self.x[:t]
 
 
-def adam_learner(net: Network, trained: Collection[str], settings: Settings) -> Learner:
+def adam_learner(net: Network, trained: Collection[str], given: Given, *, optimizer: str = "adam") -> Learner:
     """`model.learner.adam_learner` with gradients written out on the CPU, and as a CUDA graph on CUDA."""
-    kind, lr = OPTIMIZERS[settings.optimizer], settings.lr
+    kind, lr = OPTIMIZERS[optimizer], given.lr
     assert lr is not None
     learner = GraphLearner if net.head.weight.is_cuda else HandLearner
     return learner(net, trained, lambda params: kind(params, lr))

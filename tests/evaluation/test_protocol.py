@@ -14,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate_classification
 from evaluation.results import Key, append, known_scores, read_results
+from model import scores
 from model.meta_test import MetaTest
-from model.scores import ACCURACY, MEASURES, Measure, Score
+from model.scores import ACCURACY, CLASSES, MEASURES, RUNS, Score
 from model.treatments import TABLE
-from tests.conftest import Call, Evaluate, windows
+from tests.conftest import ROOT, Call, Evaluate, windows
+from tests.conftest import score as scored
 from tests.forks import Forks
 from utils.errors import UserError
 from utils.files import Checkpoint, load_checkpoint
@@ -144,7 +146,8 @@ def test_a_diverged_run_says_so(evaluate: Evaluate, capsys: pytest.CaptureFixtur
     assert f"warning: {warning}" in out
     assert warning in (folder / "log.txt").read_text()
     found = out[out.index("meta-test test %") :].splitlines()[1].split()
-    assert found == ["10", "1e+12", "2", "diverged", "diverged", "-", "2"]
+    shown = {ACCURACY: "diverged", CLASSES: "-", RUNS: "2"}
+    assert found == ["10", "1e+12", "2", *(shown[measure.kind] for measure in MEASURES.values())]
     rows, (line,), _ = numbers(folder)
     assert [(row["lr"], row["test"], row["train"], row["diverged"]) for row in rows] == [(1e12, 0, 0, 1)] * 2
     assert (line["test"], line["test_low"], line["above_chance"], line["diverged"]) == (None, None, None, 2)
@@ -274,13 +277,14 @@ def test_models_that_were_moved(
     assert {path.name for path in Path().rglob("*")} == {"runs", "other_0", "ANML1.net"}
 
 
-COLUMNS = "purpose,model,classes,draw,lr,test,train,above_chance,diverged"
+COLUMNS = ",".join((*Key._fields, *MEASURES))
+SCORED = ",".join("0" for _ in MEASURES)
 
 
 def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     path, key = tmp_path / "s.csv", Key("search", "a, b.net", 10, 3, 0.00085)
-    score: Score = {"test": 1 / 3, "train": 0.1 + 0.2, "above_chance": 7, "diverged": 0}
-    nothing = dict.fromkeys(score, 0) | {"diverged": 1}
+    score = scored(test=1 / 3, train=0.1 + 0.2, above_chance=7)
+    nothing = scored(diverged=1)
 
     def add(key: Key, score: Score) -> None:
         append(path, [*key, *score.values()])
@@ -304,31 +308,36 @@ def test_one_more_measure_is_one_more_line(
     evaluate: Evaluate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A measure of the user's own reaches every file, the table and the curves."""
-    worst = Measure("worst", ACCURACY, "of all classes", lambda a: a.test.double().mean(1).min().item())
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8").split("<!-- measure -->")[1]
+    (measure,) = eval(text.split("```")[1].removeprefix("python\n"), vars(scores))  # noqa: S307 (ours)
     with monkeypatch.context() as patched:
-        patched.setitem(MEASURES, "worst", worst)
+        patched.setitem(MEASURES, "mine", measure._replace(name="mine"))
         search = "--schedule 2 --lrs 0.01 0.001 --lr_search_runs 2"
         folder = evaluate(f"{TINY} {search} --model ANML.net --runs 2")
-        assert "meta-test worst %" in capsys.readouterr().out
-        assert all(0 <= float(row["worst"]) <= float(row["test"]) for row in table(folder))
+        assert "meta-test mine %" in capsys.readouterr().out
+        assert all(0 <= float(row["mine"]) <= float(row["test"]) for row in table(folder))
         rows, (line,), trials = numbers(folder)
-        assert line["worst"] == pytest.approx(sum(row["worst"] for row in rows) / 2)
-        assert line["worst_low"] <= line["worst"] <= line["worst_high"]
-        assert [trial["worst"] for trial in trials] == [float(row["worst"]) for row in table(folder)[:4]]
-        assert [point.step for point in events(folder).Scalars("meta_test/accuracy_worst")] == [2]
-    with pytest.raises(UserError, match="columns"):
-        read_results(folder)
-    with pytest.raises(UserError, match="columns"):
-        known_scores(folder / "scores.csv")
+        assert line["mine"] == pytest.approx(sum(row["mine"] for row in rows) / 2)
+        assert line["mine_low"] <= line["mine"] <= line["mine_high"]
+        assert [trial["mine"] for trial in trials] == [float(row["mine"]) for row in table(folder)[:4]]
+        assert [point.step for point in events(folder).Scalars("meta_test/accuracy_mine")] == [2]
+    # Without the measure its column is kept, and named in one line; the runs to come leave it empty.
+    before = table(folder)
+    evaluate(f"--resume {folder} --runs 3")
+    said = [line for line in capsys.readouterr().out.splitlines() if "mine" in line]
+    assert said == [f"warning: {folder}/scores.csv: mine is no measure here: kept as it is"]
+    assert table(folder)[: len(before)] == before
+    assert [row["mine"] for row in read_results(folder).rows] == [*(str(row["mine"]) for row in rows), ""]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (f"{COLUMNS},test\n", "columns"),
-        (f"{COLUMNS}\nsearch,a,2,0,0.1,nan,0.5,1,0\n", "line 2: test: 'nan'"),
-        (f"{COLUMNS}\nsearch,a,2,0,0.1,0.5,0.5\n", "line 2: 7 fields"),
-        (f"{COLUMNS}\nsearch,a,2,0,x,0.5,0.5,1,0\n", "'x'"),
+        (f"{COLUMNS}\nsearch,a,2,0,0.1,{SCORED.replace('0', 'nan', 1)}\n", "line 2: test: 'nan'"),
+        (f"{COLUMNS}\nsearch,a,2,0,0.1,0.5\n", "line 2: 6 fields"),
+        (f"{COLUMNS}\nsearch,a,2,0,x,{SCORED}\n", "'x'"),
+        (f"{COLUMNS.replace('test', 'other')}\n", "lacks the columns test"),
         ("\xff\x00\n", "s.csv"),
     ],
 )

@@ -19,18 +19,23 @@ from evaluation.results import (
     table,
     write_results,
 )
-from tests.conftest import Call
+from tests.conftest import Call, score
 from tools import compare_results
 from utils.errors import UserError
 
-HEADER = "model,classes,run,lr,test,train,above_chance,diverged"
-LINE = "a.net,10,0,0.001,0.8,0.9,10,0"
 VALUES = [0.1, 0.4, 0.2, 0.35, 0.3]
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    values = {"model": "a.net", "classes": 10, "run": 0, "lr": 0.001, "test": 0.1 + 0.2, "train": 0.9}
-    return {**values, "above_chance": 10, "diverged": 0, **changes}
+    values = {"model": "a.net", "classes": 10, "run": 0, "lr": 0.001}
+    return values | score(test=0.1 + 0.2, train=0.9, above_chance=10) | changes
+
+
+def line(**changes: Any) -> str:
+    return ",".join(map(str, row(**changes).values()))
+
+
+HEADER, LINE = ",".join(row()), line()
 
 
 def test_what_is_written_comes_back(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
@@ -53,16 +58,17 @@ def test_what_is_written_comes_back(tmp_path: Path, edited: Callable[[bytes], by
     [
         ("", "columns"),
         (HEADER, "no runs"),
-        (f"{HEADER},extra\n{LINE},1", "columns"),
-        (f"{HEADER}\n{LINE}\na.net,10,1,0.5", "line 3: 4 fields instead of 8"),
-        (f"{HEADER}\n{LINE}".replace("0.8", "nan"), "line 2: test: 'nan' is not a finite number"),
-        (f"{HEADER}\n{LINE}".replace("0.8", ""), "test: '' is not"),
-        (f"{HEADER}\n{LINE}".replace("0.9", "-0.1"), "train: '-0.1': choose 0 or greater"),
-        (f"{HEADER}\n{LINE}".replace(",10,0,", ",10.5,0,"), "'10.5'"),
-        (f"{HEADER}\n{LINE}".replace("0.001", "inf"), "lr: 'inf'"),
-        (f"{HEADER}\n{LINE}".replace("0.001", "0"), "lr: '0'"),
-        (f"{HEADER}\n{LINE}".replace("0.9,10", "0.9,-1"), "above_chance: '-1': choose 0 or greater"),
-        (f"{HEADER}\n{LINE}"[:-1] + "2", "diverged: '2': choose 0 or greater, at most 1"),
+        (f"{HEADER},test\n{LINE},1", "columns"),
+        (f"{HEADER.removeprefix('model,')}\n{LINE}", "columns"),
+        (f"{HEADER}\n{LINE}\na.net,10,1,0.5", f"line 3: 4 fields instead of {len(row())}"),
+        (f"{HEADER}\n{line(test='nan')}", "line 2: test: 'nan' is not a finite number"),
+        (f"{HEADER}\n{line(test='')}", "test: '' is not"),
+        (f"{HEADER}\n{line(train=-0.1)}", "train: '-0.1': choose 0 or greater"),
+        (f"{HEADER}\n{line(classes=10.5)}", "'10.5'"),
+        (f"{HEADER}\n{line(lr='inf')}", "lr: 'inf'"),
+        (f"{HEADER}\n{line(lr=0)}", "lr: '0'"),
+        (f"{HEADER}\n{line(above_chance=-1)}", "above_chance: '-1': choose 0 or greater"),
+        (f"{HEADER}\n{line(diverged=2)}", "diverged: '2': choose 0 or greater, at most 1"),
         (f"{HEADER}\n{LINE}\n{LINE}", "line 3: the same"),
         (f'{HEADER}\n"{LINE}', "not a CSV"),
         ("\xff\xfe\x00", "not text"),
@@ -74,6 +80,25 @@ def test_a_wrong_csv(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"r\.csv") as refused:
         read_results(path)
     assert message in str(refused.value)
+
+
+def test_results_of_other_measures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A column of no measure is named once and kept; a measure without a column has no value."""
+    path = tmp_path / "results.csv"
+    write_results(tmp_path, [row(strange=0.25), row(run=1, strange=0.5)], {})
+    for _ in range(2):
+        results = read_results(path)
+        assert [run["strange"] for run in results.rows] == ["0.25", "0.5"]
+    assert caplog.messages == [f"{path}: strange is no measure here: kept as it is"]
+    text = path.read_bytes()
+    write_results(tmp_path, results.rows, {})
+    assert path.read_bytes() == text
+    path.write_text(path.read_text().replace("train", "other"))
+    (line,) = summarise(read_results(path).rows)
+    assert line["test"] == 0.1 + 0.2
+    assert not any(name.startswith("train") for name in line)
+    assert table(read_results(path).rows).splitlines()[1].split()[3:7] == ["30.0", "±", "0", "-"]
+    assert "A train" not in compare_results.table(results.rows, read_results(path).rows, [10])
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]"])
@@ -99,7 +124,7 @@ def test_one_model_has_the_interval_of_its_runs() -> None:
 
 def test_diverged_runs_have_nothing_right(tmp_path: Path) -> None:
     """They count, since the mean of what did not diverge would praise a rate that mostly does."""
-    nothing = {"test": 0.0, "train": 0.0, "above_chance": 0, "diverged": 1}
+    nothing = score(diverged=1)
     rows = [row(test=0.6), row(run=1, **nothing), row(classes=50, **nothing)]
     some, every = summarise(rows)
     assert (some["test"], some["diverged"]) == (0.3, 1)
@@ -167,7 +192,7 @@ def test_mann_whitney_by_hand() -> None:
     b = [row(run=k, test=value) for k, value in enumerate((0.2, 0.5))]
     line = compare_results.table(a, [*b, row(classes=50)], [10]).splitlines()[1].split()
     assert line[:5] == ["10", "3/2", "50.0", "35.0", str(0 + 1.5 + 2)]
-    assert line[6:] == ["90.0", "90.0", "3", "1"]  # all equal
+    assert line[6:10] == ["90.0", "90.0", "3", "1"]  # all equal
     # 3 against 3 without overlap: the most extreme of 20 orders, on two sides.
     a, b = ([row(run=k, test=base + k / 100) for k in range(3)] for base in (0.1, 0.7))
     assert compare_results.table(a, b, [10]).splitlines()[1].split()[4:6] == ["0", str(2 / 20)]
@@ -180,4 +205,4 @@ def test_comparing_two_evaluations(tmp_path: Path, call: Call) -> None:
     write_results(b, [*shared, row(classes=50), row(classes=100)], {"treatment": "OML"})
     out = call(compare_results, str(a), str(b / "results.csv")).stdout
     assert f"A  {a}: ANML, 6 runs of 1 model after 10 75 classes\n" in out
-    assert " ".join(out.splitlines()[-1].split()) == "10 5/5 20.0 20.0 12.5 1 90.0 90.0 12.5 1"
+    assert " ".join(out.splitlines()[-1].split()).startswith("10 5/5 20.0 20.0 12.5 1 90.0 90.0 12.5 1")

@@ -12,7 +12,7 @@ from torch import Tensor
 from datasets.task_sampler import Trajectory, sample_episode, sample_trajectory
 from model.fast import BACKENDS
 from model.fast.cuda_graph import CudaGraph
-from model.learner import Settings
+from model.learner import Given
 from model.meta_test import FrozenOutputs, learn
 from model.modelfactory import shared_copy, trained_parameters
 from model.outer_loop import Setup, gather
@@ -99,7 +99,7 @@ def test_meta_test(kind: str, rln: int, backend: str, optimizer: str) -> None:
         net = network(kind, backend)[0].to(device)
         pool, trained = pooled(images(3, 20).to(device)), trained_parameters(net, rln)
         copied = shared_copy(net, trained)
-        online = BACKENDS[backend].adam_learner(copied, trained, Settings(0.001, optimizer))
+        online = BACKENDS[backend].adam_learner(copied, trained, Given(0.001), optimizer=optimizer)
         for part in index.split(4):
             learn(online, FrozenOutputs(net, pool, trained), part)
         return [copied.get_parameter(name) for name in trained]

@@ -20,7 +20,7 @@ from model.fast.derivatives import Block, Conv, GreyBlock, Layer, grey_patches
 from model.fast.network import Batch, _layer
 from model.guard import Use
 from model.layers import ConvBlock, colour
-from model.learner import Settings
+from model.learner import Given
 from model.meta_test import new_run
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
@@ -186,7 +186,7 @@ def test_online_learner(kind: str, rln: int) -> None:
             net = network(kind, backend)[0]
             trained = trained_parameters(net, rln)
             run = new_run(net, trained, torch.Generator().manual_seed(1))
-            online = BACKENDS[backend].adam_learner(run, trained, Settings(0.01, optimizer))
+            online = BACKENDS[backend].adam_learner(run, trained, Given(0.01), optimizer=optimizer)
             assert isinstance(online, inner_loop.HandLearner) == (backend == "fast")
             inputs = net.frozen(pixels, trained) if frozen else pixels
             online.learn(inputs[:1], labels[:1])
@@ -227,7 +227,7 @@ def test_published_width_in_single_precision() -> None:
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "channels": 3, "rln": 0}])
+@pytest.mark.parametrize("options", [{}, {"options": {"optimizer": "sgd"}, "channels": 3, "rln": 0}])
 @pytest.mark.parametrize("kind", WIDTHS)
 def test_the_guard_lets_equal_numbers_pass(kind: str, options: dict[str, Any]) -> None:
     for steps in (0, 1):

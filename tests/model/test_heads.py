@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evaluation.results import read_results, table
-from model.learner import LEARNERS, NearestClassMean, Settings, fit_prior, view
+from model.learner import LEARNERS, Given, NearestClassMean, Prior, fit_prior, view
 from model.meta_test import MetaTest
 from model.modelfactory import build
 from tests.conftest import ROOT, Evaluate, pooled
@@ -24,18 +24,17 @@ WIDTHS = {"nm_channels": 2, "pln_channels": 2, "num_classes": 20}
 TINY = "--dataset glyphs --test_classes 10 --threads 1 --name e --backend plain"
 
 
-def direct(name: str, train: Tensor, settings: Settings) -> Callable[[Tensor], Tensor]:
+def direct(name: str, train: Tensor, shrinkage: float, prior: Prior) -> Callable[[Tensor], Tensor]:
     """Scores as in the books, from all features [C, K, F] at once, up to a number for each image."""
     means, deviations = train.mean(1), train - train.mean(1, keepdim=True)
     if name == "slda":
-        flat, s = deviations.flatten(0, 1), settings.shrinkage
+        flat, s = deviations.flatten(0, 1), shrinkage
         within = flat.t() @ flat / len(flat)
         identity = torch.eye(len(within), dtype=within.dtype)
         inverse = torch.linalg.inv((1 - s) * within + s * within.diag().mean() * identity)
         return lambda x: -torch.einsum("bcf,fg,bcg->bc", x[:, None] - means, inverse, x[:, None] - means) / 2
     if name == "map":
-        assert settings.prior is not None
-        shape, scale = settings.prior
+        shape, scale = prior
         variances = (scale + deviations.square().sum(1) / 2) / (shape + train.shape[1] / 2 + 1)
         normal = torch.distributions.Normal(means, variances.sqrt())
         return lambda x: normal.log_prob(x[:, None]).sum(2)
@@ -48,7 +47,7 @@ def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, powe
     generator = torch.Generator().manual_seed(0)
     net = build("ANML", WIDTHS, generator).double().eval()
     pool = torch.randn(CLASSES, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
-    settings = Settings(features=features, power=power, shrinkage=0.3)
+    options: dict[str, Any] = {"features": features, "power": power}
     with torch.no_grad():
         gate, gated = net.gate(pool.flatten(0, 1)), net.features(pool.flatten(0, 1))
     assert gate is not None
@@ -56,22 +55,22 @@ def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, powe
     if power != 1:
         parts = [part.sqrt() / part.sqrt().norm(dim=1, keepdim=True) for part in parts]
     seen = torch.cat(parts, 1).unflatten(0, (CLASSES, 20))
-    torch.testing.assert_close(view(net, pool.flatten(0, 1), settings), seen.flatten(0, 1))
+    torch.testing.assert_close(view(net, pool.flatten(0, 1), **options), seen.flatten(0, 1))
 
-    prior = fit_prior(net, settings, iter(pool))
+    prior = fit_prior(net, iter(pool), **options)
     variances = seen.var(1)
     assert prior[1] / (prior[0] - 1) == pytest.approx(variances.mean().item())
     spread = prior[1] ** 2 / ((prior[0] - 1) ** 2 * (prior[0] - 2))
     assert spread == pytest.approx(variances.var(correction=0).item())
-    settings = Settings(features=features, power=power, shrinkage=0.3, prior=prior)
+    options |= {"shrinkage": 0.3} if name == "slda" else {}
 
     index = torch.cartesian_prod(torch.arange(CLASSES), torch.arange(15))
     test = seen[:, 15:].flatten(0, 1)
-    expected = direct(name, seen[:, :15], settings)(test)
+    expected = direct(name, seen[:, :15], 0.3, prior)(test)
     expected = expected - expected[:, :1]
     for order in (torch.arange(len(index)), torch.randperm(len(index), generator=generator)):
         for size in (1, 7, len(index)):
-            learner = LEARNERS[name].make(net, [], settings)
+            learner = LEARNERS[name](net, [], Given(prior=prior), **options)
             assert isinstance(learner, NearestClassMean)
             held = []
             for rows in order.split(size):
@@ -97,6 +96,7 @@ def test_what_is_not_finite_is_no_class() -> None:
                 13,
                 seed=0,
                 kind=LEARNERS[name],
+                options={"power": 1.0},
                 background=pooled(pool),
             )
             assert tester.score(3, None, "report", 0)["diverged"] == diverged
@@ -137,16 +137,45 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
         evaluate(f"--resume {begun} --power 1")
 
 
-def test_a_head_of_ones_own(evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that the documentation shows, run as it says."""
+@pytest.fixture
+def mine(
+    evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], list[dict[str, Any]]]:
+    """Runs a file that the documentation shows as it says, with flags; the rows of its results."""
     text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-    code = text.split("<!-- learner -->")[1].split("```")[1].removeprefix("python\n")
-    assert code.count("\n") <= 30
-    Path("mine.py").write_text(code, encoding="utf-8")
-    flags = f"{TINY} --schedule 5 --runs 1 --model ANML.net --learner cosine --cache_dir={cache}"
-    monkeypatch.setattr(sys, "argv", ["mine.py", *flags.split()])
-    monkeypatch.setitem(LEARNERS, "cosine", LEARNERS["ncm"])  # to be forgotten afterwards
-    runpy.run_path("mine.py", run_name="__main__")
-    results = read_results(Path("runs/e_0"))
-    assert results.about["treatment"] == "ANML, cosine"
-    assert results.rows[0]["test"] > 0.2
+
+    def start(mark: str, flags: str) -> list[dict[str, Any]]:
+        code = text.split(f"<!-- {mark} -->")[1].split("```")[1].removeprefix("python\n")
+        assert code.count("\n") <= 30
+        Path("mine.py").write_text(code, encoding="utf-8")
+        flags = f"{TINY} --schedule 5 --runs 2 --model ANML.net --cache_dir={cache} {flags}"
+        monkeypatch.setattr(sys, "argv", ["mine.py", *flags.split()])
+        for name in ("cosine", "replay"):
+            monkeypatch.setitem(LEARNERS, name, LEARNERS["ncm"])  # to be forgotten afterwards
+        runpy.run_path("mine.py", run_name="__main__")
+        return read_results(max(Path("runs").iterdir(), key=lambda path: path.stat().st_ctime_ns)).rows
+
+    return start
+
+
+def test_a_head_of_ones_own(mine: Callable[[str, str], list[dict[str, Any]]]) -> None:
+    assert mine("learner", "--learner cosine --features gate")[0]["test"] > 0.2
+    assert read_results(Path("runs/e_0")).about["treatment"] == "ANML, cosine --features gate"
+
+
+def test_replay(mine: Callable[[str, str], list[dict[str, Any]]], evaluate: Evaluate) -> None:
+    """Without weight it gives the base run's numbers; it has the flags of steps, and flags of its own."""
+    search = "--lrs 0.01 0.003 --lr_search_runs 1 --rln 7"
+    base = mine("replay", f"{search} --learner adam")
+    assert mine("replay", f"{search} --learner replay --strength 0") == base
+    assert mine("replay", f"{search} --learner replay --buffer 0") == base
+    replayed = mine("replay", f"{search} --learner replay")
+    assert [row["train"] for row in replayed] > [row["train"] for row in base]
+    about = read_results(Path("runs/e_2")).about
+    assert about["treatment"] == "ANML-FT:PLN, replay --buffer 0"
+    assert about["options"] == {"buffer": 0, "strength": 1.0}
+
+
+def test_a_network_without_a_gate_is_resumed(evaluate: Evaluate) -> None:
+    begun = evaluate(f"{TINY} --schedule 2 --runs 1 --model OML.net --learner slda")
+    assert read_results(evaluate(f"--resume {begun} --runs 2")).about["options"]["features"] == "gated"

@@ -12,6 +12,7 @@ import model.meta_test
 from datasets.task_sampler import Task, sample_task
 from evaluation.runs import by_class
 from model.fast import BACKENDS
+from model.layers import cat, parts
 from model.meta_test import FrozenOutputs, MetaTest
 from model.method import classify
 from model.modelfactory import Network, build
@@ -50,6 +51,9 @@ def test_frozen_outputs_take_memory_for_the_images_in_use() -> None:
         meta_test.score(3, 0.01, "report", draw)
     assert len(meta_test.outputs.kept) <= 50 * 20
     assert meta_test.score(3, 0.01, "report", 0) == first
+    output = meta_test.outputs.get(torch.tensor([[0, 1], [1, 2], [4, 0]]))
+    chosen, joined = output[torch.tensor([2, 0])], cat([output[2:], output[:1]])
+    torch.testing.assert_close(parts(chosen), parts(joined), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])

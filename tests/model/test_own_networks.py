@@ -20,7 +20,7 @@ import mrcl_classification
 from datasets.task_sampler import sample_trajectory
 from model import method
 from model.check import check_network
-from model.learner import Settings, adam_learner
+from model.learner import Given, adam_learner
 from model.meta_test import FrozenOutputs, learn, new_run
 from model.method import InnerLoop, InnerRule, Params, meta_loss
 from model.modelfactory import (
@@ -93,7 +93,7 @@ def test_meta_test_updates(name: str) -> None:
         assert shared == dict(net.named_parameters()).keys() - set(trained)
         plain = copy.deepcopy(run)
         outputs = FrozenOutputs(net.eval(), pooled(pool), trained)
-        learn(adam_learner(run, trained, Settings(0.01, kind)), outputs, index)
+        learn(adam_learner(run, trained, Given(0.01), optimizer=kind), outputs, index)
 
         optimizer = kinds[kind]([plain.get_parameter(n) for n in trained], lr=0.01)
         for label, drawing in index.tolist():

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+import evaluate_classification
 import mrcl_classification
+from evaluation.results import read_results
 from model import method, modelfactory, outer_loops
 from tests.conftest import ROOT, Trainer, process, rows
 from utils.errors import UserError
@@ -65,9 +67,15 @@ def test_an_entry_of_a_table(
 
 def test_from_python(tmp_path: Path) -> None:
     code = example("from python").replace("path/to/this/project", str(ROOT))
-    Path(tmp_path, "mine.py").write_text(f"{code}\nprint(folder, len(losses))\n", encoding="utf-8")
+    Path(tmp_path, "mine.py").write_text(
+        f"{code}\nprint(folder, len(losses), tested, accuracies)\n", encoding="utf-8"
+    )
     done = process(tmp_path, sys.executable, "mine.py", PYTHONPATH="")
-    assert done.stdout.splitlines()[-1:] == [f"{Path('runs/smoke_0')} 3"], done.stderr
+    assert done.stderr == ""
+    results = read_results(tmp_path / "runs/Omni_test_traj_0")
+    found = f"runs/smoke_0 3 runs/Omni_test_traj_0 {[row['test'] for row in results.rows]}"
+    assert done.stdout.splitlines()[-1] == found
+    assert [(row["classes"], row["lr"]) for row in results.rows] == [(n, 0.01) for n in (5, 5, 10, 10)]
     assert (tmp_path / "runs/smoke_0/model.net").exists()
     code = f"import sys, types; sys.modules['datasets'] = types.ModuleType('datasets')\n{code}"
     Path(tmp_path, "mine.py").write_text(code, encoding="utf-8")
@@ -88,3 +96,17 @@ def test_from_python(tmp_path: Path) -> None:
 def test_arguments_by_name(arguments: Mapping[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         mrcl_classification.train(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"lrs": [0.1, "x"]}, "argument --lrs: 'x' is not a finite number"),
+        ({"model": "m.net", "processes": 2}, "--processes 2 starts a script anew"),
+        ({"learner": "ncm", "shrinkage": 0.5}, "--shrinkage means nothing with --learner ncm: it belongs to"),
+        ({"model": "pretrained/nowhere.net"}, "cannot read the model pretrained/nowhere.net"),
+    ],
+)
+def test_arguments_by_name_of_an_evaluation(arguments: Mapping[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        evaluate_classification.evaluate(**arguments)

@@ -98,7 +98,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for network in (Taken, Mine, Other, Tuple):
         monkeypatch.setitem(NETWORKS, network.__name__, network)
     monkeypatch.setitem(DATASETS, "Noise", noise)
-    kind = LearnerKind(NearestClassMean, "cosine", {"features": "gated", "power": 0.5})
+    kind = LearnerKind(NearestClassMean, "cosine")
     monkeypatch.setitem(LEARNERS, "Cosine", kind)
 
 

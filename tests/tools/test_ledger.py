@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.results import read_results, read_table, shown, summarise, write_results
+from evaluation.results import read_results, read_table, shown, summarise, write_results, write_table
 from flags.evaluation import Evaluation
-from tests.conftest import Call
+from model.scores import MEASURES
+from tests.conftest import Call, score
 from tools import ledger as tool
 from tools.analyze_representation import Analysis
 from tools.ledger import COLUMNS, END, START, inserted, ledger, read_targets
@@ -22,7 +23,7 @@ from utils.errors import UserError
 from utils.flag import Flags
 
 ROOT = Path(__file__).parents[2]
-HEADER = "model,classes,run,lr,test,train,above_chance,diverged\n"
+HEADER = ",".join(("model", "classes", "run", "lr", *MEASURES)) + "\n"
 TARGET_LINES = """\
 anml,ANML,test,10,88,5,10,"Numenta, second order"
 anml,ANML,test,600,63.8,,3,paper
@@ -47,8 +48,8 @@ def write_ledger(folder: Path, targets: str = TARGET_LINES, manifest: str = "") 
 def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
     """`<name>.csv` and `<name>.json` with two runs of each class count around (test, train)."""
     rows = [
-        {"model": "m", "classes": classes, "run": run, "lr": 0.001, "test": test + shift, "train": train}
-        | {"above_chance": 1, "diverged": 0}
+        {"model": "m", "classes": classes, "run": run, "lr": 0.001}
+        | score(test=test + shift, train=train, above_chance=1)
         for classes, (test, train) in accuracies.items()
         for run, shift in enumerate((-0.01, 0.01))
     ]
@@ -56,6 +57,13 @@ def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float
     write_results(results, rows, {"rln": 13})
     for suffix in ("csv", "json"):
         (results / f"results.{suffix}").rename(results / f"{name}.{suffix}")
+
+
+def write_runs(path: Path, *runs: tuple[int, dict[str, float]]) -> None:
+    """Results without a JSON file: of each run the class count and the score."""
+    write_table(
+        path, [{"model": "m", "classes": n, "run": k, "lr": 0.001, **s} for k, (n, s) in enumerate(runs)]
+    )
 
 
 def test_page_says_what_results_hold() -> None:
@@ -193,9 +201,10 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
 
 def test_one_run_has_no_interval(tmp_path: Path) -> None:
     results = write_ledger(tmp_path, manifest="anml,t,c\nother,t,c\n")
-    (results / "anml.csv").write_text(f"{HEADER}m,600,0,0.001,0.6,0.9,600,0\n")
-    rows = "".join(f"m,10,{run},0.001,{test},0.9,10,0\n" for run, test in enumerate((0.005, 0.0051, 0.0052)))
-    (results / "other.csv").write_text(f"{HEADER}{rows}")
+    write_runs(results / "anml.csv", (600, score(test=0.6, train=0.9)))
+    write_runs(
+        results / "other.csv", *((10, score(test=test, train=0.9)) for test in (0.005, 0.0051, 0.0052))
+    )
     tables = ledger(results)
     assert "| 60.0 | **-3.8** |" in tables
     assert "| other | test accuracy | 10 | 0.5 ± 0.02 |" in tables
@@ -205,9 +214,8 @@ def test_one_run_has_no_interval(tmp_path: Path) -> None:
 def test_a_diverged_result_is_not_a_number(tmp_path: Path) -> None:
     """An upper limit is not met by weights that are no numbers."""
     results = write_ledger(tmp_path, manifest="anml,t,c\noml,t,c\n")
-    (results / "oml.csv").write_text(f"{HEADER}m,600,0,1000000.0,0.0,0.0,0,1\n")
-    rows = "m,10,0,0.001,0.0,0.0,0,1\nm,10,1,0.001,0.9,0.9,10,0\n"
-    (results / "anml.csv").write_text(f"{HEADER}{rows}")
+    write_runs(results / "oml.csv", (600, score(diverged=1)))
+    write_runs(results / "anml.csv", (10, score(diverged=1)), (10, score(test=0.9, train=0.9)))
     tables = ledger(results)
     assert "0 met, 2 missed" in tables
     assert "| OML | test accuracy | 600 | <1 | paper | diverged | **-** |" in tables
