@@ -219,7 +219,7 @@ def images(args: Evaluation, net: Network, group: Group) -> dict[str, ImageSet]:
     """The images by split: the meta-test classes, and the meta-training classes where the learner or the
     search of the learning rate needs them."""
     kind, normalisation = LEARNERS[args.learner], None if args.scratch else net.normalisation
-    source = args.source()
+    source = args.source(net)
     found = group.one_before_others(lambda: source.load("evaluation", normalisation))
     sets = {"evaluation": found.limited(args.test_classes, "--test_classes")}
     if kind.fit or (args.lr is None and args.lr_search_split == "background"):

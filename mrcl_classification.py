@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from datasets import ImageSet, Pool
+from datasets.images import SIZE
 from evaluation.plots import load_matplotlib
 from evaluation.runs import gate_statistics, validate
 from flags.training import Plan, Training
@@ -77,7 +78,8 @@ def initial_network(args: Training, state: Checkpoint | None) -> Network:
     """The network to train: that of a training state, the one in `--saved_model`, or a new one."""
     source = args.saved_model if state is None else args.resume
     if source is None:
-        return build(args.treatment, args.constructor, torch.Generator().manual_seed(args.seed))
+        generator = torch.Generator().manual_seed(args.seed)
+        return build(args.treatment, args.constructor, generator, args.size or SIZE)
     saved = load_checkpoint(source) if state is None else state
     if saved.network != args.treatment:
         raise UserError(f"{source} holds {saved.network}: add --treatment {saved.network}")
@@ -210,7 +212,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
     if done > args.steps:
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
-    images = group.one_before_others(lambda: args.source().load("background"))
+    images = group.one_before_others(lambda: args.source(net).load("background"))
     images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     check_images(args, images)
     plan = Plan.of(args, len(images))
@@ -222,6 +224,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
         second_order=inner is not None and inner.second_order_steps != 0,
         channels=images.channels,
         inner=inner,
+        size=images.size,
     )
     use = Use(
         net,

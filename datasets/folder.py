@@ -59,6 +59,7 @@ def load(
     split: str,
     root: Path,
     cache_dir: Path,
+    size: int = SIZE,
     *,
     channels: Annotated[
         int | None,
@@ -74,7 +75,7 @@ def load(
 ) -> dict[str, ImageSet]:
     """A folder of pictures in class folders, in `background/` and `evaluation/` or drawn apart.
 
-    Pictures become 28 x 28, whatever their shape. They are turned upright (EXIF) and put on white where they
+    Pictures become S x S, whatever their shape. They are turned upright (EXIF) and put on white where they
     are transparent; of 16 bits the upper 8 count, and of an animation the first picture. All are grey, or
     all have three channels where one shows a colour. Links are followed. Hidden files do not count; of
     other files that do not, there is a notice.
@@ -97,7 +98,7 @@ def load(
 
     home = root.resolve()
     name = re.sub(r"[^\w.]", "_", home.name) + "-" + hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-    pixels = prepared(cache_dir, name, pictures, channels)
+    pixels = prepared(cache_dir, name, pictures, channels, size)
     if channels is None and (pixels == pixels[:, :1]).all():
         pixels = pixels[:, :1]
     drawn = [name for where, name in placed.values() if where == "evaluation"]
@@ -108,7 +109,9 @@ def load(
         # Pictures of one split whose pixels are those of a picture of the other are found by their hashes.
         files[side] = {hash(pixels[row].tobytes()): pictures[row].path.relative_to(root) for row in rows}
         groups = groupby(rows, lambda row: pictures[row].label)
-        classes = {placed[label][1]: pixels[list(members)] for label, members in groups}
+        # The rows of a class are one after the other, and a slice of them is no copy.
+        spans = {placed[label][1]: list(members) for label, members in groups}
+        classes = {name: pixels[span[0] : span[-1] + 1] for name, span in spans.items()}
         if len(classes) > 1:
             sets[side] = ImageSet.of(f"folder {home.name} {side}", classes, notes=notes)
         elif side == split:
@@ -198,11 +201,17 @@ def stamp_of(path: Path) -> tuple[int, ...]:
 
 
 def prepared(
-    cache_dir: Path, name: str, pictures: Sequence[Picture], channels: int | None, side: int | None = None
+    cache_dir: Path,
+    name: str,
+    pictures: Sequence[Picture],
+    channels: int | None,
+    size: int,
+    side: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Pictures as uint8 [N, 1, 28, 28] where `channels` is 1, else as [N, 3, 28, 28], made or from a cache.
+    """Pictures as uint8 [N, 1, S, S] where `channels` is 1, else as [N, 3, S, S], made or from a cache.
 
     Args:
+        size: side of the images, in pixels. One line of the log names a picture that is enlarged to it.
         side: width and height that all pictures have; None for any.
 
     Raises:
@@ -216,7 +225,9 @@ def prepared(
                 picture = _flat(path.read_bytes()).convert("L" if channels == 1 else "RGB")
             if side and picture.size != (side, side):
                 raise ValueError(f"{picture.width} x {picture.height} pixels instead of {side} x {side}")
-            return shrink(picture).reshape(-1, SIZE, SIZE)
+            if min(picture.size) < size and not small:
+                small.append(f"{path}, {picture.width} x {picture.height}")
+            return shrink(picture, size).reshape(-1, size, size)
         except DAMAGE as error:
             raise UserError(f"{path}: {reason(error)}; restore it or remove it") from error
 
@@ -224,7 +235,11 @@ def prepared(
         return np.stack([decoded(pictures[position].path) for position in positions])
 
     origin = repr((channels, [(p.label, p.name, p.stamp) for p in pictures])).encode()
-    return cached(cache_dir, name, origin, len(pictures), make)
+    small: list[str] = []
+    pixels = cached(cache_dir, name, origin, len(pictures), make, size)
+    for found in small:
+        log.warning("pictures smaller than %d x %d are enlarged, among them %s", size, size, found)
+    return pixels
 
 
 def _flat(content: bytes) -> Image.Image:

@@ -9,6 +9,7 @@ nearest neighbours on pixels are close to Omniglot's: with 15 examples per class
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.images import ImageSet, cached, shrink
+from datasets.images import SIZE, ImageSet, cached, shrink
 from datasets.omniglot import CANVAS, CLASSES, DRAWINGS, characters
 from utils.flag import Range
+
+log = logging.getLogger("anml")
 
 ALPHABETS = {"background": 30, "evaluation": 20}
 
@@ -48,6 +51,7 @@ def load(
     split: str,
     root: Path,
     cache_dir: Path,
+    size: int = SIZE,
     *,
     glyph_seed: Annotated[int, "seed of the generated characters", Range(0, 2**32 - 1)] = 0,
 ) -> ImageSet:
@@ -57,15 +61,18 @@ def load(
         split: `background` (964 classes, meta-training) or `evaluation` (659, meta-test).
         root: unused.
         cache_dir: see :func:`datasets.images.cached`.
+        size: side of the images, in pixels.
         glyph_seed: each seed gives other characters.
     """
     knots, radius = _strokes(split, glyph_seed)
 
     def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-        return _render(knots[list(positions)], radius[list(positions)])
+        return _render(knots[list(positions)], radius[list(positions)], size)
 
     # The cache key covers the strokes of all images, since a changed constant may change a few images only.
-    images = cached(cache_dir, f"glyphs-{split}", knots.tobytes() + radius.tobytes(), len(knots), make)
+    images = cached(cache_dir, f"glyphs-{split}", knots.tobytes() + radius.tobytes(), len(knots), make, size)
+    if size > CANVAS:
+        log.warning("glyphs %s: drawings of %d x %d pixels are enlarged", split, CANVAS, CANVAS)
     return characters(f"glyphs {split} (seed {glyph_seed})", split, images, names(split))
 
 
@@ -178,8 +185,8 @@ def _spline() -> Floats:
     return np.asarray(sum(weight[:, None] * knots[segment + k] for k, weight in enumerate(weights)))
 
 
-def _render(knots: Floats, radius: Floats) -> NDArray[np.uint8]:
-    """Images uint8 `[N, 1, 28, 28]` of N drawings, see :func:`_strokes`, made with a round pen and shrunk."""
+def _render(knots: Floats, radius: Floats, size: int) -> NDArray[np.uint8]:
+    """Images uint8 `[N, 1, S, S]` of N drawings, see :func:`_strokes`, made with a round pen and shrunk."""
     drawing, stroke = np.nonzero(~np.isnan(knots[..., 0, 0]))
     points = (_spline() @ knots)[drawing, stroke]
     radius = radius[drawing]
@@ -193,4 +200,4 @@ def _render(knots: Floats, radius: Floats) -> NDArray[np.uint8]:
         for right in range(-reach, reach + 1):
             ink[index[radius >= np.hypot(down, right)] + down * side + right] = 0
     inside = slice(BORDER, BORDER + CANVAS)
-    return np.stack([shrink(Image.fromarray(picture[inside, inside]))[None] for picture in canvas])
+    return np.stack([shrink(Image.fromarray(picture[inside, inside]), size)[None] for picture in canvas])

@@ -6,7 +6,6 @@ Images that take seconds to decode or draw are kept in one file, so that the nex
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
 import sys
@@ -26,16 +25,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import write_bytes
+from utils.files import atomic_write
 
 log = logging.getLogger("anml")
 
 SPLITS = ("background", "evaluation")  # for meta-training and for meta-test; the two share no class
-SIZE = 28  # pixels, side of the images that networks see
-FILTER = Image.Resampling.LANCZOS  # as in the released code
+SIZE = 28  # pixels, side of the images that the published networks see
+SIZES = (8, 512)  # the smallest and the largest side
+FILTER = Image.Resampling.LANCZOS  # at 28, as in the released code
 PART = 500  # images made at a time
 SECONDS = 0.03  # for images made anew before a cache is used; four are made however long they take
 Make = Callable[[Sequence[int]], NDArray[np.uint8]]
+Prepare = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,21 @@ class Normalisation:
 
     def fault_of(self, pixels: Tensor) -> str | None:
         """What is wrong with uint8 images whose mean is nearer to this one with light and dark exchanged."""
-        usual, mean = sum(self.mean) / len(self.mean), pixels.float().mean().item()  # of no images NaN
+        usual, mean = sum(self.mean) / len(self.mean), int(pixels.sum()) / (pixels.numel() or math.nan)
         text = (
             "light and dark seem to be exchanged: a network trained on dark ink takes 255 - images of light"
         )
         return text if abs(mean - usual) > max(100, abs(255 - mean - usual)) else None
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """float32 [N, C, H, W] of uint8 images; with three means, grey images get three channels."""
+        """float32 [..., C, H, W] of uint8 images; with three means, grey images get three channels."""
+        return self.on(pixels.device)(pixels)
+
+    def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Prepare:
+        """The function that normalises images on a device, and gives them as `dtype`."""
         # The released code normalises in float32, whatever it computes in afterwards.
-        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
-        return (pixels - mean).div_(std)
+        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
+        return lambda pixels: (pixels - mean).div_(std).to(dtype)
 
 
 OMNIGLOT = Normalisation((0.92206 * 256,), (0.08426 * 256 * 256,))
@@ -99,20 +104,29 @@ class Pool:
     """Images of some classes, or what a network makes of them, one row for each image, class after class.
 
     Attributes:
-        rows: [N, ...].
+        rows: [N, ...], on the device where they are used.
         sizes: images of each class, N in all.
+        prepare: makes what a network takes of some rows; None where they are that already. Images stay
+            uint8, a quarter of the memory, until a batch of them is made.
     """
 
     rows: Tensor
     sizes: tuple[int, ...]
+    prepare: Prepare | None = None
 
     def __len__(self) -> int:
         """Number of classes."""
         return len(self.sizes)
 
     def __getitem__(self, label: int) -> Tensor:
-        """The rows of a class, [D, ...]."""
-        return self.rows[self.starts[label] :][: self.sizes[label]]
+        """The rows of a class as a network takes them, [D, ...]."""
+        start = int(self.starts[label])
+        return self.take(slice(start, start + self.sizes[label]))
+
+    def take(self, rows: slice | Tensor) -> Tensor:
+        """Some rows, by a slice or by a tensor of numbers on their device, as a network takes them."""
+        taken = self.rows[rows]
+        return taken if self.prepare is None else self.prepare(taken)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -132,7 +146,7 @@ class ImageSet:
 
     Attributes:
         name: data set and split, for people: `omniglot background`.
-        images: uint8 [N, C, 28, 28] on the CPU, one channel or three, 0 to 255.
+        images: uint8 [N, C, S, S] on the CPU, one channel or three, 0 to 255.
         sizes: images of each class, N in all.
         classes: names of the classes. A class id is a position in `classes`.
         normalisation: of pixels; None for mean and standard deviation of the background split.
@@ -162,13 +176,18 @@ class ImageSet:
 
     @classmethod
     def of(cls, name: str, classes: Mapping[str, Tensor | NDArray[np.uint8]], **fields: Any) -> ImageSet:
-        """A set of images, uint8 [D, 28, 28] or [D, C, 28, 28] by the name of their class."""
+        """A set of images, uint8 [D, S, S] or [D, C, S, S] by the name of their class."""
         parts = [_as_images(part) for part in classes.values()]
         return cls(name, torch.cat(parts), tuple(map(len, parts)), tuple(classes), **fields)
 
     def __len__(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    @property
+    def size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.images.shape[-1]
 
     @property
     def channels(self) -> int:
@@ -203,8 +222,10 @@ class ImageSet:
             UserError: all pixels of a channel are equal.
         """
         # Counts are whole numbers: the result does not depend on the order of additions.
-        channels = self.images.unbind(1)
-        counts = np.stack([torch.bincount(channel.flatten(), minlength=256).numpy() for channel in channels])
+        counts = np.zeros((self.images.shape[1], 256))
+        for part in self.images.split(PART):  # counting takes eight times the memory of what is counted
+            for row, channel in zip(counts, part.unbind(1), strict=True):
+                row += torch.bincount(channel.flatten(), minlength=256).numpy()
         weights = counts / counts.sum(1, keepdims=True)
         mean = weights @ np.arange(256)
         std = np.sqrt((weights * (np.arange(256) - mean[:, None]) ** 2).sum(1))
@@ -225,28 +246,29 @@ class ImageSet:
 
     def about(self) -> dict[str, Any]:
         """What `config.json` says of the set. A run is resumed with data of the same hash."""
-        return {"data": self.name, "data_hash": self.data_hash, **self.notes}
+        return {"data": self.name, "data_hash": self.data_hash, "image_size": self.size, **self.notes}
 
     def pool(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pool:
-        """All images on `device` as network inputs, [N, C, 28, 28], normalised."""
-        normalise = self.normalisation or OMNIGLOT
-        return Pool(normalise(self.images.to(device)).to(dtype), self.sizes)
+        """All images on `device`. A batch that is taken becomes network inputs [B, C, S, S], normalised."""
+        normalisation = self.normalisation or OMNIGLOT
+        return Pool(self.images.to(device), self.sizes, normalisation.on(device, dtype))
 
 
 def _as_images(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
-    """[B, C, 28, 28] of uint8 [B, 28, 28] or [B, C, 28, 28]. Raises ValueError for another shape or type."""
+    """[B, C, S, S] of uint8 [B, S, S] or [B, C, S, S]. Raises ValueError for another shape or type."""
     images = torch.as_tensor(pixels)
     images = images.unsqueeze(1) if images.ndim == 3 else images
-    if images.dtype != torch.uint8 or images.shape[1:] not in [(1, SIZE, SIZE), (3, SIZE, SIZE)]:
+    square = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[2] == images.shape[3]
+    if images.dtype != torch.uint8 or not square:
         raise ValueError(
             f"images are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}, not uint8 "
-            f"[B, C, {SIZE}, {SIZE}] with one channel or three: datasets.images.shrink scales pictures down"
+            f"[B, C, S, S] with one channel or three: datasets.images.shrink makes pictures square"
         )
     return images
 
 
 def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation = OMNIGLOT) -> Tensor:
-    """Images of one's own as networks take them: [B, C, 28, 28] from uint8 [B, 28, 28] or [B, C, 28, 28].
+    """Images of one's own as networks take them: [B, C, S, S] from uint8 [B, S, S] or [B, C, S, S].
 
     Args:
         normalisation: `net.normalisation`, that of the training.
@@ -264,14 +286,16 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
     return normalisation(images)
 
 
-def shrink(picture: Image.Image) -> NDArray[np.uint8]:
-    """Scale a picture to uint8 [28, 28], or [3, 28, 28] of an RGB one, with the filter of the released code.
+def shrink(picture: Image.Image, size: int = SIZE) -> NDArray[np.uint8]:
+    """Scale a picture to uint8 [S, S], or [3, S, S] of an RGB one.
 
-    The released code converts to RGB first. The filter treats each channel alone, so the three channels of
-    a grey picture are equal to each other and to the one channel here.
+    The filter is LANCZOS at 28 pixels, as in the released code, and bilinear at other sizes, as in the code
+    of OML, GeMCL and others. The released code converts to RGB first. Filters treat each channel alone, so
+    the three channels of a grey picture are equal to each other and to the one channel here.
     """
     coloured = picture.mode == "RGB"
-    pixels = np.array((picture if coloured else picture.convert("L")).resize((SIZE, SIZE), FILTER), np.uint8)
+    chosen = FILTER if size == SIZE else Image.Resampling.BILINEAR
+    pixels = np.array((picture if coloured else picture.convert("L")).resize((size, size), chosen), np.uint8)
     return pixels.transpose(2, 0, 1) if coloured else pixels
 
 
@@ -280,7 +304,9 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> NDArray[np.uint8]:
+def cached(
+    folder: Path, name: str, origin: bytes, count: int, make: Make, size: int = SIZE
+) -> NDArray[np.uint8]:
     """The images `make(range(count))`, uint8 [count, ...], from `folder / NAME.npz` if it holds them.
 
     Before the file is used, up to 20 of its images from the first to the last are made anew. Where one of
@@ -289,13 +315,15 @@ def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> ND
     warning, not the run.
 
     Args:
-        name: of the data set; a folder keeps one file for each name.
+        name: of the data set; a folder keeps one file for each name and size.
         origin: what the images are made of, such as names, sizes and times of files.
         make: gives the images at some positions, uint8 [N, ...]. Its exceptions pass through.
+        size: side of the images; of another one than 28 it is part of the file's name.
     """
+    name = name if size == SIZE else f"{name}-{size}"
     path, key = folder / f"{name}.npz", hashlib.sha256(origin).hexdigest()
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             images, found = np.asarray(file["images"], np.uint8), str(file["key"])
         same, end = (found, len(images)) == (key, count), time.perf_counter() + SECONDS
         for number in range(20):  # the last image, those near a third and two thirds, the first, then others
@@ -310,11 +338,14 @@ def cached(folder: Path, name: str, origin: bytes, count: int, make: Make) -> ND
     except Exception as error:  # NumPy and zipfile raise many kinds on damaged bytes
         log.warning("%s: the cache %s is built again: %s", name, path, reason(error))
     bar = tqdm(range(0, count, PART), name, leave=False, disable=not sys.stderr.isatty())
-    images = np.concatenate([make(range(count)[start : start + PART]) for start in bar])
-    content = io.BytesIO()
-    np.savez(content, key=np.array(key), images=images)
+    images = np.empty((0,), np.uint8)
+    for start in bar:
+        part = make(range(count)[start : start + PART])
+        images = images if start else np.empty((count, *part.shape[1:]), np.uint8)
+        images[start : start + PART] = part
     try:
-        write_bytes(path, content.getvalue())
+        with atomic_write(path) as file:
+            np.savez(file, key=np.array(key), images=images)
     except UserError as error:
         log.warning("%s; without this cache (--cache_dir) every start prepares the images again", error)
     return images

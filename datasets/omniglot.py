@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from datasets.folder import DAMAGE, Picture, prepared, stamp_of
-from datasets.images import OMNIGLOT, ImageSet, reason
+from datasets.images import OMNIGLOT, SIZE, ImageSet, reason
 from utils.errors import UserError, load_library
 from utils.files import write_bytes
 
@@ -50,13 +50,14 @@ TIMEOUT = 30.0  # seconds without a byte
 DEEPER = ("python", "omniglot*", "omniglot*/python", "omniglot*/omniglot*", "omniglot*/omniglot*/python")
 
 
-def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
+def load(split: str, root: Path, cache_dir: Path, size: int = SIZE) -> ImageSet:
     """Omniglot, which is downloaded where it is missing.
 
     Args:
         split: `background` or `evaluation`; nothing of the other split is touched.
         root: as `torchvision.datasets.Omniglot` takes it, or the folder of the split's zip or folder.
         cache_dir: see :func:`datasets.images.cached`.
+        size: side of the images, in pixels.
 
     Returns:
         20 grey images of each class, sorted by alphabet, character and file name.
@@ -69,14 +70,14 @@ def load(split: str, root: Path, cache_dir: Path) -> ImageSet:
         with contextlib.nullcontext() if place.is_dir() else zipfile.ZipFile(place) as archive:
             drawings = sorted(_scan(place, archive), key=lambda drawing: (drawing.label, drawing.name))
             classes = _check(place, drawings, CLASSES[split])
-            images = prepared(cache_dir, f"omniglot-{split}", drawings, 1, CANVAS)
+            images = prepared(cache_dir, f"omniglot-{split}", drawings, 1, size, CANVAS)
     except DAMAGE as error:
         raise _fault(place, place, reason(error)) from error
     return characters(f"omniglot {split}", split, images, classes)
 
 
 def characters(name: str, split: str, images: NDArray[np.uint8], classes: tuple[str, ...]) -> ImageSet:
-    """The set of `images`, `[20 * C, 1, 28, 28]`, normalised and used as Omniglot's `split` is by default."""
+    """The set of `images`, `[20 * C, 1, S, S]`, normalised and used as Omniglot's `split` is by default."""
     sizes = (DRAWINGS,) * len(classes)
     return ImageSet(name, torch.from_numpy(images), sizes, classes, OMNIGLOT, DEFAULT_CLASSES[split])
 

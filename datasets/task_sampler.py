@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
+from datasets.images import SIZE
 from utils.errors import UserError
 
 TURN = math.radians(12)
 STRETCH = math.log(1.15)
 SHEAR = 0.15
-SHIFT = 2  # pixels
+SHIFT = 2  # pixels of images of 28; of larger images, the same part of the side
 """How far `distort` goes, each way, at strength 1."""
 
 TRANSPOSED_AND_FLIPPED = tuple(
@@ -161,7 +162,7 @@ def distort(images: Tensor, generator: torch.Generator, strength: float) -> Tens
     angle, shear, wide, high, right, down = strength * drawn[:6]
     cosine, sine = torch.cos(TURN * angle), torch.sin(TURN * angle)
     wide, high = torch.exp(STRETCH * wide), torch.exp(STRETCH * high)
-    pixel = 2 / images.shape[-1]
+    pixel = 2 / SIZE  # of a side that goes from -1 to 1
     rows = [
         torch.stack([cosine * wide, (SHEAR * shear - sine) * wide, SHIFT * pixel * right], 1),
         torch.stack([sine * high, cosine * high, SHIFT * pixel * down], 1),

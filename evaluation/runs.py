@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets import Pool, Source
+from datasets.images import SIZE
 from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, or_warn, read_png, save_png
 from evaluation.results import (
     Key,
@@ -81,15 +82,16 @@ def models_to_test(args: Evaluation) -> list[Model]:
         net, sha256 = restore(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()
         weights: Weights = "pretrained" if saved.arguments.get("weights") == "pretrained" else "meta-trained"
         models.append(Model(str(path), net, weights, sha256, saved.step, saved.arguments))
-        kinds.append((weights, net.network, net.widths, net.normalisation))
+        kinds.append((weights, net.network, net.widths, net.image_size, net.normalisation))
         if kinds[-1] != kinds[0]:
             held = f"{models[0].name} holds {kinds[0]}, {path} holds {kinds[-1]}"
             raise UserError(f"--model takes models of one treatment and data set: {held}")
-        _warn_of_other_data(models[-1], args.source())
+        _warn_of_other_data(models[-1], args.source(net))
     if args.scratch:
         shape = models[0].net if models else None
-        network, widths = (shape.network, shape.widths) if shape else (args.treatment, args.constructor)
-        net = build(network, widths, torch.Generator().manual_seed(args.seed))
+        kind = args.treatment, args.constructor, args.size or SIZE
+        network, widths, size = (shape.network, shape.widths, shape.image_size) if shape else kind
+        net = build(network, widths, torch.Generator().manual_seed(args.seed), size)
         models = [Model("scratch", net, "random")]
     if args.treatment_preset is not None:
         row, model = TABLE[args.treatment_preset], models[0]
@@ -373,7 +375,7 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
 
 
 def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
-    """Mean gate and fractions of features active before and after the gate, on images [B, C, 28, 28]; the
+    """Mean gate and fractions of features active before and after the gate, on images [B, C, S, S]; the
     fraction of active features alone without a gate."""
     seen = represent(net, Pool(images, (len(images),)))
     if seen.gate is None:

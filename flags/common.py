@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from datasets import DATASETS, Source
+from datasets.images import SIZE, SIZES
 from model.fast import BACKENDS
-from model.modelfactory import NETWORKS
+from model.modelfactory import NETWORKS, Network
+from utils.errors import UserError
 from utils.flag import (
     PROJECT,
     Flags,
@@ -81,13 +83,24 @@ class DataFlags(Flags):
         metavar="DIR",
     )
     cache_dir: Path = flag(Path("data/cache"), file_path, "folder for the decoded images", metavar="DIR")
+    size: int | None = flag(
+        None, whole(*SIZES), "side of the images in pixels", shown=f"that of the model, else {SIZE}"
+    )
     options: dict[str, Any] = arguments_of("dataset", DATASETS, "data")
 
-    def source(self) -> Source:
-        """The images that these flags name; from another folder those of the project, if it has some."""
+    def source(self, net: Network) -> Source:
+        """The images that these flags name, in the size that a network takes; from another folder those of
+        the project, if it has some.
+
+        Raises:
+            UserError: `--size` is another size.
+        """
+        size = net.image_size
+        if self.size not in (None, size):
+            raise UserError(f"--size {self.size}: the model takes images of {size} x {size}: drop the flag")
         root = in_project(self.dataset_path)
         cache = self.cache_dir if root == self.dataset_path else PROJECT / self.cache_dir
-        return Source(self.dataset, root, cache, self.options)
+        return Source(self.dataset, root, cache, self.options, size)
 
 
 class RunFlags(Flags):

@@ -15,8 +15,17 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 from torch.func import functional_call
 
+from datasets.images import SIZE
 from model.method import InnerLoop, Params, kept_rule, meta_loss
-from model.modelfactory import Network, build, head_rows, layer_parameters, restore, trained_parameters
+from model.modelfactory import (
+    Network,
+    build,
+    head_rows,
+    image_arguments,
+    layer_parameters,
+    restore,
+    trained_parameters,
+)
 from utils.errors import UserError
 from utils.files import Checkpoint
 
@@ -35,6 +44,7 @@ def check_network(
     every_cut: bool = False,
     channels: int = 1,
     inner: InnerLoop | None = None,
+    size: int = SIZE,
 ) -> None:
     """Say what is wrong with a network. Nothing here asks what the method does with it.
 
@@ -52,12 +62,13 @@ def check_network(
         every_cut: try all values of `--rln`, not only `rln` and that of meta-test.
         channels: of the images to be, 1 or 3.
         inner: the inner loop whose rule is tried; the paper's is not.
+        size: side of the images to be, in pixels.
 
     Raises:
         UserError: one line on the first fault.
     """
     try:
-        net = build(name, widths or {}, torch.Generator().manual_seed(0))
+        net = build(name, widths or {}, torch.Generator().manual_seed(0), size)
         rln = net.rln_training if rln is None else rln
         trained_parameters(net, rln)
         cuts = range(len(layer_parameters(net))) if every_cut else (rln, net.default_meta_test_rln)
@@ -68,7 +79,7 @@ def check_network(
                 fault = _fault_of_rule(net.double(), trained_parameters(net, rln), channels, inner)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"network {name} fails on {IMAGES} images of 28 x 28: {reason}") from error
+        raise UserError(f"network {name} fails on {IMAGES} images of {size} x {size}: {reason}") from error
     if fault is not None:
         raise UserError(f"network {name}: {fault}")
 
@@ -94,7 +105,8 @@ def _faults(net: Network, cuts: Iterable[int], channels: int, second_order: bool
 
 def _examples(net: Network, channels: int) -> tuple[Tensor, Tensor]:
     """Random images and labels."""
-    return torch.randn(IMAGES, channels, 28, 28), torch.arange(IMAGES) % net.num_outputs
+    shape = IMAGES, channels, net.image_size, net.image_size
+    return torch.randn(shape), torch.arange(IMAGES) % net.num_outputs
 
 
 @torch.no_grad()
@@ -129,7 +141,7 @@ def _faults_of_logits(net: Network, images: Tensor) -> Iterator[str]:
 def _faults_of_restored(net: Network, images: Tensor) -> Iterator[str]:
     """Through the bytes of a model file."""
     try:
-        data = Checkpoint(net.network, net.widths, dict(net.state_dict()), {}, 0).to_bytes()
+        data = Checkpoint(net.network, net.widths, dict(net.state_dict()), image_arguments(net), 0).to_bytes()
     except ValueError as error:
         yield f"it cannot be saved: {error}"
         return

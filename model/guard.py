@@ -101,7 +101,8 @@ def difference(net: Network, device: torch.device, use: Use, candidate: Backend)
     try:
         candidate.prepare(copy.deepcopy(net))
         widths = {name: min(value, NARROW.get(name, value)) for name, value in net.widths.items()}
-        narrow = build(net.network, widths, torch.Generator().manual_seed(0)).train(net.training)
+        narrow = build(net.network, widths, torch.Generator().manual_seed(0), net.image_size)
+        narrow.train(net.training)
         for tried, steps in ((narrow, use.update_step), (net, min(use.update_step, FEW_STEPS))):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(0)
@@ -119,7 +120,7 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
     plain = _moved(copy.deepcopy(net).to(device).double())
     fast = copy.deepcopy(plain)
     candidate.prepare(fast)
-    images, labels = _examples(steps + OTHERS, use.channels, net.num_outputs, device)
+    images, labels = _examples(net, steps + OTHERS, use.channels, device)
     both = (plain, PLAIN), (fast, candidate)
 
     logits = _of_both(lambda net, _: net(images[:2]), both)
@@ -197,11 +198,12 @@ def _moved(net: Network) -> Network:
     return net
 
 
-def _examples(count: int, channels: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _examples(net: Network, count: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images and labels; every other image has few bright pixels, which make activations large."""
-    images = torch.randn(count, channels, 28, 28, device=device, dtype=torch.float64)
+    shape = count, channels, net.image_size, net.image_size
+    images = torch.randn(shape, device=device, dtype=torch.float64)
     images[::2] = (torch.rand_like(images[::2]) > 0.98) * 5 + 0.1 * images[::2]
-    return images, torch.arange(count, device=device) % classes
+    return images, torch.arange(count, device=device) % net.num_outputs
 
 
 def _same(ours: Tensor, theirs: Tensor, scale: float = 0.0) -> bool:

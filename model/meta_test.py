@@ -55,7 +55,7 @@ class FrozenOutputs:
         self.trained = trained
         self.kept: dict[int, Inputs] = {}
         with torch.no_grad():
-            self.sample = net.frozen(pool.rows[:1], trained)
+            self.sample = net.frozen(pool.take(slice(1)), trained)
         # Where nothing is frozen there is nothing to keep but the images themselves.
         if isinstance(self.sample, FrozenOutput):
             anything = any(self.sample.done)
@@ -74,7 +74,7 @@ class FrozenOutputs:
             if row not in self.kept:
                 first, size = int(self.images.starts[label]), self.images.sizes[label]
                 first, size = (first, size) if size <= CHUNK else (row, 1)
-                output = self.net.frozen(self.images.rows[first : first + size], self.trained)
+                output = self.net.frozen(self.images.take(slice(first, first + size)), self.trained)
                 self.kept |= {first + k: output[k : k + 1] for k in range(size)}
         return cat([self.kept[row] for row in rows])
 
@@ -129,7 +129,7 @@ class MetaTest:
 
     Attributes:
         net: the network, on the device of the images.
-        images: the pool that class draws are made from; [C, D, 1, 28, 28] where all have as many images.
+        images: the pool that class draws are made from.
         rln: layers that stay frozen.
         seed: everything random follows from it.
         epochs: passes over the sequence.

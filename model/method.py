@@ -33,7 +33,7 @@ Forward = Callable[[Params, Inputs], Tensor]
 """From params and images to logits [B, classes]."""
 
 Examples = tuple[Inputs, Tensor]
-"""Images [B, C, 28, 28] or a network's frozen output of them, and class ids [B]."""
+"""Images [B, C, S, S] or a network's frozen output of them, and class ids [B]."""
 
 
 @dataclass(frozen=True)

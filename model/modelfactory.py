@@ -7,11 +7,10 @@ nowhere else.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import inspect
-import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,15 +19,27 @@ from typing import Annotated, Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from datasets.images import OMNIGLOT, SIZE, Normalisation
-from model.layers import FrozenOutput, Inputs, colour, conv_blocks, run_rest
+from datasets.images import OMNIGLOT, SIZE, SIZES, Normalisation
+from model.layers import (
+    FrozenOutput,
+    Inputs,
+    colour,
+    conv_blocks,
+    kaiming_normal,
+    layers_of,
+    outputs,
+    run_rest,
+)
+from model.layers import layer_parameters as layer_parameters
+from model.layers import shared_copy as shared_copy
+from model.layers import trained_parameters as trained_parameters
 from utils.distributed import seed_layers
 from utils.errors import UserError
 from utils.files import Checkpoint, load_checkpoint
 from utils.flag import Range
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-SPATIAL = 9  # a 28x28 image leaves the convolutions as 3x3 positions
+BLOCKS = range(1, 8)  # images of 512 have seven, of other sizes some of these
 
 PLNChannels = Annotated[int, "channels of each convolution of the prediction network", Range(1)]
 NumClasses = Annotated[
@@ -46,14 +57,14 @@ def _on_colour(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
-        own = type(net).frozen is not Network.frozen
-        if isinstance(inputs, Tensor) and (not own or inputs.shape[1:] == (1, SIZE, SIZE)):
+        own, size = type(net).frozen is not Network.frozen, net.image_size
+        if isinstance(inputs, Tensor) and (not own or inputs.shape[1:] == (1, size, size)):
             channels = net._channels
             inputs = inputs if channels is None else colour(inputs, channels)
-            if channels is not None and inputs.shape[-3:] != (channels, SIZE, SIZE):
+            if channels is not None and inputs.shape[-3:] != (channels, size, size):
                 raise ValueError(
-                    f"images are {list(inputs.shape)}; {net.network} reads [B, {channels}, {SIZE}, {SIZE}], "
-                    f"or grey ones [B, 1, {SIZE}, {SIZE}]"
+                    f"images are {list(inputs.shape)}; {net.network} reads [B, {channels}, {size}, {size}], "
+                    f"or grey ones [B, 1, {size}, {size}]"
                 )
         return method(net, inputs, *args)
 
@@ -63,9 +74,10 @@ def _on_colour(method: Method) -> Method:
 class Network(nn.Module):
     """What all networks have in common, with its defaults.
 
-    `__init__` takes whole numbers, floats, booleans and texts, which become flags of the scripts. Images come
-    as [B, 1, 28, 28] or [B, 3, 28, 28], normalised; grey ones reach its methods with as many equal
-    channels as the first convolution reads.
+    `__init__` takes whole numbers, floats, booleans and texts, which become flags of the scripts. An argument
+    `size` is none of these: it gets the side S of the images in pixels. Images come as [B, 1, S, S] or
+    [B, 3, S, S], normalised; grey ones reach its methods with as many equal channels as the first convolution
+    reads.
 
     Attributes:
         head: the last layer, with an output for each class; it starts anew at meta-test. Its number of
@@ -77,12 +89,14 @@ class Network(nn.Module):
             they are those of the constructor, drawn from the run's generator.
         chains: names of the `nn.Sequential`s that images enter, whose stages `frozen` may run.
         no_effect: names of trained parameters that are known to have no effect.
-        widths: the constructor's arguments, as a model file stores them.
+        widths: the constructor's arguments but `size`, as a model file stores them.
+        image_size: side of its images, in pixels.
         normalisation: of the images that it was trained on.
     """
 
     head: nn.Module
     widths: dict[str, Any]
+    image_size: int = SIZE
     normalisation: Normalisation = OMNIGLOT
     rln_training: ClassVar[int] = 0
     rln_meta_test: ClassVar[int | None] = None
@@ -98,7 +112,9 @@ class Network(nn.Module):
             bound = inspect.signature(cls.__init__).bind(net, *args, **kwargs)
             bound.apply_defaults()
             given = list(bound.arguments.items())[1:]
-            net.__dict__["widths"] = {name: value for name, value in given if value is not None}
+            widths = {name: value for name, value in given if value is not None}
+            net.__dict__["image_size"] = widths.pop("size", SIZE)
+            net.__dict__["widths"] = widths
         return net
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -109,7 +125,8 @@ class Network(nn.Module):
         """
         used = getattr(Network, name, None)
         hidden = hasattr(Network, name) and isinstance(value, nn.Module | nn.Parameter)
-        if name == "widths" or inspect.isroutine(used) or isinstance(used, property) or hidden:
+        noted = name in ("widths", "image_size")
+        if noted or inspect.isroutine(used) or isinstance(used, property) or hidden:
             raise UserError(
                 f"{type(self).__name__}: the name `self.{name}` is taken, Network uses it: call it otherwise"
             )
@@ -126,14 +143,16 @@ class Network(nn.Module):
 
         An option, for speed: the stages of each of `chains` that come before the first with a parameter of
         `trained` are applied once per image, not at every step. `run_rest` goes on from there. Without
-        chains, images themselves. The images that a batch holds must not depend on each other.
+        chains, images themselves. The images that a batch holds must not depend on each other: in training, a
+        stage with buffers (batch norm) is not applied either.
         """
         learning = {id(self.get_parameter(name)) for name in trained}
         activations, done = [], []
         for chain in self.chains:
             x, count = images, 0
             for stage in getattr(self, chain):
-                if any(id(parameter) in learning for parameter in stage.parameters()):
+                keeps = self.training and any(True for _ in stage.buffers())
+                if keeps or any(id(parameter) in learning for parameter in stage.parameters()):
                     break
                 x, count = stage(x), count + 1
             activations.append(x)
@@ -192,7 +211,7 @@ class Network(nn.Module):
     @property
     def layers_below_head(self) -> int:
         """`--rln` of a treatment in which nothing but the head is new or learns."""
-        return len(_layers(self)[0])
+        return len(layers_of(self)[0])
 
     @property
     def has_gate(self) -> bool:
@@ -220,20 +239,21 @@ class ANML(_Published):
     rln_training = 7  # NM does not change in the inner loop
     model_name = "Neuromodulation_Model.net"
     chains = ("nm", "pln")
-    no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in (1, 2, 3))
+    no_effect = tuple(f"{part}.block{k}.conv.bias" for part in ("nm", "pln") for k in BLOCKS)
 
     def __init__(
         self,
         nm_channels: Annotated[int, "channels of each convolution of the NM", Range(1)] = 112,
         pln_channels: PLNChannels = 256,
         num_classes: NumClasses = 1000,
+        size: int = SIZE,
     ) -> None:
         super().__init__()
-        features = pln_channels * SPATIAL
-        self.nm = nn.Sequential(conv_blocks(nm_channels))
-        self.nm.add_module("gate", nn.Linear(nm_channels * SPATIAL, features))
+        self.nm = nn.Sequential(conv_blocks(nm_channels, size))
+        self.pln = nn.Sequential(conv_blocks(pln_channels, size))
+        features = outputs(self.pln, size)
+        self.nm.add_module("gate", nn.Linear(outputs(self.nm, size), features))
         self.nm.add_module("sigmoid", nn.Sigmoid())
-        self.pln = nn.Sequential(conv_blocks(pln_channels))
         self.head = nn.Linear(features, num_classes)
 
     def features(self, inputs: Inputs) -> Tensor:
@@ -256,12 +276,14 @@ class SANML(_Published):
     """
 
     chains = ("pln",)
-    no_effect = tuple(f"pln.block{k}.conv.bias" for k in (1, 2, 3))
+    no_effect = tuple(f"pln.block{k}.conv.bias" for k in BLOCKS)
 
-    def __init__(self, pln_channels: PLNChannels = 256, num_classes: NumClasses = 1000) -> None:
+    def __init__(
+        self, pln_channels: PLNChannels = 256, num_classes: NumClasses = 1000, size: int = SIZE
+    ) -> None:
         super().__init__()
-        self.pln = nn.Sequential(conv_blocks(pln_channels))
-        self.head = nn.Linear(pln_channels * SPATIAL, num_classes)
+        self.pln = nn.Sequential(conv_blocks(pln_channels, size))
+        self.head = nn.Linear(outputs(self.pln, size), num_classes)
 
     def features(self, inputs: Inputs) -> Tensor:
         return run_rest(self.pln, inputs, 0)
@@ -270,7 +292,8 @@ class SANML(_Published):
 class OML(_Published):
     """The OML network of the released code: six convolutions, a hidden layer, a head; no norm, no gate.
 
-    Javed and White, *Meta-learning representations for continual learning* (2019).
+    Javed and White, *Meta-learning representations for continual learning* (2019). Sizes nearer to 84 than to
+    28 have the strides of their code, which leave 3 x 3 positions of 84.
     """
 
     rln_training = 6  # the convolutions do not change in the inner loop
@@ -282,16 +305,17 @@ class OML(_Published):
         pln_channels: PLNChannels = 256,
         num_classes: NumClasses = 1000,
         hidden: Annotated[int | None, "outputs of the first linear layer", Range(1)] = None,
+        size: int = SIZE,
     ) -> None:
         super().__init__()
         hidden = 4 * pln_channels if hidden is None else hidden
         self.body = nn.Sequential()
-        for i, stride in enumerate((1, 1, 1, 2, 1, 2)):
+        for i, stride in enumerate((2, 1, 2, 1, 2, 2) if size > 56 else (1, 1, 1, 2, 1, 2)):
             conv = nn.Conv2d(pln_channels if i else 3, pln_channels, kernel_size=3, stride=stride)
             self.body.add_module(f"conv{i + 1}", conv)
             self.body.add_module(f"relu{i + 1}", nn.ReLU())
         self.body.add_module("flatten", nn.Flatten())
-        self.body.add_module("linear", nn.Linear(pln_channels * SPATIAL, hidden))
+        self.body.add_module("linear", nn.Linear(outputs(self.body, size), hidden))
         self.body.add_module("relu7", nn.ReLU())
         self.head = nn.Linear(hidden, num_classes)
 
@@ -299,41 +323,87 @@ class OML(_Published):
         return run_rest(self.body, inputs, 0)
 
 
-NETWORKS: dict[str, type[Network]] = {"ANML": ANML, "sANML": SANML, "OML": OML}
+class Conv4(_Published):
+    """Four blocks of a padded 3x3 convolution, batch norm, ReLU and 2x2 max-pool, and a head.
+
+    What most work on few images compares with (Vinyals et al., *Matching networks for one shot learning*,
+    2016, and Snell et al., 2017). At 84 pixels it has 1,600 features, at 28 it has 64. The norm takes the
+    place of the convolutions' biases.
+    """
+
+    chains = ("body",)
+
+    def __init__(
+        self,
+        channels: Annotated[int, "channels of each convolution", Range(1)] = 64,
+        num_classes: NumClasses = 1000,
+        size: int = SIZE,
+    ) -> None:
+        super().__init__()
+        self.body = nn.Sequential()
+        for k in range(4):
+            conv = nn.Conv2d(channels if k else 3, channels, kernel_size=3, padding=1, bias=False)
+            rest = {"norm": nn.BatchNorm2d(channels), "relu": nn.ReLU(), "pool": nn.MaxPool2d(2)}
+            self.body.add_module(f"block{k + 1}", nn.Sequential(OrderedDict(conv=conv, **rest)))
+        self.body.add_module("flatten", nn.Flatten())
+        self.head = nn.Linear(outputs(self.body, size), num_classes)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        return run_rest(self.body, inputs, 0)
+
+
+NETWORKS: dict[str, type[Network]] = {"ANML": ANML, "sANML": SANML, "OML": OML, "Conv4": Conv4}
 """The registry: network names as model files and `--treatment` spell them."""
 
 
-def build(name: str, widths: Mapping[str, Any], generator: torch.Generator) -> Network:
+def build(name: str, widths: Mapping[str, Any], generator: torch.Generator, size: int = SIZE) -> Network:
     """A new network with random weights, drawn on the CPU, so that a seed means the same weights on every
     device.
 
     Args:
         name: a key of `NETWORKS`.
-        widths: arguments of its class.
+        widths: arguments of its class, but `size`.
         generator: source of the weights.
+        size: side of its images, in pixels.
+
+    Raises:
+        UserError: the network has no positions left at this size.
     """
     kind = NETWORKS[name]
-    net = _construct(kind, widths, None if kind.kaiming else generator)
+    net = _construct(kind, widths, size, None if kind.kaiming else generator)
     if kind.kaiming:
         reset_parameters(net, [name for name, _ in net.named_parameters()], generator)
     return net
 
 
 def _construct(
-    kind: type[Network], widths: Mapping[str, Any], generator: torch.Generator | None = None
+    kind: type[Network], widths: Mapping[str, Any], size: int, generator: torch.Generator | None = None
 ) -> Network:
     """A network whose weights torch's own generator draws. That generator is seeded by `generator` or with
     0, and afterwards left as it was."""
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         seed_layers(seed)
-        return kind(**widths)
+        return _of_size(kind, widths, size)
+
+
+def _of_size(kind: type[Network], widths: Mapping[str, Any], size: int) -> Network:
+    """A network for images of a size, which its constructor gets where it asks for it."""
+    asks = "size" in inspect.signature(kind).parameters
+    net = kind(**widths, size=size) if asks else kind(**widths)
+    net.__dict__["image_size"] = size
+    return net
+
+
+def image_arguments(net: Network) -> dict[str, Any]:
+    """The arguments in a model file that say which images the network takes; `restore` reads them."""
+    return {**net.normalisation.arguments(), "size": net.image_size}
 
 
 @torch.no_grad()
 def reset_parameters(net: Network, names: Collection[str], generator: torch.Generator) -> None:
     """Give parameters the values that they have in a new network, in place (Scratch)."""
-    fresh = None if net.kaiming else _construct(type(net), net.widths, generator)
+    fresh = None if net.kaiming else _construct(type(net), net.widths, net.image_size, generator)
     for name in names:
         parameter = net.get_parameter(name)
         if fresh is not None:
@@ -343,15 +413,7 @@ def reset_parameters(net: Network, names: Collection[str], generator: torch.Gene
         elif parameter.ndim == 1:  # the scale of a norm
             parameter.fill_(1)
         else:
-            parameter.copy_(_kaiming_normal(parameter, generator))
-
-
-def _kaiming_normal(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Kaiming normal values for a weight: fan-in the number of inputs of a row, gain sqrt 2 (released code:
-    `kaiming_normal_`). The numbers are drawn on the CPU in the precision of the weight."""
-    shape = weight.shape
-    drawn = torch.randn(shape, generator=generator, dtype=weight.dtype, device="cpu")
-    return drawn.mul_(math.sqrt(2 / math.prod(shape[1:])))
+            parameter.copy_(kaiming_normal(parameter, generator))
 
 
 @torch.no_grad()
@@ -365,11 +427,11 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
     if classes is None:
         reset_parameters(net, head_rows(net, biases=True), generator)
         return
-    fresh = None if net.kaiming else _construct(type(net), net.widths, generator)
+    fresh = None if net.kaiming else _construct(type(net), net.widths, net.image_size, generator)
     for name in head_rows(net):
         parameter = net.get_parameter(name)
         as_many = parameter[: len(classes)]  # for the shape: a list of rows would wait for the device
-        drawn = fresh.get_parameter(name)[classes] if fresh else _kaiming_normal(as_many, generator)
+        drawn = fresh.get_parameter(name)[classes] if fresh else kaiming_normal(as_many, generator)
         for row, values in zip(classes, drawn, strict=True):
             parameter[row].copy_(values)
 
@@ -397,11 +459,14 @@ def restore(saved: Checkpoint, source: str | Path) -> Network:
         raise UserError(f"{source} holds a network {saved.network!r}; known are {', '.join(NETWORKS)}")
     kind, widths = NETWORKS[saved.network], dict(saved.widths)
     try:
+        size = saved.arguments.get("size") or SIZE  # files without it are of 28
+        if not (isinstance(size, int) and SIZES[0] <= size <= SIZES[1]):
+            raise ValueError(f"its size {size} is no number from {SIZES[0]} to {SIZES[1]}")
         if kind.kaiming:  # whether all fits, before memory is taken for what a damaged file may ask for
             with torch.device("meta"):
-                kind(**widths).load_state_dict(saved.state_dict, assign=True)
+                _of_size(kind, widths, size).load_state_dict(saved.state_dict, assign=True)
         # Constructed, not assigned: parameters that are one stay one, and what no file holds is there.
-        net = _construct(kind, widths)
+        net = _construct(kind, widths, size)
         net.load_state_dict(saved.state_dict)
         net.normalisation = Normalisation.of(saved.arguments)
     except (TypeError, RuntimeError, ValueError) as error:
@@ -414,7 +479,7 @@ def load_network(path: str | Path) -> Network:
     """The network in a model file, on the CPU, ready to look at images (`eval`).
 
         net = load_network("pretrained/anml_omniglot.net")
-        images = normalise(pixels, net.normalisation)    # datasets.normalise; uint8 [B, 28, 28]
+        images = normalise(pixels, net.normalisation)    # datasets.normalise; uint8 [B, S, S]
         logits, features, gate = net(images), net.features(images), net.gate(images)
 
     Raises:
@@ -423,73 +488,9 @@ def load_network(path: str | Path) -> Network:
     return restore(load_checkpoint(Path(path)), path).eval()
 
 
-def shared_copy(net: Network, copied: Collection[str] = ()) -> Network:
-    """A copy of a network in `eval` mode that shares all parameters but those `copied` with it.
-
-    Buffers are copied. In the copy the parameters `copied` take a gradient and no others.
-    """
-    own = {id(net.get_parameter(name)) for name in copied}
-    memo = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-        for parameter in net.parameters()
-        if id(parameter) not in own
-    }
-    twin = copy.deepcopy(net, memo).eval()
-    for name in copied:
-        twin.get_parameter(name).requires_grad_()
-    return twin
-
-
 def fingerprint(net: Network) -> str:
     """sha256 hex digest of weights and buffers: equal for equal bits."""
     digest = hashlib.sha256()
     for value in net.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _layers(net: Network) -> tuple[list[list[str]], list[list[str]]]:
-    """Names of the parameters of each layer: of the layers below the head, and of those of the head."""
-    names = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
-    head = {id(p) for p in net.head.parameters()}
-    below: list[list[str]] = []
-    above: list[list[str]] = []
-    for module in net.modules():
-        own = [id(p) for p in module.parameters(recurse=False) if id(p) in names]
-        if own:
-            (above if head.intersection(own) else below).append([names.pop(key) for key in own])
-    return below, above
-
-
-def layer_parameters(net: Network) -> list[list[str]]:
-    """Names of the parameters of each layer that `--rln` counts.
-
-    Layers are the modules that own parameters, in the order of the constructor, the head's last. A
-    parameter that several modules share belongs to the first; one that takes no gradient to none.
-    """
-    below, above = _layers(net)
-    return below + above
-
-
-def trained_parameters(net: Network, rln: int) -> list[str]:
-    """Names of the parameters that learn when `--rln` freezes the first `rln` layers, in order.
-
-    | `--rln` | ANML trains | sANML trains | OML trains |
-    |---|---|---|---|
-    | 0 | everything | everything | everything |
-    | 6 | NM's gate layer, the PLN, the head | the head | hidden layer and head |
-    | 7 | the PLN and the head | - | the head |
-    | 13 | the head | - | - |
-
-    Other numbers cut between two layers in the same order.
-
-    Raises:
-        UserError: no such cut in this network.
-    """
-    layers = layer_parameters(net)
-    if not 0 <= rln < len(layers):
-        raise UserError(
-            f"--rln {rln} leaves nothing to train in {net.network}: "
-            f"it has {len(layers)} layers, so --rln goes from 0 to {len(layers) - 1}"
-        )
-    return [name for layer in layers[rln:] for name in layer]

@@ -160,10 +160,10 @@ class OuterLoop:
 
 
 def gather(pool: Pool, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [..., C, 28, 28], or other rows of a pool, and class ids [...] of an index [..., 2] of (class,
+    """Images [..., C, S, S], or other rows of a pool, and class ids [...] of an index [..., 2] of (class,
     image), which may lie on the CPU."""
     device = pool.rows.device
-    return pool.rows[send(pool.positions(index), device)], send(index, device)[..., 0]
+    return pool.take(send(pool.positions(index), device)), send(index, device)[..., 0]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

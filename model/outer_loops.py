@@ -360,7 +360,7 @@ class EpisodeLoop(OuterLoop):
         Returns:
             `loss` and `accuracy` of the queries, and `scale`, which multiplied the logits.
         """
-        images, _ = gather(self.images, episode.index)  # [W, K, C, 28, 28]
+        images, _ = gather(self.images, episode.index)  # [W, K, C, S, S]
         ways = len(images)
         images = show(images, episode.symmetries).flatten(0, 1)
         if self.augment:

@@ -5,7 +5,7 @@ The weights are those after meta-training; no weight changes here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,10 +41,11 @@ def represent(net: Network, pool: Pool) -> Representation:
     """The representation of a pool of images, on the pool's device, in `eval` mode."""
     net = shared_copy(net)
     found = []
-    for part in pool.rows.split(CHUNK):
+    for start in range(0, len(pool.rows), CHUNK):
+        part = pool.take(slice(start, start + CHUNK))
         after, gate = net.features(part), net.gate(part)
         found.append([after] if gate is None else [net.features_before_gate(part), gate.flatten(1), after])
-    pools = [replace(pool, rows=torch.cat(rows)) for rows in zip(*found, strict=True)]
+    pools = [Pool(torch.cat(rows), pool.sizes) for rows in zip(*found, strict=True)]
     return Representation(pools[0], pools[1] if len(pools) > 1 else None, pools[-1])
 
 

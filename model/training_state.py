@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from model.modelfactory import image_arguments
 from model.outer_loop import OuterLoop
 from utils.distributed import is_first
 from utils.errors import UserError
@@ -31,7 +32,7 @@ def state_of(run: Run, loop: OuterLoop, step: int, arguments: Mapping[str, Any])
         loop.net.network,
         loop.net.widths,
         dict(loop.net.state_dict()),
-        {**arguments, **loop.net.normalisation.arguments()},
+        {**arguments, **image_arguments(loop.net)},
         step,
         dict(loop.rule.state_dict()) if loop.rule else {},
         run.started,

@@ -50,11 +50,13 @@ LOAD, GLYPHS = DATASETS["glyphs"], cache(DATASETS["glyphs"])
 
 
 @wraps(LOAD)
-def drawn_once(split: str, root: Path, cache_dir: Path, **options: int) -> ImageSet | Mapping[str, ImageSet]:
+def drawn_once(
+    split: str, root: Path, cache_dir: Path, size: int, **options: int
+) -> ImageSet | Mapping[str, ImageSet]:
     """Generated characters, which look at no root, shared by all runs within this process; one process draws
     for all."""
     with SoftFileLock(cache_dir / "lock", timeout=60) if cache_dir.exists() else nullcontext():
-        return GLYPHS(split, ROOT, cache_dir, **options)
+        return GLYPHS(split, ROOT, cache_dir, size, **options)
 
 
 CHECKED: set[tuple[object, str]] = set()

@@ -73,10 +73,12 @@ EDITS: dict[str, list[Edit]] = {
         Edit("a wider eps by default", "eps: float = 1e-5", "eps: float = 1e-2"),
         Edit(
             "pool as a stage",
-            "block2=ConvBlock(channels, channels, pool=True)",
-            "block2=ConvBlock(channels, channels, pool=False), drop=nn.MaxPool2d(2, 2)",
+            "ConvBlock(inputs, channels, not last or size > 30, number, last)\n",
+            "ConvBlock(inputs, channels, False, number, last)\n"
+            '        blocks[f"pool{number}"] = nn.Identity() if last else nn.MaxPool2d(2, 2)\n',
         ),
         Edit("darker images", "-1, -1) if", "-1, -1) * 0.5 if"),
+        Edit("another gain", "math.sqrt(2 / math.prod(", "math.sqrt(1 / math.prod("),
         Edit("stages scaled", "        x = stage(x)\n", "        x = stage(x) * 0.9\n"),
     ],
     FACTORY: [
@@ -94,10 +96,9 @@ EDITS: dict[str, list[Edit]] = {
         Edit(
             "sANML's features", "run_rest(self.pln, inputs, 0)", "run_rest(self.pln, inputs, 0) + 1", "sANML"
         ),
-        Edit("OML's features", "run_rest(self.body, inputs, 0)", "run_rest(self.body, inputs, 0) * 2", "OML"),
+        Edit("OML's features", "0)\n\n\nclass Conv4", "0) * 2\n\n\nclass Conv4", "OML"),
         Edit("OML's activation", 'f"relu{i + 1}", nn.ReLU()', 'f"relu{i + 1}", nn.ELU()', "OML"),
         Edit("OML's strides", "(1, 1, 1, 2, 1, 2)", "(1, 1, 2, 1, 1, 2)", "OML"),
-        Edit("another gain", "math.sqrt(2 / math.prod(", "math.sqrt(1 / math.prod("),
     ],
     "model/outer_loops.py": [Edit("no row drawn anew", "reset_head(self.net, self.generator, c", "str(c")],
     "model/optimizer.py": [

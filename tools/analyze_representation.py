@@ -124,7 +124,7 @@ def activations_figure(
     """A figure of images above their activations as square maps (the paper's figure of sparsity).
 
     Args:
-        images: `[B, 28, 28, C]`, 0 to 255, with one channel or three.
+        images: `[B, S, S, C]`, 0 to 255, with one channel or three.
         rows: `[B, F]` activations, 0 or more, by title. The colour scale of the row `gate` ends at 1, of any
             other row at its largest value.
         names: of the classes of the B images, `Alphabet/character01`.
@@ -209,7 +209,7 @@ def main() -> None:
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
     net, step = restore(saved, args.model), saved.step
     backend = choose_backend(args.backend, [net], device, Use(net)).name
-    images = args.source().load("evaluation", net.normalisation)
+    images = args.source(net).load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     learned, tested = args.train_images, args.test_images
     images.require(learned + tested, f"--train_images {learned} and --test_images {tested}")

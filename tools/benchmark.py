@@ -40,6 +40,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import ImageSet, glyphs
+from datasets.images import SIZE, SIZES
 from datasets.task_sampler import sample_trajectory
 from evaluation.results import aligned
 from flags.training import Training
@@ -113,7 +114,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def network(args: Benchmark, kind: str, backend: str, device: torch.device) -> Network:
     """A network of this kind with the layers of `backend`."""
     widths = {name: getattr(args, name) for name in arguments(NETWORKS[kind]).keys() & WIDTHS}
-    net = build(kind, widths, torch.Generator().manual_seed(0)).to(device)
+    net = build(kind, widths, torch.Generator().manual_seed(0), args.size).to(device)
     BACKENDS[backend].prepare(net)
     return net
 
@@ -147,9 +148,11 @@ def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device
         settings = len(trajectory.support), defaults.loop["update_lr"], ANML.rln_training, not first_order
         reference.meta_gradient(weights, grey, classes, *settings)
 
-    works[line, "textbook"] = textbook, 1
+    if args.size == SIZE:
+        works[line, "textbook"] = textbook, 1
     # torch also differentiates the inner steps with respect to the image, which is not needed.
-    needless = 0 if first_order else defaults.loop["update_step"] * 2 * 3 * 9 * args.pln_channels * 26 * 26
+    kernels = 3 * 9 * args.pln_channels * (args.size - 2) ** 2
+    needless = 0 if first_order else defaults.loop["update_step"] * 2 * kernels
     return works, line, needless, 0
 
 
@@ -160,19 +163,21 @@ def meta_test(part: str, args: Benchmark, images: ImageSet, device: torch.device
     generator, pool = torch.Generator().manual_seed(0), images.first(1).pool(device)
     index = torch.tensor([(0, number) for number in range(TRAIN_IMAGES)])
     many = index.repeat(CHUNK, 1)[:CHUNK]  # as an evaluation tests `CHUNK` images at a time
-    works: Works = {}
+    works, shown = Works(), pool[0]
     for name, backend in BACKENDS.items():
         net = network(args, kind, name, device)
         trained = trained_parameters(net, rln)
         outputs, run = FrozenOutputs(net, pool, trained), new_run(net, trained, generator)
         online = backend.adam_learner(run, trained, Given(0.001))
         if rln:
-            works[frozen, name] = torch.no_grad()(partial(net.frozen, pool.rows, trained)), len(pool.rows)
+            works[frozen, name] = torch.no_grad()(partial(net.frozen, shown, trained)), len(shown)
         works[updated, name] = partial(learn, online, outputs, index), TRAIN_IMAGES
         works[tested, name] = partial(answers, online, outputs, many), CHUNK
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
-    shown = pool.rows[:TEXTBOOK_IMAGES].expand(-1, 3, -1, -1).contiguous()
+    if args.size != SIZE:
+        return works, updated, 0, ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :])
+    shown = shown[:TEXTBOOK_IMAGES].expand(-1, 3, -1, -1).contiguous()
 
     def update() -> None:
         for image in shown:
@@ -215,6 +220,7 @@ class Benchmark(Flags):
     repeats: int = flag(7, whole(1), "turns, of which the median is shown")
     nm_channels: int = flag(WIDTHS["nm_channels"], whole(1), "channels of NM")
     pln_channels: int = flag(WIDTHS["pln_channels"], whole(1), "channels of the PLN, and of OML")
+    size: int = flag(SIZE, whole(*SIZES), "side of the images; without the textbook, which is of 28")
     json: Path | None = flag(None, file_path, "write the numbers here as well", metavar="FILE")
     device: str = choice("auto", ("auto", "cpu", "cuda", "mps"), "where")
     threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
@@ -229,7 +235,7 @@ def main() -> None:
     keep_freed_memory()
     copies = copy_bandwidth(device)
     with tempfile.TemporaryDirectory() as folder:
-        images = glyphs.load("background", Path(folder), Path(folder)).limited(None, "")
+        images = glyphs.load("background", Path(folder), Path(folder), args.size).limited(None, "")
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     rates: list[Rate] = []
     for part in (part for part in PARTS if part in args.only):
@@ -263,7 +269,7 @@ def main() -> None:
         "torch": torch.__version__,
         "convolution_flops_per_second": flops_per_second,
         "copy_bytes_per_second": copies,
-        "paper_size": all(getattr(args, name) == width for name, width in WIDTHS.items()),
+        "paper_size": all(getattr(args, name) == width for name, width in [*WIDTHS.items(), ("size", SIZE)]),
         "busy": busy(rates),
     }
     header = "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}".format(**machine)

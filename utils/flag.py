@@ -34,6 +34,7 @@ Reader = Callable[[str], Any]
 
 KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 PROJECT = Path(__file__).parents[1]
+GIVEN = "size"  # an argument that the run gives: side of the images, in pixels
 REQUIRED = inspect.Parameter.empty  # the default of an argument that has none
 
 
@@ -221,7 +222,8 @@ def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInf
     alone.
 
     An argument without annotation has the type of its default. A field of a dataclass has the annotation of
-    the class that declares it, with the names of that class's module.
+    the class that declares it, with the names of that class's module. An argument `size` is no flag, unless
+    it is keyword-only: the run gives it.
 
     Raises:
         UserError: an argument is `*args` or `**kwargs`, or its type is neither one of `KINDS` nor `X | None`
@@ -236,6 +238,8 @@ def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInf
         raise UserError(f"{name}: cannot read its arguments: {error}") from error
     found = {}
     for parameter in parameters:
+        if parameter.name == GIVEN and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            continue
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and not isinstance(function, type):
             continue  # what the caller of every entry gives
         kind, extras = _unwrapped(hints.get(parameter.name, parameter.annotation))

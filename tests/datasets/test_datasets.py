@@ -461,7 +461,7 @@ def test_normalised() -> None:
     mean, scale = np.float32(0.92206 * 256), np.float32(0.08426 * 256 * 256)
     expected = (images.numpy().astype(np.float32) - mean) / scale
     for dtype in (torch.float64, torch.float32):
-        rows = characters.pool("cpu", dtype).rows
+        rows = characters.pool("cpu", dtype).take(slice(None))
         assert rows.dtype == dtype
         assert np.array_equal(rows.numpy(), expected)
     assert np.allclose(expected, exact, rtol=1e-6, atol=1e-8)
@@ -476,7 +476,7 @@ def test_normalised() -> None:
 def test_real_omniglot(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All names and counts are right, and so are some images; decoding all is left to the scripts."""
 
-    def sample(_: Path, __: str, ___: bytes, count: int, make: Make) -> NDArray[np.uint8]:
+    def sample(_: Path, __: str, ___: bytes, count: int, make: Make, ____: int) -> NDArray[np.uint8]:
         return make(range(0, count, 400)).repeat(400, 0)[:count]
 
     monkeypatch.setattr(folder, "cached", sample)

@@ -301,7 +301,7 @@ def test_statistics_are_those_of_the_background_and_go_into_meta_test(root: Path
     assert found == evaluation.normalisation
     assert found.mean == pytest.approx(values.mean((0, 2, 3)).tolist())
     assert found.std == pytest.approx(values.std((0, 2, 3), correction=0).tolist())
-    rows = background.pool("cpu").rows
+    rows = background.pool("cpu").take(slice(None))
     assert rows.shape[1:] == (3, 28, 28)
     torch.testing.assert_close(rows.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(rows.std((0, 2, 3), correction=0), torch.ones(3))
@@ -372,5 +372,5 @@ def test_frozen_outputs_of_classes_of_several_sizes() -> None:
 def test_images_of_another_size_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"images are \[1, 3, 32, 32\]; ANML reads \[B, 3, 28, 28\]"):
         build("ANML", {"nm_channels": 2, "pln_channels": 2}, torch.Generator())(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"images are uint8 \[2, 1, 32, 32\], not uint8 \[B, C, 28, 28\]"):
-        ImageSet.of("x", {"a": np.zeros((2, 32, 32), np.uint8)})
+    with pytest.raises(ValueError, match=r"images are uint8 \[2, 1, 32, 30\], not uint8 \[B, C, S, S\]"):
+        ImageSet.of("x", {"a": np.zeros((2, 32, 30), np.uint8)})
