@@ -27,7 +27,8 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer: Layer, x: Tensor, *params: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.layer = layer
-        return layer.forward(x, *params)
+        # Another tensor object than the layer stores: the output refers to ctx, and so would the layer's.
+        return layer.forward(x, *params).detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
