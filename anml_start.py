@@ -8,8 +8,6 @@ another package of one of these names is loaded already. A library that cannot b
 with one line.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

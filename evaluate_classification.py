@@ -15,8 +15,6 @@ Per class count: search the learning rate, if the learner has one, then report `
 With `--nested` one pass over a draw serves all class counts.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -153,7 +151,7 @@ class Plan:
     options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, args: Evaluation, model: Model, sets: Mapping[str, ImageSet]) -> Plan:
+    def of(cls, args: Evaluation, model: Model, sets: Mapping[str, ImageSet]) -> "Plan":
         """The plan for models like `model`, and the images of each split.
 
         Without `--schedule`, class counts are those of the paper that there are enough classes and outputs

@@ -14,8 +14,6 @@ Each step draws a class, learns its 20 images one by one, and improves the weigh
 that afterwards these images and 64 others of all classes are classified right.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images to learn from: Omniglot, characters generated in its place, folders of images, and yours."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ As in `torchvision.datasets.ImageFolder` a folder is a class. Here, folders may 
 characters in alphabets: each folder that holds pictures is a class, named by its path.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

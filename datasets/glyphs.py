@@ -7,8 +7,6 @@ nearest neighbours on pixels are close to Omniglot's: with 15 examples per class
 50 background classes and 34% for 200 (Omniglot: 50% and 36%).
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Sequence

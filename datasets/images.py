@@ -3,8 +3,6 @@
 Images that take seconds to decode or draw are kept in one file, so that the next start is quick.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math
@@ -58,7 +56,7 @@ class Normalisation:
             )
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Normalisation:
+    def of(cls, arguments: Mapping[str, Any]) -> "Normalisation":
         """The normalisation that the arguments in a model file name, or Omniglot's where they name none.
 
         Raises:
@@ -175,7 +173,7 @@ class ImageSet:
             object.__setattr__(self, "data_hash", digest.hexdigest())
 
     @classmethod
-    def of(cls, name: str, classes: Mapping[str, Tensor | NDArray[np.uint8]], **fields: Any) -> ImageSet:
+    def of(cls, name: str, classes: Mapping[str, Tensor | NDArray[np.uint8]], **fields: Any) -> "ImageSet":
         """A set of images, uint8 [D, S, S] or [D, C, S, S] by the name of their class."""
         parts = [_as_images(part) for part in classes.values()]
         return cls(name, torch.cat(parts), tuple(map(len, parts)), tuple(classes), **fields)
@@ -194,7 +192,7 @@ class ImageSet:
         """Channels of the images as networks get them."""
         return max(self.images.shape[1], len(self.normalisation.mean) if self.normalisation else 1)
 
-    def limited(self, classes: int | None, flag: str, outputs: int | None = None) -> ImageSet:
+    def limited(self, classes: int | None, flag: str, outputs: int | None = None) -> "ImageSet":
         """The set of the first `classes` classes or, where that is None, of those used by default.
 
         Args:
@@ -210,7 +208,7 @@ class ImageSet:
             raise UserError(f"{flag} {wanted}: {self.name} has {len(self)} classes{more}")
         return self.first(wanted)
 
-    def first(self, classes: int) -> ImageSet:
+    def first(self, classes: int) -> "ImageSet":
         """The set of the first `classes` classes, with data hash and notes of the whole set."""
         sizes = self.sizes[:classes]
         return replace(self, images=self.images[: sum(sizes)], sizes=sizes, classes=self.classes[:classes])

@@ -3,8 +3,6 @@
 All names, counts and pictures are checked before they are used. A message names the file that is wrong.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -3,8 +3,6 @@
 Episodes may have more than there is: other classes by symmetries, and distorted drawings of a class.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

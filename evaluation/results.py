@@ -1,8 +1,6 @@
 """The files of an evaluation: `scores.csv` gets every score at once, `results.csv` one row per run of the
 report, `results.json` settings and a summary."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import io

@@ -1,8 +1,6 @@
 """The paper's evaluation from top to bottom: models, search for a learning rate, report on fresh draws. A run
 is made once, and its scores are on disk before the next run begins."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,7 +146,7 @@ def _warn_of_other_data(model: Model, source: Source) -> None:
 
 
 def search_and_report(
-    args: Evaluation, schedule: Sequence[int], runs: Runs, about: Mapping[str, Any]
+    args: Evaluation, schedule: Sequence[int], runs: "Runs", about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The rows of the report: search and report each class count of `schedule`, with `--nested` all at once.
 
@@ -187,7 +185,7 @@ def search_and_report(
     return rows
 
 
-def search(args: Evaluation, runs: Runs, counts: Sequence[int]) -> dict[int, RateSearch]:
+def search(args: Evaluation, runs: "Runs", counts: Sequence[int]) -> dict[int, RateSearch]:
     """The finished search for a learning rate of each class count in `counts`, all from the same runs.
 
     Rates are tried on each draw of each model, as long as a try may change the best rate.
@@ -203,7 +201,7 @@ def search(args: Evaluation, runs: Runs, counts: Sequence[int]) -> dict[int, Rat
     return searches
 
 
-def report(args: Evaluation, runs: Runs, rates: Mapping[int, float | None]) -> list[dict[str, Any]]:
+def report(args: Evaluation, runs: "Runs", rates: Mapping[int, float | None]) -> list[dict[str, Any]]:
     """One row for each class count of `rates`, at its rate, and each of `--runs` draws of each model.
 
     One run gives the rows of all class counts with the same rate.

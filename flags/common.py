@@ -1,7 +1,5 @@
 """Flags that several scripts have: network, data, run. Released ones have their released spelling."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """The flags of `mrcl_classification.py`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,7 +173,7 @@ class Plan:
     weights: Weights
 
     @classmethod
-    def of(cls, args: Training, classes: int) -> Plan:
+    def of(cls, args: Training, classes: int) -> "Plan":
         """The plan for what is asked, on so many classes."""
         network, kind, rln = NETWORKS[args.treatment], OUTER_LOOPS[args.learner], args.loop.get("rln")
         name = kind.model_name or network.model_name or f"{args.treatment}_Model.net"

@@ -3,8 +3,6 @@
 Each fault is one line that names the cause. What is tried is a new network of the class.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace

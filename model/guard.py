@@ -6,8 +6,6 @@ parameter and updates of the online learner. They are compared on two networks: 
 inner steps, and a narrow network of its class with all inner steps of the run.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -6,8 +6,6 @@ matter, nothing is forgotten, and memory grows with the number of classes alone.
 computed at the first prediction.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 One loop serves every treatment: what is trained is a matter of `rln` and of which layers start anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property

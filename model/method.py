@@ -5,8 +5,6 @@ learn, by name. Paper, algorithm 1 and section 3; what is faster stands in `mode
 numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Protocol

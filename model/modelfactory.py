@@ -5,8 +5,6 @@ defaults in `Network`; see `docs/extending.md`. `--rln N` counts its layers in `
 nowhere else.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import inspect
@@ -56,7 +54,7 @@ def _on_colour(method: Method) -> Method:
     """
 
     @functools.wraps(method)
-    def wrapped(net: Network, inputs: Inputs, *args: Any) -> Any:
+    def wrapped(net: "Network", inputs: Inputs, *args: Any) -> Any:
         own, size = type(net).frozen is not Network.frozen, net.image_size
         if isinstance(inputs, Tensor) and (not own or inputs.shape[1:] == (1, size, size)):
             channels = net._channels
@@ -105,7 +103,7 @@ class Network(nn.Module):
     chains: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[tuple[str, ...]] = ()
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Network:
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Network":
         """Note the constructor's arguments (a copy comes without, and with `widths` of its own)."""
         net = super().__new__(cls)
         with suppress(TypeError):  # `__init__` is about to say what is wrong with them

@@ -1,7 +1,5 @@
 """Adam, for the outer loop and meta-test, and SGD, for meta-test."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch

@@ -5,8 +5,6 @@ draws head rows anew, takes the meta-gradient of trajectories and steps along it
 loop are its flags.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

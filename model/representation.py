@@ -3,8 +3,6 @@
 The weights are those after meta-training; no weight changes here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

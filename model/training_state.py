@@ -4,8 +4,6 @@
 state before that one, for the case that `state.pt` is damaged.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import replace

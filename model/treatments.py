@@ -3,8 +3,6 @@
 `--treatment-preset NAME` sets the flags of a treatment. Any evaluation is named after its treatment.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal
 

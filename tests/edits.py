@@ -7,8 +7,6 @@ whether these are others than before the edit. A child process imports the proje
 replaced. Children are forked, so that torch is loaded once, and has done all that it does once.
 """
 
-from __future__ import annotations
-
 import importlib.machinery
 import importlib.util
 import inspect

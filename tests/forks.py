@@ -3,8 +3,6 @@
 python -m tests.forks    # reads one request a line, and answers each with one line
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -6,8 +6,6 @@
 The hashes are those of one kind of processor and one release of torch, which `golden.json` names.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """Networks of one's own, as somebody would write them who has read `docs/extending.md`: none is ANML."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

@@ -9,8 +9,6 @@ a norm, whose gradient is zero but for rounding, are compared absolutely. Exit c
 is past tolerance: 1e-8 (1e-9 for those biases) in float64, 1e-3 (1e-5) in float32.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import re

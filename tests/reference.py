@@ -5,8 +5,6 @@ order (index i here is `vars[i]` there), nothing shared with the project's own c
 says what the numbers are; in float32 it is the textbook implementation of the benchmark.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -16,8 +16,6 @@ All columns are measured in turns, and ratios are medians over the turns. A mach
 shared then changes the ratios little.
 """
 
-from __future__ import annotations
-
 import anml_start  # noqa: F401 (before torch)
 
 # isort: split
@@ -111,7 +109,7 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * 4 * COPIED / median(seconds(partial(target.copy_, source), device) for _ in range(CALLS))
 
 
-def network(args: Benchmark, kind: str, backend: str, device: torch.device) -> Network:
+def network(args: "Benchmark", kind: str, backend: str, device: torch.device) -> Network:
     """A network of this kind with the layers of `backend`."""
     widths = {name: getattr(args, name) for name in arguments(NETWORKS[kind]).keys() & WIDTHS}
     net = build(kind, widths, torch.Generator().manual_seed(0), args.size).to(device)
@@ -119,7 +117,7 @@ def network(args: Benchmark, kind: str, backend: str, device: torch.device) -> N
     return net
 
 
-def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device) -> Part:
+def meta_step(part: str, args: "Benchmark", images: ImageSet, device: torch.device) -> Part:
     """Meta-steps of ANML with the defaults of training; `part` is a key of `ORDERS`."""
     defaults, first_order = parse(Training, []), ORDERS[part]
     generator, pool = torch.Generator().manual_seed(0), images.pool(device)
@@ -156,7 +154,7 @@ def meta_step(part: str, args: Benchmark, images: ImageSet, device: torch.device
     return works, line, needless, 0
 
 
-def meta_test(part: str, args: Benchmark, images: ImageSet, device: torch.device) -> Part:
+def meta_test(part: str, args: "Benchmark", images: ImageSet, device: torch.device) -> Part:
     """Frozen layers, updates and answers for images of one class; `part` is a key of `TREATMENTS`."""
     kind, rln = TREATMENTS[part]
     frozen, updated, tested = (f"{kind} --rln {rln}, {what}" for what in ("frozen layers", "update", "test"))

@@ -5,8 +5,6 @@
 The network is built with its default arguments. A fault ends the check with one line that names the cause.
 """
 
-from __future__ import annotations
-
 import anml_start  # noqa: F401 (before torch)
 
 # isort: split

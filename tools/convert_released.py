@@ -11,8 +11,6 @@ such files without running any. Names and order of the parameters are:
 | higherANML | `rln.convBlock1.conv.weight` or `rln.encoder.0.0.weight`, ..., `nm...`, `nm.fc`, `fc` |
 """
 
-from __future__ import annotations
-
 import anml_start  # noqa: F401 (before torch)
 
 # isort: split
@@ -113,7 +111,7 @@ class Inert(dict[str | int, object]):
         self.name, self.arguments = name, arguments
         self.state: object = None
 
-    def __call__(self, *arguments: object) -> Inert:
+    def __call__(self, *arguments: object) -> "Inert":
         return Inert(self.name, arguments)
 
     def __setstate__(self, state: object) -> None:

@@ -12,8 +12,6 @@ argument's name always makes its flag (`--net_width`). The name alone does so wh
 entry of a registry that is read before has a flag of that name.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

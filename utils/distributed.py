@@ -4,8 +4,6 @@ All processes draw the same random numbers and hold the same weights. Each proce
 independent work, and results are combined in the same order for every number of processes.
 """
 
-from __future__ import annotations
-
 import atexit
 import hashlib
 import logging
@@ -290,7 +288,7 @@ class Interrupt:
             for each in STOPS:
                 signal.signal(each, self._before[each])
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> "Interrupt":
         hangup = [signal.SIGHUP] if sys.platform != "win32" else []
         heard = [number for number in hangup if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in (*STOPS, *heard)}

@@ -4,8 +4,6 @@ No state of stdout or stderr ends a run: closed, a pipe without a reader, a full
 umlauts.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import os

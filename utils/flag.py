@@ -10,8 +10,6 @@ An annotation gives an argument's type, a text for `--help`, and the range of a 
 is one of, or a function that reads the value. `utils.command_line` makes a parser of such a dataclass.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import os

@@ -4,8 +4,6 @@
 events; scripts add their own files. An interrupted run is resumed in its folder, by one process at a time.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import logging
@@ -103,7 +101,7 @@ class Run:
         arguments: Flags,
         extra: Mapping[str, Any] | None = None,
         done: int = 0,
-    ) -> Run:
+    ) -> "Run":
         """A new run in `runs_dir/<name>_<k>` with the smallest free k, or that of `resume` after step `done`.
 
         `config.json` gets the arguments, versions, machine, git commit, start time and `extra` (data hash,
@@ -227,7 +225,7 @@ class Run:
                 self._events.write(part + struct.pack("<I", masked_crc32c(part)))
             self._events.flush()  # a killed run keeps its curves
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -267,7 +265,7 @@ class Progress:
         self._since = (done, time.perf_counter())
         self._sums: dict[str, float] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -6,8 +6,6 @@ and `model.method`. Conv blocks become drop-in layers (`network`) with hand-writ
 (`cuda_graph`).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

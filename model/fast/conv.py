@@ -8,8 +8,6 @@ Kernels are [O, I, 3, 3] with the channels last in memory. The matrix that multi
 of the kernel. Other layouts give the same numbers more slowly.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor

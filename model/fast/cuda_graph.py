@@ -4,8 +4,6 @@ A meta-step at batch 1 is some ten thousand kernels of a few microseconds each. 
 slowly than a GPU computes them. A graph replays the same kernels on the same memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 

@@ -12,8 +12,6 @@ differentiate through that step.
   input and parameters, which `double_backward` prepared. Layers are called from last to first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ factors, T steps cost T dot products per image in place of passes over the whole
 `model.method`, with which `model.guard` compares the results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -116,7 +114,7 @@ def _value_and_grads(
     return (loss, logits, torch.stack(inner_losses)), grads, [*inputs, *query_grads]
 
 
-def _adapt(loop: _Loop, params: Params, head: _Head, constant: int) -> tuple[list[Batch], list[Tensor]]:
+def _adapt(loop: _Loop, params: Params, head: "_Head", constant: int) -> tuple[list[Batch], list[Tensor]]:
     """Run the inner loop, which changes `params` and the head; returns the batches of all steps after the
     first `constant`, and the losses of all steps."""
     features = Features(loop.net, loop.support[0])

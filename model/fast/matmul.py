@@ -4,8 +4,6 @@ On the CPU torch computes float32 matmuls with its BLAS and convolutions with on
 AVX-512 the BLAS (MKL) reaches 215 GFLOP/s and oneDNN 420. So matmuls use oneDNN too, where this torch has it.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

@@ -3,8 +3,6 @@
 Stages other than conv blocks and convolutions have autograd's derivatives.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -154,7 +152,7 @@ class Features:
         """Names of the parameters that the features are computed with."""
         return [name for layers, _ in self.parts for _, names in layers for name in names]
 
-    def __call__(self, params: Mapping[str, Tensor], rows: slice = slice(None)) -> Batch:
+    def __call__(self, params: Mapping[str, Tensor], rows: slice = slice(None)) -> "Batch":
         """The features of some of the inputs, with `params` by name."""
         chains = [Chain([(make(), names) for make, names in layers]) for layers, _ in self.parts]
         return Batch(chains, [x[rows] for _, x in self.parts], params)

@@ -13,8 +13,6 @@ In float32 the relative error is about 1e-6, which gradients tolerate. The forwa
 rounding error decides which pixels pass ReLU and max-pool.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

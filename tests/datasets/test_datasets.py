@@ -1,7 +1,5 @@
 """Characters: Omniglot from every source it comes in, with every fault it can have."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """A folder of pictures as a data set, through the scripts where it matters, and a loader of one's own."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Generated characters: the same for the same seed, and like Omniglot's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The protocol of an evaluation: treatments, several models, kills and what is resumed, tracking."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable

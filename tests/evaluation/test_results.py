@@ -1,7 +1,5 @@
 """Results files: what is written comes back, and a wrong file is named with what is wrong in it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The method on a GPU: the CPU's numbers, and no step that waits for the device."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """What is read is what runs: the default backend follows every edit of the working copy."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

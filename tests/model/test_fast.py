@@ -1,7 +1,5 @@
 """The fast backend: each layer's derivatives against autograd's, whole runs against plain ones, its guard."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import itertools

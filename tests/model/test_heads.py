@@ -1,7 +1,5 @@
 """Heads that need no gradient: their numbers against plain formulas, the scripts with them, a user's own."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The meta-test of a network: its draws, its outputs, divergence, and stops on the way."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The method against the plain float64 reference, on small networks and random images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

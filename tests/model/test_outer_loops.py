@@ -1,7 +1,5 @@
 """Alternating learning, a penalty and the schedule: steps against torch's own, and runs of the script."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import math

@@ -1,7 +1,5 @@
 """Networks that the project does not have: exact, through both scripts, or one clear line."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The recorded fixtures of the released model, in float64 and float32."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Meta-training for a head of class means: the loss by hand, both backends, the script with its refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Activity, dead units, KNN and the embedding, against plain versions; the script on glyphs."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """The method under torch.func, and inner rules beside the paper's."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

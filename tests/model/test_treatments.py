@@ -1,7 +1,5 @@
 """The table of treatments: each row trains what the paper says, and a preset stands for its row."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

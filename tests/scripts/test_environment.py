@@ -1,7 +1,5 @@
 """Libraries that cannot be imported, settings of other programs, repositories around this one."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The examples of docs/extending.md for trainings, run where the page puts them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Full disks, folders that cannot be written and training that diverges: what is lost, and what is said."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

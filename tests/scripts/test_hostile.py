@@ -1,7 +1,5 @@
 """Made-up models and training states: each is taken, or refused in one line, and nothing else happens."""
 
-from __future__ import annotations
-
 import io
 import logging
 import tempfile

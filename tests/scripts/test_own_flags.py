@@ -1,7 +1,5 @@
 """Arguments of networks and data sets of one's own as flags, through both scripts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

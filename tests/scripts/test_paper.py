@@ -1,7 +1,5 @@
 """configs/paper.sh: its commands are ones that the scripts accept, and it skips what is there."""
 
-from __future__ import annotations
-
 import csv
 import os
 import re

@@ -1,7 +1,5 @@
 """`--learner iid`: its defaults, batches and steps are right, it learns, and resumes to the same bits."""
 
-from __future__ import annotations
-
 from itertools import islice
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What each script refuses: exit code 2, one line that names the fault, and nothing written."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import ModuleType

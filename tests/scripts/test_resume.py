@@ -1,7 +1,5 @@
 """Runs that are killed, stopped or damaged go on as if nothing had happened, or say why not."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Both scripts as a user runs them: subprocesses on generated characters."""
 
-from __future__ import annotations
-
 import ast
 import csv
 import importlib

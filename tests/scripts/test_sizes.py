@@ -1,7 +1,5 @@
 """Images of other sizes than 28: data, networks, and both scripts through to a tool."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The benchmark: its count of the arithmetic, its warning, and a run of it at tiny widths."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

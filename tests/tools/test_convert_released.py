@@ -1,7 +1,5 @@
 """Models of others: read without running them, converted where they fit, named where they do not."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import sys

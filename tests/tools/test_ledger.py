@@ -1,7 +1,5 @@
 """The ledger: what docs/results.md says is what results/ holds, and nothing malformed passes."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Figures of several results: what is drawn where, the files, and what is refused."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

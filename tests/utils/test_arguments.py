@@ -1,7 +1,5 @@
 """Flags: every released one, both spellings, ranges, config files, and one-line errors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path

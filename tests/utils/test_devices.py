@@ -1,7 +1,5 @@
 """The scripts on a GPU that this machine need not have: one like Apple's, made of the CPU's memory."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +34,7 @@ class OnDevice(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> OnDevice:
+    def __new__(cls, held: Tensor) -> "OnDevice":
         made: OnDevice = Tensor._make_wrapper_subclass(
             cls,
             held.size(),

@@ -1,7 +1,5 @@
 """Several processes give what one gives: weights, tables, errors."""
 
-from __future__ import annotations
-
 import signal
 import socket
 import sys

@@ -1,7 +1,5 @@
 """Model files: what is written comes back, and nothing else does."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run folders: what is written, when, and what a crash leaves; and the figures that go there."""
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess
