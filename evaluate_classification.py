@@ -37,7 +37,7 @@ from flags.evaluation import SCHEDULE, Evaluation
 from model.fast import choose_backend
 from model.guard import Backend, Use
 from model.learner import LEARNERS, adam_learner
-from model.meta_test import MetaTest, check_outputs
+from model.meta_test import FITTED, MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
 from model.treatments import describe
 from utils.command_line import as_tokens, parse, plain, recorded
@@ -47,7 +47,6 @@ from utils.flag import arguments
 from utils.run import Run, log_to_terminal
 
 RECORDED = ("name", "weights", "sha256", "step")  # of a model, in config.json
-FITTED = 200  # meta-training classes that a prior is fitted to; more change nothing
 
 log = logging.getLogger("anml")
 

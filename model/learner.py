@@ -255,49 +255,119 @@ class StreamingLDA(NearestClassMean):
         return lambda features: features @ weight - (means.t() * weight).sum(0) / 2
 
 
+def normal_score(squares: Tensor, shape: Tensor, scale: Tensor) -> Tensor:
+    """Log density, up to a constant, of the normal distribution with the most likely precision of a class.
+
+    The precision has a gamma distribution, so that its mode is (shape - 1) / scale.
+
+    Args:
+        squares: squared distances to the mean of the class, [..., F].
+        shape, scale: of the inverse gamma distribution of the variance; they broadcast to `squares`.
+
+    Returns:
+        the sum over the features, [...].
+    """
+    precision = (shape - 1).clamp_min(TINY) / scale
+    return (precision.log() - squares * precision).sum(-1) / 2
+
+
+def student_score(squares: Tensor, shape: Tensor, scale: Tensor) -> Tensor:
+    """Log density, up to a constant, of the Student t distribution that unknown variances give.
+
+    It has 2 shape degrees of freedom, and its scale is sqrt(scale / shape). Arguments and what it returns are
+    as in `normal_score`.
+    """
+    # The difference of these logarithms is small, and is added up over all features.
+    exact = shape if shape.device.type == "mps" else shape.double()
+    constant = ((exact + 0.5).lgamma() - exact.lgamma()).to(squares)
+    tail = (squares / (2 * scale)).log1p()
+    return (constant - scale.log() / 2 - (shape + 0.5) * tail).sum(-1)
+
+
 class NormalMAP(NearestClassMean):
     """A normal distribution with a variance for each class and feature, known by what is likely of it.
 
     GeMCL (Banayeeanzadeh et al., *Generative vs. discriminative: rethinking the meta-continual learning*,
     2021): the variance has an inverse gamma prior, here with one shape and scale for all features
-    (`fit_prior`), and its most likely value after the images of the class stands for it.
+    (`fit_prior`), and its most likely precision after the images of the class stands for it.
     """
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         super().add(torch.cat([features, features.square()], 1), labels)
 
-    def solve(self) -> Scores:
+    def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The means [C, F] of the classes, and shape [C, 1] and scale [C, F] of their variances."""
         assert self.given.prior is not None
         shape, scale = self.given.prior
         means, squares = self.means().chunk(2, 1)
         counts = means.new_tensor([self.counts[label] for label in self.labels])[:, None]
         deviations = counts * (squares - means.square()).clamp_min(0)
-        variances = (scale + deviations / 2) / (shape + counts / 2 + 1)
-        weight, own = 1 / variances, means / variances
-        constant = (means * own + variances.log()).sum(1) / 2
-        return lambda features: features @ own.t() - features.square() @ weight.t() / 2 - constant
+        return means, shape + counts / 2, scale + deviations / 2
+
+    def solve(self) -> Scores:
+        means, shape, scale = self.posterior()
+        precisions = (shape - 1).clamp_min(TINY) / scale
+        own = means * precisions
+        constant = (means * own - precisions.log()).sum(1) / 2
+        return lambda features: features @ own.t() - features.square() @ precisions.t() / 2 - constant
+
+
+class Predictive(NormalMAP):
+    """A Student t distribution for each class and feature: `NormalMAP` with all variances in place of one.
+
+    GeMCL's predictive head. The mean of a class is taken as known.
+    """
+
+    def solve(self) -> Scores:
+        classes = list(zip(*self.posterior(), strict=True))
+
+        def scores(features: Tensor) -> Tensor:
+            # Class by class: distances to all classes at once would take a gigabyte.
+            found = [student_score((features - mean).square(), *rest) for mean, *rest in classes]
+            return torch.stack(found, 1)
+
+        return scores
 
 
 @torch.no_grad()
 def fit_prior(
     net: Network, classes: Iterator[Inputs], *, features: str = "gated", power: float = 0.5
 ) -> Prior:
-    """The inverse gamma distribution with mean and variance of the features' variances within classes.
+    """The most likely inverse gamma distribution of the classes' variances.
+
+    As in GeMCL's evaluation, a class counts with one number, the mean of its variances over the features. The
+    prior of all variances of all features would be wide and of no use.
 
     Args:
         classes: the images of one class after the other, two or more each.
         features, power: see `view`.
     """
-    variances = torch.stack([view(net, images, features, power).var(0) for images in classes])
-    mean, spread = variances.mean().clamp_min(TINY), variances.var(correction=0)
-    shape = 2 + mean.square() / spread.clamp_min(TINY * mean.square())
-    return shape.item(), (mean * (shape - 1)).item()
+    return inverse_gamma(
+        torch.stack([view(net, images, features, power).var(0).mean() for images in classes])
+    )
+
+
+def inverse_gamma(values: Tensor) -> Prior:
+    """The inverse gamma distribution under which positive values [N], in float64, are most likely.
+
+    Their inverses have a gamma distribution. Its shape is found by Newton's method in 1 / shape, which
+    converges in four steps or so (Minka, *Estimating a gamma distribution*, 2002). The shape is 5e7 at most,
+    also where all values are equal.
+    """
+    precisions = 1 / values.clamp_min(TINY)
+    spread = (precisions.mean().log() - precisions.log().mean()).clamp_min(1e-8)
+    shape = (3 - spread + ((spread - 3).square() + 24 * spread).sqrt()) / (12 * spread)
+    for _ in range(10):
+        slope = 1 / shape - torch.polygamma(1, shape)
+        shape = 1 / (1 / shape + (shape.log() - shape.digamma() - spread) / (shape.square() * slope))
+    return shape.item(), (shape / precisions.mean()).item()
 
 
 LEARNERS: dict[str, LearnerKind] = {
     "adam": LearnerKind(adam_learner, takes_steps=True),
     "ncm": LearnerKind(NearestClassMean, "nearest class mean"),
     "map": LearnerKind(NormalMAP, "GeMCL-MAP", fit=fit_prior),
+    "predictive": LearnerKind(Predictive, "GeMCL predictive", fit=fit_prior),
     "slda": LearnerKind(StreamingLDA, "streaming LDA"),
 }
 """What `--learner` may name. Defaults are what is best for ANML (see `docs/heads.md`)."""

@@ -6,7 +6,7 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ Purpose = Literal["search", "report", "validation"]
 PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
 
 CHUNK = 100  # images that pass through frozen layers, or are tested, at a time
+FITTED = 200  # meta-training classes that a prior is fitted to; more change nothing
 BUDGET = 2 * 2**30  # bytes of frozen outputs kept; beyond it they are recomputed for every pass
 
 
@@ -233,7 +234,7 @@ class MetaTest:
             return None
         sizes = enumerate(self.background.sizes)  # one image has no variance
         classes = (self.background[label][:CHUNK] for label, size in sizes if size > 1)
-        inputs = (net.frozen(images, self.trained) for images in classes)
+        inputs = (net.frozen(images, self.trained) for images in islice(classes, FITTED))
         return self.kind.fit(net, inputs, **self.options)
 
     @cached_property

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from evaluation.results import read_results, table
-from model.learner import LEARNERS, Given, NearestClassMean, Prior, fit_prior, view
+from model.learner import LEARNERS, Given, NearestClassMean, Prior, fit_prior, inverse_gamma, view
 from model.meta_test import MetaTest
 from model.modelfactory import build
 from tests.conftest import ROOT, Evaluate, pooled
@@ -32,15 +33,20 @@ def direct(name: str, train: Tensor, shrinkage: float, prior: Prior) -> Callable
         inverse = torch.linalg.inv((1 - s) * within + s * within.diag().mean() * identity)
         return lambda x: -torch.einsum("bcf,fg,bcg->bc", x[:, None] - means, inverse, x[:, None] - means) / 2
     if name == "map":
-        shape, scale = prior
-        variances = (scale + deviations.square().sum(1) / 2) / (shape + train.shape[1] / 2 + 1)
-        normal = torch.distributions.Normal(means, variances.sqrt())
+        shape, scale = prior[0] + train.shape[1] / 2, prior[1] + deviations.square().sum(1) / 2
+        normal = torch.distributions.Normal(means, (scale / (shape - 1)).sqrt())
         return lambda x: normal.log_prob(x[:, None]).sum(2)
+    if name == "predictive":
+        shape, scale = prior[0] + train.shape[1] / 2, prior[1] + deviations.square().sum(1) / 2
+        student = torch.distributions.StudentT(2 * shape, means, (scale / shape).sqrt())
+        return lambda x: student.log_prob(x[:, None]).sum(2)
     return lambda x: -(x[:, None] - means).square().sum(2)
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
-@pytest.mark.parametrize(("name", "features"), [("ncm", "gated"), ("map", "gate"), ("slda", "both")])
+@pytest.mark.parametrize(
+    ("name", "features"), [("ncm", "gated"), ("map", "gate"), ("predictive", "gated"), ("slda", "both")]
+)
 def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, power: float) -> None:
     generator = torch.Generator().manual_seed(0)
     net = build("ANML", WIDTHS, generator).double().eval()
@@ -56,10 +62,9 @@ def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, powe
     torch.testing.assert_close(view(net, pool.flatten(0, 1), **options), seen.flatten(0, 1))
 
     prior = fit_prior(net, iter(pool), **options)
-    variances = seen.var(1)
-    assert prior[1] / (prior[0] - 1) == pytest.approx(variances.mean().item())
-    spread = prior[1] ** 2 / ((prior[0] - 1) ** 2 * (prior[0] - 2))
-    assert spread == pytest.approx(variances.var(correction=0).item())
+    # No shape and scale are more likely.
+    likely = stats.invgamma.fit(seen.var(1).mean(1).numpy(), floc=0)
+    assert prior == pytest.approx((likely[0], likely[2]), rel=1e-3)
     options |= {"shrinkage": 0.3} if name == "slda" else {}
 
     index = torch.cartesian_prod(torch.arange(CLASSES), torch.arange(15))
@@ -83,10 +88,25 @@ def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, powe
             assert given.tolist() == expected.argmax(1).tolist()
 
 
+@pytest.mark.parametrize(("shape", "scale"), [(0.5, 1.0), (3.0, 200.0), (60.0, 0.002)])
+def test_the_prior_is_the_most_likely_one(shape: float, scale: float) -> None:
+    values = stats.invgamma.rvs(shape, scale=scale, size=20_000, random_state=1)
+    found = inverse_gamma(torch.from_numpy(values))
+    assert found == pytest.approx((shape, scale), rel=0.05)
+    likelihood = stats.invgamma.logpdf(values, found[0], scale=found[1]).sum()
+    for a, b in ((1.001, 1), (0.999, 1), (1, 1.001), (1, 0.999)):
+        assert stats.invgamma.logpdf(values, a * found[0], scale=b * found[1]).sum() < likelihood
+
+
+def test_the_prior_of_equal_values_is_finite_and_has_their_mean() -> None:
+    shape, scale = inverse_gamma(torch.full((4,), 0.3, dtype=torch.float64))
+    assert scale / (shape - 1) == pytest.approx(0.3)
+
+
 def test_what_is_not_finite_is_no_class() -> None:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
     pool = torch.zeros(CLASSES, 20, 1, 28, 28)
-    for name in ("ncm", "map", "slda"):
+    for name in ("ncm", "map", "predictive", "slda"):
         for fill, diverged in ((0.0, 0), (torch.nan, 1)):
             tester = MetaTest(
                 net,
@@ -107,6 +127,7 @@ def test_what_is_not_finite_is_no_class() -> None:
         ("--model ANML.net --learner slda --features gated", "ANML, streaming LDA --features gated"),
         ("--model ANML.net --learner ncm --power 1 --backend fast", "ANML, nearest class mean --power 1"),
         ("--model ANML.net --learner map --nested", "ANML, GeMCL-MAP"),
+        ("--model ANML.net --learner predictive", "ANML, GeMCL predictive"),
         ("--model ANML.net --learner slda --train_images 1", "ANML, streaming LDA"),
         ("--model OML.net --learner slda", "OML, streaming LDA"),
         ("--model Pretrain.net --learner map", "Pretrain, GeMCL-MAP"),
