@@ -356,6 +356,7 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
         train_images=smallest - test_images,
         test_images=test_images,
         kind=LEARNERS[learner],
+        background=images,
     )
     score = test.score(classes, VALIDATION_LR, "validation", draw=0)
     found = {name: score[name] for name in accuracies()}

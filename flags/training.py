@@ -62,7 +62,9 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         shown="0.001, with iid 0.0001",
     )
     warm_up: int = flag(0, whole(0), "steps in which the rate rises to --meta_lr, the same part each step")
-    cosine: bool = switch(False, "let the rate fall to 0 at --steps, as a half cosine (with prototypes: on)")
+    cosine: bool = switch(
+        False, "let the rate fall to 0 at --steps, as a half cosine (with prototypes and gemcl: on)"
+    )
     train_classes: int | None = flag(
         None, whole(1), "classes to meta-train on, the first of the data", shown="963 of Omniglot, else all"
     )

@@ -64,7 +64,6 @@ class OuterLoop:
         grads: the gradient that `differentiate` leaves, a tensor for each of `learned`.
         optimizer: Adam on `learned`; the run sets its `lr` before each update.
         several: whether processes can share a step, each a part of `--meta_batch`.
-        head: what learns in small meta-tests of the network, a key of `model.learner.LEARNERS`.
         trains_head: whether the head's parameters learn.
         rates: names of the flags to lower where a step diverges.
         defaults: values of flags of the script that are not given.
@@ -75,7 +74,6 @@ class OuterLoop:
     setup: Setup
     _: KW_ONLY
     several: ClassVar[bool] = False
-    head: ClassVar[str] = "adam"
     trains_head: ClassVar[bool] = True
     rates: ClassVar[tuple[str, ...]] = ("meta_lr",)
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -100,6 +98,11 @@ class OuterLoop:
         self.learned = [p for p in self.net.parameters() if p.requires_grad and id(p) not in fixed]
         self.learned += [] if self.rule is None else self.rule.parameters()
         self.optimizer = Adam(self.learned, self.setup.meta_lr)
+
+    @property
+    def head(self) -> str:
+        """What learns in small meta-tests of the network, a key of `model.learner.LEARNERS`."""
+        return "adam"
 
     def check(self, images: ImageSet) -> None:
         """Raise UserError where there are too few images for a step."""

@@ -6,7 +6,7 @@ loop are its flags.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
@@ -26,12 +26,18 @@ from datasets.task_sampler import (
     show,
     shuffled_batches,
 )
+from model.learner import normal_score, student_score
 from model.method import Examples, InnerLoop, MakeRule, Params, inner_loop, kept_rule
 from model.modelfactory import head_rows, reset_head, trained_parameters
 from model.outer_loop import Measured, OuterLoop, gather
 from utils.distributed import seed_layers
 from utils.errors import UserError
 from utils.flag import Range, one_of, positive
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A log density by squared distances, and shape and scale of the variances' distribution."""
+
+GEMCL_SCORES: dict[str, Score] = {"predictive": student_score, "map": normal_score}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -291,15 +297,48 @@ def prototype_logits(features: Tensor, shots: int, leave_one_out: bool = False) 
     Returns:
         [W * (K - shots), W] or [W * K, W], class after class.
     """
-    ways, images, size = features.shape
+    _, images, size = features.shape
     means = features.mean(1) if leave_one_out else features[:, :shots].mean(1)
     queries = (features if leave_one_out else features[:, shots:]).flatten(0, 1)
     distances = (queries**2).sum(1, keepdim=True) + (means**2).sum(1) - 2 * queries @ means.t()
     if leave_one_out:  # from the mean of the others it is K / (K - 1) times as far as from the mean of all
         own = (features - means[:, None]).pow(2).sum(2) * (images / (images - 1)) ** 2
-        classes = torch.arange(ways, device=features.device).repeat_interleave(images)
-        distances = distances.scatter(1, classes[:, None], own.flatten()[:, None])
+        distances = with_own(distances, own)
     return -distances / math.sqrt(size)
+
+
+def with_own(values: Tensor, own: Tensor) -> Tensor:
+    """Values [W * K, W] of images, class after class, with those of own classes from `own` [W, K]."""
+    classes = torch.arange(len(own), device=own.device).repeat_interleave(own.shape[1])
+    return values.scatter(1, classes[:, None], own.flatten()[:, None])
+
+
+def gemcl_logits(
+    features: Tensor, shots: int, leave_one_out: bool, score: Score, shape: Tensor, scale: Tensor
+) -> Tensor:
+    """Logits of the queries of an episode: the log density that GeMCL gives each class.
+
+    Args:
+        features, shots, leave_one_out: as in `prototype_logits`. The number of images and the sum of squares
+            of an image's own class leave that image out as well.
+        score: `normal_score` or `student_score`.
+        shape, scale: of the prior of the variances.
+
+    Returns:
+        as `prototype_logits`.
+    """
+    learned = features if leave_one_out else features[:, :shots]
+    queries = (features if leave_one_out else features[:, shots:]).flatten(0, 1)
+    means, images = learned.mean(1), learned.shape[1]
+    squares = (learned - means[:, None]).square()
+    deviations = squares.sum(1)
+    logits = score((queries[:, None] - means).square(), shape + images / 2, scale + deviations / 2)
+    if leave_one_out:
+        ratio = images / (images - 1)
+        left = (deviations[:, None] - ratio * squares).clamp_min(0)
+        own = score(ratio**2 * squares, shape + (images - 1) / 2, scale + left / 2)
+        logits = with_own(logits, own)
+    return logits
 
 
 @dataclass(eq=False, kw_only=True)
@@ -332,16 +371,25 @@ class EpisodeLoop(OuterLoop):
         "15 %, 0.15 and 2 pixels",
         Range(0),
     ] = 0.0
-    head = "ncm"
     defaults: ClassVar = {"cosine": True}
     trains_head = False
+    numbers: ClassVar[Mapping[str, float]] = {"scale": 1.0}
+    """Positive numbers that the logits have, which learn with the weights, and where they start."""
 
     def __post_init__(self) -> None:
-        # The logits have a learned scale, kept positive.
-        self.log_scale = nn.Parameter(torch.zeros((), device=self.setup.images.rows.device))
-        self.rule = nn.ParameterDict({"log_scale": self.log_scale})
+        device = self.setup.images.rows.device
+        logs = {name: torch.tensor(math.log(start), device=device) for name, start in self.numbers.items()}
+        self.rule = nn.ParameterDict({f"log_{name}": nn.Parameter(value) for name, value in logs.items()})
         self.episode = {"ways": self.ways, "images": self.shots + self.queries, "symmetries": self.symmetries}
         super().__post_init__()
+
+    @property
+    def head(self) -> str:
+        return "ncm"
+
+    def logits(self, features: Tensor, **numbers: Tensor) -> Tensor:
+        """Logits of the queries, as `prototype_logits` gives them, with the values of `numbers`."""
+        return numbers["scale"] * prototype_logits(features, self.shots, self.leave_one_out)
 
     def check(self, images: ImageSet) -> None:
         images.require(self.episode["images"], f"--shots {self.shots} and --queries {self.queries}")
@@ -356,7 +404,7 @@ class EpisodeLoop(OuterLoop):
         """Leave the gradient of an episode's loss in `grads`.
 
         Returns:
-            `loss` and `accuracy` of the queries, and `scale`, which multiplied the logits.
+            `loss` and `accuracy` of the queries, and the `numbers` that the logits were made with.
         """
         images, _ = gather(self.images, episode.index)  # [W, K, C, S, S]
         ways = len(images)
@@ -364,10 +412,41 @@ class EpisodeLoop(OuterLoop):
         if self.augment:
             images = distort(images, self.generator, self.augment)
         features = self.net.features(images).unflatten(0, (ways, -1))
-        scale = self.log_scale.exp()
-        logits = scale * prototype_logits(features, self.shots, self.leave_one_out)
+        assert self.rule is not None
+        numbers = {name: self.rule.get_parameter(f"log_{name}").exp() for name in self.numbers}
+        logits = self.logits(features, **numbers)
         labels = torch.arange(ways, device=logits.device).repeat_interleave(len(logits) // ways)
-        return {**self.classified(logits, labels), "scale": scale.detach()}
+        return {
+            **self.classified(logits, labels),
+            **{name: number.detach() for name, number in numbers.items()},
+        }
+
+
+@dataclass(eq=False, kw_only=True)
+class GeMCLLoop(EpisodeLoop):
+    """Trains the layers below the head for a head of GeMCL: normal distributions with a prior.
+
+    Banayeeanzadeh et al., *Generative vs. discriminative: rethinking the meta-continual learning* (2021).
+    Episodes are those of `EpisodeLoop`. The logits are log densities, and the shape and scale of the prior
+    learn with the weights. A meta-test fits a prior anew, as published (`model.learner.fit_prior`).
+    """
+
+    gemcl_head: Annotated[
+        str,
+        "density of a class: predictive, a Student t distribution; map, a normal distribution with the most "
+        "likely variances",
+        tuple(GEMCL_SCORES),
+    ] = "predictive"
+    numbers: ClassVar = {"shape": 100.0, "scale": 1000.0}
+
+    @property
+    def head(self) -> str:
+        return self.gemcl_head
+
+    def logits(self, features: Tensor, **numbers: Tensor) -> Tensor:
+        """Logits of the queries, as `gemcl_logits` gives them."""
+        score = GEMCL_SCORES[self.gemcl_head]
+        return gemcl_logits(features, self.shots, self.leave_one_out, score, **numbers)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -414,6 +493,7 @@ class BatchLoop(OuterLoop):
 OUTER_LOOPS: dict[str, type[OuterLoop]] = {
     "sgd": TrajectoryLoop,
     "prototypes": EpisodeLoop,
+    "gemcl": GeMCLLoop,
     "iid": BatchLoop,
     "asb": AlternatingLoop,
 }

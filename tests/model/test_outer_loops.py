@@ -109,6 +109,7 @@ class Decayed(ANML):
 
 SCHEDULE = ["--no-cosine", "--warm_up=2"]
 LOOPS = {"sgd": "--update_step=2", "asb": "--update_step=2", "prototypes": "--ways=5", "iid": ""}
+LOOPS["gemcl"] = "--ways=5 --leave_one_out"
 
 
 @pytest.mark.parametrize("learner", LOOPS)

@@ -1,6 +1,8 @@
-"""Meta-training for a head of class means: the loss by hand, both backends, the script with its refusals."""
+"""Meta-training for heads without gradient: the logits by hand, both backends, the script, refusals."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -10,14 +12,16 @@ from torch import Tensor
 import mrcl_classification
 from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
+from model.learner import LEARNERS, Given, NearestClassMean
+from model.modelfactory import Network
 from model.outer_loop import Setup
-from model.outer_loops import EpisodeLoop, prototype_logits
+from model.outer_loops import GEMCL_SCORES, EpisodeLoop, gemcl_logits, prototype_logits
 from tests.conftest import Run, assert_same_run, pooled
 from tests.model.test_method import CLASSES, images, network
 from utils.errors import UserError
 
 FLAGS = [
-    *("--learner", "prototypes", "--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
+    *("--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
     *("--nm_channels", "2", "--pln_channels", "2", "--ways", "5", "--symmetries", "4", "--augment", "1"),
     *("--steps", "4", "--name", "p", "--model_name", "p.net"),
 ]
@@ -35,6 +39,29 @@ def test_logits_are_distances_to_means(leave_one_out: bool) -> None:
                 means[k] = torch.cat([of_class[:i], of_class[i + 1 :]]).mean(0)
             expected.append(torch.stack([-((query - mean) ** 2).sum() / 7**0.5 for mean in means]))
     torch.testing.assert_close(prototype_logits(features, 3, leave_one_out), torch.stack(expected))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("head", ["predictive", "map"])
+def test_logits_are_the_log_densities_of_the_head_of_the_meta_test(head: str, leave_one_out: bool) -> None:
+    """As `--learner predictive` and `map` give them to an image after learning all others, or the shots."""
+    features = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape, scale, bare = 1.5, 0.7, cast("Network", SimpleNamespace(features=lambda images: images))
+    expected = []
+    for k, of_class in enumerate(features):
+        for i in range(5 if leave_one_out else 2):
+            learner = LEARNERS[head](bare, [], Given(prior=(shape, scale)), power=1.0)
+            assert isinstance(learner, NearestClassMean)
+            for label, other in enumerate(features):
+                images = other if leave_one_out else other[:3]
+                if leave_one_out and label == k:
+                    images = torch.cat([other[:i], other[i + 1 :]])
+                learner.learn(images, torch.full((len(images),), label))
+            query = of_class[i if leave_one_out else 3 + i]
+            expected.append(learner.solve()(query[None])[0])
+    numbers = {"shape": torch.tensor(shape), "scale": torch.tensor(scale)}
+    logits = gemcl_logits(features, 3, leave_one_out, GEMCL_SCORES[head], **numbers)
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_symmetries_are_quarter_turns_and_mirrored_quarter_turns() -> None:
@@ -75,10 +102,19 @@ def test_both_backends_give_the_gradient_of_the_loss() -> None:
     assert abs(float(plain_loss) - float(F.cross_entropy(torch.zeros(1, 6), torch.tensor([0])))) < 1
 
 
-def test_a_training_checks_itself_by_class_means_and_resumes_to_the_same_bits(
-    tmp_path: Path, cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("learner", ["prototypes", "gemcl", "gemcl --gemcl_head=map --leave_one_out"])
+def test_a_training_checks_itself_by_the_head_and_resumes_to_the_same_bits(
+    learner: str, tmp_path: Path, cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [*FLAGS, f"--cache_dir={cache}", "--eval_every=2", "--eval_classes=5", "--save_every=2"]
+    flags = [
+        "--learner",
+        *learner.split(),
+        *FLAGS,
+        f"--cache_dir={cache}",
+        "--eval_every=2",
+        "--eval_classes=5",
+        "--save_every=2",
+    ]
     run(mrcl_classification, *flags)
     log = (tmp_path / "runs/p_0/log.txt").read_text()
     assert "step 2 meta-test on 5 meta-training classes: test" in log
