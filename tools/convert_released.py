@@ -1,6 +1,7 @@
-"""Convert a model file of the released ANML code, or of higherANML, into a model file of this project.
+"""Convert a model file of the released ANML code, of higherANML or of GeMCL into one of this project.
 
     python -m tools.convert_released IN OUT
+    python -m tools.convert_released GeMCL/experiments/omniglot/omniglot_PGLR_final/check_point pglr.net
 
 The released code saves whole modules, and `torch.load` of a module can run code from the file. `Reader` reads
 such files without running any. Names and order of the parameters are:
@@ -9,6 +10,10 @@ such files without running any. Names and order of the parameters are:
 |---|---|
 | released, ANML and OML | `vars.0`, `vars.1`, ... in the order of this project's parameters |
 | higherANML | `rln.convBlock1.conv.weight` or `rln.encoder.0.0.weight`, ..., `nm...`, `nm.fc`, `fc` |
+| GeMCL | `layers.0.0.weight`, ...: four blocks of convolution and batch norm, `Conv4` without a head |
+
+A GeMCL file says neither the size of its images nor how their pixels are normalised: `--size` and `--pixels`
+do.
 """
 
 import anml_start  # noqa: F401 (before torch)
@@ -26,16 +31,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from datasets.images import reason
-from model.modelfactory import NETWORKS, Network
+from datasets.images import OMNIGLOT, SIZE, SIZES, Normalisation, reason
+from model.modelfactory import NETWORKS, Network, image_arguments
 from utils.command_line import HelpFirst
 from utils.errors import UserError, run_script, say
 from utils.files import Checkpoint, keep_earlier
-from utils.flag import file_path
+from utils.flag import file_path, whole
 
 WIDTHS = {
     "ANML": {"nm_channels": 0, "pln_channels": 14, "num_classes": -1},
     "OML": {"pln_channels": 0, "hidden": 12, "num_classes": -1},
+    "Conv4": {"channels": 0},
 }
 """For each constructor argument of a network, the position of the parameter with this first size."""
 
@@ -47,14 +53,31 @@ def _higher_anml(block: str, first: int, conv: str, norm: str) -> list[str]:
     return [f"{owner}.{part}" for owner in owners for part in ("weight", "bias")]
 
 
+def _gemcl() -> list[str]:
+    """Names of the parameters and buffers of GeMCL's four blocks."""
+    norm = (f"1.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+    parts = ["0.weight", "0.bias", *norm]
+    return [f"layers.{block}.{part}" for block in range(4) for part in parts]
+
+
 FORMS = (
     ("ANML", [f"vars.{number}" for number in range(28)]),
     ("OML", [f"vars.{number}" for number in range(16)]),
     ("ANML", _higher_anml("convBlock", 1, "conv", "norm")),
     ("ANML", _higher_anml("convBlock", 1, "conv", "bn")),
     ("ANML", _higher_anml("encoder.", 0, "0", "1")),
+    ("Conv4", _gemcl()),
 )
-"""Networks, each with the names of its parameters in files, after a prefix, in the order of this project."""
+"""Networks, each with the names of its tensors in files, after a prefix, in the order of this project."""
+
+PIXELS = {
+    "omniglot": OMNIGLOT,
+    "unit": Normalisation((0,), (255,)),
+    "imagenet": Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "cifar": Normalisation((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)),
+}
+"""Normalisations by the name that `--pixels` takes: the released ANML code's, and GeMCL's three, of which
+`unit` makes pixels numbers from 0 to 1."""
 
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "Long": torch.int64}
 Storages = dict[str, tuple[torch.dtype, int]]
@@ -64,11 +87,20 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of files of torch.save befo
 FILE, PICKLES, OBJECTS, NAME = 2**30, 2**22, 10_000, 1_000
 
 
-def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
+def convert(
+    source: Path, size: int | None = None, pixels: str | None = None
+) -> tuple[Network, dict[str, Tensor], list[str]]:
     """The network of a foreign model file, on the meta device, its weights, and the names of unused tensors.
 
     A kernel for grey images is divided over three equal channels, which gives the same outputs. Unused are
-    the running statistics of norms, since these norms use the sample's own statistics, as in this project.
+    the running statistics of norms that use the sample's own statistics, as in this project. `Conv4` has no
+    bias before its norm: the file's is subtracted from the norm's running mean, which gives the same outputs.
+    GeMCL's files have no head: zeros stand for its weights, which a meta-test draws anew.
+
+    Args:
+        size: side of the images; without it 84 of GeMCL, else 28.
+        pixels: key of `PIXELS`; without it `unit` of GeMCL's grey and `imagenet` of its coloured images, else
+            `omniglot`.
 
     Raises:
         UserError: the file has no known form, is damaged, or a tensor has the wrong shape.
@@ -78,19 +110,29 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
         (kind, [prefix + name for name in names])
         for kind, names in FORMS
         for prefix in [name.removesuffix(names[0]) for name in found if name.endswith(names[0])]
-        if found.keys() >= {prefix + name for name in names} and f"{prefix}vars.{len(names)}" not in found
+        if found.keys() >= {prefix + name for name in names}
+        and not found.keys() & {f"{prefix}vars.{len(names)}", f"{prefix}layers.4.0.weight"}
     )
     kind, names = next(known, ("", []))
     if not kind:
-        what = "neither a model of the released code nor of higherANML"
+        what = "neither a model of the released code nor of higherANML or GeMCL"
         raise UserError(f"{source} holds {len(found)} tensors and is {what}")
     if empty := [name for name in names if found[name].numel() == 0]:
         raise UserError(f"{source}: {empty[0]} is empty")
     widths = {width: len(torch.atleast_1d(found[names[k]])) for width, k in WIDTHS[kind].items()}
+    gemcl, grey = kind == "Conv4", found[names[0]].shape[1:2] == (1,)
     with torch.device("meta"):
-        net = NETWORKS[kind](**widths)
-    fitted = {}
-    for (name, parameter), foreign in zip(net.named_parameters(), names, strict=True):
+        net = NETWORKS[kind](**widths, size=size or (84 if gemcl else SIZE))
+    net.normalisation = PIXELS[pixels or ("omniglot" if not gemcl else "unit" if grey else "imagenet")]
+    state, own, fitted = net.state_dict(), {}, {}
+    for name, parameter in state.items():
+        if not gemcl or not name.startswith("head."):
+            own[name] = parameter
+        if gemcl and name.endswith("conv.weight"):
+            own[name.replace("weight", "bias")] = parameter[:, 0, 0, 0]
+    if len(own) != len(names):
+        raise UserError(f"{source}: {kind} has {len(own)} tensors at --size {size}, not {len(names)}")
+    for (name, parameter), foreign in zip(own.items(), names, strict=True):
         value = found[foreign]
         if value.ndim == 4 and value.shape[1] == 1 and parameter.shape[1] == 3:
             value = value.expand(-1, 3, -1, -1) / 3
@@ -98,7 +140,11 @@ def convert(source: Path) -> tuple[Network, dict[str, Tensor], list[str]]:
             raise UserError(
                 f"{source}: {foreign} is {list(value.shape)} where {kind} has {name} {list(parameter.shape)}"
             )
-        fitted[name] = value.float().contiguous()
+        fitted[name] = value.to(parameter.dtype).contiguous()
+    for bias in own.keys() - state.keys():
+        mean = bias.replace("conv.bias", "norm.running_mean")
+        fitted[mean] = fitted[mean] - fitted.pop(bias)
+    fitted |= {name: torch.zeros(state[name].shape) for name in state.keys() - fitted.keys()}
     return net, fitted, [name for name in found if name not in names]
 
 
@@ -252,13 +298,17 @@ def main() -> None:
     parser = HelpFirst(prog="python -m tools.convert_released", description=__doc__)
     parser.add_argument("source", type=file_path, metavar="IN", help="model file to read")
     parser.add_argument("target", type=file_path, metavar="OUT", help="model file to write")
+    parser.add_argument("--size", type=whole(*SIZES), help="side of images (default: 84 of GeMCL, else 28)")
+    text = "how pixels are normalised (default: of GeMCL unit or, in colour, imagenet; else omniglot)"
+    parser.add_argument("--pixels", choices=PIXELS, help=text)
     args = parser.parse_args()
-    net, weights, rest = convert(args.source)
+    net, weights, rest = convert(args.source, args.size, args.pixels)
     kept = keep_earlier(args.target)
-    Checkpoint(net.network, net.widths, weights, {"converted_from": str(args.source)}, 0).save(args.target)
+    arguments = {"converted_from": str(args.source), **image_arguments(net)}
+    Checkpoint(net.network, net.widths, weights, arguments, 0).save(args.target)
     if kept is not None:
         say(f"{args.target} was there, and is kept as {kept}")
-    say(f"{args.target}: {net.network} {net.widths}")
+    say(f"{args.target}: {net.network} {net.widths} {image_arguments(net)}")
     if rest:
         say(f"not needed: {len(rest)} other tensors, {', '.join(rest[:3])}{', ...' * (len(rest) > 3)}")
 

@@ -192,7 +192,7 @@ class Checkpoint:
         if fault is not None:
             raise ValueError(
                 f"it is not a model of this project: {fault}; python -m tools.convert_released reads "
-                "those of the released code and of higherANML"
+                "those of the released code, of higherANML and of GeMCL"
             )
         return cls(**{part.name: content[part.name] for part in fields(cls) if part.name in content})
 

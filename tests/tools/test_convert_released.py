@@ -5,6 +5,7 @@ import pickle
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.modelfactory import Network, build, restore
+from datasets.images import Normalisation
+from model.modelfactory import Network, build, load_network, restore
 from tests.conftest import Call
 from tools import convert_released
 from tools.convert_released import LEGACY_MAGIC, convert, read
@@ -97,6 +99,69 @@ def higher_state(net: Network, style: str = "norm") -> dict[str, Tensor]:
         for name, value in net.named_parameters()
     ]  # fmt: skip
     return dict(reversed(list(zip(higher_names(style), values, strict=True))))
+
+
+def gemcl(channels: int, outputs: int = 2, blocks: int = 4) -> nn.Sequential:
+    """GeMCL's blocks in float64, no two numbers alike. All are sums of a few powers of 2, kernels times 3, so
+    that float32 and a division by 3 change none."""
+    net = nn.Sequential()
+    for k in range(blocks):
+        conv = nn.Conv2d(outputs if k else channels, outputs, 3, padding=1)
+        net.append(nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)))
+    generator = torch.Generator().manual_seed(6)
+    for value in net.state_dict().values():
+        drawn = torch.randint(1, 200, value.shape, generator=generator)
+        value.copy_(drawn if value.ndim == 0 else (drawn - 90 * (value.ndim > 1)) * 3 / 64)
+    return nn.Sequential(OrderedDict(layers=net)).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("channels", "flags", "size", "pixels"),
+    [
+        (1, (), 84, ((0,), (255,))),
+        (1, ("--size", "28"), 28, ((0,), (255,))),
+        (3, (), 84, ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))),
+        (
+            3,
+            ("--pixels", "cifar", "--size", "32"),
+            32,
+            ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)),
+        ),
+    ],
+)
+def test_gemcl(
+    channels: int, flags: tuple[str, ...], size: int, pixels: Any, call: Call, tmp_path: Path
+) -> None:
+    """Features are the same, though a bias is now part of a running mean, and grey kernels have colours."""
+    foreign, path = gemcl(channels), tmp_path / "out.net"
+    torch.save({name: value.float() for name, value in foreign.state_dict().items()}, tmp_path / "in.net")
+    done = call(convert_released, str(tmp_path / "in.net"), str(path), *flags)
+    assert (done.returncode, "not needed" in done.stdout) == (0, False), done.stderr
+    net = load_network(path).double()
+    assert (net.network, net.image_size, net.normalisation) == ("Conv4", size, Normalisation(*pixels))
+    shape = (2, channels, size, size)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+    inputs = net.normalisation.on("cpu", torch.float64)(images)
+    expected = foreign(inputs).flatten(1)
+    assert expected.std() > 1
+    torch.testing.assert_close(net.features(inputs), expected, rtol=1e-12, atol=0)
+
+
+def test_what_is_nearly_gemcl(tmp_path: Path) -> None:
+    torch.save(gemcl(1, blocks=5).state_dict(), tmp_path / "in.net")
+    with pytest.raises(UserError, match="holds 35 tensors and is neither"):
+        convert(tmp_path / "in.net")
+    state = gemcl(1).state_dict()
+    torch.save(state | {"layers.1.0.bias": torch.ones(3)}, tmp_path / "in.net")
+    message = r"layers\.1\.0\.bias is \[3\] where Conv4 has body\.block2\.conv\.bias \[2\]$"
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "in.net")
+    torch.save(state, tmp_path / "in.net")
+    with pytest.raises(UserError, match="--size 8 is too small"):
+        convert(tmp_path / "in.net", 8)
+    save_released(tmp_path / "in.net", network())
+    with pytest.raises(UserError, match="ANML has 36 tensors at --size 84, not 28"):
+        convert(tmp_path / "in.net", 84)
 
 
 def logits(net: Network) -> Tensor:
