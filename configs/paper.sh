@@ -5,6 +5,7 @@
 #   configs/paper.sh                         # run all, about 12 days; what is there already is skipped
 #   configs/paper.sh train_anml anml         # run these steps only
 #   ROOT=/data configs/paper.sh              # Omniglot is in /data/omniglot-py instead of data/
+#   GEMCL=/code/GeMCL configs/paper.sh       # a clone of github.com/aminbana/GeMCL, for its weights; without, GeMCL/
 #
 # Times are for 2 cores with AVX-512. An evaluation of the full protocol learns (18 rates x 10 draws
 # + 10 runs) x 2235 classes x 15 images = 6.4 million images one by one, at 600 classes alone 1.7 million.
@@ -13,6 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ROOT=${ROOT:-data}
+GEMCL=${GEMCL:-GeMCL}
 PYTHON=${PYTHON:-.venv/bin/python}
 
 DRY_RUN=false
@@ -115,6 +117,21 @@ keep() {
   done
 }
 
+# gemcl: the heads that need no gradient on seven networks of GeMCL, as in its table of Omniglot.
+gemcl() {
+  local features name model head
+  for features in random Pretrain_final MTLR_final PGLR_final Protonet_final MAP_final Bayesian_final; do
+    name=$(tr "[:upper:]" "[:lower:]" <<< "gemcl_${features%_final}")
+    model=GeMCL_${features%_final}.net
+    step "convert_$name" "5 s" "$model" "$PYTHON" -m tools.convert_released \
+      "$GEMCL/experiments/omniglot/omniglot_$features/check_point" "$model"
+    for head in ncm; do
+      evaluate "${name}_$head" "2 min" "GeMCL's released weights (omniglot_$features)" \
+        --config configs/gemcl_omniglot.toml --model "$model" --learner "$head"
+    done
+  done
+}
+
 paper() {
   # Models.
   train train_anml "2.5 to 4 h" Neuromodulation_Model.net \
@@ -161,6 +178,13 @@ paper() {
   evaluate anml_prototypes_map "2 min" "$PROTOTYPES" --model Prototypes_Model.net --learner map --nested
   evaluate anml_prototypes_slda_both "10 min" "$PROTOTYPES" --model Prototypes_Model.net \
     --learner slda --nested
+
+  # GeMCL's released weights, which have no licence and are not part of this project.
+  if $LISTING || $DRY_RUN || [[ -d $GEMCL ]]; then
+    gemcl
+  else
+    echo "# gemcl: skipped: there is no $GEMCL, a clone of github.com/aminbana/GeMCL"
+  fi
 
   # Oracles: the same on a shuffled stream.
   evaluate anml_oracle_1 "4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Oracle

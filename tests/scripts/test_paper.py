@@ -95,6 +95,9 @@ def test_every_command_is_accepted(project: Path, monkeypatch: pytest.MonkeyPatc
         if script == "-m":
             script = f"{flags.pop(0).replace('.', '/')}.py"
         assert (ROOT / script).is_file(), name
+        if script == "tools/convert_released.py":
+            there.add(flags[1])
+            continue
         parsed = parse(KINDS[script], flags)
         assert not parsed.notices, name
         if isinstance(parsed, DataFlags):

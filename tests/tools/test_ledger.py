@@ -139,7 +139,14 @@ def test_pages_say_what_results_hold() -> None:
         plain = [lines[n].partition(" ")[0] for n in wanted]
         return " | ".join([*plain[:-1], lines[wanted[-1]] if interval else plain[-1]])
 
-    for page, texts in SAID.items():
+    rows: dict[str, str] = {}  # of the table of GeMCL's weights, one for each network
+    for target in read_targets():
+        if target.source == "GeMCL, its weights":
+            network = target.result.rpartition("_")[0]
+            cell = f" {target.percent:.1f}, {{{target.result} 600}} |"
+            rows[network] = rows.get(network, "|") + cell
+    said_here = SAID | {"docs/results.md": (*SAID["docs/results.md"], *rows.values())}
+    for page, texts in said_here.items():
         said = " ".join((ROOT / page).read_text(encoding="utf-8").split())
         for text in texts:
             assert re.sub(r"\{(\w+)(?: (\d+))?( ±)?\}", number, text) in said, (page, text)
@@ -171,7 +178,8 @@ def test_published_numbers_are_those_of_the_sources() -> None:
     assert by_key["representation", "knn_after", None, "paper, second-hand"] == "81.1"
     for target in targets:
         if target.spread is not None:
-            assert target.tolerance == max(2, 2 * target.spread)
+            same_weights = target.source == "GeMCL, its weights"
+            assert target.tolerance == (1.2 if same_weights else max(2, 2 * target.spread))
 
 
 def test_results_are_set_beside_targets(tmp_path: Path) -> None:
