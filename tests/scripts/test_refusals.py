@@ -131,7 +131,10 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         "run_0 empty": "cannot read empty/results.csv",
     },
     ledger: {"results": "results"},
-    convert_released: {"nowhere.net new.net": "nowhere.net", "file new.net": "file", "m.net": "OUT"},
+    convert_released: {
+        **{"nowhere.net new.net": "nowhere.net", "file new.net": "file", "m.net": "OUT"},
+        **{"file new.net --size 7": "--size", "file new.net --pixels red": "red"},
+    },
     check_network: {"Nothing": "'Nothing'", "": "NAME"},
     benchmark: {"--repeats 0": "--repeats"},
 }
