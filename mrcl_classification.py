@@ -9,6 +9,7 @@
     python mrcl_classification.py --learner iid                              # for Pretrain & Transfer
     python mrcl_classification.py --config configs/asb.toml                  # without a meta-gradient
     python mrcl_classification.py --meta_batch 2 --processes 2               # two cores, or two GPUs
+    python mrcl_classification.py --seeds 9 10 11                            # three models, side by side
 
 Each step draws a class, learns its 20 images one by one, and improves the weights it started from so
 that afterwards these images and 64 others of all classes are classified right.
@@ -64,6 +65,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError, run_script
 from utils.files import Checkpoint, check_writable, load_checkpoint
+from utils.jobs import model_of, train_seeds
 from utils.run import Progress, Run, log_to_terminal
 
 log = logging.getLogger("anml")
@@ -177,6 +179,20 @@ def stop_diverged(
     )
 
 
+def train_each(args: Training) -> Path:
+    """Train a model for each of `--seeds`; returns the folder of their run folders."""
+    cores = torch.get_num_threads() if choose_device(args.device, None).type == "cpu" else 1
+    jobs = min(args.jobs or cores, len(args.seeds))
+    new = recorded(args) | {"threads": args.threads or max(1, torch.get_num_threads() // jobs)}
+    new |= dict.fromkeys(("seeds", "jobs", "config", "model_name"))
+    changed = {name: new.get(name) for name in args.changeable() - {"name", "runs_dir"}}
+    with Run.open(args.runs_dir, args.name, args.resume, args) as run:
+        log.info("run folder %s, %d of %d trainings at a time", run.folder, jobs, len(args.seeds))
+        train_seeds(Path(__file__), run.folder, args.seeds, jobs, args.steps, new, changed)
+        log.info("models written to %s", model_of(run.folder, args.seeds[0]).with_stem("seed_*"))
+    return run.folder
+
+
 def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **arguments: Any) -> Path:
     """Meta-train, as the command line does.
 
@@ -186,16 +202,20 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
         arguments: flags by name.
 
     Returns:
-        the run folder.
+        the run folder; of several seeds, the folder of theirs.
 
     Raises:
-        UserError: a flag or what it names is wrong, or the training diverges.
+        UserError: a flag or what it names is wrong, or a training diverges.
         SystemExit: a signal ended the training.
     """
     argv = [*argv, *as_tokens(arguments)]
     args = parse(Training, argv)
     run_as(args.processes, argv)
     log_to_terminal()
+    if args.seeds:
+        if on_step is not None:
+            raise UserError("--seeds trains in processes of their own, which call no on_step")
+        return train_each(args)
     device = choose_device(args.device, args.threads)
     kind = OUTER_LOOPS[args.learner]
     inner = kind.inner_loop(args.loop, args.make_rule)

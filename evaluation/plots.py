@@ -118,9 +118,10 @@ def comparison_figure(
 
 
 def with_interval(label: str, rows: Sequence[Line]) -> str:
-    """The label of an axis; the interval is named where a row has one."""
-    known = any(row.get(f"{name}_low") is not None for row in rows for name in accuracies())
-    return f"{label}, 95% interval" if known else label
+    """The label of an axis; where a row has an interval, the label says what the interval is over."""
+    methods = {row[key] for row in rows for key in row if key.endswith("_interval")} - {None}
+    over = sorted({method.rpartition(" ")[2] for method in methods})
+    return f"{label}, 95% interval over {' or '.join(over)}" if over else label
 
 
 def percent(rows: Sequence[Line], key: str) -> NDArray[np.float64]:

@@ -323,9 +323,13 @@ def table(rows: Sequence[Row]) -> str:
             number = "-" if line.get(name) is None else f"{line[name]:.4g}"
             cells.append(shown(line, name) if measure.kind is ACCURACY else number)
         lines.append([str(cell) for cell in cells])
+    return aligned(lines) + "".join(f"\n± {text}" for text in intervals(summary))
+
+
+def intervals(summary: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the intervals of a summary are, in one text; without an interval none."""
     methods = {line[key] for line in summary for key in line if key.endswith("_interval")} - {None}
-    footer = f"\n± 95% interval: {', '.join(sorted(methods))}" if methods else ""
-    return aligned(lines) + footer
+    return [f"95% interval: {', '.join(sorted(methods))}"] if methods else []
 
 
 def shown(line: Mapping[str, Any], name: str) -> str:

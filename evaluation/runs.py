@@ -36,6 +36,7 @@ from utils.command_line import read_config
 from utils.distributed import Group, is_first
 from utils.errors import UserError
 from utils.files import load_checkpoint
+from utils.jobs import models_below
 from utils.run import Progress, Run
 
 VALIDATION_LR = 0.001  # learning rate of a training's meta-tests: the best for most class counts
@@ -74,7 +75,10 @@ def models_to_test(args: Evaluation) -> list[Model]:
     """
     models: list[Model] = []
     kinds: list[tuple[object, ...]] = []
-    for path in args.model or ():
+    paths = [
+        path for given in args.model or () for path in (models_below(given) if given.is_dir() else [given])
+    ]
+    for path in paths:
         saved = load_checkpoint(path)
         log.info("%s: %s after %d steps", path, saved.network, saved.step)
         net, sha256 = restore(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()

@@ -49,8 +49,8 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     model: list[Path] | None = flag(
         None,
         existing,
-        "model file that mrcl_classification.py wrote; of several, each is tested on draws of its own, and "
-        "all of them are one row of the results",
+        "model file that mrcl_classification.py wrote, or the folder of --seeds for all its models; of "
+        "several, each is tested on draws of its own, and all of them are one row of the results",
         shown="none: give it, or --scratch",
         nargs="+",
         action="extend",

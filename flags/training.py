@@ -33,7 +33,7 @@ from utils.flag import (
 MAY_CHANGE = frozenset(
     (
         *("steps", "log_every", "save_every", "keep_every", "eval_every", "eval_classes"),
-        *("device", "threads", "processes", "backend", "model_name", *common.PLACES),
+        *("device", "threads", "jobs", "processes", "backend", "model_name", *common.PLACES),
     )
 )
 
@@ -45,7 +45,6 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     """
 
     no_effect: ClassVar = {
-        "seeds": "give one seed with --seed",
         "model": "choose the network with --treatment, weights with --saved_model",
         **common.NO_COMMIT,
     }
@@ -91,6 +90,19 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     _run: ClassVar = Heading("run")
     name: str = flag("mrcl_omniglot", folder_name, common.NAME)
     seed: int = flag(9, SEED, common.SEEDED)
+    seeds: list[int] = flag(
+        [],
+        SEED,
+        "train a model for each of these seeds, in run folders and with models below one folder; --resume of "
+        "that folder goes on with all, and --model of an evaluation takes it",
+        nargs="+",
+        action="extend",
+        metavar="SEED",
+        shown="none",
+    )
+    jobs: int | None = flag(
+        None, whole(1), "trainings of --seeds at a time, which share the threads", shown="a core each"
+    )
     processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
     keep_every: int = flag(
         0, whole(0), "steps between models that stay in the run folder, as model_<step>.net; 0 for none"
@@ -144,13 +156,17 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         has_rule = OUTER_LOOPS[self.learner].inner_loop is not OuterLoop.inner_loop
         fields = () if has_rule else headed(type(self))["inner rule"]
         of_checks = {} if self.eval_every else {"eval_classes": f"--eval_every {self.eval_every}"}
-        return of_checks | dict.fromkeys(fields, f"--learner {self.learner}")
+        of_seeds = dict.fromkeys(("seed", "model_name", "processes"), "--seeds") if self.seeds else {}
+        of_jobs = {} if self.seeds else {"jobs": "one --seed"}
+        return of_checks | of_seeds | of_jobs | dict.fromkeys(fields, f"--learner {self.learner}")
 
     def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:
             raise UserError("--checkpoint needs --saved_model FILE, the weights to start from")
         if self.saved_model is not None and not self.checkpoint:
             raise UserError("--saved_model needs --checkpoint as well to start from those weights")
+        if len({*self.seeds}) < len(self.seeds):
+            raise UserError("--seeds names a seed twice")
         if self.learn_update_lr and self.inner_rule != "meta_sgd":
             raise UserError(
                 f"--learn_update_lr is --inner_rule meta_sgd: drop it or --inner_rule {self.inner_rule}"

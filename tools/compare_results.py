@@ -11,9 +11,8 @@ import anml_start  # noqa: F401 (before torch)
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from statistics import fmean
 
-from evaluation.results import Results, Row, aligned, read_results
+from evaluation.results import Results, Row, aligned, intervals, read_results, shown, summarise
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, load_library, run_script, say
@@ -24,7 +23,7 @@ RESULTS = "run folder of an evaluation, or its results.csv or results.json"
 
 def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
     """The comparison as a table for the terminal, at class counts of both results: for each accuracy the
-    means in percent, U of `a` and the two-sided p.
+    means in percent with their intervals, U of `a` and the two-sided p.
 
     U is the number of pairs of runs in which `a` is better; ties count half. The test is the paper's, and
     assumes that all runs of all models are independent.
@@ -34,16 +33,18 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
     keys = [key for key in accuracies() if all(row[key] is not None for row in (*a, *b))]
     headings = [text for key in keys for text in (f"A {key} %", f"B {key} %", "U", "p")]
     lines = [["classes", "runs", *headings]]
+    summaries = [{line["classes"]: line for line in summarise(rows)} for rows in (a, b)]
     for classes in counts:
         rows_a, rows_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
         line = [str(classes), f"{len(rows_a)}/{len(rows_b)}"]
         for key in keys:
             values = [[row[key] for row in rows] for rows in (rows_a, rows_b)]
             found = stats.mannwhitneyu(*values, alternative="two-sided")
-            line += [*(f"{100 * fmean(side):.1f}" for side in values), f"{found.statistic:g}"]
+            line += [*(shown(summary[classes], key) for summary in summaries), f"{found.statistic:g}"]
             line.append(f"{found.pvalue:.2g}")
         lines.append(line)
-    return aligned(lines)
+    notes = zip("AB", (intervals([*summary.values()]) for summary in summaries), strict=True)
+    return aligned(lines) + "".join(f"\n{side}  ± {text}" for side, texts in notes for text in texts)
 
 
 def describe(path: Path, results: Results) -> str:

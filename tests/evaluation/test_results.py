@@ -1,5 +1,6 @@
 """Results files: what is written comes back, and a wrong file is named with what is wrong in it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,12 +189,17 @@ def test_mann_whitney_by_hand() -> None:
     """U is the number of pairs in which `a` is better, ties counting half."""
     a = [row(run=k, test=value) for k, value in enumerate((0.1, 0.5, 0.9))]
     b = [row(run=k, test=value) for k, value in enumerate((0.2, 0.5))]
-    line = compare_results.table(a, [*b, row(classes=50)], [10]).splitlines()[1].split()
-    assert line[:5] == ["10", "3/2", "50.0", "35.0", str(0 + 1.5 + 2)]
-    assert line[6:10] == ["90.0", "90.0", "3", "1"]  # all equal
+    lines = compare_results.table(a, [*b, row(classes=50)], [10]).splitlines()
+    cells = re.sub(" ± [0-9.]+", "", lines[1]).split()
+    assert cells[:5] == ["10", "3/2", "50.0", "35.0", str(0 + 1.5 + 2)]
+    assert cells[6:10] == ["90.0", "90.0", "3", "1"]  # all equal
+    assert lines[2:] == [f"{side}  ± 95% interval: Student's t over runs" for side in "AB"]
+    several = [dict(one, model=f"{one['run']}.net") for one in a]
+    assert compare_results.table(several, b, [10]).splitlines()[2].endswith("over models")
     # 3 against 3 without overlap: the most extreme of 20 orders, on two sides.
     a, b = ([row(run=k, test=base + k / 100) for k in range(3)] for base in (0.1, 0.7))
-    assert compare_results.table(a, b, [10]).splitlines()[1].split()[4:6] == ["0", str(2 / 20)]
+    cells = compare_results.table(a, b, [10]).splitlines()[1].split()
+    assert cells[8:10] == ["0", str(2 / 20)]
 
 
 def test_comparing_two_evaluations(tmp_path: Path, call: Call) -> None:
@@ -203,4 +209,4 @@ def test_comparing_two_evaluations(tmp_path: Path, call: Call) -> None:
     write_results(b, [*shared, row(classes=50), row(classes=100)], {"treatment": "OML"})
     out = call(compare_results, str(a), str(b / "results.csv")).stdout
     assert f"A  {a}: ANML, 6 runs of 1 model after 10 75 classes\n" in out
-    assert " ".join(out.splitlines()[-1].split()).startswith("10 5/5 20.0 20.0 12.5 1 90.0 90.0 12.5 1")
+    assert "10 5/5 20.0 20.0 12.5 1 90.0 90.0 12.5 1" in " ".join(re.sub(" ± [0-9.]+", "", out).split())

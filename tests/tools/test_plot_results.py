@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,11 @@ def two_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "accuracies", lambda: ["test", "train"])
 
 
-def summary(values: dict[int, float]) -> list[dict[str, float]]:
+def summary(values: dict[int, float]) -> list[dict[str, Any]]:
     """Test accuracies, and train accuracies 0.1 above, with intervals of 0.05 to either side."""
     bounds = (("", 0.0), ("_low", -0.05), ("_high", 0.05))
     return [
-        {"classes": classes}
+        {"classes": classes, "test_interval": "Student's t over runs"}
         | {
             f"{key}{bound}": test + above + shift
             for key, above in (("test", 0), ("train", 0.1))
@@ -91,7 +92,7 @@ def test_one_run_has_no_band() -> None:
     for axes, bands in ((figure.axes[0], 0), (several.axes[0], 1)):
         band = next(c for c in axes.collections if isinstance(c, PolyCollection))
         assert len(band.get_paths()) == bands
-        assert ("95% interval" in axes.get_ylabel()) == bool(bands)
+        assert axes.get_ylabel().endswith("95% interval over runs") == bool(bands)
     np.testing.assert_allclose(lines(figure.axes[0])["A"], [[10, 50], [600, 50]])
     (axes,) = bars_figure({"A": one[0]}).axes
     ends = [s for c in axes.collections if isinstance(c, LineCollection) for s in c.get_segments()]
