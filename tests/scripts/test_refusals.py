@@ -132,8 +132,11 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
     },
     ledger: {"results": "results"},
     convert_released: {
-        **{"nowhere.net new.net": "nowhere.net", "file new.net": "file", "m.net": "OUT"},
-        **{"file new.net --size 7": "--size", "file new.net --pixels red": "red"},
+        "nowhere.net new.net": "nowhere.net",
+        "file new.net": "file",
+        "m.net": "OUT",
+        "file new.net --size 7": "--size",
+        "file new.net --pixels red": "red",
     },
     check_network: {"Nothing": "'Nothing'", "": "NAME"},
     benchmark: {"--repeats 0": "--repeats"},
