@@ -44,6 +44,7 @@ from model.modelfactory import Network, build, fingerprint, restore
 from model.outer_loop import OuterLoop, Setup, gather
 from model.outer_loops import OUTER_LOOPS
 from model.training_state import (
+    claimed,
     keep_foreign,
     load_state,
     restore_training,
@@ -264,6 +265,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
     with (
         Interrupt(patient=launched()) as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
+        claimed(plan.model_name),
     ):
         log.info("run folder %s, device %s", run.folder, device)
         keep_foreign(run, plan.model_name)

@@ -11,7 +11,16 @@ from datasets import folder, glyphs, omniglot
 from datasets.images import OMNIGLOT, SIZE, ImageSet, Normalisation, Pool, normalise, reason
 from utils.errors import UserError
 
-__all__ = ["DATASETS", "OMNIGLOT", "ImageSet", "Normalisation", "Pool", "Source", "normalise"]
+__all__ = [
+    "DATASETS",
+    "OMNIGLOT",
+    "WITHOUT_FILES",
+    "ImageSet",
+    "Normalisation",
+    "Pool",
+    "Source",
+    "normalise",
+]
 
 DATASETS: dict[str, Callable[..., ImageSet | Mapping[str, ImageSet]]] = {
     "omniglot": omniglot.load,
@@ -24,6 +33,9 @@ A loader returns the images of a split, or of both by split where it reads both 
 the images in pixels; a loader whose images have a size of their own may do without. The first line of a
 loader's docstring and its options, see `utils.flag`, are its part of `--help`.
 """
+
+WITHOUT_FILES = {"glyphs"}
+"""Names of data sets for which `--dataset_path` means nothing."""
 
 log = logging.getLogger("anml")
 

@@ -1,9 +1,10 @@
 """Flags that several scripts have: network, data, run. Released ones have their released spelling."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from datasets import DATASETS, Source
+from datasets import DATASETS, WITHOUT_FILES, Source
 from datasets.images import SIZE, SIZES
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS, Network
@@ -85,6 +86,10 @@ class DataFlags(Flags):
         None, whole(*SIZES), "side of the images in pixels", shown=f"that of the model, else {SIZE}"
     )
     options: dict[str, Any] = arguments_of("dataset", DATASETS, "data")
+
+    def idle(self) -> Mapping[str, str]:
+        without = self.dataset in WITHOUT_FILES
+        return {"dataset_path": f"--dataset {self.dataset}"} if without else {}
 
     def source(self, net: Network) -> Source:
         """The images that these flags name, in the size that a network takes; from another folder those of

@@ -175,6 +175,7 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         of_scratch = parts["network"] if self.model else ()
         of_search = {*parts["learning rate"]} - {"lr"} if self.lr is not None else ()
         return {
+            **super().idle(),
             **dict.fromkeys(of_scratch, "--model"),
             **dict.fromkeys(of_search, "--lr"),
             **dict.fromkeys(others, f"--learner {self.learner}"),

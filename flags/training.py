@@ -158,7 +158,13 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
         of_checks = {} if self.eval_every else {"eval_classes": f"--eval_every {self.eval_every}"}
         of_seeds = dict.fromkeys(("seed", "model_name", "processes"), "--seeds") if self.seeds else {}
         of_jobs = {} if self.seeds else {"jobs": "one --seed"}
-        return of_checks | of_seeds | of_jobs | dict.fromkeys(fields, f"--learner {self.learner}")
+        return (
+            {**super().idle()}
+            | of_checks
+            | of_seeds
+            | of_jobs
+            | dict.fromkeys(fields, f"--learner {self.learner}")
+        )
 
     def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:

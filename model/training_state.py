@@ -5,12 +5,14 @@ state before that one, for the case that `state.pt` is damaged.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from model.modelfactory import image_arguments
 from model.outer_loop import OuterLoop
@@ -79,6 +81,26 @@ def keep_foreign(run: Run, model_name: Path) -> None:
         kept = keep_earlier(model_name)
         log.warning("%s is the model of another training, and is kept as %s", model_name, kept)
         run.saved = True
+
+
+@contextmanager
+def claimed(model_name: Path) -> Iterator[None]:
+    """A context in which other trainings that begin with the same `model_name` warn of this one."""
+    lock = FileLock(model_name.with_name(f".{model_name.name}.lock"))
+    try:
+        if is_first():
+            lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another training is at work on %s as well: choose with --model_name", model_name)
+    except OSError:
+        pass  # not every file system has locks
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
 
 
 def save_model(path: Path, state: Checkpoint) -> None:

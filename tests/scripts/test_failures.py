@@ -15,7 +15,7 @@ import torch
 
 from flags.training import Training
 from model import training_state
-from model.training_state import save_model
+from model.training_state import claimed, save_model
 from tests.conftest import Trainer
 from utils.command_line import parse
 from utils.errors import UserError
@@ -152,6 +152,19 @@ def test_trainings_that_share_a_model_name_keep_one_copy_each(
     trainer("--steps=6", "--save_every=1")
     assert capsys.readouterr().out.count("is kept as") == 1
     assert sorted(path.name for path in Path("runs").glob("*.net")) == ["smoke.1.net", "smoke.net"]
+
+
+def test_a_training_warns_at_its_start_of_another_with_its_model_name(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warning = "another training is at work on runs/smoke.net as well"
+    Path("runs").mkdir()
+    with claimed(Path("runs/smoke.net")):
+        trainer("--steps=1")
+    assert warning in capsys.readouterr().out.partition("run folder")[0]
+    trainer("--steps=1")
+    assert warning not in capsys.readouterr().out
+    assert not list(Path("runs").glob(".*.lock"))
 
 
 def test_a_run_killed_between_its_two_models_takes_both_for_its_own(

@@ -42,6 +42,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{SMOKE} --checkpoint --saved_model file": "file",
         f"{SMOKE} --checkpoint --saved_model nowhere.net": "nowhere.net",
         f"{SMOKE} --dataset omniglot --dataset-path file": "file",
+        f"{SMOKE} --dataset_path x": "--dataset_path x means nothing with --dataset glyphs",
         f"{SMOKE} --device cuda:99": "cuda:99",
         f"{SMOKE} --device gpu": "--device gpu: not on this machine; it has",
         f"{PROTOTYPES} --update_lr 0.1": "--update_lr means nothing with --learner prototypes",
@@ -87,6 +88,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
             )
         },
         f"{EVALUATE} --learner ncm --shrinkage 0.5": "--shrinkage",
+        f"{EVALUATE} --dataset_path x": "--dataset_path x means nothing with --dataset glyphs",
         f"{EVALUATE} --treatment ANML": "--treatment ANML means nothing with --model",
         f"{EVALUATE} --features gate": "--features",
         **{
