@@ -170,6 +170,7 @@ class Plan:
             chosen.require(
                 args.train_images + args.test_images,
                 f"--train_images {args.train_images} and --test_images {args.test_images}",
+                args.test_images,
             )
             if max(schedule) > len(chosen):
                 raise UserError(

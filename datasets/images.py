@@ -106,11 +106,13 @@ class Pool:
         sizes: images of each class, N in all.
         prepare: makes what a network takes of some rows; None where they are that already. Images stay
             uint8, a quarter of the memory, until a batch of them is made.
+        test_only: see `ImageSet`.
     """
 
     rows: Tensor
     sizes: tuple[int, ...]
     prepare: Prepare | None = None
+    test_only: int = 0
 
     def __len__(self) -> int:
         """Number of classes."""
@@ -151,6 +153,8 @@ class ImageSet:
         default_classes: how many classes, the first ones, are used by default; None for all.
         notes: what `config.json` says of the set beside its name and data hash.
         data_hash: sha256, hexadecimal, of class names, sizes, shape and pixels, computed where none is given.
+        test_only: how many images of each class, the last ones, a meta-test takes its test images from. It
+            learns from the others. 0 for images that are either.
     """
 
     name: str
@@ -161,6 +165,7 @@ class ImageSet:
     default_classes: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
     data_hash: str = ""
+    test_only: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", _as_images(self.images))
@@ -231,9 +236,12 @@ class ImageSet:
             raise UserError(f"{self.name}: all pixels are equal (in a channel), so nothing can be learned")
         return Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
 
-    def require(self, images: int, flags: str) -> None:
-        """Raise UserError where a class has fewer images than `flags` ask for."""
-        small = [label for label, size in enumerate(self.sizes) if size < images]
+    def require(self, images: int, flags: str, tests: int = 0) -> None:
+        """Raise UserError where a class has too few images for `flags`, which ask for `tests` test images."""
+        spare = self.test_only - tests if self.test_only else 0
+        if spare < 0:
+            raise UserError(f"{flags}: {self.name} keeps {self.test_only} images of each class for tests")
+        small = [label for label, size in enumerate(self.sizes) if size - spare < images]
         if small:
             smallest = min(small, key=self.sizes.__getitem__)
             others = f", and {len(small) - 1} others have too few" if len(small) > 1 else ""
@@ -249,7 +257,8 @@ class ImageSet:
     def pool(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pool:
         """All images on `device`. A batch that is taken becomes network inputs [B, C, S, S], normalised."""
         normalisation = self.normalisation or OMNIGLOT
-        return Pool(self.images.to(device), self.sizes, normalisation.on(device, dtype))
+        prepare = normalisation.on(device, dtype)
+        return Pool(self.images.to(device), self.sizes, prepare, self.test_only)
 
 
 def _as_images(pixels: Tensor | NDArray[np.uint8]) -> Tensor:

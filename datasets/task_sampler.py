@@ -194,6 +194,7 @@ def sample_task(
     test_images: int = 5,
     class_order: str = "random",
     split: str = "random",
+    test_only: int = 0,
 ) -> Task:
     """Draw `classes` classes, and of each class some images to learn and others to test.
 
@@ -205,11 +206,13 @@ def sample_task(
         test_images: images of a class to test.
         class_order: `random`, or `dataset` for the drawn classes in dataset order, as released.
         split: `random` per class, or `dataset` for the first 15 and the last 5, as released.
+        test_only: images of each class, the last ones, that the test images are drawn from; 0 for all.
 
     Raises:
         UserError: fewer classes than `classes`, or one with too few images.
     """
-    if classes > len(sizes) or train_images + test_images > min(sizes):
+    spare = test_only - test_images if test_only else 0
+    if classes > len(sizes) or train_images + test_images > min(sizes) - spare or spare < 0:
         raise UserError(
             f"--schedule asks for {classes} classes of --train_images {train_images} and --test_images "
             f"{test_images}; the pool holds {len(sizes)} of {min(sizes)} or more images"
@@ -218,9 +221,13 @@ def sample_task(
     if class_order == "dataset":
         drawn = drawn.sort().values
     number = train_images + test_images
-    orders = [torch.randperm(sizes[label], generator=generator)[:number] for label in drawn.tolist()]
+    shown = [sizes[label] for label in drawn.tolist()]
+    orders = [torch.randperm(size - test_only, generator=generator)[:number] for size in shown]
+    if test_only:
+        tests = [size - test_only + torch.randperm(test_only, generator=generator) for size in shown]
+        orders = [torch.cat(both) for both in zip(orders, tests, strict=True)]
     if split == "dataset":
-        orders = [torch.arange(sizes[label]) for label in drawn.tolist()]
+        orders = [torch.arange(size) for size in shown]
     chosen = torch.stack([torch.cat([order[:train_images], order[-test_images:]]) for order in orders])
     index = torch.stack([drawn[:, None].expand_as(chosen), chosen], 2)
     return Task(index[:, :train_images], index[:, train_images:])

@@ -204,6 +204,7 @@ class MetaTest:
             test_images=self.test_images,
             class_order=self.class_order,
             split=self.split,
+            test_only=pool.test_only,
         )
         net = new_run(self.net, self.trained, generator, self.reset_all)
         prior = self._prior(net) if self.reset_all else self._prior_of_all_runs

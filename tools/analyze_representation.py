@@ -212,11 +212,18 @@ def main() -> None:
     images = args.source(net).load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     learned, tested = args.train_images, args.test_images
-    images.require(learned + tested, f"--train_images {learned} and --test_images {tested}")
+    images.require(learned + tested, f"--train_images {learned} and --test_images {tested}", tested)
     if len(images) * learned < NEIGHBOURS:
         raise UserError(f"{len(images)} classes of --train_images {learned} have no {NEIGHBOURS} neighbours")
     size, order = (images.sizes, len(images), torch.Generator().manual_seed(args.seed)), "dataset"
-    task = sample_task(*size, train_images=learned, test_images=tested, class_order=order, split=args.split)
+    task = sample_task(
+        *size,
+        train_images=learned,
+        test_images=tested,
+        class_order=order,
+        split=args.split,
+        test_only=images.test_only,
+    )
     about = {"device": str(device), "backend": backend, "network": net.network, "step": step}
     about |= {"classes": len(images), **images.about()}
     with Run.open(args.runs_dir, args.name, None, args, about) as run:
