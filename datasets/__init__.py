@@ -1,4 +1,4 @@
-"""Images to learn from: Omniglot, characters generated in its place, folders of images, and yours."""
+"""Images to learn from: Omniglot, generated characters in its place, fonts, folders of images, and yours."""
 
 import inspect
 import logging
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import folder, glyphs, omniglot
+from datasets import folder, fonts, glyphs, omniglot
 from datasets.images import OMNIGLOT, SIZE, ImageSet, Normalisation, Pool, normalise, reason
 from utils.errors import UserError
 
@@ -26,6 +26,7 @@ DATASETS: dict[str, Callable[..., ImageSet | Mapping[str, ImageSet]]] = {
     "omniglot": omniglot.load,
     "glyphs": glyphs.load,
     "folder": folder.load,
+    "fonts": fonts.load,
 }
 """The registry, by the name that `--dataset` takes: `load(split, root, cache_dir, size, *, option=default)`.
 

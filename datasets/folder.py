@@ -92,7 +92,7 @@ def load(
     pictures = [picture for picture in found if picture.label in placed]
     others += [picture.path.relative_to(root) for picture in found if picture.label not in placed]
     if others:
-        log.warning("%s: %d files are no picture of a class: %s", root, len(others), _some(others))
+        log.warning("%s: %d files are no picture of a class: %s", root, len(others), some(others))
 
     home = root.resolve()
     name = re.sub(r"[^\w.]", "_", home.name) + "-" + hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
@@ -122,7 +122,7 @@ def load(
         leaks = [f"{evaluation[key].as_posix()} is {background[key].as_posix()}" for key in same]
         log.warning(
             "%s: a leak, %d pictures of meta-test classes are pictures of meta-training classes: %s",
-            *(root, len(leaks), _some(leaks)),
+            *(root, len(leaks), some(leaks)),
         )
     return sets
 
@@ -140,11 +140,11 @@ def _scan(root: Path) -> tuple[list[Picture], list[Path]]:
         # A link to a folder that it lies in would be followed without end.
         inner = [name for name in folders if not home.is_relative_to((folder / name).resolve())]
         folders[:] = [name for name in inner if name[0] != "."]
-        label = tuple(map(_readable, folder.relative_to(root).parts))
+        label = tuple(map(readable, folder.relative_to(root).parts))
         for path in (folder / name for name in files if name[0] != "."):
             # Reading a device or a pipe might wait without end.
             if label and path.suffix.lower() in SUFFIXES and path.is_file():
-                pictures.append(Picture(label, _readable(path.name), path, stamp_of(path)))
+                pictures.append(Picture(label, readable(path.name), path, stamp_of(path)))
             else:
                 others.append(path.relative_to(root))
     if not pictures:
@@ -155,12 +155,12 @@ def _scan(root: Path) -> tuple[list[Picture], list[Path]]:
     return sorted(pictures, key=lambda picture: (picture.label, picture.name)), others
 
 
-def _readable(name: str) -> str:
+def readable(name: str) -> str:
     """A file's name as text that can be written and is the same on all systems."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="backslashreplace"))
 
 
-def _some(names: Iterable[object]) -> str:
+def some(names: Iterable[object]) -> str:
     names = sorted(map(str, names))
     return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
@@ -177,19 +177,23 @@ def _split_classes(
             raise UserError(f"{root} has background/ and evaluation/: drop --evaluation_classes")
         names = [{name for where, name in inside.values() if where == split} for split in SPLITS]
         if both := set.intersection(*names):
-            raise UserError(f"{root}: the same class is in background/ and evaluation/: {_some(both)}")
+            raise UserError(f"{root}: the same class is in background/ and evaluation/: {some(both)}")
         return inside
     tops = {label[0] for label in labels}
     if evaluation_classes is None or tops <= {*OTHER_SPLITS, *SPLITS}:
         raise UserError(
-            f"{root} holds {_some(f'{top}/' for top in tops)}: splits are called background/ and evaluation/ "
+            f"{root} holds {some(f'{top}/' for top in tops)}: splits are called background/ and evaluation/ "
             "here; of classes without splits, give --evaluation_classes N, how many of its "
             f"{len(labels)} classes are kept for meta-test"
         )
-    # A hash ranks the classes: the draw is the same everywhere, and classes that join later change no other.
-    ranked = sorted(labels, key=lambda label: hashlib.sha256(f"{seed} {'/'.join(label)}".encode()).digest())
-    drawn = set(ranked[:evaluation_classes])
-    return {label: ("evaluation" if label in drawn else "background", "/".join(label)) for label in labels}
+    joined = {label: "/".join(label) for label in labels}
+    drawn = set(ranked(joined.values(), seed)[:evaluation_classes])
+    return {label: ("evaluation" if name in drawn else "background", name) for label, name in joined.items()}
+
+
+def ranked(names: Iterable[str], seed: int) -> list[str]:
+    """Names in a random order, the same everywhere, of which names that join later change nothing."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
