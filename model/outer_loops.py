@@ -320,7 +320,9 @@ def gemcl_logits(
 
     Args:
         features, shots, leave_one_out: as in `prototype_logits`. The number of images and the sum of squares
-            of an image's own class leave that image out as well.
+            of an image's own class leave that image out as well. The variances of the other classes are those
+            of all K images, taken for those of K - 1: under a prior of large variances one image more makes a
+            class more likely for each feature, and its own class would be the least likely for every image.
         score: `normal_score` or `student_score`.
         shape, scale: of the prior of the variances.
 
@@ -331,13 +333,16 @@ def gemcl_logits(
     queries = (features if leave_one_out else features[:, shots:]).flatten(0, 1)
     means, images = learned.mean(1), learned.shape[1]
     squares = (learned - means[:, None]).square()
-    deviations = squares.sum(1)
-    logits = score((queries[:, None] - means).square(), shape + images / 2, scale + deviations / 2)
+    deviations, counted = squares.sum(1), images
     if leave_one_out:
-        ratio = images / (images - 1)
-        left = (deviations[:, None] - ratio * squares).clamp_min(0)
-        own = score(ratio**2 * squares, shape + (images - 1) / 2, scale + left / 2)
-        logits = with_own(logits, own)
+        counted = images - 1
+        deviations = deviations * ((counted - 1) / counted)
+    shape = shape + counted / 2
+    logits = score((queries[:, None] - means).square(), shape, scale + deviations / 2)
+    if leave_one_out:
+        ratio = images / counted
+        left = (squares.sum(1, keepdim=True) - ratio * squares).clamp_min(0)
+        logits = with_own(logits, score(ratio**2 * squares, shape, scale + left / 2))
     return logits
 
 

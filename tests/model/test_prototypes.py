@@ -1,8 +1,6 @@
 """Meta-training for heads without gradient: the logits by hand, both backends, the script, refusals."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -12,10 +10,8 @@ from torch import Tensor
 import mrcl_classification
 from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
-from model.learner import LEARNERS, Given, NearestClassMean
-from model.modelfactory import Network
 from model.outer_loop import Setup
-from model.outer_loops import GEMCL_SCORES, EpisodeLoop, gemcl_logits, prototype_logits
+from model.outer_loops import GEMCL_SCORES, EpisodeLoop, GeMCLLoop, gemcl_logits, prototype_logits
 from tests.conftest import Run, assert_same_run, pooled
 from tests.model.test_method import CLASSES, images, network
 from utils.errors import UserError
@@ -43,25 +39,43 @@ def test_logits_are_distances_to_means(leave_one_out: bool) -> None:
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("head", ["predictive", "map"])
-def test_logits_are_the_log_densities_of_the_head_of_the_meta_test(head: str, leave_one_out: bool) -> None:
-    """As `--learner predictive` and `map` give them to an image after learning all others, or the shots."""
+def test_logits_are_log_densities(head: str, leave_one_out: bool) -> None:
+    """An image's own class leaves it out; the variances of all classes are as likely as of equally many."""
     features = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shape, scale, bare = 1.5, 0.7, cast("Network", SimpleNamespace(features=lambda images: images))
+    learned, prior = 4 if leave_one_out else 3, (1.5, 0.7)
+
+    def density(query: Tensor, images: Tensor) -> Tensor:
+        shape, scale = prior[0] + learned / 2, prior[1] + images.var(0) * (learned - 1) / 2
+        mean = images.mean(0)
+        found: Tensor = torch.distributions.StudentT(2 * shape, mean, (scale / shape).sqrt()).log_prob(query)
+        if head == "map":
+            found = torch.distributions.Normal(mean, (scale / (shape - 1)).sqrt()).log_prob(query)
+        return found.sum()
+
     expected = []
     for k, of_class in enumerate(features):
         for i in range(5 if leave_one_out else 2):
-            learner = LEARNERS[head](bare, [], Given(prior=(shape, scale)), power=1.0)
-            assert isinstance(learner, NearestClassMean)
-            for label, other in enumerate(features):
-                images = other if leave_one_out else other[:3]
-                if leave_one_out and label == k:
-                    images = torch.cat([other[:i], other[i + 1 :]])
-                learner.learn(images, torch.full((len(images),), label))
+            images = [other if leave_one_out else other[:3] for other in features]
+            if leave_one_out:
+                images[k] = torch.cat([of_class[:i], of_class[i + 1 :]])
             query = of_class[i if leave_one_out else 3 + i]
-            expected.append(learner.solve()(query[None])[0])
-    numbers = {"shape": torch.tensor(shape), "scale": torch.tensor(scale)}
+            expected.append(torch.stack([density(query, of_class) for of_class in images]))
+    numbers = dict(zip(("shape", "scale"), torch.tensor(prior, dtype=torch.float64), strict=True))
     logits = gemcl_logits(features, 3, leave_one_out, GEMCL_SCORES[head], **numbers)
-    torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-6, atol=1e-6)
+    constant = logits[0, 0] - expected[0][0]
+    torch.testing.assert_close(logits - constant, torch.stack(expected))
+
+
+@pytest.mark.parametrize("head", GEMCL_SCORES)
+def test_an_image_left_out_is_in_its_class_under_the_published_prior(head: str) -> None:
+    """The prior's variances, of 10, are far above those of the features."""
+    generator = torch.Generator().manual_seed(0)
+    features = 0.1 * (
+        torch.randn(6, 5, 500, generator=generator) + torch.randn(6, 1, 500, generator=generator)
+    )
+    numbers = {name: torch.tensor(start) for name, start in GeMCLLoop.numbers.items()}
+    logits = gemcl_logits(features, 3, True, GEMCL_SCORES[head], **numbers)
+    assert torch.equal(logits.argmax(1), torch.arange(6).repeat_interleave(5))
 
 
 def test_symmetries_are_quarter_turns_and_mirrored_quarter_turns() -> None:
