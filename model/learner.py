@@ -329,6 +329,52 @@ class Predictive(NormalMAP):
         return scores
 
 
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A log density by squared distances, and shape and scale of the variances' distribution."""
+
+GEMCL_SCORES: dict[str, Score] = {"predictive": student_score, "map": normal_score}
+
+
+def with_own(values: Tensor, own: Tensor) -> Tensor:
+    """Values [W * K, W] of images, class after class, with those of own classes from `own` [W, K]."""
+    classes = torch.arange(len(own), device=own.device).repeat_interleave(own.shape[1])
+    return values.scatter(1, classes[:, None], own.flatten()[:, None])
+
+
+def gemcl_logits(
+    features: Tensor, shots: int, leave_one_out: bool, score: Score, shape: Tensor, scale: Tensor
+) -> Tensor:
+    """Logits of the queries of an episode: the log density that GeMCL gives each class.
+
+    Args:
+        features, shots, leave_one_out: as in `model.outer_loops.prototype_logits`. The number of images and
+            the sum of squares of an image's own class leave that image out as well. The variances of the
+            other classes are those of all K images, taken for those of K - 1: under a prior of large
+            variances one image more makes a class more likely for each feature, and its own class would be
+            the least likely for every image.
+        score: `normal_score` or `student_score`.
+        shape, scale: of the prior of the variances.
+
+    Returns:
+        as `prototype_logits`.
+    """
+    learned = features if leave_one_out else features[:, :shots]
+    queries = (features if leave_one_out else features[:, shots:]).flatten(0, 1)
+    means, images = learned.mean(1), learned.shape[1]
+    squares = (learned - means[:, None]).square()
+    deviations, counted = squares.sum(1), images
+    if leave_one_out:
+        counted = images - 1
+        deviations = deviations * ((counted - 1) / counted)
+    shape = shape + counted / 2
+    logits = score((queries[:, None] - means).square(), shape, scale + deviations / 2)
+    if leave_one_out:
+        ratio = images / counted
+        left = (squares.sum(1, keepdim=True) - ratio * squares).clamp_min(0)
+        logits = with_own(logits, score(ratio**2 * squares, shape, scale + left / 2))
+    return logits
+
+
 @torch.no_grad()
 def fit_prior(
     net: Network, classes: Iterator[Inputs], *, features: str = "gated", power: float = 0.5

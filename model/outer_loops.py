@@ -6,7 +6,7 @@ loop are its flags.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
@@ -26,18 +26,13 @@ from datasets.task_sampler import (
     show,
     shuffled_batches,
 )
-from model.learner import normal_score, student_score
+from model.learner import GEMCL_SCORES, gemcl_logits, with_own
 from model.method import Examples, InnerLoop, MakeRule, Params, inner_loop, kept_rule
 from model.modelfactory import head_rows, reset_head, trained_parameters
 from model.outer_loop import Measured, OuterLoop, gather
 from utils.distributed import seed_layers
 from utils.errors import UserError
 from utils.flag import Range, one_of, positive
-
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A log density by squared distances, and shape and scale of the variances' distribution."""
-
-GEMCL_SCORES: dict[str, Score] = {"predictive": student_score, "map": normal_score}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -305,45 +300,6 @@ def prototype_logits(features: Tensor, shots: int, leave_one_out: bool = False) 
         own = (features - means[:, None]).pow(2).sum(2) * (images / (images - 1)) ** 2
         distances = with_own(distances, own)
     return -distances / math.sqrt(size)
-
-
-def with_own(values: Tensor, own: Tensor) -> Tensor:
-    """Values [W * K, W] of images, class after class, with those of own classes from `own` [W, K]."""
-    classes = torch.arange(len(own), device=own.device).repeat_interleave(own.shape[1])
-    return values.scatter(1, classes[:, None], own.flatten()[:, None])
-
-
-def gemcl_logits(
-    features: Tensor, shots: int, leave_one_out: bool, score: Score, shape: Tensor, scale: Tensor
-) -> Tensor:
-    """Logits of the queries of an episode: the log density that GeMCL gives each class.
-
-    Args:
-        features, shots, leave_one_out: as in `prototype_logits`. The number of images and the sum of squares
-            of an image's own class leave that image out as well. The variances of the other classes are those
-            of all K images, taken for those of K - 1: under a prior of large variances one image more makes a
-            class more likely for each feature, and its own class would be the least likely for every image.
-        score: `normal_score` or `student_score`.
-        shape, scale: of the prior of the variances.
-
-    Returns:
-        as `prototype_logits`.
-    """
-    learned = features if leave_one_out else features[:, :shots]
-    queries = (features if leave_one_out else features[:, shots:]).flatten(0, 1)
-    means, images = learned.mean(1), learned.shape[1]
-    squares = (learned - means[:, None]).square()
-    deviations, counted = squares.sum(1), images
-    if leave_one_out:
-        counted = images - 1
-        deviations = deviations * ((counted - 1) / counted)
-    shape = shape + counted / 2
-    logits = score((queries[:, None] - means).square(), shape, scale + deviations / 2)
-    if leave_one_out:
-        ratio = images / counted
-        left = (squares.sum(1, keepdim=True) - ratio * squares).clamp_min(0)
-        logits = with_own(logits, score(ratio**2 * squares, shape, scale + left / 2))
-    return logits
 
 
 @dataclass(eq=False, kw_only=True)

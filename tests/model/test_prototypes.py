@@ -10,8 +10,9 @@ from torch import Tensor
 import mrcl_classification
 from datasets.task_sampler import distort, sample_episode, show
 from model.fast import BACKENDS
+from model.learner import GEMCL_SCORES, gemcl_logits
 from model.outer_loop import Setup
-from model.outer_loops import GEMCL_SCORES, EpisodeLoop, GeMCLLoop, gemcl_logits, prototype_logits
+from model.outer_loops import EpisodeLoop, GeMCLLoop, prototype_logits
 from tests.conftest import Run, assert_same_run, pooled
 from tests.model.test_method import CLASSES, images, network
 from utils.errors import UserError
