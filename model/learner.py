@@ -319,12 +319,19 @@ class Predictive(NormalMAP):
     """
 
     def solve(self) -> Scores:
-        classes = list(zip(*self.posterior(), strict=True))
+        means, shape, scale = self.posterior()
+        constant = student_score(torch.zeros_like(means), shape, scale)
+        # Logarithms take most of the time, so each is that of a product of four numbers, of 1 for padding.
+        padding = (0, -means.shape[1] % 4)
+        means, factors = F.pad(means, padding), F.pad(0.5 / scale, padding)
 
         def scores(features: Tensor) -> Tensor:
+            features, tails = F.pad(features, padding), []
             # Class by class: distances to all classes at once would take a gigabyte.
-            found = [student_score((features - mean).square(), *rest) for mean, *rest in classes]
-            return torch.stack(found, 1)
+            for mean, factor in zip(means, factors, strict=True):
+                ratios = (features - mean).square_().mul_(factor).add_(1)
+                tails.append(ratios.unflatten(1, (4, -1)).prod(1).log_().sum(1))
+            return constant - (shape[:, 0] + 0.5) * torch.stack(tails, 1)
 
         return scores
 
