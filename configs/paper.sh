@@ -207,11 +207,15 @@ paper() {
     --treatment-preset OML-OLFT --schedule 50 200 --lr 0.0006 --runs 3
 
   # The representation: active and dead units, KNN, pictures.
-  local analysis=("$PYTHON" -m tools.analyze_representation --model Neuromodulation_Model.net
-    --name paper_representation --dataset-path "$ROOT")
-  RESULTS+=(representation "runs/paper_representation_*/representation.json" "$ANML"
-    "$(typed "${analysis[@]}")")
-  step representation "1 min" "runs/paper_representation_*/embedding.png" "${analysis[@]}"
+  local result of
+  for result in representation representation_first_order; do
+    of=${result#representation}
+    local analysis=("$PYTHON" -m tools.analyze_representation --model "Neuromodulation_Model$of.net"
+      --name "paper_$result" --dataset-path "$ROOT")
+    RESULTS+=("$result" "runs/paper_${result}_[0-9]*/representation.json" "$([[ $of ]] && echo "$FIRST" || echo "$ANML")"
+      "$(typed "${analysis[@]}")")
+    step "$result" "1 min" "runs/paper_${result}_[0-9]*/embedding.png" "${analysis[@]}"
+  done
 
   # Figures, comparisons and the table in docs/results.md: quick, so never skipped.
   step figure_sequence "5 s" "" "$PYTHON" -m tools.plot_results --name sequence \

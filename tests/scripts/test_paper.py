@@ -148,7 +148,7 @@ def test_an_interrupted_step_ends_the_script_and_is_not_taken_as_done(project: P
 def test_results_go_to_the_ledger_with_their_commands(project: Path) -> None:
     for name in ("anml", "anml_unlimited"):
         write_accuracies(project / f"runs/paper_{name}_0", "results", {10: (0.8, 0.9)})
-    analysis = project / "runs/paper_representation_10"
+    analysis = project / "runs/paper_representation_first_order_10"
     analysis.mkdir()
     (analysis / "representation.json").write_text('{"measured": {"dead": 0}}')
     for _ in range(2):  # a second time replaces the first
@@ -156,11 +156,11 @@ def test_results_go_to_the_ledger_with_their_commands(project: Path) -> None:
     assert calls(project) == ["-m tools.ledger"] * 2
     # There is no target for anml_unlimited.
     assert {path.name for path in (project / "results").iterdir()} == {
-        *("anml.csv", "manifest.csv", "representation.json", "targets.csv"),
+        *("anml.csv", "manifest.csv", "representation_first_order.json", "targets.csv"),
     }
     with (project / "results/manifest.csv").open(newline="") as file:
         rows = {row["result"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {"anml", "representation"}
+    assert set(rows) == {"anml", "representation_first_order"}
     assert rows["anml"]["training"] == "20,000 steps, second order, seed 9"
     assert shlex.split(rows["anml"]["command"]) == listed(project)["anml"][:-2]
     tables = ledger(project / "results")
