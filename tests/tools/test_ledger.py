@@ -99,6 +99,7 @@ SAID = {
     "docs/prototypes.md": (
         "`--learner ncm`, 10 runs | {anml_prototypes_ncm ±} |",
         "| the same, `--learner slda --features gated`, 10 runs | {anml_prototypes_slda ±} |",
+        "| the same, `--learner map --power 1`, 10 runs | {anml_prototypes_map_power_1 ±} |",
         "| ANML's model, `--learner slda`, 10 runs | {anml_slda} |",
         "| ANML's model, its own head (`adam`), 10 runs | {anml} |",
     ),
@@ -113,8 +114,8 @@ SAID = {
         "layers (OML) {oml 600} % of 600",
         "{anml_3000 50}, {sanml_3000 50}, {sanml_6000 50} | {anml_3000 200}, {sanml_3000 200}, "
         "{sanml_6000 200} | {anml_3000 600}, {sanml_3000 600}, {sanml_6000 600} |",
-        "keeps {anml_prototypes_ncm 600} % of 600 classes with `ncm` and, the highest number here, "
-        "{anml_prototypes_map 600} % with `map`.",
+        "keeps {anml_prototypes_ncm 600} % of 600 classes with `ncm`, {anml_prototypes_map 600} % with `map` "
+        "and, the highest number here, {anml_prototypes_map_power_1 600} % with `map` and features",
         "{anml_sgd 600} % of 600 classes against Adam's {anml 600}.",
     ),
 }
