@@ -116,6 +116,7 @@ SAID = {
         "{sanml_6000 200} | {anml_3000 600}, {sanml_3000 600}, {sanml_6000 600} |",
         "keeps {anml_prototypes_ncm 600} % of 600 classes with `ncm`, {anml_prototypes_map 600} % with `map` "
         "and, the highest number here, {anml_prototypes_map_power_1 600} % with `map` and features",
+        "and {asb 600} % of 600 classes are kept (`asb`).",
         "trains it, has {sequence_20x5_anml 20} % right,",
         "prototype model with `map` {sequence_20x5_prototypes 20} %",
         "{sequence_10x10_anml 10} and {sequence_10x10_prototypes 10} % (`sequence_10x10_*`)",
