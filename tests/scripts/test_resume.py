@@ -323,17 +323,17 @@ def test_a_run_resumed_from_another_folder(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it named from where it was started stays where it is, and may be named from here."""
-    trainer("--steps=2", "--cache_dir=cache")
+    trainer("--steps=2")
     Path("c.toml").write_text('model-name = "../runs/smoke.net"')
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     trainer.run = Path("../runs/smoke_0")
     trainer.resume("--steps=3")
-    trainer.resume("--steps=4", "--cache_dir=../cache", "--config=../c.toml")
+    trainer.resume("--steps=4", "--config=../c.toml")
     assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
     arguments = json.loads((trainer.run / "config.json").read_text())["arguments"]
-    assert arguments["cache_dir"] == str(tmp_path / "cache")
+    assert arguments["model_name"] == str(tmp_path / "runs/smoke.net")
     assert not list(elsewhere.iterdir())
 
 
