@@ -10,10 +10,6 @@ accuracy are measured on 5 other images of each class.
 
 from __future__ import annotations
 
-import anml_start  # noqa: F401 (before torch)
-
-# isort: split
-
 import json
 import logging
 import math

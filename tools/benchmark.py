@@ -16,10 +16,6 @@ All columns are measured in turns, and ratios are medians over the turns. A mach
 shared then changes the ratios little.
 """
 
-import anml_start  # noqa: F401 (before torch)
-
-# isort: split
-
 import json
 import os
 import sys

@@ -5,10 +5,6 @@
 The network is built with its default arguments. A fault ends the check with one line that names the cause.
 """
 
-import anml_start  # noqa: F401 (before torch)
-
-# isort: split
-
 import torch
 
 from datasets.images import SIZE, SIZES

@@ -4,10 +4,6 @@ python -m tools.compare_results runs/anml_0 runs/oml_0
 python -m tools.compare_results results/anml.csv runs/Omni_test_traj_3/results.json
 """
 
-import anml_start  # noqa: F401 (before torch)
-
-# isort: split
-
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path

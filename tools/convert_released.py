@@ -16,10 +16,6 @@ A GeMCL file says neither the size of its images nor how their pixels are normal
 do.
 """
 
-import anml_start  # noqa: F401 (before torch)
-
-# isort: split
-
 import io
 import pickle
 import pickletools

@@ -9,10 +9,6 @@ and command of each result, and our results. A result is `<result>.csv`, the `re
 analysis. A target without a result is listed as not run; results without a target have their own table.
 """
 
-import anml_start  # noqa: F401 (before torch)
-
-# isort: split
-
 import math
 import re
 import sys

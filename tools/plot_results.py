@@ -12,10 +12,6 @@ The figures, each as PNG and PDF, are `<name>_curves` (accuracy against the numb
 
 from __future__ import annotations
 
-import anml_start  # noqa: F401 (before torch)
-
-# isort: split
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
