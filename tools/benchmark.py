@@ -1,7 +1,6 @@
 """Measure the speed of meta-training and meta-test, beside a textbook version and the machine's own rate.
 
     python -m tools.benchmark                                  # all parts, at paper size, under 2 minutes
-    python -m tools.benchmark --json benchmark.json            # also writes the numbers to a file
     python -m tools.benchmark --only second-order anml-13      # two parts
 
 No data is needed. A line is a meta-step or, at meta-test, one image's pass through the frozen layers, update
@@ -12,11 +11,10 @@ or answer. Columns, in ms:
 - machine: the time of the FLOPs of plain PyTorch (as torch counts them) at the machine's rate of convolutions
   and, for an update, of Adam's pass at the machine's rate of copies.
 
-All columns are measured in turns, and ratios are medians over the turns. A machine that slows down or is
-shared then changes the ratios little.
+All columns are measured in turns. Times and ratios are medians over the turns. A machine that slows down or
+is shared then changes the ratios little.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -27,10 +25,10 @@ from functools import partial
 from operator import truediv
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import ImageSet, glyphs
@@ -49,8 +47,7 @@ from tests import reference
 from utils.command_line import parse
 from utils.distributed import choose_device
 from utils.errors import run_script, say, try_to_write
-from utils.files import check_writable, write_text
-from utils.flag import Flags, arguments, choice, file_path, flag, whole
+from utils.flag import Flags, arguments, choice, flag, whole
 from utils.run import cpu_name
 
 ORDERS = {"first-order": True, "second-order": False}
@@ -72,19 +69,17 @@ Rate = tuple[float, float]
 on a busy one; 1 on a GPU."""
 Works = dict[tuple[str, str], tuple[Callable[[], object], int]]
 """The work of a turn and its number of images, by line and column of the table."""
-Part = tuple[Works, str, float, float]
-"""Works, the line with a `machine` column, its needless FLOPs in plain PyTorch, and its bytes moved."""
+Part = tuple[Works, str, int]
+"""Works, the line with a `machine` column, and its bytes moved by Adam."""
+Times = Mapping[str, Mapping[str, Sequence[float]]]
+"""Seconds of each turn, by line and column of the table."""
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time in s that `work` takes on `device`, its kernels included."""
-    moments = []
-    for call in (list, work):  # `list` does nothing; earlier kernels end before `work` begins
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        moments.append(time.perf_counter())
-    return moments[1] - moments[0]
+def seconds(work: Callable[[], object]) -> float:
+    """Time in s that `work` takes, its kernels on a device included."""
+    start = timer()
+    work()
+    return timer() - start
 
 
 @torch.no_grad()
@@ -93,7 +88,7 @@ def convolution_rate(device: torch.device) -> Rate:
     x, kernel = torch.ones(84, 256, 13, 13, device=device), torch.ones(256, 256, 3, 3, device=device)
     F.conv2d(x, kernel)  # warm-up
     cpu, start = time.process_time(), time.perf_counter()
-    taken = median(seconds(partial(F.conv2d, x, kernel), device) for _ in range(CALLS))
+    taken = median(seconds(partial(F.conv2d, x, kernel)) for _ in range(CALLS))
     cpu, wall = time.process_time() - cpu, time.perf_counter() - start
     share = cpu / wall / torch.get_num_threads() if device.type == "cpu" else 1
     return 2 * 84 * 256**2 * 9 * 11**2 / taken, share
@@ -102,7 +97,7 @@ def convolution_rate(device: torch.device) -> Rate:
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s of copying a large float32 tensor, read and written bytes both counted."""
     source, target = torch.ones(COPIED, device=device), torch.zeros(COPIED, device=device)
-    return 2 * 4 * COPIED / median(seconds(partial(target.copy_, source), device) for _ in range(CALLS))
+    return 2 * 4 * COPIED / median(seconds(partial(target.copy_, source)) for _ in range(CALLS))
 
 
 def network(args: "Benchmark", kind: str, backend: str, device: torch.device) -> Network:
@@ -144,10 +139,7 @@ def meta_step(part: str, args: "Benchmark", images: ImageSet, device: torch.devi
 
     if args.size == SIZE:
         works[line, "textbook"] = textbook, 1
-    # torch also differentiates the inner steps with respect to the image, which is not needed.
-    kernels = 3 * 9 * args.pln_channels * (args.size - 2) ** 2
-    needless = 0 if first_order else defaults.loop["update_step"] * 2 * kernels
-    return works, line, needless, 0
+    return works, line, 0
 
 
 def meta_test(part: str, args: "Benchmark", images: ImageSet, device: torch.device) -> Part:
@@ -169,41 +161,67 @@ def meta_test(part: str, args: "Benchmark", images: ImageSet, device: torch.devi
         works[tested, name] = partial(answers, online, outputs, many), CHUNK
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = reference.Adam(weights[2 * rln :], 0.001)
-    if args.size != SIZE:
-        return works, updated, 0, ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :])
-    shown = shown[:TEXTBOOK_IMAGES].expand(-1, 3, -1, -1).contiguous()
+    few = shown[:TEXTBOOK_IMAGES].expand(-1, 3, -1, -1).contiguous()
 
     def update() -> None:
-        for image in shown:
+        for image in few:
             weights[:] = reference.meta_test_update(weights, image, 0, rln, optimizer)
 
-    def test() -> None:
-        for image in shown:
-            reference.logits_of(weights, image).argmax()
-
-    works[updated, "textbook"], works[tested, "textbook"] = (update, len(shown)), (test, len(shown))
-    return works, updated, 0, ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :])
+    if args.size == SIZE:
+        works[updated, "textbook"] = update, len(few)
+    return works, updated, ADAM_BYTES * sum(weight.numel() for weight in weights[2 * rln :])
 
 
-def render(lines: Mapping[str, Any]) -> str:
+def measure(args: "Benchmark", device: torch.device, copies: float) -> tuple[Times, list[Rate]]:
+    """The times of the parts that are asked for, and the rate of convolutions in each turn.
+
+    Args:
+        copies: bytes/s that the device copies.
+    """
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        images = glyphs.load("background", Path(folder), Path(folder), args.size).limited(None, "")
+    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    rates: list[Rate] = []
+    for part in (part for part in PARTS if part in args.only):
+        try_to_write(f"{time.perf_counter() - begin:5.0f} s  {part}\n", sys.stderr)
+        prepare = meta_step if part in ORDERS else meta_test
+        works, line, moved = prepare(part, args, images, device)
+        for work, _ in works.values():  # warm-up: Adam's moments, the allocator, kernel choices
+            work()
+        work, count = works[line, "plain"]
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops, start = counter.get_total_flops() / count, time.perf_counter()
+        for turn in range(args.repeats):
+            if turn and time.perf_counter() - start > PART_SECONDS:
+                break
+            rates.append(convolution_rate(device))
+            for (name, column), (work, count) in works.items():
+                times[name][column].append(seconds(work) / count)
+            times[line]["machine"].append(flops / rates[-1][0] + moved / copies)
+    return times, rates
+
+
+def render(times: Times) -> str:
     """The table for the terminal."""
-    rows = [["ms", *COLUMNS, "fast: range (n)", *(f"{column} / fast" for column in COLUMNS[1:])]]
-    for line, found in lines.items():
-        times, ratios, fast = found["seconds"], found["ratios"], [1e3 * s for s in found["seconds"]["fast"]]
-        row = [line, *(f"{1e3 * median(times[c]):.4g}" if c in times else "-" for c in COLUMNS)]
-        row.append(f"{min(fast):.4g} - {max(fast):.4g} ({len(fast)})")
-        rows.append([*row, *(f"{ratios[c]:.2f}" if c in ratios else "-" for c in COLUMNS[1:])])
+    rows = [["ms", *COLUMNS, *(f"{column} / fast" for column in COLUMNS[1:])]]
+    for line, of in times.items():
+        ratios = {column: median(map(truediv, of[column], of["fast"])) for column in of}
+        row = [line, *(f"{1e3 * median(of[column]):.4g}" if column in of else "-" for column in COLUMNS)]
+        rows.append([*row, *(f"{ratios[column]:.2f}" if column in of else "-" for column in COLUMNS[1:])])
     return aligned(rows)
 
 
-def busy(rates: Sequence[Rate]) -> str | None:
-    """A warning if other processes used the machine while its rates were measured, else None."""
+def busy(rates: Sequence[Rate]) -> str:
+    """A warning if other processes used the machine while its rates were measured, else an empty text."""
     (low, _), (high, _), share = min(rates), max(rates), median(share for _, share in rates)
     if low >= QUIET_RATE * high and share >= QUIET_SHARE:
-        return None
+        return ""
     return (
-        f"warning: this machine was busy, and times say little: cores gave this process {min(share, 1):.0%} "
-        f"of their time, and the rate of convolutions was from {low / 1e9:.0f} to {high / 1e9:.0f} GFLOP/s"
+        "\nwarning: this machine was busy, and times say little: "
+        f"cores gave this process {min(share, 1):.0%} of their time, "
+        f"and the rate of convolutions was from {low / 1e9:.0f} to {high / 1e9:.0f} GFLOP/s"
     )
 
 
@@ -215,64 +233,21 @@ class Benchmark(Flags):
     nm_channels: int = flag(WIDTHS["nm_channels"], whole(1), "channels of NM")
     pln_channels: int = flag(WIDTHS["pln_channels"], whole(1), "channels of the PLN, and of OML")
     size: int = flag(SIZE, whole(*SIZES), "side of the images; without the textbook, which is of 28")
-    json: Path | None = flag(None, file_path, "write the numbers here as well", metavar="FILE")
     device: str = choice("auto", ("auto", "cpu", "cuda", "mps"), "where")
     threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
 
 
 def main() -> None:
     args = parse(Benchmark)
-    if args.json is not None:
-        check_writable(args.json, "--json")
-    begin = time.perf_counter()
     device = choose_device(args.device, args.threads)
     keep_freed_memory()
     copies = copy_bandwidth(device)
-    with tempfile.TemporaryDirectory() as folder:
-        images = glyphs.load("background", Path(folder), Path(folder), args.size).limited(None, "")
-    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    rates: list[Rate] = []
-    for part in (part for part in PARTS if part in args.only):
-        try_to_write(f"{time.perf_counter() - begin:5.0f} s  {part}\n", sys.stderr)
-        works, line, needless, moved = (meta_step if part in ORDERS else meta_test)(
-            part, args, images, device
-        )
-        for work, _ in works.values():  # warm-up: Adam's moments, the allocator, kernel choices
-            work()
-        work, count = works[line, "plain"]
-        with FlopCounterMode(display=False) as counter:
-            work()
-        flops, start = counter.get_total_flops() / count - needless, time.perf_counter()
-        for turn in range(args.repeats):
-            if turn and time.perf_counter() - start > PART_SECONDS:
-                break
-            rates.append(convolution_rate(device))
-            for (name, column), (work, count) in works.items():
-                times[name][column].append(seconds(work, device) / count)
-            times[line]["machine"].append(flops / rates[-1][0] + moved / copies)
-    lines = {
-        name: {"seconds": of, "ratios": {c: median(map(truediv, of[c], of["fast"])) for c in of}}
-        for name, of in times.items()
-    }
-    flops_per_second = median(rate for rate, _ in rates)
-    machine = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-        "convolution_flops_per_second": flops_per_second,
-        "copy_bytes_per_second": copies,
-        "paper_size": all(getattr(args, name) == width for name, width in [*WIDTHS.items(), ("size", SIZE)]),
-        "busy": busy(rates),
-    }
-    header = "{cpu}, {cores} cores, {threads} threads, device {device}, torch {torch}".format(**machine)
-    say(f"{header}; {flops_per_second / 1e9:.0f} GFLOP/s, {copies / 1e9:.1f} GB/s\n")
-    say(render(lines))
-    if machine["busy"] is not None:
-        say(f"\n{machine['busy']}")
-    if args.json is not None:
-        write_text(args.json, json.dumps({"machine": machine, "lines": lines}, indent=2) + "\n")
+    times, rates = measure(args, device, copies)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    machine = f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, device {name}"
+    rate = median(rate for rate, _ in rates)
+    say(f"{machine}, torch {torch.__version__}; {rate / 1e9:.0f} GFLOP/s, {copies / 1e9:.1f} GB/s\n")
+    say(render(times) + busy(rates))
 
 
 if __name__ == "__main__":
