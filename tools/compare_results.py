@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
 
-from evaluation.results import Results, Row, aligned, intervals, read_results, shown, summarise
+from evaluation.results import Row, aligned, intervals, read_results, shown, summarise
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, load_library, run_script, say
@@ -25,39 +25,25 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
     assumes that all runs of all models are independent.
     """
     stats = load_library("scipy.stats")  # a second to import
-
     keys = [key for key in accuracies() if all(row[key] is not None for row in (*a, *b))]
     headings = [text for key in keys for text in (f"A {key} %", f"B {key} %", "U", "p")]
     lines = [["classes", "runs", *headings]]
-    summaries = [{line["classes"]: line for line in summarise(rows)} for rows in (a, b)]
     for classes in counts:
-        rows_a, rows_b = ([row for row in rows if row["classes"] == classes] for rows in (a, b))
-        line = [str(classes), f"{len(rows_a)}/{len(rows_b)}"]
+        both = [[row for row in rows if row["classes"] == classes] for rows in (a, b)]
+        line = [str(classes), "/".join(str(len(rows)) for rows in both)]
+        summaries = [summarise(rows)[0] for rows in both]
         for key in keys:
-            values = [[row[key] for row in rows] for rows in (rows_a, rows_b)]
+            values = [[row[key] for row in rows] for rows in both]
             found = stats.mannwhitneyu(*values, alternative="two-sided")
-            line += [*(shown(summary[classes], key) for summary in summaries), f"{found.statistic:g}"]
+            line += [*(shown(summary, key) for summary in summaries), f"{found.statistic:g}"]
             line.append(f"{found.pvalue:.2g}")
         lines.append(line)
-    notes = zip("AB", (intervals([*summary.values()]) for summary in summaries), strict=True)
+    notes = zip("AB", (intervals(summarise(rows)) for rows in (a, b)), strict=True)
     return aligned(lines) + "".join(f"\n{side}  ± {text}" for side, texts in notes for text in texts)
 
 
-def describe(path: Path, results: Results) -> str:
-    """One line on a result: path, treatment, numbers of runs, models and classes."""
-    treatment = results.about.get("treatment", "treatment not recorded")
-    models = len({row["model"] for row in results.rows})
-    counts = " ".join(map(str, sorted({row["classes"] for row in results.rows})))
-    diverged = sum(row["diverged"] for row in results.rows)
-    text = f"{path}: {treatment}, {len(results.rows)} runs of {models} model{'s' * (models > 1)}"
-    return f"{text} after {counts} classes" + (f", {diverged} of them diverged" if diverged else "")
-
-
 class Comparison(Flags):
-    """Test whether two evaluations differ, at each class count that both have.
-
-    python -m tools.compare_results runs/a_0 runs/b_0
-    """
+    __doc__ = __doc__
 
     a: Path = flag(MISSING, file_path, RESULTS, metavar="A")
     b: Path = flag(MISSING, file_path, RESULTS, metavar="B")
@@ -66,7 +52,8 @@ class Comparison(Flags):
 def main() -> None:
     args = parse(Comparison)
     a, b = read_results(args.a), read_results(args.b)
-    described = f"A  {describe(args.a, a)}\nB  {describe(args.b, b)}"
+    treatments = [results.about.get("treatment", "treatment not recorded") for results in (a, b)]
+    described = f"A  {args.a}: {treatments[0]}\nB  {args.b}: {treatments[1]}"
     common = {row["classes"] for row in a.rows} & {row["classes"] for row in b.rows}
     if not common:
         raise UserError(f"no class count is in both: {described}")
