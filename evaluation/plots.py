@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +24,11 @@ if TYPE_CHECKING:  # matplotlib takes most of a second to import, and most runs 
 log = logging.getLogger("anml")
 
 # Line style, marker and brightness differ, so that curves and bars stay apart in black and white.
-STYLES = (
-    ("-", "o", "black"),
-    ("--", "s", "tab:orange"),
-    ("-.", "^", "tab:blue"),
-    (":", "D", "tab:green"),
-    ("-", "v", "0.6"),
-    ("--", "P", "tab:purple"),
-    ("-.", "X", "tab:brown"),
-    (":", "*", "tab:pink"),
-)
-HOLLOW = tuple(("none", marker, "black") for marker in "os^DvPX*")  # styles of published numbers
+LINES, MARKERS = ("-", "--", "-.", ":"), "os^DvPX*"
+COLOURS = ("black", "tab:orange", "tab:blue", "tab:green", "0.6", "tab:purple", "tab:brown", "tab:pink")
+STYLES = tuple(zip(cycle(LINES), MARKERS, COLOURS))
+HOLLOW = tuple(("none", marker, "black") for marker in MARKERS)  # styles of published numbers
+LABELS = 60  # names along an axis; more would be unreadable
 DPI = 150  # dots per inch of PNG files
 
 Line = Mapping[str, Any]
@@ -62,9 +56,8 @@ def or_warn(what: str) -> Iterator[None]:
 @contextmanager
 def default_style() -> Iterator[None]:
     """Within this context matplotlib has its own defaults, whatever files and variables of the user say."""
-    matplotlib = load_matplotlib()
-    defaults = matplotlib.rcParamsDefault
-    with matplotlib.rc_context({key: defaults[key] for key in defaults if not key.startswith("backend")}):
+    load_matplotlib()
+    with load_library("matplotlib.style").context("default"):
         yield
 
 
@@ -158,19 +151,31 @@ def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 
 @default_style()
-def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[int]) -> Figure:
-    """A figure of the gates of several images as rows of grey values; black is 0.
+def gate_figure(gates: NDArray[np.floating[Any]], labels: Sequence[object]) -> Figure:
+    """A figure of gates, a row each; units go from the most open to the most shut.
 
     Args:
         gates: [B, features], 0 to 1.
-        labels: the class of each of the B images.
+        labels: of the B rows. Neighbouring rows with the same label share one label at their middle.
     """
-    figure = new_figure(9, 0.8 + 0.25 * len(gates))
+    figure = new_figure(9, min(7, 0.8 + 0.25 * len(gates)))
     axes = figure.add_subplot()
-    image = axes.imshow(gates, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(gates)), [str(label) for label in labels])
-    axes.set(xlabel="feature of the prediction network", ylabel="class")
-    figure.colorbar(image, label="gate")
+    order = np.argsort(-gates.mean(0), kind="stable")
+    # Trained gates are nearly shut: on a scale up to 1, or up to one open unit, all would be black.
+    top = float(np.percentile(gates, 99.5)) or 1.0
+    image = axes.imshow(
+        gates[:, order], "magma", vmin=0, vmax=top, aspect="auto", interpolation="antialiased"
+    )
+    groups = [(str(label), len(list(group))) for label, group in groupby(labels)]
+    if len(groups) <= LABELS:
+        names, sizes = zip(*groups, strict=True)
+        ends = np.cumsum(sizes)
+        for end in ends[:-1]:
+            axes.axhline(end - 0.5, color="white", linewidth=0.6)
+        axes.set_yticks(ends - np.array(sizes) / 2 - 0.5, names, fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel="unit of the gate, from the most open to the most shut", ylabel="classes")
+    figure.colorbar(image, label="gate", extend="max")
     return figure
 
 

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,15 +24,14 @@ from numpy.typing import NDArray
 
 from datasets import ImageSet, Pool
 from datasets.task_sampler import Task, sample_task
-from evaluation.plots import STYLES, default_style, load_matplotlib, new_figure, or_warn, save_png
-from evaluation.results import aligned
+from evaluation import plots
 from flags import common
 from model.fast import choose_backend
 from model.guard import Use
 from model.modelfactory import restore
 from model.outer_loop import gather
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
-from tools.ledger import REPRESENTATION, read_targets
+from tools.ledger import REPRESENTATION
 from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("anml")
 
-LABELS = 60  # names along an axis; more would be unreadable
 SHOWN = 6  # images whose activations are drawn, from classes spread over the data
 ALPHABETS, CLASSES_SHOWN = 5, 6  # alphabets in the embedding, classes of each: more would overlap
 
@@ -55,11 +53,7 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
 
     _analysis: ClassVar = Heading("analysis")
     model: Path = flag(
-        None,
-        file_path,
-        "model file that mrcl_classification.py wrote",
-        shown="none: it must be given",
-        metavar="FILE",
+        None, file_path, "model file to analyse", shown="none: it must be given", metavar="FILE"
     )
     name: str = flag("representation", folder_name, common.NAME)
     seed: int = flag(222, SEED, common.SEEDED)
@@ -69,26 +63,18 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
             raise UserError("give --model FILE, which mrcl_classification.py writes")
 
 
-def table(measured: dict[str, float], gated: bool, published: bool) -> str:
-    """The quantities as a table for the terminal, in percent; `published` adds the paper's for ANML."""
-    paper = {target.quantity: str(target) for target in read_targets()} if published and gated else {}
-    lines = [["%".ljust(max(map(len, REPRESENTATION.values()))), "here", *["paper"] * published]]
-    for key, value in measured.items():
-        name = REPRESENTATION[key] if gated else REPRESENTATION[key].removesuffix(" before the gate")
-        cells = [name.ljust(len(lines[0][0])), f"{100 * value:.1f}"]
-        lines.append([*cells, *[paper.get(key, "-")] * published])
-    return aligned(lines)
-
-
 def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, Figure]:
     """All figures, by the stems of their file names."""
     names, gate = images.classes, representation.gate
     alphabets = [name.partition("/")[0] for name in names]
-    features = {"features": representation.before}
+    rows = {"features": representation.before}
     if gate is not None:
-        features = {"before the gate": representation.before, "after the gate": representation.after}
-    rows = features if gate is None else {"before the gate": representation.before, "gate": gate, **features}
-
+        rows = {
+            "before the gate": representation.before,
+            "gate": gate,
+            "after the gate": representation.after,
+        }
+    features = {title: part for title, part in rows.items() if part is not gate}
     shown = task.test[torch.linspace(0, len(names) - 1, min(SHOWN, len(names))).long(), 0]
     figures = {
         "activations": activations_figure(
@@ -99,12 +85,9 @@ def pictures(representation: Representation, task: Task, images: ImageSet) -> di
     }
     if gate is not None:
         means = torch.stack([gate[label].mean(0) for label in range(len(names))])
-        figures["class_gates"] = class_gates_figure(means.cpu().numpy(), alphabets)
-    chosen = [
-        label
-        for alphabet in list(dict.fromkeys(alphabets))[:ALPHABETS]
-        for label in [k for k, other in enumerate(alphabets) if other == alphabet][:CLASSES_SHOWN]
-    ]
+        figures["class_gates"] = plots.gate_figure(means.cpu().numpy(), alphabets)
+    groups = [list(group) for _, group in groupby(range(len(names)), alphabets.__getitem__)]
+    chosen = [label for group in groups[:ALPHABETS] for label in group[:CLASSES_SHOWN]]
     points = {title: torch.cat([part[label] for label in chosen]) for title, part in features.items()}
     figures["embedding"] = embedding_figure(
         {title: principal_components(part).numpy() for title, part in points.items()},
@@ -113,7 +96,7 @@ def pictures(representation: Representation, task: Task, images: ImageSet) -> di
     return figures
 
 
-@default_style()
+@plots.default_style()
 def activations_figure(
     images: NDArray[np.uint8], rows: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]
 ) -> Figure:
@@ -125,7 +108,7 @@ def activations_figure(
             other row at its largest value.
         names: of the classes of the B images, `Alphabet/character01`.
     """
-    figure = new_figure(1.5 * len(names), 1.6 * (1 + len(rows)))
+    figure = plots.new_figure(1.5 * len(names), 1.6 * (1 + len(rows)))
     panels = figure.subplots(1 + len(rows), len(names), squeeze=False)
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
@@ -145,35 +128,7 @@ def activations_figure(
     return figure
 
 
-@default_style()
-def class_gates_figure(gates: NDArray[np.floating[Any]], alphabets: Sequence[str]) -> Figure:
-    """A figure of the mean gate of every class, a row each; units go from the most open to the most shut.
-
-    Args:
-        gates: `[C, F]`, 0 to 1, classes sorted by alphabet.
-        alphabets: of the C classes.
-    """
-    figure = new_figure(9, 7)
-    axes = figure.add_subplot()
-    order = np.argsort(-gates.mean(0), kind="stable")
-    # Trained gates are nearly shut: on a scale up to 1, or up to one open unit, all would be black.
-    top = float(np.percentile(gates, 99.5)) or 1.0
-    image = axes.imshow(
-        gates[:, order], "magma", vmin=0, vmax=top, aspect="auto", interpolation="antialiased"
-    )
-    names = list(dict.fromkeys(alphabets))
-    starts = [list(alphabets).index(name) for name in names]
-    if len(names) <= LABELS:
-        for start in starts[1:]:
-            axes.axhline(start - 0.5, color="white", linewidth=0.6)
-        axes.set_yticks(np.add(starts, [*starts[1:], len(alphabets)]) / 2 - 0.5, names, fontsize=7)
-    axes.tick_params(axis="y", length=0)
-    axes.set(xlabel="unit of the gate, from the most open to the most shut", ylabel="classes")
-    figure.colorbar(image, label="mean gate of the class", extend="max")
-    return figure
-
-
-@default_style()
+@plots.default_style()
 def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets: Sequence[str]) -> Figure:
     """A figure of images as points in a plane, coloured and marked by alphabet.
 
@@ -181,11 +136,11 @@ def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets:
         panels: `[N, 2]` coordinates by title.
         alphabets: of the N images.
     """
-    figure = new_figure(5.2 * len(panels), 5.4)
+    figure = plots.new_figure(5.2 * len(panels), 5.4)
     names = np.array(alphabets)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
-        for (_, marker, colour), name in zip(cycle(STYLES), dict.fromkeys(alphabets)):
+        for (_, marker, colour), name in zip(cycle(plots.STYLES), dict.fromkeys(alphabets)):
             x, y = points[names == name].T
             axes.scatter(x, y, s=14, marker=marker, color=colour, alpha=0.7, linewidth=0, label=name)
         axes.set_aspect("equal", adjustable="datalim")
@@ -199,7 +154,7 @@ def main() -> None:
     args = parse(Analysis)
     log_to_terminal()
     refuse_several("analysis")
-    load_matplotlib()
+    plots.load_matplotlib()
     device = choose_device(args.device, args.threads)
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
@@ -211,12 +166,11 @@ def main() -> None:
     images.require(learned + tested, f"--train_images {learned} and --test_images {tested}", tested)
     if len(images) * learned < NEIGHBOURS:
         raise UserError(f"{len(images)} classes of --train_images {learned} have no {NEIGHBOURS} neighbours")
-    size, order = (images.sizes, len(images), torch.Generator().manual_seed(args.seed)), "dataset"
     task = sample_task(
-        *size,
+        *(images.sizes, len(images), torch.Generator().manual_seed(args.seed)),
         train_images=learned,
         test_images=tested,
-        class_order=order,
+        class_order="dataset",
         split=args.split,
         test_only=images.test_only,
     )
@@ -229,10 +183,12 @@ def main() -> None:
         run.scalars(step, {f"representation/{key}": value for key, value in measured.items()})
         content = {**about, "arguments": recorded(args), "measured": measured}
         write_text(run.folder / "representation.json", json.dumps(content, indent=2) + "\n")
-        with or_warn("the representation"):
+        with plots.or_warn("the representation"):
             for name, figure in pictures(representation, task, images).items():
-                run.image(f"representation/{name}", save_png(figure, run.folder / f"{name}.png"), step)
-        log.info("%s", table(measured, representation.gate is not None, args.dataset == "omniglot"))
+                run.image(f"representation/{name}", plots.save_png(figure, run.folder / f"{name}.png"), step)
+        without = "" if net.has_gate else " before the gate"
+        for key, value in measured.items():
+            log.info("%5.1f %%  %s", 100 * value, REPRESENTATION[key].removesuffix(without))
         log.info("representation.json and the pictures are in %s", run.folder)
 
 
