@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.results import FEW, optional, read_json, read_results, read_table, shown, summarise, text_of
+from evaluation.results import optional, read_json, read_results, read_table, shown, summarise, text_of
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
@@ -144,25 +144,28 @@ def ledger(folder: Path) -> str:
     manifest = read_table(folder / "manifest.csv", columns, key=["result"])
     paths = [*folder.glob("*.json"), *folder.glob("*.csv")]  # a .csv in place of the .json beside it
     files = {path.stem: path for path in paths if path.name not in ("targets.csv", "manifest.csv")}
-    for name in sorted({row["result"] for row in manifest} ^ files.keys()):
+    made = {row.pop("result"): {**row, "command": f"`{row['command']}`"} for row in manifest}
+    for name in sorted(made.keys() ^ files.keys()):
         where = "has no line in manifest.csv" if name in files else "is in manifest.csv but has no file"
         raise UserError(f"{folder}: the result {name!r} {where}")
     results = {name: read_result(path) for name, path in files.items()}
-    made = {row["result"]: row for row in manifest}  # beside each number: training may have been short
     compared, outcomes = [], []
     for target in targets:
-        key, classes = target.quantity, target.classes
-        found = [line for line in results.get(target.result, ()) if key in line]
-        line = next((line for line in found if line["classes"] == classes), {})
+        key = target.quantity
+        found = [line for line in results.get(target.result, ()) if line["classes"] == target.classes]
+        line = next((line for line in found if key in line), {})
         percent = 100 * (math.nan if line.get(key) is None else line[key])
         difference = "-" if math.isnan(percent) else f"{percent - target.percent:+.1f}"
         outcomes.append(target.met_by(percent) if line else None)
-        row = {"treatment": target.treatment, "quantity": QUANTITIES[key], "classes": str(classes or "")}
+        row = {
+            "treatment": target.treatment,
+            "quantity": QUANTITIES[key],
+            "classes": str(target.classes or ""),
+        }
         row |= {"published": str(target), "source": target.source, "ours": shown(line, key) if line else "-"}
         row |= {"difference": f"**{difference}**" if outcomes[-1] is False else difference}
-        how = made.get(target.result, {"training": "", "command": f"configs/paper.sh {target.result}"})
-        row |= {"training": how["training"], "command": f"`{how['command']}`"}
-        compared.append(row)
+        not_run = {"training": "", "command": f"`configs/paper.sh {target.result}`"}
+        compared.append(row | made.get(target.result, not_run))
     others = [
         {"result": name, "quantity": text, "classes": str(line["classes"] or ""), "ours": shown(line, key)}
         for name in sorted(results.keys() - {target.result for target in targets})
@@ -170,20 +173,11 @@ def ledger(folder: Path) -> str:
         for line in results[name]
         if key in line
     ]
-    more = [
-        {"result": name, "training": row["training"], "command": f"`{row['command']}`"}
-        for name, row in made.items()
-        if name in {other["result"] for other in others}
-    ]
+    other_names = {other["result"] for other in others}
+    more = [{"result": name, **how} for name, how in made.items() if name in other_names]
     parts = [
         f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
-        f"(difference in bold), {outcomes.count(None)} not run. All in percent; ± of ours is how far from it "
-        "a 95% interval over runs reaches (of several models, over these): Student's t for fewer than "
-        f"{FEW} of them, else the bootstrap. The runs of one model are draws of the same 650 classes: the "
-        "interval says nothing of other trainings. A command is what made this number, of the training "
-        "beside it. Tolerances are in `results/targets.csv`: twice the published "
-        "spread and at least 2 points, 3 or more without one, 1.2 of published weights. Second-hand: cited "
-        "by others, not checked against the paper's text."
+        f"(difference in bold), {outcomes.count(None)} not run."
     ]
     for heading, rows in (("", compared), ("Ours without a published number:", others), ("", more)):
         parts += [part for part in (heading, markdown(rows)) if part] if rows else []
@@ -201,10 +195,7 @@ def inserted(text: str, tables: str, source: Path) -> str:
 
 
 class Ledger(Flags):
-    """Write published numbers beside ours into docs/results.md.
-
-    python -m tools.ledger
-    """
+    __doc__ = (__doc__ or "").partition("`results/`")[0]
 
     check: bool = switch(False, "change nothing; exit code 1 if the page is not what would be written")
 
