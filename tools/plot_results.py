@@ -5,9 +5,9 @@
     python -m tools.plot_results runs/on_the_way_0 --against steps      # of an evaluation of several models
     python -m tools.plot_results runs/mrcl_omniglot_0 --against training
 
-The figures, each as PNG and PDF, are `<name>_curves` (accuracy against the number of classes) and
-`<name>_bars` (accuracy at the largest class count that all results have); with `--against steps`
-`<name>_steps`, and with `--against training` `<name>_training`.
+Each figure is a PNG and a PDF. `<name>_curves` has accuracy against the number of classes, `<name>_bars` the
+accuracy at the largest class count that all results have. `--against` draws one other figure in place of the
+two: `<name>_steps` or `<name>_training`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from itertools import chain, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.plots import (
-    STYLES,
-    Line,
-    comparison_figure,
-    default_style,
-    new_figure,
-    percent,
-    save_png,
-    with_interval,
-)
+from evaluation import plots
+from evaluation.plots import Line, percent
 from evaluation.results import METRICS, Results, read_metrics, read_results, summarise
 from model.scores import MEASURES, accuracies
 from tools.ledger import ACCURACIES, read_targets
@@ -49,31 +41,30 @@ FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colou
 Found = TypeVar("Found")
 
 
-@default_style()
+@plots.default_style()
 def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
     """A figure of loss and accuracies of trainings at each meta-step, as means over `SMOOTHED` steps.
 
     Args:
         runs: the columns of `evaluation.results.read_metrics` by the name in the legend.
     """
-    figure = new_figure(9, 3.6)
-    panels = figure.subplots(1, 2, sharex=True)
-    for (line, _, colour), (label, columns) in zip(cycle(STYLES), runs.items()):
-        width = min(SMOOTHED, len(columns["step"]))
-        steps, loss, trajectory, remember = (
-            np.convolve(columns[name], np.full(width, 1 / width), "valid") for name in METRICS
-        )
-        panels[0].plot(steps, loss, line, color=colour, label=label)
-        panels[1].plot(steps, 100 * remember, line, color=colour, label=f"remember, {label}")
-        panels[1].plot(steps, 100 * trajectory, ":", color=colour, label=f"trajectory, {label}")
-    for axes, title in zip(panels, ("loss of the query images", "accuracy (%)"), strict=True):
+    figure = plots.new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2, sharex=True)
+    for (line, _, colour), (label, columns) in zip(cycle(plots.STYLES), runs.items()):
+        kernel = np.full(min(SMOOTHED, len(columns["step"])), 1.0)
+        means = (np.convolve(columns[name], kernel / len(kernel), "valid") for name in METRICS)
+        steps, loss, trajectory, remember = means
+        left.plot(steps, loss, line, color=colour, label=label)
+        right.plot(steps, 100 * remember, line, color=colour, label=f"remember, {label}")
+        right.plot(steps, 100 * trajectory, ":", color=colour, label=f"trajectory, {label}")
+    for axes, title in ((left, "loss of the query images"), (right, "accuracy (%)")):
         axes.set(title=title, xlabel=f"meta-step (means over {SMOOTHED})", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
     return figure
 
 
-@default_style()
+@plots.default_style()
 def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]] = ()) -> Figure:
     """A figure of the accuracies of several treatments after the same number of classes, as bars.
 
@@ -84,7 +75,7 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
     (classes,) = {line["classes"] for line in final.values()}
     names, lines = list(final), list(final.values())
     rows = np.array([names.index(name) for name, _ in published])
-    figure = new_figure(7, 1.8 + 0.6 * len(names))
+    figure = plots.new_figure(7, 1.8 + 0.6 * len(names))
     axes = figure.add_subplot()
     step = 0.8 / len(accuracies())
     for k, ((colour, hatch), name) in enumerate(zip(cycle(FILLS), accuracies())):
@@ -104,14 +95,17 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlim=(0, 111), xticks=range(0, 101, 20))
-    axes.set_xlabel(with_interval(f"accuracy after {classes} classes (%)", lines))
+    axes.set_xlabel(plots.with_interval(f"accuracy after {classes} classes (%)", lines))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
 def read_all(texts: list[str], read: Callable[[Path], Found]) -> dict[str, Found]:
     """The result of `read` for each `label=path`, by label; the label of a path alone is its folder or file.
-    Raises UserError for an unreadable path, or a label that is empty, used twice or special to matplotlib."""
+
+    Raises:
+        UserError: a path is unreadable, or a label is empty, used twice or special to matplotlib.
+    """
     results: dict[str, Found] = {}
     for text in texts:
         label, equals, rest = text.partition("=")
@@ -130,8 +124,8 @@ def published(results: dict[str, Results], most: int) -> tuple[dict[str, str], d
     """The treatment of each label with published numbers, and published lines of these treatments (else of
     ANML) at up to `most` classes, by the name in the legend.
 
-    A label that names a treatment takes precedence over the treatment that the results record, which does not
-    tell how a model was trained.
+    A label that names a treatment takes precedence over the treatment that the results record, since the
+    latter does not say how a model was trained.
     """
     targets = [target for target in read_targets() if target.quantity in ACCURACIES]
     known = {target.treatment.lower(): target.treatment for target in targets}
@@ -168,30 +162,24 @@ def on_the_way(results: dict[str, Results]) -> dict[str, list[Line]]:
 
 
 class Plot(Flags):
-    """Draw accuracy against the number of classes, and the final accuracy as bars.
-
-    python -m tools.plot_results ANML=runs/a_0 OML=runs/b_0
-    """
+    __doc__ = (__doc__ or "").partition("Each")[0]
 
     results: list[str] = flag(
         MISSING,
         reader(str),
-        "run folders of evaluate_classification.py, for --against training of mrcl_classification.py, "
-        "or their results.csv or metrics.csv; LABEL names one in the figures",
+        "run folders of evaluations, with --against training of trainings, or their results.csv or "
+        "metrics.csv; LABEL names one in the figures",
         nargs="+",
         metavar="[LABEL=]RESULTS",
     )
-    against: Literal["classes", "steps", "training"] = choice(
+    against: str = choice(
         "classes",
         ("classes", "steps", "training"),
-        "what accuracy is drawn against: the number of classes learned; the meta-steps that the models of an "
-        "evaluation (its --model A.net B.net ...) were trained for, a curve per class count; or, of run "
-        "folders of mrcl_classification.py, what these measured at each step of the training",
+        "classes: accuracy against the number of classes learned; steps: against the meta-steps of an "
+        "evaluation's models, a curve for each class count; training: loss and accuracy at each meta-step",
     )
     published: bool = switch(
-        True,
-        "add published numbers to results on Omniglot, of the treatments that labels or results name, else "
-        "of ANML",
+        True, "published numbers beside results on Omniglot: of the treatments that these name, else of ANML"
     )
     out: Path = flag(Path("runs/figures"), file_path, "folder for the figures", metavar="DIR")
     name: str = flag("results", folder_name, "start of the figures' file names")
@@ -203,16 +191,16 @@ def figures(args: Plot) -> dict[str, Figure]:
         return {"training": training_figure(read_all(args.results, read_metrics))}
     results = read_all(args.results, read_results)
     if args.against == "steps":
-        return {"steps": comparison_figure(on_the_way(results))}
+        return {"steps": plots.comparison_figure(on_the_way(results))}
     summaries = {label: summarise(result.rows) for label, result in results.items()}
-    common = set.intersection(*({line["classes"] for line in lines} for lines in summaries.values()))
-    if not common:
+    counts = [{line["classes"] for line in lines} for lines in summaries.values()]
+    if not (common := set.intersection(*counts)):
         raise UserError(f"{', '.join(results)} have no class count in common: there are no bars to draw")
     longest = max(common)
     final = {label: line for label in summaries for line in summaries[label] if line["classes"] == longest}
     is_omniglot = all(str(r.about.get("data", "omniglot")).startswith("omniglot") for r in results.values())
     # Published numbers at more classes than our results would squeeze the curves.
-    end = max(line["classes"] for lines in summaries.values() for line in lines)
+    end = max(set.union(*counts))
     treatments, known = published(results, end) if args.published and is_omniglot else ({}, {})
     beside = [
         (label, line)
@@ -220,15 +208,15 @@ def figures(args: Plot) -> dict[str, Figure]:
         for line in chain(*known.values())
         if (line["treatment"], line["classes"]) == (treatment, longest)
     ]
-    return {"curves": comparison_figure(summaries, known), "bars": bars_figure(final, beside)}
+    return {"curves": plots.comparison_figure(summaries, known), "bars": bars_figure(final, beside)}
 
 
 def main() -> None:
     args = parse(Plot)
     for name, figure in figures(args).items():
         png, pdf = (args.out / f"{args.name}_{name}.{suffix}" for suffix in ("png", "pdf"))
-        save_png(figure, png)
-        with default_style(), atomic_write(pdf) as file:
+        plots.save_png(figure, png)
+        with plots.default_style(), atomic_write(pdf) as file:
             # Without a date, so that the same figure gives the same file.
             figure.savefig(file, format="pdf", metadata={"CreationDate": None})
         say(f"{png}\n{pdf}")
