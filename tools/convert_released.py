@@ -41,6 +41,10 @@ WIDTHS = {
 }
 """For each constructor argument of a network, the position of the parameter with this first size."""
 
+BIAS, MEAN = "0.bias", "1.running_mean"
+GEMCL = ("0.weight", "1.weight", "1.bias", MEAN, "1.running_var", "1.num_batches_tracked")
+"""Names of the tensors of GeMCL's blocks, without the convolution's bias."""
+
 
 def _higher_anml(block: str, first: int, conv: str, norm: str) -> list[str]:
     """Names of higherANML's parameters; its blocks are called `block` and a number from `first` on."""
@@ -49,20 +53,13 @@ def _higher_anml(block: str, first: int, conv: str, norm: str) -> list[str]:
     return [f"{owner}.{part}" for owner in owners for part in ("weight", "bias")]
 
 
-def _gemcl() -> list[str]:
-    """Names of the parameters and buffers of GeMCL's four blocks."""
-    norm = (f"1.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
-    parts = ["0.weight", "0.bias", *norm]
-    return [f"layers.{block}.{part}" for block in range(4) for part in parts]
-
-
 FORMS = (
     ("ANML", [f"vars.{number}" for number in range(28)]),
     ("OML", [f"vars.{number}" for number in range(16)]),
     ("ANML", _higher_anml("convBlock", 1, "conv", "norm")),
     ("ANML", _higher_anml("convBlock", 1, "conv", "bn")),
     ("ANML", _higher_anml("encoder.", 0, "0", "1")),
-    ("Conv4", _gemcl()),
+    ("Conv4", [f"layers.{block}.{part}" for block in range(4) for part in GEMCL]),
 )
 """Networks, each with the names of its tensors in files, after a prefix, in the order of this project."""
 
@@ -76,7 +73,7 @@ PIXELS = {
 `unit` makes pixels numbers from 0 to 1."""
 
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "Long": torch.int64}
-Storages = dict[str, tuple[torch.dtype, int]]
+Storage = tuple[torch.dtype, int]  # type and number of its values
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of files of torch.save before it wrote zips
 # Limits far above any model: bytes of a file, bytes of its pickles, objects searched for tensors (one object
 # may be referenced many times), letters of a tensor's name.
@@ -115,32 +112,30 @@ def convert(
         raise UserError(f"{source} holds {len(found)} tensors and is {what}")
     if empty := [name for name in names if found[name].numel() == 0]:
         raise UserError(f"{source}: {empty[0]} is empty")
+    for mean in [name for name in names if name.endswith(MEAN)]:
+        bias = mean.removesuffix(MEAN) + BIAS
+        value = found.pop(bias, torch.zeros_like(found[mean]))
+        if value.shape != found[mean].shape:
+            raise UserError(f"{source}: {bias} is {list(value.shape)}, {mean} {list(found[mean].shape)}")
+        found[mean] = found[mean] - value
     widths = {width: len(torch.atleast_1d(found[names[k]])) for width, k in WIDTHS[kind].items()}
     gemcl, grey = kind == "Conv4", found[names[0]].shape[1:2] == (1,)
     with torch.device("meta"):
         net = NETWORKS[kind](**widths, size=size or (84 if gemcl else SIZE))
     net.normalisation = PIXELS[pixels or ("omniglot" if not gemcl else "unit" if grey else "imagenet")]
-    state, own, fitted = net.state_dict(), {}, {}
-    for name, parameter in state.items():
-        if not gemcl or not name.startswith("head."):
-            own[name] = parameter
-        if gemcl and name.endswith("conv.weight"):
-            own[name.replace("weight", "bias")] = parameter[:, 0, 0, 0]
-    if len(own) != len(names):
-        raise UserError(f"{source}: {kind} has {len(own)} tensors at --size {size}, not {len(names)}")
-    for (name, parameter), foreign in zip(own.items(), names, strict=True):
+    state = net.state_dict()
+    in_file = [name for name in state if not gemcl or not name.startswith("head.")]
+    if len(in_file) != len(names):
+        raise UserError(f"{source}: {kind} has {len(in_file)} tensors at --size {size}, not {len(names)}")
+    fitted = {name: torch.zeros(parameter.shape) for name, parameter in state.items()}
+    for name, foreign in zip(in_file, names, strict=True):
         value = found[foreign]
-        if value.ndim == 4 and value.shape[1] == 1 and parameter.shape[1] == 3:
+        if value.ndim == 4 and value.shape[1] == 1 and state[name].shape[1] == 3:
             value = value.expand(-1, 3, -1, -1) / 3
-        if value.shape != parameter.shape:
-            raise UserError(
-                f"{source}: {foreign} is {list(value.shape)} where {kind} has {name} {list(parameter.shape)}"
-            )
-        fitted[name] = value.to(parameter.dtype).contiguous()
-    for bias in own.keys() - state.keys():
-        mean = bias.replace("conv.bias", "norm.running_mean")
-        fitted[mean] = fitted[mean] - fitted.pop(bias)
-    fitted |= {name: torch.zeros(state[name].shape) for name in state.keys() - fitted.keys()}
+        if value.shape != state[name].shape:
+            shapes = f"{list(value.shape)} where {kind} has {name} {list(state[name].shape)}"
+            raise UserError(f"{source}: {foreign} is {shapes}")
+        fitted[name] = value.to(state[name].dtype).contiguous()
     return net, fitted, [name for name in found if name not in names]
 
 
@@ -186,7 +181,7 @@ class Reader(pickle._Unpickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.storages: Storages = {}
+        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Inert:
         return Inert(f"{module}.{name}")
@@ -216,18 +211,13 @@ def read(path: Path) -> dict[str, Tensor]:
             data = file.read(FILE + 1)
         if len(data) > FILE:
             raise ValueError(f"it is larger than {FILE} bytes")
-        content, storages, values = (_read_zip if data.startswith(b"PK") else _read_legacy)(data)
-        numbers = {}
-        for key, (dtype, length) in storages.items():
-            if len(values[key]) != dtype.itemsize * length:
-                raise ValueError("a tensor is cut short")
-            numbers[key] = torch.frombuffer(values[key], dtype=dtype) if length else torch.empty(0)
-        return _tensors(content, numbers)
+        return _tensors(*(_read_zip if data.startswith(b"PK") else _read_legacy)(data))
     except Exception as error:  # a damaged pickle makes the reader raise nearly anything
         raise UserError(f"cannot read {path}: {reason(error)}") from error
 
 
-def _read_zip(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
+def _read_zip(data: bytes) -> tuple[object, dict[str, Tensor]]:
+    """Content of a zip, and the numbers of its storages by key."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if sum(info.file_size for info in entries.values()) > len(data):
@@ -236,26 +226,37 @@ def _read_zip(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
             raise ValueError("its numbers are not little-endian")
         reader = Reader(io.BytesIO(archive.read(entries["data.pkl"])[:PICKLES]))
         content = reader.load()
-        values = {key: bytearray(archive.read(entries[f"data/{key}"])) for key in reader.storages}
-        return content, reader.storages, values
+        return content, {
+            key: _numbers(storage, archive.read(entries[f"data/{key}"]))
+            for key, storage in reader.storages.items()
+        }
 
 
-def _read_legacy(data: bytes) -> tuple[object, Storages, dict[str, bytearray]]:
-    """Content, storages and their bytes of the format before torch 1.6: five pickles (magic number, version,
-    machine, content, keys), then length and numbers of each storage."""
+def _read_legacy(data: bytes) -> tuple[object, dict[str, Tensor]]:
+    """The same of the format before torch 1.6: five pickles (magic number, version, machine, content, keys),
+    then length and numbers of each storage."""
     file = io.BytesIO(data[:PICKLES])
     readers = [Reader(file) for _ in range(5)]
     magic, _, machine, content, keys = (reader.load() for reader in readers)
     if magic != LEGACY_MAGIC or machine["little_endian"] is not True:
         raise ValueError("it is not a file of torch.save, or its numbers are not little-endian")
-    values, start = {}, file.tell()
+    numbers, end = {}, file.tell()
     for key in keys:
         if not isinstance(key, str):
             raise ValueError("a storage has no name")
         dtype, length = readers[3].storages[key]
-        start += 8 + dtype.itemsize * length  # 8 bytes of length, which the content has as well
-        values[key] = bytearray(data[start - dtype.itemsize * length : start])
-    return content, readers[3].storages, values
+        start = end + 8  # 8 bytes of length, which the content has as well
+        end = start + dtype.itemsize * length
+        numbers[key] = _numbers((dtype, length), data[start:end])
+    return content, numbers
+
+
+def _numbers(storage: Storage, data: bytes) -> Tensor:
+    """The numbers of a storage, of their type and their bytes."""
+    dtype, length = storage
+    if len(data) != dtype.itemsize * length:
+        raise ValueError("a tensor is cut short")
+    return torch.frombuffer(bytearray(data), dtype=dtype) if length else torch.empty(0)
 
 
 def _tensors(content: object, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
