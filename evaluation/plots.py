@@ -19,7 +19,7 @@ from utils.errors import UserError, load_library
 from utils.files import atomic_write
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import, and most runs draw nothing
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
 
 log = logging.getLogger("anml")
 
@@ -36,10 +36,11 @@ Line = Mapping[str, Any]
 0 to 1 or None: `test`, `test_low`, `test_high` and so on."""
 
 
-def load_matplotlib() -> Any:
-    """The module matplotlib; raises UserError where it cannot be imported."""
+def load_matplotlib() -> None:
+    """Import matplotlib, or raise UserError."""
     os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; an unknown name would end that
-    return load_library("matplotlib.figure") and load_library("matplotlib")
+    for name in ("matplotlib", "matplotlib.figure"):
+        load_library(name)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +36,8 @@ from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
 from utils.files import load_checkpoint, write_text
-from utils.flag import SEED, Heading, file_path, flag, folder_name
+from utils.flag import SEED, file_path, flag, folder_name
 from utils.run import Run, log_to_terminal
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger("anml")
 
@@ -51,29 +48,19 @@ ALPHABETS, CLASSES_SHOWN = 5, 6  # alphabets in the embedding, classes of each: 
 class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
     __doc__ = (__doc__ or "").partition("Nothing")[0]
 
-    _analysis: ClassVar = Heading("analysis")
-    model: Path = flag(
-        None, file_path, "model file to analyse", shown="none: it must be given", metavar="FILE"
-    )
+    model: Path = flag(Path("Neuromodulation_Model.net"), file_path, "model file to analyse", metavar="FILE")
     name: str = flag("representation", folder_name, common.NAME)
     seed: int = flag(222, SEED, common.SEEDED)
 
-    def validate(self) -> None:
-        if "model" not in self.given:
-            raise UserError("give --model FILE, which mrcl_classification.py writes")
 
-
-def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, Figure]:
+def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, plots.Figure]:
     """All figures, by the stems of their file names."""
     names, gate = images.classes, representation.gate
     alphabets = [name.partition("/")[0] for name in names]
     rows = {"features": representation.before}
     if gate is not None:
-        rows = {
-            "before the gate": representation.before,
-            "gate": gate,
-            "after the gate": representation.after,
-        }
+        rows = {"before the gate": representation.before, "gate": gate}
+        rows["after the gate"] = representation.after
     features = {title: part for title, part in rows.items() if part is not gate}
     shown = task.test[torch.linspace(0, len(names) - 1, min(SHOWN, len(names))).long(), 0]
     figures = {
@@ -99,7 +86,7 @@ def pictures(representation: Representation, task: Task, images: ImageSet) -> di
 @plots.default_style()
 def activations_figure(
     images: NDArray[np.uint8], rows: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]
-) -> Figure:
+) -> plots.Figure:
     """A figure of images above their activations as square maps (the paper's figure of sparsity).
 
     Args:
@@ -129,7 +116,9 @@ def activations_figure(
 
 
 @plots.default_style()
-def embedding_figure(panels: Mapping[str, NDArray[np.floating[Any]]], alphabets: Sequence[str]) -> Figure:
+def embedding_figure(
+    panels: Mapping[str, NDArray[np.floating[Any]]], alphabets: Sequence[str]
+) -> plots.Figure:
     """A figure of images as points in a plane, coloured and marked by alphabet.
 
     Args:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from itertools import chain, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from evaluation import plots
@@ -32,9 +33,6 @@ from utils.errors import UserError, run_script, say
 from utils.files import atomic_write
 from utils.flag import Flags, choice, file_path, flag, folder_name, reader, switch
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SMOOTHED = 50  # meta-steps of a moving average, since single trajectories are noisy
 FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
 
@@ -42,7 +40,7 @@ Found = TypeVar("Found")
 
 
 @plots.default_style()
-def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
+def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> plots.Figure:
     """A figure of loss and accuracies of trainings at each meta-step, as means over `SMOOTHED` steps.
 
     Args:
@@ -51,8 +49,8 @@ def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Fi
     figure = plots.new_figure(9, 3.6)
     left, right = figure.subplots(1, 2, sharex=True)
     for (line, _, colour), (label, columns) in zip(cycle(plots.STYLES), runs.items()):
-        kernel = np.full(min(SMOOTHED, len(columns["step"])), 1.0)
-        means = (np.convolve(columns[name], kernel / len(kernel), "valid") for name in METRICS)
+        width = min(SMOOTHED, len(columns["step"]))
+        means = (sliding_window_view(columns[name], width).mean(1) for name in METRICS)
         steps, loss, trajectory, remember = means
         left.plot(steps, loss, line, color=colour, label=label)
         right.plot(steps, 100 * remember, line, color=colour, label=f"remember, {label}")
@@ -65,7 +63,7 @@ def training_figure(runs: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Fi
 
 
 @plots.default_style()
-def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]] = ()) -> Figure:
+def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]] = ()) -> plots.Figure:
     """A figure of the accuracies of several treatments after the same number of classes, as bars.
 
     Args:
@@ -82,12 +80,10 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
         offset = (k - (len(accuracies()) - 1) / 2) * step
         y = np.arange(len(names)) + offset
         mean, low, high = (percent(lines, f"{name}{bound}") for bound in ("", "_low", "_high"))
-        style: dict[str, Any] = {"color": colour, "edgecolor": "black", "hatch": hatch}
-        axes.barh(y, mean, 0.95 * step, label=MEASURES[name].title, **style)
-        axes.errorbar(mean, y, xerr=(mean - low, high - mean), fmt="none", ecolor="black", capsize=3)
-        for row, value in zip(y, mean, strict=True):  # right of the bars and their intervals
-            text = "-" if np.isnan(value) else f"{value:.1f}"
-            axes.text(110, row, text, ha="right", va="center", fontsize=9)
+        style: dict[str, Any] = {"color": colour, "edgecolor": "black", "hatch": hatch, "capsize": 3}
+        reach = (mean - low, high - mean)
+        bars = axes.barh(y, mean, 0.95 * step, xerr=reach, label=MEASURES[name].title, **style)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)  # beyond the bars and their intervals
         label = "published" if published and k == 0 else None
         shown = percent([line for _, line in published], name)
         axes.plot(shown, rows + offset, "kD", mfc="white", zorder=3, clip_on=False, label=label)
@@ -185,7 +181,7 @@ class Plot(Flags):
     name: str = flag("results", folder_name, "start of the figures' file names")
 
 
-def figures(args: Plot) -> dict[str, Figure]:
+def figures(args: Plot) -> dict[str, plots.Figure]:
     """The figures of `--against`, by the ends of their file names."""
     if args.against == "training":
         return {"training": training_figure(read_all(args.results, read_metrics))}

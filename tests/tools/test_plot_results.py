@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.patches import Rectangle
 
 from evaluation import plots
-from evaluation.plots import comparison_figure, figure_pixels
+from evaluation.plots import comparison_figure, figure_pixels, gate_figure
 from evaluation.results import Results, read_metrics, write_results
 from tests.conftest import Call, process, score
 from tests.tools.test_ledger import write_accuracies
@@ -20,7 +19,7 @@ from tools.analyze_representation import activations_figure
 from tools.plot_results import bars_figure, training_figure
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def two_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     """What figures show here, whatever other measures there are."""
     for module in (plots, plot_results):
@@ -43,7 +42,12 @@ def lines(axes: Axes) -> dict[str, list[list[float]]]:
     return {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.get_lines()}
 
 
-@pytest.mark.usefixtures("two_accuracies")
+def spreads(axes: Axes) -> list[list[float]]:
+    """The ends of all intervals that are drawn as lines."""
+    drawn = [c for c in axes.collections if isinstance(c, LineCollection)]
+    return [np.round(np.ravel(s), 6).tolist() for c in drawn for s in c.get_segments() if len(s)]
+
+
 def test_curves_are_in_their_panels() -> None:
     curves = {"A": summary({100: 0.5, 10: 0.8}), "B": summary({10: 0.25})}
     published = [{"classes": 10, "test": 0.7, "test_low": 0.67, "test_high": 0.73, "train": 0.9}]
@@ -55,32 +59,23 @@ def test_curves_are_in_their_panels() -> None:
     np.testing.assert_allclose(lines(test)["chance"][-1], [100, 1])
     np.testing.assert_allclose(lines(test)["published"], [[10, 70], [100, 60]])
     np.testing.assert_allclose(lines(train)["published"], np.array([[10, 90], [100, np.nan]]))
-    spread = [c for c in test.collections if isinstance(c, LineCollection)][-1]
-    np.testing.assert_allclose(spread.get_segments()[0], [[10, 67], [10, 73]])
+    assert [10, 67, 10, 73] in spreads(test)
     (points,) = (line for line in test.get_lines() if line.get_label() == "published")
     assert (points.get_linestyle(), points.get_markerfacecolor()) == ("None", "none")
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["A", "B", "published", "chance"]
     # In black and white, line style and marker tell the curves apart.
-    styles = {(line.get_linestyle(), line.get_marker()) for line in test.get_lines()[:2]}
-    assert len(styles) == 2
+    assert len({(line.get_linestyle(), line.get_marker()) for line in test.get_lines()[:2]}) == 2
 
 
-@pytest.mark.usefixtures("two_accuracies")
 def test_bars_show_means_intervals_and_published_numbers() -> None:
     final = {"A": summary({600: 0.6})[0], "B": summary({600: 0.2})[0]}
-    figure = bars_figure(final, [("B", {"test": 0.3}), ("B", {"train": 0.4})])
-    (axes,) = figure.axes
-    assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == pytest.approx(
-        [60, 20, 70, 30]
-    )
+    (axes,) = bars_figure(final, [("B", {"test": 0.3}), ("B", {"train": 0.4})]).axes
     assert [text.get_text() for text in axes.texts] == ["60.0", "20.0", "70.0", "30.0"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["A", "B"]
     published = [np.asarray(line.get_xydata()) for line in axes.get_lines() if line.get_marker() == "D"]
     np.testing.assert_allclose(np.stack(published), [[[30, 0.8], [np.nan, 0.8]], [[np.nan, 1.2], [40, 1.2]]])
-    intervals = [c for c in axes.collections if isinstance(c, LineCollection)]
-    ends = {tuple(np.round(np.ravel(s), 6)) for c in intervals for s in c.get_segments()}
-    assert (55, -0.2, 65, -0.2) in ends
+    assert [55, -0.2, 65, -0.2] in spreads(axes)
     assert "600 classes" in axes.get_xlabel()
 
 
@@ -92,9 +87,7 @@ def test_one_run_has_no_band(reach: float | None) -> None:
     assert len(band.get_paths()) == bool(reach)
     assert axes.get_ylabel().endswith("95% interval over runs") == bool(reach)
     np.testing.assert_allclose(lines(axes)["A"], [[10, 50], [600, 50]])
-    (axes,) = bars_figure({"A": rows[0]}).axes
-    ends = [s for c in axes.collections if isinstance(c, LineCollection) for s in c.get_segments()]
-    assert any(map(len, ends)) == bool(reach)
+    assert bool(spreads(bars_figure({"A": rows[0]}).axes[0])) == bool(reach)
 
 
 def test_activations_are_squares() -> None:
@@ -108,8 +101,16 @@ def test_activations_are_squares() -> None:
     assert figure_pixels(figure).ndim == 3
 
 
-@pytest.mark.usefixtures("two_accuracies")
-def test_accuracy_on_the_way(tmp_path: Path, call: Call) -> None:
+def test_neighbouring_gates_share_a_label() -> None:
+    axes = gate_figure(np.array([[0.1, 0.4], [0.2, 0.5], [0.0, 0.3]]), ["A", "A", "B"]).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[0.4, 0.1], [0.5, 0.2], [0.3, 0.0]])
+    assert [(*label.get_position(), label.get_text()) for label in axes.get_yticklabels()] == [
+        (0, 0.5, "A"),
+        (0, 2, "B"),
+    ]
+
+
+def test_accuracy_on_the_way(call: Call) -> None:
     rows = [
         {"model": f"{step}.net", "classes": classes, "run": run, "lr": 0.001}
         | score(test=test + shift, train=test + 0.1, above_chance=1)
@@ -117,63 +118,64 @@ def test_accuracy_on_the_way(tmp_path: Path, call: Call) -> None:
         for classes, test in zip((10, 50), accuracies, strict=True)
         for run, shift in enumerate((-0.01, 0.01))
     ]
-    models = [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]
-    curves = plot_results.on_the_way({"run_0": Results(rows, {"models": models})})
-    test, train = comparison_figure(curves).axes
+    about = {"models": [{"name": "1000.net", "step": 1000}, {"name": "200.net", "step": 200}]}
+    test, train = comparison_figure(plot_results.on_the_way({"run_0": Results(rows, about)})).axes
     np.testing.assert_allclose(lines(test)["10 classes"], [[200, 40], [1000, 50]])
     np.testing.assert_allclose(lines(train)["50 classes"], [[200, 20], [1000, 40]])
-    write_results(tmp_path, rows, {"models": models})
+    write_results(Path(), rows, about)
     done = call(plot_results, ".", "again=.", "--against=steps", "--out=figures")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["figures/results_steps.png", "figures/results_steps.pdf"]
+    assert done.stdout.split() == ["figures/results_steps.png", "figures/results_steps.pdf"], done.stderr
 
 
-def test_what_trainings_measured(tmp_path: Path, call: Call) -> None:
+def test_what_trainings_measured(call: Call) -> None:
     values = np.random.default_rng(0).random((120, 3))
     rows = [f"{k + 1},{loss},{a},{b},0.1\n" for k, (loss, a, b) in enumerate(values.tolist())]
     for name, part in (("long", rows), ("short", rows[:3])):
-        (tmp_path / name).mkdir()
+        Path(name).mkdir()
         text = "step,loss,accuracy_trajectory,accuracy_remember,seconds\n" + "".join(part) + "9,0."
-        (tmp_path / name / "metrics.csv").write_text(text)
-    loss, accuracy = training_figure({name: read_metrics(tmp_path / name) for name in ("long", "short")}).axes
+        Path(name, "metrics.csv").write_text(text)
+    loss, accuracy = training_figure({name: read_metrics(Path(name)) for name in ("long", "short")}).axes
     np.testing.assert_allclose(lines(loss)["long"][-1], [95.5, values[70:, 0].mean()])
     np.testing.assert_allclose(lines(loss)["short"], [[2, values[:3, 0].mean()]])
     np.testing.assert_allclose(lines(accuracy)["trajectory, long"][0], [25.5, 100 * values[:50, 1].mean()])
     np.testing.assert_allclose(lines(accuracy)["remember, long"][0], [25.5, 100 * values[:50, 2].mean()])
     done = call(plot_results, "long", "b=short/metrics.csv", "--against=training", "--out=figures")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["figures/results_training.png", "figures/results_training.pdf"]
+    assert done.stdout.split() == ["figures/results_training.png", "figures/results_training.pdf"], (
+        done.stderr
+    )
 
 
 def test_script_writes_both_figures(tmp_path: Path, call: Call) -> None:
-    write_accuracies(tmp_path / "run_0", "results", {10: (0.8, 0.9), 600: (0.6, 0.9)})
-    write_accuracies(tmp_path / "run=1", "results", {10: (0.7, 0.9), 50: (0.6, 0.9)})
+    write_accuracies(Path("run_0"), "results", {10: (0.8, 0.9), 600: (0.6, 0.9)})
+    write_accuracies(Path("run=1"), "results", {10: (0.7, 0.9), 50: (0.6, 0.9)})
     flags = ("ANML=run_0", "run=1", "b=run_0/results.csv", "--out", "figures", "--name", "x")
     # Whatever matplotlib is told beside it: a backend that does not exist, settings of the user's.
-    (tmp_path / "matplotlibrc").write_text(
-        "font.size: 30\nsavefig.dpi: 10\ntext.usetex: True\naxes.grid: True\n"
-    )
+    Path("matplotlibrc").write_text("font.size: 30\nsavefig.dpi: 10\ntext.usetex: True\naxes.grid: True\n")
     script = (sys.executable, "-m", "tools.plot_results")
     done = process(tmp_path, *script, *flags, MPLBACKEND="nonsense", DISPLAY=":77")
     assert done.returncode == 0, done.stderr
-    files = sorted(tmp_path.glob("figures/*"))
-    assert [file.name for file in files] == ["x_bars.pdf", "x_bars.png", "x_curves.pdf", "x_curves.png"]
-    assert [file.read_bytes()[:4] for file in files] == [b"%PDF", b"\x89PNG"] * 2
-    assert done.stdout.split() == [f"figures/x_{f}.{s}" for f in ("curves", "bars") for s in ("png", "pdf")]
-    before = [file.read_bytes() for file in files]
+    names = [f"figures/x_{figure}.{suffix}" for figure in ("curves", "bars") for suffix in ("png", "pdf")]
+    assert done.stdout.split() == names
+    before = [Path(name).read_bytes() for name in names]
+    assert [file[:4] for file in before] == [b"\x89PNG", b"%PDF"] * 2
     assert call(plot_results, *flags).stdout == done.stdout
-    assert [file.read_bytes() for file in files] == before
+    assert [Path(name).read_bytes() for name in names] == before
     call(plot_results, *flags, "--no-published")
-    assert all(file.read_bytes() != old for file, old in zip(files, before, strict=True))
+    assert all(Path(name).read_bytes() != old for name, old in zip(names, before, strict=True))
 
 
-def test_published_numbers_are_those_of_the_treatment() -> None:
-    def shown(label: str, treatment: str) -> tuple[dict[str, str], set[str]]:
-        treatments, lines = plot_results.published({label: Results([], {"treatment": treatment})}, 600)
-        return treatments, {line["treatment"] for of_source in lines.values() for line in of_source}
-
-    assert shown("mine", "OML-OLFT") == ({"mine": "OML-OLFT"}, {"OML-OLFT"})
-    # The label decides: results do not say how their model was trained.
-    first_order = "anml, first order"
-    assert shown(first_order, "ANML") == ({first_order: "ANML, first order"}, {"ANML, first order"})
-    assert shown("mine", "ANML --rln 9") == ({}, {"ANML"})
+@pytest.mark.parametrize(
+    ("label", "treatment", "named", "shown"),
+    [
+        ("mine", "OML-OLFT", ["OML-OLFT"], "OML-OLFT"),
+        # The label decides: results do not say how their model was trained.
+        ("anml, first order", "ANML", ["ANML, first order"], "ANML, first order"),
+        ("mine", "ANML --rln 9", [], "ANML"),
+    ],
+)
+def test_published_numbers_are_those_of_the_treatment(
+    label: str, treatment: str, named: list[str], shown: str
+) -> None:
+    treatments, found = plot_results.published({label: Results([], {"treatment": treatment})}, 600)
+    assert [*treatments.values()] == named
+    assert {line["treatment"] for of_source in found.values() for line in of_source} == {shown}
