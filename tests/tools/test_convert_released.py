@@ -2,14 +2,11 @@
 
 import pickle
 import re
-import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,7 +28,11 @@ WIDTHS = {
 
 
 class Learner(nn.Module):
-    """As much of the released class as its file shows: a list of parameters, one of statistics."""
+    """As much of the released class as its file shows: a list of parameters, one of statistics.
+
+    A file names the class by its module, which is this one and another in the released code. The name is
+    never looked up.
+    """
 
     def __init__(self, parameters: list[Tensor], extra: object = None) -> None:
         super().__init__()
@@ -51,19 +52,6 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@contextmanager
-def released_module() -> Iterator[None]:
-    """While this is open, `Learner` lives where the released code has it; afterwards nowhere."""
-    module = ModuleType("model.learner")
-    module.Learner = Learner  # type: ignore[attr-defined]
-    sys.modules["model.learner"], Learner.__module__ = module, "model.learner"
-    try:
-        yield
-    finally:
-        del sys.modules["model.learner"]
-        Learner.__module__ = __name__
-
-
 def network(kind: str = "ANML") -> Network:
     net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(3))
     with torch.no_grad():  # no two parameters alike, biases and scales too
@@ -78,7 +66,7 @@ def released(net: Network, extra: object = None) -> object:
 
 
 def save(path: Path, content: object, zipped: bool = True) -> None:
-    with released_module(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the format before torch 1.6 wants the source beside it
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
@@ -273,15 +261,13 @@ def test_a_file_that_is_cut_short_or_too_large(
 ) -> None:
     path = tmp_path / "in.net"
     save(path, released(network()), zipped)
+    data = path.read_bytes()
     for limit in ("FILE", "PICKLES"):
         with monkeypatch.context() as patch:
             patch.setattr(convert_released, limit, 100)
             with pytest.raises(UserError, match=r"in\.net"):
                 convert(path)
-    data = path.read_bytes()
     for kept in range(0, len(data) - 1, len(data) // 30):
         path.write_bytes(data[:kept])
         with pytest.raises(UserError, match=r"in\.net"):
             convert(path)
-    with pytest.raises(UserError, match=r"absent\.net"):
-        convert(tmp_path / "absent.net")

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -234,25 +233,19 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
 def test_script_writes_and_checks(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, page = write_ledger(tmp_path), tmp_path / "docs/results.md"
     monkeypatch.setattr(tool, "ROOT", tmp_path)
-    script = partial(call, tool)
     before = page.read_text()
-    done = script("--check")
+    done = call(tool, "--check")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "disagree" in done.stderr
     assert page.read_text() == before
-    assert script().returncode == 0
+    assert call(tool).returncode == 0
     text = page.read_text()
     assert text.startswith(f"# Title\n\n{START}\n")
     assert text.endswith(f"{END}\n\nthe end\n")
     assert "stale" not in text
-    assert script("--check").returncode == 0
+    assert call(tool, "--check").returncode == 0
     (results / "targets.csv").write_text((results / "targets.csv").read_text().replace("63.8", "63.9"))
-    assert script("--check").returncode == 1
-    (results / "targets.csv").write_text("nonsense\n")
-    done = script()
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "targets.csv" in done.stderr
-    assert page.read_text() == text
+    assert call(tool, "--check").returncode == 1
 
 
 @pytest.mark.parametrize("text", ["no markers", START, f"{END}\n{START}", f"{START}{END}{START}{END}"])
