@@ -49,8 +49,8 @@ class Target(NamedTuple):
     """One published number in percent: a row of `results/targets.csv`.
 
     Tolerances are in percentage points: twice the published spread and at least 2; without a spread 3, and 5
-    for quantities of representations unless the number itself is small. Where the very weights are published,
-    of which the number was measured, the tolerance is 1.2: both numbers are means of draws of one model.
+    for quantities of representations unless the number itself is small. Where the weights behind a number are
+    published, the tolerance is 1.2, since both numbers are means over draws of one model.
 
     Attributes:
         result: name of our result in `results/`, and of the step of `configs/paper.sh` that makes the result.
@@ -168,19 +168,18 @@ def ledger(folder: Path) -> str:
         compared.append(row | made.get(target.result, not_run))
     others = [
         {"result": name, "quantity": text, "classes": str(line["classes"] or ""), "ours": shown(line, key)}
+        | made[name]
         for name in sorted(results.keys() - {target.result for target in targets})
         for key, text in QUANTITIES.items()
         for line in results[name]
         if key in line
     ]
-    other_names = {other["result"] for other in others}
-    more = [{"result": name, **how} for name, how in made.items() if name in other_names]
     parts = [
         f"{len(targets)} published numbers: {outcomes.count(True)} met, {outcomes.count(False)} missed "
         f"(difference in bold), {outcomes.count(None)} not run."
     ]
-    for heading, rows in (("", compared), ("Ours without a published number:", others), ("", more)):
-        parts += [part for part in (heading, markdown(rows)) if part] if rows else []
+    parts += [markdown(compared)] if compared else []
+    parts += ["Ours without a published number:", markdown(others)] if others else []
     return "\n\n".join(parts)
 
 

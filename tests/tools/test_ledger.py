@@ -222,10 +222,9 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
         "| 81.0 ± 12.7 / - / 90.0 ± 12.7 | +1.0 / - / **+10.0** | t | `c`",
         "Pretrain | test accuracy | 600 | about 1 | paper | not run |  |  | `configs/paper.sh pretrain`",
         "ANML | dead units |  | 0 | paper | 0.4 | +0.4 | t | `c`",
-        "other | test accuracy | 10 / 600 | 98.0 ± 12.7 / 60.0 ± 12.7",
-        "other | train accuracy | 10 / 600 | 100.0 ± 0 / 94.0 ± 0",
-        "small | test accuracy | 10 | 0.5 ± 0.02",
-        "other | t | `c`",
+        "other | test accuracy | 10 / 600 | 98.0 ± 12.7 / 60.0 ± 12.7 | t | `c`",
+        "other | train accuracy | 10 / 600 | 100.0 ± 0 / 94.0 ± 0 | t | `c`",
+        "small | test accuracy | 10 | 0.5 ± 0.02 | t | `c`",
     ):
         assert f"| {row}" in tables
 
