@@ -13,11 +13,11 @@ two: `<name>_steps` or `<name>_training`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from itertools import chain, cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -35,8 +35,6 @@ from utils.flag import Flags, choice, file_path, flag, folder_name, reader, swit
 
 SMOOTHED = 50  # meta-steps of a moving average, since single trajectories are noisy
 FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
-
-Found = TypeVar("Found")
 
 
 @plots.default_style()
@@ -96,13 +94,13 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
     return figure
 
 
-def read_all(texts: list[str], read: Callable[[Path], Found]) -> dict[str, Found]:
-    """The result of `read` for each `label=path`, by label; the label of a path alone is its folder or file.
+def labelled(texts: list[str]) -> dict[str, Path]:
+    """The path of each `label=path`, by label; the label of a path alone is its folder or file.
 
     Raises:
-        UserError: a path is unreadable, or a label is empty, used twice or special to matplotlib.
+        UserError: a label is empty, used twice or special to matplotlib.
     """
-    results: dict[str, Found] = {}
+    paths: dict[str, Path] = {}
     for text in texts:
         label, equals, rest = text.partition("=")
         path = file_path(text)
@@ -110,10 +108,10 @@ def read_all(texts: list[str], read: Callable[[Path], Found]) -> dict[str, Found
             path = file_path(rest)
         else:
             label = path.resolve().parent.name if path.stem in ("results", "metrics") else path.resolve().stem
-        if not label.strip() or label.startswith("_") or "$" in label or label in results:
+        if not label.strip() or label.startswith("_") or "$" in label or label in paths:
             raise UserError(f"{text!r}: no label, one that begins with _ or holds $, or one that is taken")
-        results[label] = read(path)
-    return results
+        paths[label] = path
+    return paths
 
 
 def published(results: dict[str, Results], most: int) -> tuple[dict[str, str], dict[str, list[Line]]]:
@@ -183,9 +181,10 @@ class Plot(Flags):
 
 def figures(args: Plot) -> dict[str, plots.Figure]:
     """The figures of `--against`, by the ends of their file names."""
+    paths = labelled(args.results)
     if args.against == "training":
-        return {"training": training_figure(read_all(args.results, read_metrics))}
-    results = read_all(args.results, read_results)
+        return {"training": training_figure({label: read_metrics(path) for label, path in paths.items()})}
+    results = {label: read_results(path) for label, path in paths.items()}
     if args.against == "steps":
         return {"steps": plots.comparison_figure(on_the_way(results))}
     summaries = {label: summarise(result.rows) for label, result in results.items()}

@@ -208,7 +208,7 @@ def test_the_home_folder_in_a_config(home: Path, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('model = ["~/a.net", "b.net"]\nruns_dir = "~/x"\n')
     arguments = evaluate(f"--config {tmp_path / 'c.toml'}")
     assert (arguments.model, arguments.runs_dir) == ([home / "a.net", Path("b.net")], home / "x")
-    assert plot_results.read_all(["a=~/x", "~/x"], Path) == {"a": home / "x", "x": home / "x"}
+    assert plot_results.labelled(["a=~/x", "~/x"]) == {"a": home / "x", "x": home / "x"}
 
 
 @pytest.mark.parametrize(
