@@ -45,7 +45,7 @@ def load_matplotlib() -> None:
 
 @contextmanager
 def or_warn(what: str) -> Iterator[None]:
-    """A block in which a figure that fails, but for want of space on the disk, is a warning."""
+    """A block whose errors become a warning that `what` is not drawn; a UserError (a full disk) is raised."""
     try:
         yield
     except UserError:

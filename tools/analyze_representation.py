@@ -4,8 +4,8 @@
     python -m tools.analyze_representation --model OML_Model.net        # a network without a gate
     python -m tools.analyze_representation --model M.net --dataset glyphs --test_classes 100   # no files
 
-Nothing is learned but a KNN classifier (k = 5, Euclidean) on 15 images of each class. Activity and KNN
-accuracy are measured on 5 other images of each class.
+The weights do not change. A KNN classifier (k = 5, Euclidean) learns 15 images of each class. Activity and
+KNN accuracy are measured on 5 other images of each class.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ALPHABETS, CLASSES_SHOWN = 5, 6  # alphabets in the embedding, classes of each: 
 
 
 class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
-    __doc__ = (__doc__ or "").partition("Nothing")[0]
+    __doc__ = (__doc__ or "").partition("The weights")[0]
 
     model: Path = flag(Path("Neuromodulation_Model.net"), file_path, "model file to analyse", metavar="FILE")
     name: str = flag("representation", folder_name, common.NAME)

@@ -33,7 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import ImageSet, glyphs
 from datasets.images import SIZE, SIZES
-from datasets.task_sampler import sample_trajectory
 from evaluation.results import aligned
 from flags.training import Training
 from model.fast import BACKENDS
@@ -115,7 +114,8 @@ def meta_step(part: str, args: "Benchmark", images: ImageSet, device: torch.devi
     line, works = f"meta-step, {part.replace('-', ' ')}", Works()
 
     def step(learner: TrajectoryLoop) -> None:
-        learner.step(sample_trajectory(pool.sizes, generator))
+        _, trajectory = learner.draw()
+        learner.step(trajectory)
 
     for name, backend in BACKENDS.items():
         learner = TrajectoryLoop(
@@ -131,7 +131,7 @@ def meta_step(part: str, args: "Benchmark", images: ImageSet, device: torch.devi
     weights = [parameter.detach().clone() for parameter in learner.net.parameters()]
 
     def textbook() -> None:
-        trajectory = sample_trajectory(pool.sizes, generator)
+        _, trajectory = learner.draw()
         query, labels = gather(pool, trajectory.query)
         grey, classes = query.expand(-1, 3, -1, -1).contiguous(), labels.tolist()
         settings = len(trajectory.support), defaults.loop["update_lr"], ANML.rln_training, not first_order

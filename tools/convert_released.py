@@ -75,9 +75,9 @@ PIXELS = {
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "Long": torch.int64}
 Storage = tuple[torch.dtype, int]  # type and number of its values
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of files of torch.save before it wrote zips
-# Limits far above any model: bytes of a file, bytes of its pickles, objects searched for tensors (one object
-# may be referenced many times), letters of a tensor's name.
-FILE, PICKLES, OBJECTS, NAME = 2**30, 2**22, 10_000, 1_000
+# Limits far above any model: bytes of a file's pickles, objects searched for tensors (one object may be
+# referenced many times), letters of a tensor's name.
+PICKLES, OBJECTS, NAME = 2**22, 10_000, 1_000
 
 
 def convert(
@@ -85,10 +85,10 @@ def convert(
 ) -> tuple[Network, dict[str, Tensor], list[str]]:
     """The network of a foreign model file, on the meta device, its weights, and the names of unused tensors.
 
-    A kernel for grey images is divided over three equal channels, which gives the same outputs. Unused are
-    the running statistics of norms that use the sample's own statistics, as in this project. `Conv4` has no
-    bias before its norm: the file's is subtracted from the norm's running mean, which gives the same outputs.
-    GeMCL's files have no head: zeros stand for its weights, which a meta-test draws anew.
+    The network gives the outputs that the file's network gives. A kernel for grey images is divided over
+    three equal channels. `Conv4` has no bias before its norm: the file's bias is subtracted from the norm's
+    running mean. GeMCL's files have no head: the head's weights are zeros, and a meta-test draws them anew.
+    The released code's running statistics are unused, since its norms take those of each sample.
 
     Args:
         size: side of the images; without it 84 of GeMCL, else 28.
@@ -207,10 +207,7 @@ def read(path: Path) -> dict[str, Tensor]:
         UserError: the file cannot be read, has another format, or is damaged.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(FILE + 1)
-        if len(data) > FILE:
-            raise ValueError(f"it is larger than {FILE} bytes")
+        data = path.read_bytes()
         return _tensors(*(_read_zip if data.startswith(b"PK") else _read_legacy)(data))
     except Exception as error:  # a damaged pickle makes the reader raise nearly anything
         raise UserError(f"cannot read {path}: {reason(error)}") from error
