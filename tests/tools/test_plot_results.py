@@ -164,18 +164,13 @@ def test_script_writes_both_figures(tmp_path: Path, call: Call) -> None:
     assert all(Path(name).read_bytes() != old for name, old in zip(names, before, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("label", "treatment", "named", "shown"),
-    [
+def test_published_numbers_are_those_of_the_treatment() -> None:
+    # The label decides: results do not say how their model was trained.
+    for label, treatment, named, shown in (
         ("mine", "OML-OLFT", ["OML-OLFT"], "OML-OLFT"),
-        # The label decides: results do not say how their model was trained.
         ("anml, first order", "ANML", ["ANML, first order"], "ANML, first order"),
         ("mine", "ANML --rln 9", [], "ANML"),
-    ],
-)
-def test_published_numbers_are_those_of_the_treatment(
-    label: str, treatment: str, named: list[str], shown: str
-) -> None:
-    treatments, found = plot_results.published({label: Results([], {"treatment": treatment})}, 600)
-    assert [*treatments.values()] == named
-    assert {line["treatment"] for of_source in found.values() for line in of_source} == {shown}
+    ):
+        treatments, found = plot_results.published({label: Results([], {"treatment": treatment})}, 600)
+        assert [*treatments.values()] == named
+        assert {line["treatment"] for of_source in found.values() for line in of_source} == {shown}
