@@ -1,29 +1,20 @@
 """Flags that several scripts have: network, data, run. Released ones have their released spelling."""
 
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from datasets import DATASETS, WITHOUT_FILES, Source
 from datasets.images import SIZE, SIZES
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS, Network
 from utils.errors import UserError
-from utils.flag import (
-    PROJECT,
-    Flags,
-    Heading,
-    arguments_of,
-    choice,
-    existing,
-    file_path,
-    flag,
-    in_project,
-    whole,
-)
+from utils.flag import PROJECT, Flags, Heading, Range, Registry, Shown, existing, in_project, word
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
+CHOICES = ("auto", *BACKENDS)
 NAME = "name of the run folder, which a number is added to"
 SEEDED = "seed of all random draws, 0 to 2**32-1"
 PROCESSES = (
@@ -41,29 +32,30 @@ class NetworkFlags(Flags):
     """
 
     _network: ClassVar = Heading("network")
-    treatment: str = choice(
-        "ANML", NETWORKS, "network (Neuromodulation: ANML)", aliases={"Neuromodulation": "ANML"}
+    treatment: Annotated[
+        str, "network (Neuromodulation: ANML)", NETWORKS, word(NETWORKS, {"Neuromodulation": "ANML"})
+    ] = "ANML"
+    constructor: Annotated[dict[str, Any], Registry("treatment", NETWORKS, "net")] = field(
+        default_factory=dict
     )
-    constructor: dict[str, Any] = arguments_of("treatment", NETWORKS, "net")
 
 
 class SplitFlags(Flags):
     """The classes of a meta-test, and the images of each class that it learns and tests."""
 
     _images: ClassVar = Heading("classes and their images")
-    test_classes: int | None = flag(
-        None,
-        whole(1),
+    test_classes: Annotated[
+        int | None,
         "meta-test classes in use, the first of the data",
-        shown="650 of Omniglot, else all",
-    )
-    train_images: int = flag(15, whole(1), "images of each class to learn")
-    test_images: int = flag(5, whole(1), "images of each class to test, none of those learned")
-    split: Literal["random", "dataset"] = choice(
-        "random",
-        ("random", "dataset"),
+        Range(1),
+        Shown("650 of Omniglot, else all"),
+    ] = None
+    train_images: Annotated[int, "images of each class to learn", Range(1)] = 15
+    test_images: Annotated[int, "images of each class to test, none of those learned", Range(1)] = 5
+    split: Annotated[
+        Literal["random", "dataset"],
         "which images of a class these are: drawn for each run, or the first and the last of the data",
-    )
+    ] = "random"
 
 
 class DataFlags(Flags):
@@ -74,18 +66,16 @@ class DataFlags(Flags):
     """
 
     _data: ClassVar = Heading("data")
-    dataset: str = choice("omniglot", DATASETS, "images to learn from")
-    dataset_path: Path = flag(
-        Path("data"),
-        file_path,
+    dataset: Annotated[str, "images to learn from", DATASETS] = "omniglot"
+    dataset_path: Annotated[
+        Path,
         "folder of the images; of Omniglot, that holds its zips or folders or that they are downloaded to",
-        metavar="DIR",
-    )
-    cache_dir: Path = flag(Path("data/cache"), file_path, "folder for the decoded images", metavar="DIR")
-    size: int | None = flag(
-        None, whole(*SIZES), "side of the images in pixels", shown=f"that of the model, else {SIZE}"
-    )
-    options: dict[str, Any] = arguments_of("dataset", DATASETS, "data")
+    ] = Path("data")
+    cache_dir: Annotated[Path, "folder for the decoded images"] = Path("data/cache")
+    size: Annotated[
+        int | None, "side of the images in pixels", Range(*SIZES), Shown(f"that of the model, else {SIZE}")
+    ] = None
+    options: Annotated[dict[str, Any], Registry("dataset", DATASETS, "data")] = field(default_factory=dict)
 
     def idle(self) -> Mapping[str, str]:
         without = self.dataset in WITHOUT_FILES
@@ -110,15 +100,13 @@ class RunFlags(Flags):
     """Where a run is recorded, and what it runs on. Each script has a name and a seed of its own."""
 
     _run: ClassVar = Heading("run")
-    runs_dir: Path = flag(Path("runs"), file_path, "folder of run folders", metavar="DIR")
-    device: str = flag("auto", str.lower, "auto (the best available), cpu, cuda, cuda:N or mps")
-    threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
-    backend: str = choice(
-        "auto",
-        ("auto", *BACKENDS),
+    runs_dir: Annotated[Path, "folder of run folders"] = Path("runs")
+    device: Annotated[str, "auto (the best available), cpu, cuda, cuda:N or mps", str.lower] = "auto"
+    threads: Annotated[int | None, "CPU threads", Range(1), Shown("torch's choice")] = None
+    backend: Annotated[
+        str,
         "layers of the networks: plain torch, fast ones with the same numbers up to rounding, or auto: "
         "fast on the CPU and on CUDA, plain elsewhere",
-    )
-    config: Path | None = flag(
-        None, existing, "TOML file of flags, which flags typed here override", metavar="FILE"
-    )
+        CHOICES,
+    ] = "auto"
+    config: Annotated[Path | None, "TOML file of flags, which flags typed here override", existing] = None

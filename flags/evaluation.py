@@ -1,28 +1,16 @@
 """The flags of `evaluate_classification.py`."""
 
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from flags import common
 from model.learner import LEARNERS
 from model.treatments import TABLE
 from utils.command_line import as_typed
 from utils.errors import UserError
-from utils.flag import (
-    SEED,
-    Heading,
-    arguments_of,
-    choice,
-    existing,
-    file_path,
-    flag,
-    folder_name,
-    headed,
-    positive,
-    switch,
-    whole,
-)
+from utils.flag import SEED, Heading, Range, Registry, Shown, existing, folder_name, headed, positive, word
 
 # The published grid, and four rates more at its upper end, where replications find the best one.
 LEARNING_RATES = (
@@ -46,119 +34,105 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     }
 
     _method: ClassVar = Heading("method")
-    model: list[Path] | None = flag(
-        None,
-        existing,
+    model: Annotated[
+        list[Path] | None,
         "model file that mrcl_classification.py wrote, or the folder of --seeds for all its models; of "
         "several, each is tested on draws of its own, and all of them are one row of the results",
-        shown="none: give it, or --scratch",
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-    )
-    scratch: bool = switch(
-        False,
+        existing,
+        Shown("none: give it, or --scratch"),
+    ] = None
+    scratch: Annotated[
+        bool,
         "random initial weights; the network is that of --model if given, else that of the "
         "network flags below",
-    )
+    ] = False
 
     _learner: ClassVar = Heading("learner")
-    learner: str = choice("adam", LEARNERS, "what learns the stream")
-    of_learner: dict[str, Any] = arguments_of("learner", LEARNERS, "learner")
+    learner: Annotated[str, "what learns the stream", LEARNERS] = "adam"
+    of_learner: Annotated[dict[str, Any], Registry("learner", LEARNERS, "learner")] = field(
+        default_factory=dict
+    )
 
     _steps: ClassVar = Heading("gradient steps")
-    treatment_preset: str | None = choice(
-        None,
-        tuple(TABLE),
+    treatment_preset: Annotated[
+        str | None,
         f"treatment of the paper, which sets --rln, --scratch, --iid and --epoch: {', '.join(TABLE)}",
-        metavar="NAME",
-    )
-    rln: int | None = flag(
-        None,
-        whole(0),
+        word(TABLE),
+    ] = None
+    rln: Annotated[
+        int | None,
         "layers frozen, counted from the input: ANML 13 trains the head alone, 7 the PLN, 6 the "
         "PLN and the gate's layer, 0 everything; OML 6 trains both linear layers, 7 the last",
-        shown="the head alone (ANML 13, sANML 6), 6 for OML, 0 with --scratch",
-    )
-    freeze: bool = switch(True, "freeze layers; --no-freeze is the same as --rln 0")
-    reset: bool = switch(False, "re-draw every trained layer before learning, not the head alone")
-    iid: bool = switch(False, "shuffle the stream of images (the Oracle) instead of class after class")
-    epoch: int = flag(1, whole(1), "passes over the stream of images")
+        Range(0),
+        Shown("the head alone (ANML 13, sANML 6), 6 for OML, 0 with --scratch"),
+    ] = None
+    freeze: Annotated[bool, "freeze layers; --no-freeze is the same as --rln 0"] = True
+    reset: Annotated[bool, "re-draw every trained layer before learning, not the head alone"] = False
+    iid: Annotated[bool, "shuffle the stream of images (the Oracle) instead of class after class"] = False
+    epoch: Annotated[int, "passes over the stream of images", Range(1)] = 1
 
     _search: ClassVar = Heading("learning rate")
-    lr: float | None = flag(None, positive, "learning rate; skips the search", shown="search")
-    lrs: list[float] = flag(
-        list(LEARNING_RATES),
-        positive,
-        "learning rates to search",
-        nargs="+",
-        action="extend",
-        metavar="LR",
+    lr: Annotated[float | None, "learning rate; skips the search", positive, Shown("search")] = None
+    lrs: Annotated[list[float], "learning rates to search", positive] = field(
+        default_factory=lambda: list(LEARNING_RATES)
     )
-    lr_search_runs: int = flag(
-        10,
-        whole(1),
+    lr_search_runs: Annotated[
+        int,
         "class draws of each model, each trying every rate; the rate that wins most draws, of all "
         "models together, is used: rates that are equal on a draw share its win, and of those with as "
         "many wins it is the one with the best mean over all draws, then the smallest",
-    )
-    lr_search_split: Literal["evaluation", "background"] = choice(
-        "evaluation",
-        ("evaluation", "background"),
+        Range(1),
+    ] = 10
+    lr_search_split: Annotated[
+        Literal["evaluation", "background"],
         "classes to search on: those reported on, as released, or the meta-training classes, "
         "which keeps the choice blind to what is reported",
-    )
-    full_search: bool = switch(
-        False,
+    ] = "evaluation"
+    full_search: Annotated[
+        bool,
         "try every rate on every draw, instead of leaving out tries that cannot change which rate is chosen",
-    )
-    test: bool = switch(
-        False,
+    ] = False
+    test: Annotated[
+        bool,
         "choose the rate by meta-test test accuracy instead of meta-test train accuracy; both "
         "are reported either way",
-    )
+    ] = False
 
     _evaluation: ClassVar = Heading("evaluation")
-    schedule: list[int] = flag(
-        [],  # by the number of classes and outputs
-        whole(1),
+    schedule: Annotated[
+        list[int],
         "class counts to learn, each a curve's point, at most the outputs of the network; with fewer outputs "
         "than --test_classes, they stand for the classes of a draw in order, not for those of the data",
-        shown=f"{' '.join(map(str, SCHEDULE))}; of fewer classes those that fit, and all",
-        nargs="+",
-        action="extend",
-        metavar="N",
-    )
-    runs: int = flag(10, whole(1), "class draws per class count")
-    nested: bool = switch(
-        False,
+        Range(1),
+        Shown(f"{' '.join(map(str, SCHEDULE))}; of fewer classes those that fit, and all"),
+    ] = field(default_factory=list)
+    runs: Annotated[int, "class draws per class count", Range(1)] = 10
+    nested: Annotated[
+        bool,
         "serve all class counts of --schedule with one pass over each draw, in search and report: after n "
         "classes test on these n, and go on. A quarter of the work with the default schedule. Each point of "
         "a curve has the same distribution as without, but the points are not independent of each other",
-    )
-    class_order: Literal["random", "dataset"] = choice(
-        "random",
-        ("random", "dataset"),
+    ] = False
+    class_order: Annotated[
+        Literal["random", "dataset"],
         "order in which classes are learned: drawn for each run, or that of the data",
-    )
-    track_every: int = flag(
-        0,
-        whole(0),
+    ] = "random"
+    track_every: Annotated[
+        int,
         "classes between measurements, while the first run of each class count is under way, of the "
         "accuracy on every class learned so far; 0 for none",
-    )
+        Range(0),
+    ] = 0
 
     _run: ClassVar = Heading("run")
-    name: str = flag("Omni_test_traj", folder_name, common.NAME)
-    seed: int = flag(222, SEED, common.SEEDED)
-    processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
-    resume: Path | None = flag(
-        None,
-        file_path,
+    name: Annotated[str, common.NAME, folder_name] = "Omni_test_traj"
+    seed: Annotated[int, common.SEEDED, SEED] = 222
+    processes: Annotated[int, common.PROCESSES, Range(1)] = 1
+    resume: Annotated[
+        Path | None,
         "go on with an evaluation that was interrupted, in its run folder and with its arguments: "
         "what it measured is not measured again; --runs and --schedule may ask for more",
-        metavar="RUN_FOLDER",
-    )
+    ] = None
 
     def changeable(self) -> frozenset[str]:
         # None of these changes a number: more runs or class counts add to what there is. Models are compared

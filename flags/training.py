@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flags import common
 from model.method import INNER_RULES, MakeRule, sgd
@@ -14,20 +14,7 @@ from model.outer_loop import OuterLoop
 from model.outer_loops import OUTER_LOOPS
 from model.treatments import Weights
 from utils.errors import UserError
-from utils.flag import (
-    SEED,
-    Heading,
-    arguments_of,
-    choice,
-    existing,
-    file_path,
-    flag,
-    folder_name,
-    headed,
-    positive,
-    switch,
-    whole,
-)
+from utils.flag import SEED, Heading, Range, Registry, Shown, existing, folder_name, headed, positive
 
 # How long, how often and where: none of these changes a number.
 MAY_CHANGE = frozenset(
@@ -52,84 +39,83 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     deciding: ClassVar = frozenset({"learn_update_lr"})
 
     _method: ClassVar = Heading("method")
-    learner: str = choice("sgd", OUTER_LOOPS, "the outer loop")
-    steps: int = flag(20000, whole(1), "outer (meta) steps, also the length of the --cosine schedule")
-    meta_lr: float = flag(
-        0.001,
-        positive,
-        "learning rate of the outer Adam",
-        shown="0.001, with iid 0.0001",
-    )
-    warm_up: int = flag(0, whole(0), "steps in which the rate rises to --meta_lr, the same part each step")
-    cosine: bool = switch(
-        False, "let the rate fall to 0 at --steps, as a half cosine (with prototypes and gemcl: on)"
-    )
-    train_classes: int | None = flag(
-        None, whole(1), "classes to meta-train on, the first of the data", shown="963 of Omniglot, else all"
-    )
+    learner: Annotated[str, "the outer loop", OUTER_LOOPS] = "sgd"
+    steps: Annotated[int, "outer (meta) steps, also the length of the --cosine schedule", Range(1)] = 20000
+    meta_lr: Annotated[
+        float, "learning rate of the outer Adam", positive, Shown("0.001, with iid 0.0001")
+    ] = 0.001
+    warm_up: Annotated[
+        int, "steps in which the rate rises to --meta_lr, the same part each step", Range(0)
+    ] = 0
+    cosine: Annotated[
+        bool, "let the rate fall to 0 at --steps, as a half cosine (with prototypes and gemcl: on)"
+    ] = False
+    train_classes: Annotated[
+        int | None,
+        "classes to meta-train on, the first of the data",
+        Range(1),
+        Shown("963 of Omniglot, else all"),
+    ] = None
 
     _loop: ClassVar = Heading("outer loop")
-    loop: dict[str, Any] = arguments_of("learner", OUTER_LOOPS, "loop", given=1)
+    loop: Annotated[dict[str, Any], Registry("learner", OUTER_LOOPS, "loop", given=1)] = field(
+        default_factory=dict
+    )
 
     _rule: ClassVar = Heading("inner rule")
-    inner_rule: str = choice("sgd", INNER_RULES, "what an inner step does with a gradient")
-    rule: dict[str, Any] = arguments_of("inner_rule", INNER_RULES, "rule", given=2)
-    learn_update_lr: bool = switch(False, "the same as --inner_rule meta_sgd")
+    inner_rule: Annotated[str, "what an inner step does with a gradient", INNER_RULES] = "sgd"
+    rule: Annotated[dict[str, Any], Registry("inner_rule", INNER_RULES, "rule", given=2)] = field(
+        default_factory=dict
+    )
+    learn_update_lr: Annotated[bool, "the same as --inner_rule meta_sgd"] = False
 
     _checks: ClassVar = Heading("checks on the way")
-    log_every: int = flag(50, whole(1), "steps between lines of the log")
-    save_every: int = flag(
-        1000,
-        whole(1),
+    log_every: Annotated[int, "steps between lines of the log", Range(1)] = 50
+    save_every: Annotated[
+        int,
         "steps between writes of --model_name and of the training state that --resume goes on from, "
         "which the last step always writes",
-    )
-    eval_every: int = flag(0, whole(0), "steps between small meta-tests on meta-training classes; 0 for none")
-    eval_classes: int = flag(20, whole(1), "classes in each of those meta-tests")
+        Range(1),
+    ] = 1000
+    eval_every: Annotated[
+        int, "steps between small meta-tests on meta-training classes; 0 for none", Range(0)
+    ] = 0
+    eval_classes: Annotated[int, "classes in each of those meta-tests", Range(1)] = 20
 
     _run: ClassVar = Heading("run")
-    name: str = flag("mrcl_omniglot", folder_name, common.NAME)
-    seed: int = flag(9, SEED, common.SEEDED)
-    seeds: list[int] = flag(
-        [],
-        SEED,
+    name: Annotated[str, common.NAME, folder_name] = "mrcl_omniglot"
+    seed: Annotated[int, common.SEEDED, SEED] = 9
+    seeds: Annotated[
+        list[int],
         "train a model for each of these seeds, in run folders and with models below one folder; --resume of "
         "that folder goes on with all, and --model of an evaluation takes it",
-        nargs="+",
-        action="extend",
-        metavar="SEED",
-        shown="none",
-    )
-    jobs: int | None = flag(
-        None, whole(1), "trainings of --seeds at a time, which share the threads", shown="a core each"
-    )
-    processes: int = flag(1, whole(1), common.PROCESSES, metavar="N")
-    keep_every: int = flag(
-        0, whole(0), "steps between models that stay in the run folder, as model_<step>.net; 0 for none"
-    )
-    model_name: Path | None = flag(
-        None,
-        file_path,
+        SEED,
+        Shown("none"),
+    ] = field(default_factory=list)
+    jobs: Annotated[
+        int | None, "trainings of --seeds at a time, which share the threads", Range(1), Shown("a core each")
+    ] = None
+    processes: Annotated[int, common.PROCESSES, Range(1)] = 1
+    keep_every: Annotated[
+        int, "steps between models that stay in the run folder, as model_<step>.net; 0 for none", Range(0)
+    ] = 0
+    model_name: Annotated[
+        Path | None,
         "file for the trained weights",
-        shown="Neuromodulation_Model.net for ANML, NAME_Model.net for another, with iid Pretrain_Model.net",
-        metavar="FILE",
-    )
-    resume: Path | None = flag(
-        None,
-        file_path,
+        Shown("Neuromodulation_Model.net for ANML, NAME_Model.net for another, with iid Pretrain_Model.net"),
+    ] = None
+    resume: Annotated[
+        Path | None,
         "run folder of an interrupted run, to go on from its last training state with its own arguments: on "
         "the CPU with the same --threads, to the same weights bit for bit. Of other flags only these may "
         f"change: {', '.join(f'--{name}' for name in sorted(MAY_CHANGE))}",
-        metavar="RUN",
-    )
-    checkpoint: bool = switch(
-        False,
+    ] = None
+    checkpoint: Annotated[
+        bool,
         "start a new run from the weights in --saved_model; its draws follow from --seed and these weights, "
         "so that the same seed does not repeat those that made them",
-    )
-    saved_model: Path | None = flag(
-        None, existing, "model file to start from, with --checkpoint", metavar="FILE"
-    )
+    ] = False
+    saved_model: Annotated[Path | None, "model file to start from, with --checkpoint", existing] = None
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ from model.modelfactory import head_rows, reset_head, trained_parameters
 from model.outer_loop import Measured, OuterLoop, gather
 from utils.distributed import seed_layers
 from utils.errors import UserError
-from utils.flag import Range, one_of, positive
+from utils.flag import Range, positive
 
 
 @dataclass(eq=False, kw_only=True)
@@ -324,7 +324,7 @@ class EpisodeLoop(OuterLoop):
         int,
         "classes that each class stands for: 1, as it was drawn; 4, turned by quarters as well; 8, mirrored "
         "as well",
-        one_of(1, 4, 8),
+        (1, 4, 8),
     ] = 1
     augment: Annotated[
         float,

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
 from utils.files import load_checkpoint, write_text
-from utils.flag import SEED, file_path, flag, folder_name
+from utils.flag import SEED, folder_name
 from utils.run import Run, log_to_terminal
 
 log = logging.getLogger("anml")
@@ -48,9 +48,9 @@ ALPHABETS, CLASSES_SHOWN = 5, 6  # alphabets in the embedding, classes of each: 
 class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
     __doc__ = (__doc__ or "").partition("The weights")[0]
 
-    model: Path = flag(Path("Neuromodulation_Model.net"), file_path, "model file to analyse", metavar="FILE")
-    name: str = flag("representation", folder_name, common.NAME)
-    seed: int = flag(222, SEED, common.SEEDED)
+    model: Annotated[Path, "model file to analyse"] = Path("Neuromodulation_Model.net")
+    name: Annotated[str, common.NAME, folder_name] = "representation"
+    seed: Annotated[int, common.SEEDED, SEED] = 222
 
 
 def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, plots.Figure]:

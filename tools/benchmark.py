@@ -21,10 +21,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from functools import partial
 from operator import truediv
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -46,7 +48,7 @@ from tests import reference
 from utils.command_line import parse
 from utils.distributed import choose_device
 from utils.errors import run_script, say, try_to_write
-from utils.flag import Flags, arguments, choice, flag, whole
+from utils.flag import Flags, Range, Shown, arguments
 from utils.run import cpu_name
 
 ORDERS = {"first-order": True, "second-order": False}
@@ -228,13 +230,15 @@ def busy(rates: Sequence[Rate]) -> str:
 class Benchmark(Flags):
     __doc__ = (__doc__ or "").partition("No data")[0]
 
-    only: list[str] = flag(PARTS, str, "parts to run", shown="all", nargs="+", choices=PARTS, action="extend")
-    repeats: int = flag(7, whole(1), "turns, of which the median is shown")
-    nm_channels: int = flag(WIDTHS["nm_channels"], whole(1), "channels of NM")
-    pln_channels: int = flag(WIDTHS["pln_channels"], whole(1), "channels of the PLN, and of OML")
-    size: int = flag(SIZE, whole(*SIZES), "side of the images; without the textbook, which is of 28")
-    device: str = choice("auto", ("auto", "cpu", "cuda", "mps"), "where")
-    threads: int | None = flag(None, whole(1), "CPU threads", shown="torch's choice")
+    only: Annotated[list[str], "parts to run", PARTS, Shown("all")] = field(
+        default_factory=lambda: list(PARTS)
+    )
+    repeats: Annotated[int, "turns, of which the median is shown", Range(1)] = 7
+    nm_channels: Annotated[int, "channels of NM", Range(1)] = WIDTHS["nm_channels"]
+    pln_channels: Annotated[int, "channels of the PLN, and of OML", Range(1)] = WIDTHS["pln_channels"]
+    size: Annotated[int, "side of the images; without the textbook, which is of 28", Range(*SIZES)] = SIZE
+    device: Annotated[str, "where", ("auto", "cpu", "cuda", "mps")] = "auto"
+    threads: Annotated[int | None, "CPU threads", Range(1), Shown("torch's choice")] = None
 
 
 def main() -> None:

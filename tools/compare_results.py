@@ -5,14 +5,14 @@ python -m tools.compare_results results/anml.csv runs/Omni_test_traj_3/results.j
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING
 from pathlib import Path
+from typing import Annotated
 
 from evaluation.results import Row, aligned, intervals, read_results, shown, summarise
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, load_library, run_script, say
-from utils.flag import Flags, file_path, flag
+from utils.flag import Flags
 
 RESULTS = "run folder of an evaluation, or its results.csv or results.json"
 
@@ -45,8 +45,8 @@ def table(a: Sequence[Row], b: Sequence[Row], counts: Sequence[int]) -> str:
 class Comparison(Flags):
     __doc__ = __doc__
 
-    a: Path = flag(MISSING, file_path, RESULTS, metavar="A")
-    b: Path = flag(MISSING, file_path, RESULTS, metavar="B")
+    a: Annotated[Path, RESULTS]
+    b: Annotated[Path, RESULTS]
 
 
 def main() -> None:

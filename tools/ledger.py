@@ -15,14 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from evaluation.results import optional, read_json, read_results, read_table, shown, summarise, text_of
 from model.scores import accuracies
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import write_text
-from utils.flag import Flags, Reader, number, switch, whole
+from utils.flag import Flags, Reader, number, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ROOT / "results/targets.csv"
@@ -196,7 +196,7 @@ def inserted(text: str, tables: str, source: Path) -> str:
 class Ledger(Flags):
     __doc__ = (__doc__ or "").partition("`results/`")[0]
 
-    check: bool = switch(False, "change nothing; exit code 1 if the page is not what would be written")
+    check: Annotated[bool, "change nothing; exit code 1 if the page is not what would be written"] = False
 
 
 def main() -> None:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING
 from itertools import chain, cycle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -31,7 +30,7 @@ from tools.ledger import ACCURACIES, read_targets
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say
 from utils.files import atomic_write
-from utils.flag import Flags, choice, file_path, flag, folder_name, reader, switch
+from utils.flag import Flags, file_path, folder_name
 
 SMOOTHED = 50  # meta-steps of a moving average, since single trajectories are noisy
 FILLS = (("0.65", ""), ("white", "///"), ("0.4", ""), ("white", "..."))  # colour and hatch of bars
@@ -158,25 +157,22 @@ def on_the_way(results: dict[str, Results]) -> dict[str, list[Line]]:
 class Plot(Flags):
     __doc__ = (__doc__ or "").partition("Each")[0]
 
-    results: list[str] = flag(
-        MISSING,
-        reader(str),
+    results: Annotated[
+        list[str],
         "run folders of evaluations, with --against training of trainings, or their results.csv or "
         "metrics.csv; LABEL names one in the figures",
-        nargs="+",
-        metavar="[LABEL=]RESULTS",
-    )
-    against: str = choice(
-        "classes",
-        ("classes", "steps", "training"),
+    ]
+    against: Annotated[
+        str,
         "classes: accuracy against the number of classes learned; steps: against the meta-steps of an "
         "evaluation's models, a curve for each class count; training: loss and accuracy at each meta-step",
-    )
-    published: bool = switch(
-        True, "published numbers beside results on Omniglot: of the treatments that these name, else of ANML"
-    )
-    out: Path = flag(Path("runs/figures"), file_path, "folder for the figures", metavar="DIR")
-    name: str = flag("results", folder_name, "start of the figures' file names")
+        ("classes", "steps", "training"),
+    ] = "classes"
+    published: Annotated[
+        bool, "published numbers beside results on Omniglot: of the treatments that these name, else of ANML"
+    ] = True
+    out: Annotated[Path, "folder for the figures"] = Path("runs/figures")
+    name: Annotated[str, "start of the figures' file names", folder_name] = "results"
 
 
 def figures(args: Plot) -> dict[str, plots.Figure]:

@@ -6,7 +6,7 @@ A flag, and a key of a config file (TOML), can be spelled with `-` in place of `
 `reset = false`. Values of a config file and of a run that is resumed pass through the readers of the command
 line. What is typed wins over a config file, and must not change the numbers of a run that is resumed.
 
-A field made by `arguments_of` holds the arguments of one entry of a registry, say of the network that
+A field with a `Registry` holds the arguments of one entry of a registry, say of the network that
 `--treatment` names. The arguments of the chosen entry alone are flags. The registry's prefix before an
 argument's name always makes its flag (`--net_width`). The name alone does so where neither the script nor an
 entry of a registry that is read before has a flag of that name.
@@ -17,14 +17,14 @@ import inspect
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from textwrap import indent
 from typing import Any, NoReturn
 
 from utils.errors import UserError, refusing
 from utils.files import read_text
-from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, headed
+from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, declared, headed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +32,7 @@ else:
     import tomli as tomllib
 
 
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 NOT_IN_CONFIG = {"config", "resume"}  # flags that stand in no config file
 
 
@@ -78,16 +79,16 @@ class Parser(HelpFirst):
         self.places: dict[str, tuple[str, str]] = {}
         self.chosen: dict[str, tuple[Registry, str]] = {}
         self._only = only
-        parts = {part.name: part for part in fields(kind) if only is None or part.name in only}
-        self._taken = {"help", *kind.no_effect, *parts}
+        parts = {name: made for name, made in declared(kind).items() if only is None or name in only}
+        self._taken = {"help", *kind.no_effect, *(part.name for part in fields(kind))}
         registries = []
         for heading, names in headed(kind).items():
             group = self.add_argument_group(heading) if heading else self
-            for part in (parts[name] for name in names if name in parts):
-                if "registry" in part.metadata:
-                    registries.append((group, part.name, part.metadata["registry"]))
-                elif "flag" in part.metadata:
-                    self._add(group, [part.name], part.metadata["flag"])
+            for name, made in ((name, parts[name]) for name in names if name in parts):
+                if isinstance(made, Registry):
+                    registries.append((group, name, made))
+                else:
+                    self._add(group, [name], made)
         if only is None and kind.no_effect:
             group = self.add_argument_group("flags of the released code, accepted without effect")
             for key, instead in kind.no_effect.items():
@@ -120,24 +121,32 @@ class Parser(HelpFirst):
 
     def _add(self, group: argparse._ActionsContainer, names: list[str], made: FlagInfo) -> None:
         """Make a flag, whose values are kept under the first of its names."""
-        text = made.text
-        if isinstance(made.names, Mapping):
-            entries = [(name, inspect.getdoc(entry)) for name, entry in made.names.items() if callable(entry)]
+        text, metavar = made.text, METAVARS.get(made.kind)
+        positional = made.default is REQUIRED and names[0] not in self.places
+        if isinstance(made.words, Mapping):
+            entries = [(name, inspect.getdoc(entry)) for name, entry in made.words.items() if callable(entry)]
             said = [
                 f"{name}: {(about or '').splitlines()[0].rstrip('.')}" for name, about in entries if about
             ]
             text = "; ".join([text, *said])
-        if made.default is not MISSING:
-            text += f" (default: {_shown(made.default) if made.shown is None else made.shown})"
-        options: dict[str, Any] = {"help": text.strip().replace("%", "%%"), **made.options}
-        if made.names is not None:
-            options.setdefault("metavar", f"{{{','.join(made.names)}}}")
-        options |= {"type": made.read} if made.read else {"action": "store_true"}
-        if made.default is MISSING:
+        if positional:
+            metavar = names[0].upper()
+        elif made.words is not None:
+            metavar = f"{{{','.join(map(str, made.words))}}}"
+        if not positional:
+            text += f" (default: {made.shown or _shown(made.default)})"
+        options: dict[str, Any] = {"help": text.strip().replace("%", "%%")}
+        if made.several:
+            options |= {"nargs": "+", "action": "extend"}
+        if made.kind is bool:
+            options |= {"action": "store_true"}
+        else:
+            options |= {"type": made.read, "metavar": metavar}
+        if positional:
             group.add_argument(names[0], **options)
             return
         action = group.add_argument(*(f"--{name}" for name in names), dest=names[0], **options)
-        if made.read is None:
+        if made.kind is bool:
             opposite = [f"--no_{name}" for name in names]
             group.add_argument(*opposite, dest=names[0], action="store_false")
             self._taken |= {f"no_{name}" for name in names}
@@ -169,7 +178,8 @@ class Parser(HelpFirst):
                 name = key.replace("-", "_")
                 chooser, fault = self._of_another(name)
                 if name in self.flags:
-                    tokens += _spelled(self.flags[name], value)
+                    _check(name, self.flags[name], value)
+                    tokens += as_tokens({name: value})
                 elif self._only is None and chooser not in skip:
                     raise UserError(fault or f"unknown key {key!r}; --help lists the flags")
             return self.read(tokens) if tokens else {}
@@ -228,6 +238,8 @@ class Parser(HelpFirst):
 
 def _shown(default: Any) -> str:
     """A default as the help gives it."""
+    if default is REQUIRED:
+        return "none, it must be given"
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, list | tuple):
@@ -241,21 +253,13 @@ def _underscored(token: str) -> str:
     return (name[:2] + name[2:].replace("-", "_") if name.startswith("--") else name) + equals + value
 
 
-def _spelled(action: argparse.Action, value: object) -> list[str]:
-    """The tokens that say the same as a setting; raises UserError where none can.
-
-    A value shares a token with its flag, since it may begin with a dash.
-    """
-    name = action.option_strings[0]
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise UserError(f"{name}: {value!r} is not true or false")
-        return [name if value else name.replace("--", "--no_")]
-    values = value if isinstance(value, list) and action.nargs else [value]
-    for item in values:
-        if isinstance(item, bool) or not isinstance(item, str | int | float):
-            raise UserError(f"{name}: {item!r} is no number and no text")
-    return [f"{name}={item}" for item in values] or [name]
+def _check(name: str, action: argparse.Action, value: object) -> None:
+    """Raise UserError where a setting is of a type that its flag cannot have."""
+    if action.nargs == 0 and not isinstance(value, bool):
+        raise UserError(f"--{name}: {value!r} is not true or false")
+    items = value if isinstance(value, list) and value and action.nargs else [value]
+    if action.nargs != 0 and any(type(item) not in (str, int, float) for item in items):
+        raise UserError(f"--{name}: {value!r} is no number and no text")
 
 
 def as_tokens(arguments: Mapping[str, Any]) -> list[str]:
@@ -284,7 +288,7 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     for token in tokens:  # of `--flag=--` argparse drops the value before Python 3.12
         if token.endswith("=--"):
             raise UserError(f"argument {token[:-3]}: expected one argument")
-    choosers = {part.metadata["registry"].chooser for part in fields(kind) if "registry" in part.metadata}
+    choosers = {made.chooser for made in declared(kind).values() if isinstance(made, Registry)}
     first = Parser(kind, only={"config", "resume", *choosers, *kind.deciding})
     typed = first.read(tokens)
     config, resume = typed.get("config"), typed.get("resume")
@@ -371,9 +375,9 @@ def recorded(flags: Flags, *, absolute: bool = False) -> dict[str, Any]:
     """
     idle = flags.idle()
     found = {
-        part.name: None if part.name in idle else getattr(flags, part.name)
-        for part in fields(flags)
-        if "flag" in part.metadata and part.name != "resume"
+        name: None if name in idle else getattr(flags, name)
+        for name, made in declared(type(flags)).items()
+        if isinstance(made, FlagInfo) and name != "resume"
     }
     for key, (name, argument) in flags.places.items():
         found[key] = None if name in idle else getattr(flags, name)[argument]

@@ -1,13 +1,13 @@
-"""How flags are declared: as fields of a dataclass, and as arguments of a network's constructor, a data set's
+"""How flags are declared: fields of a dataclass, and arguments of a network's constructor, a data set's
 loader and the like.
 
     class Training(DataFlags, RunFlags):
-        steps: int = flag(20000, whole(1), "outer (meta) steps")
+        steps: Annotated[int, "outer (meta) steps", Range(1)] = 20000
 
     def __init__(self, width: Annotated[int, "channels of a layer", Range(1)] = 64, skip: bool = False)
 
-An annotation gives an argument's type, a text for `--help`, and the range of a number, the words that a text
-is one of, or a function that reads the value. `utils.command_line` makes a parser of such a dataclass.
+An annotation gives a flag's type and a text for `--help`, and, where there is one, the range of a number, the
+words that a text is one of, or a function that reads the value. `utils.command_line` makes a parser of them.
 """
 
 import inspect
@@ -17,11 +17,22 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from typing_extensions import dataclass_transform
 
@@ -40,10 +51,10 @@ class Heading(str):
     """A class variable of a `Flags` class: the heading in `--help` of the flags below it."""
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Base of a script's arguments and of parts of them, whose fields `flag`, `switch` and others make.
+    """Base of a script's arguments and of parts of them. Each field that is `Annotated` is a flag.
 
     Each subclass is a frozen dataclass. The docstring of a script's own class is what its `--help` begins
     with, a sentence and an example.
@@ -52,7 +63,7 @@ class Flags:
         no_effect: flags that are accepted, with or without values, and what to do instead.
         deciding: flags that may imply the entry of a registry; see `implied`.
         given: the flags that were typed or stand in a config file or the run that is resumed.
-        places: by flag, field and argument of the flags that `arguments_of` made.
+        places: by flag, field and argument of the flags that a `Registry` gives.
     """
 
     no_effect: ClassVar[Mapping[str, str]] = {}
@@ -93,26 +104,67 @@ class Flags:
 FlagsT = TypeVar("FlagsT", bound=Flags)
 
 
-class Range(NamedTuple):
+class Shown(str):
+    """A default as `--help` gives it."""
+
+
+@dataclass(frozen=True)
+class Range:
     """The least and the greatest value of a number; None where there is no limit."""
 
     low: float | None = None
     high: float | None = None
 
 
+SEED = Range(0, 2**32 - 1)  # what every generator in use can be seeded with
+
+
 class FlagInfo(NamedTuple):
-    """How a field of `Flags`, or an argument of a registry's entry, is typed; see `flag`."""
+    """How a field of `Flags`, or an argument of a registry's entry, is typed.
+
+    Attributes:
+        default: its value where nobody gives it; `REQUIRED` if it must be given.
+        kind: its type; of a list, that of the items.
+        several: whether it is a list.
+        read: makes a value of what is typed.
+        text: what it is, for `--help`.
+        words: those that it takes; if a registry, `--help` adds what each entry says of itself.
+        shown: the default as `--help` gives it.
+    """
 
     default: Any
-    read: Reader | None
+    kind: Any
+    several: bool
+    read: Reader
     text: str
-    shown: str | None = None
-    names: Collection[str] | None = None
-    options: Mapping[str, Any] = {}
+    words: Collection[Any] | None
+    shown: str | None
+
+    @classmethod
+    def of(cls, annotation: Any, default: Any) -> "FlagInfo":
+        """What an annotation and a default say. Without annotation, the type is that of the default."""
+        kind, extras, several = _unwrapped(annotation)
+        kind = type(default) if kind is REQUIRED else kind
+        span = next((extra for extra in extras if isinstance(extra, Range)), Range())
+        words = next((extra for extra in extras if isinstance(extra, Mapping | tuple | list)), None)
+        read = file_path if kind is Path else reader(kind, span.low, span.high)
+        read = read if words is None else word(words)
+        read = next((extra for extra in extras if callable(extra)), read)
+        text = next((extra for extra in extras if type(extra) is str), "")
+        shown = next((extra for extra in extras if isinstance(extra, Shown)), None)
+        return cls(default, kind, several, read, text, words, shown)
 
 
-class Registry(NamedTuple):
-    """Where a field of `arguments_of` finds its arguments; for the attributes see there."""
+@dataclass(frozen=True)
+class Registry:
+    """In an annotation: the field holds the arguments of the registry's entry that another flag names.
+
+    Attributes:
+        chooser: the field that names the entry.
+        table: the registry. It is looked at when the parser is made.
+        prefix: what always makes a flag of an argument's name.
+        given: how many arguments, the first ones, an entry that is a class gets from the run.
+    """
 
     chooser: str
     table: Mapping[str, Callable[..., Any]]
@@ -130,76 +182,17 @@ class Registry(NamedTuple):
                 yield from ((entry, argument) for argument in self.arguments(entry))
 
 
-def flag(
-    default: Any,
-    read: Reader | None,
-    text: str,
-    *,
-    shown: str | None = None,
-    names: Collection[str] | None = None,
-    **options: Any,
-) -> Any:
-    """A field for a flag with a value.
-
-    Args:
-        default: its value where nobody gives it; MISSING of a value that is typed without a flag.
-        read: makes a value of what is typed; None of a switch.
-        text: what it is, for `--help`.
-        shown: the default as `--help` gives it.
-        names: the words that it takes, for `--help`; if a registry, with what each entry says of itself.
-        options: of `argparse.ArgumentParser.add_argument`.
-    """
-    metadata = {"flag": FlagInfo(default, read, text, shown, names, options)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def switch(default: bool, text: str) -> Any:
-    """A field for the pair `--name` and `--no_name`."""
-    return flag(default, None, text)
-
-
-def choice(
-    default: str | None,
-    names: Collection[str],
-    text: str,
-    *,
-    aliases: Mapping[str, str] | None = None,
-    **options: Any,
-) -> Any:
-    """A field for a flag with one of several words, in any case that leaves no doubt.
-
-    Args:
-        names: the words. A registry is looked at when a word is read.
-        aliases: other words, with the word that each stands for.
-    """
-    return flag(default, word(names, aliases), text, names=names, **options)
-
-
-def word(names: Collection[str], aliases: Mapping[str, str] | None = None) -> Reader:
-    """A reader of one of several words; see `choice`."""
-
-    def read(text: str) -> str:
-        known = {**(aliases or {}), **{name: name for name in names}}
-        alike = [text] if text in known else [name for name in known if name.lower() == text.lower()]
-        if len(alike) != 1:
-            raise ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-        return known[alike[0]]
-
-    return read
-
-
-def arguments_of(chooser: str, table: Mapping[str, Callable[..., Any]], prefix: str, given: int = 0) -> Any:
-    """A field for a dict of arguments of the registry entry that another flag names.
-
-    Args:
-        chooser: the field that names the entry.
-        table: the registry. It is looked at when the parser is made.
-        prefix: what always makes a flag of an argument's name.
-        given: how many arguments, the first ones, an entry that is a class gets from the run.
-    """
-    return field(default_factory=dict, metadata={"registry": Registry(chooser, table, prefix, given)})
+def declared(kind: type[Flags]) -> dict[str, FlagInfo | Registry]:
+    """The flags of a class, and the registries of the fields that hold an entry's arguments, by field."""
+    found: dict[str, FlagInfo | Registry] = {}
+    hints = get_type_hints(kind, include_extras=True)
+    for part in fields(kind):
+        if get_origin(hint := hints[part.name]) is Annotated:
+            default = REQUIRED if part.default is MISSING else part.default
+            default = default if part.default_factory is MISSING else part.default_factory()
+            registries = [extra for extra in get_args(hint) if isinstance(extra, Registry)]
+            found[part.name] = registries[0] if registries else FlagInfo.of(hint, default)
+    return found
 
 
 def headed(kind: type[Flags]) -> dict[str, list[str]]:
@@ -219,9 +212,8 @@ def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInf
     """The arguments of a class's constructor after the first `given`, or those that a function takes by name
     alone.
 
-    An argument without annotation has the type of its default. A field of a dataclass has the annotation of
-    the class that declares it, with the names of that class's module. An argument `size` is no flag, unless
-    it is keyword-only: the run gives it.
+    A field of a dataclass has the annotation of the class that declares it, with the names of that class's
+    module. An argument `size` is no flag, unless it is keyword-only: the run gives it.
 
     Raises:
         UserError: an argument is `*args` or `**kwargs`, or its type is neither one of `KINDS` nor `X | None`
@@ -240,41 +232,30 @@ def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInf
             continue
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and not isinstance(function, type):
             continue  # what the caller of every entry gives
-        kind, extras = _unwrapped(hints.get(parameter.name, parameter.annotation))
-        if kind is parameter.empty:
-            kind = type(parameter.default)
+        made = FlagInfo.of(hints.get(parameter.name, parameter.annotation), parameter.default)
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if kind not in KINDS or not named:
+        if made.kind not in KINDS or made.several or not named:
             raise UserError(
                 f"{name}: its argument `{parameter}` can be no flag, which gives int, float, bool or str, "
                 "or None in place of one, to an argument of its name"
             )
-        span = next((extra for extra in extras if isinstance(extra, Range)), Range())
-        words = next(
-            (x for x in extras if isinstance(x, Collection) and not isinstance(x, str | Range)), None
-        )
-        read = reader(kind, *span) if words is None else word(words)
-        read = next((extra for extra in extras if callable(extra)), read)
-        found[parameter.name] = FlagInfo(
-            parameter.default,
-            None if kind is bool else read,
-            next((extra for extra in extras if isinstance(extra, str)), ""),
-            "none, it must be given" if parameter.default is REQUIRED else None,
-            words,
-            options={} if kind is bool or words else {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]},
-        )
+        found[parameter.name] = made
     return found
 
 
-def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
-    """The type within `Annotated` and `X | None`, and what `Annotated` adds."""
+def _unwrapped(annotation: Any) -> tuple[Any, list[Any], bool]:
+    """The type within `Annotated`, `X | None` and `list[X]`, what `Annotated` adds, and whether it is of a
+    list."""
     extras: list[Any] = []
-    while (origin := get_origin(annotation)) in (Annotated, Union, UnionType):
+    several = False
+    while (origin := get_origin(annotation)) in (Annotated, Union, UnionType, list):
         inner, *rest = (kind for kind in get_args(annotation) if kind is not NoneType)
         if rest and origin is not Annotated:
             break
-        annotation, extras = inner, extras + rest
-    return annotation, extras
+        annotation, extras, several = inner, extras + rest, several or origin is list
+    if origin is Literal:
+        return str, [*extras, get_args(annotation)], several
+    return annotation, extras, several
 
 
 def reader(kind: type, low: float | None = None, high: float | None = None) -> Reader:
@@ -298,7 +279,6 @@ def reader(kind: type, low: float | None = None, high: float | None = None) -> R
 
 
 whole, number = partial(reader, int), partial(reader, float)
-SEED = whole(0, 2**32 - 1)  # what every generator in use can be seeded with
 
 
 def positive(text: str) -> float:
@@ -309,13 +289,20 @@ def positive(text: str) -> float:
     return found
 
 
-def one_of(*values: int) -> Reader:
-    """A reader of one of some whole numbers."""
+def word(words: Collection[Any], aliases: Mapping[str, str] | None = None) -> Reader:
+    """A reader of one of several words, or numbers, in any case that leaves no doubt.
 
-    def read(text: str) -> int:
-        if text not in map(str, values):
-            raise ArgumentTypeError(f"{text!r}: choose from {', '.join(map(str, values))}")
-        return int(text)
+    Args:
+        words: the words. A registry is looked at when a word is read.
+        aliases: other words, with the word that each stands for.
+    """
+
+    def read(text: str) -> Any:
+        known = {**(aliases or {}), **{str(name): name for name in words}}
+        alike = [text] if text in known else [name for name in known if name.lower() == text.lower()]
+        if len(alike) != 1:
+            raise ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return known[alike[0]]
 
     return read
 
