@@ -5,6 +5,7 @@ events; scripts add their own files. An interrupted run is resumed in its folder
 """
 
 import csv
+import io
 import json
 import logging
 import os
@@ -13,13 +14,13 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from utils.command_line import read_config, recorded
 from utils.distributed import is_first
 from utils.errors import UserError, refusing, try_to_write
-from utils.files import read_text, write_text
+from utils.files import write_text
 from utils.flag import Flags
 
 log = logging.getLogger("anml")
@@ -89,8 +90,8 @@ class Run:
     def __init__(self, folder: Path, started: str, writes: bool) -> None:
         self.folder, self.started, self.saved = folder, started, False
         self._writes, self._opened = writes, ExitStack()
-        self._columns: tuple[str, ...] | None = None
-        self._metrics: TextIO | None = None  # opened at the first row; an evaluation has no rows
+        self._earlier: list[dict[str, str]] = []  # rows of a run that is resumed
+        self._metrics: csv.DictWriter[str] | None = None  # made at the first row; an evaluation has no rows
 
     @classmethod
     def open(
@@ -108,8 +109,8 @@ class Run:
         chosen device and so on). TensorBoard gets the arguments in the TEXT and HPARAMS tabs. Notices among
         the arguments are logged as warnings.
 
-        A resume deletes rows of `metrics.csv` and points of TensorBoard after step `done`, and writes the
-        present arguments to `config.json`, with time, machine and step of the resume under `resumed`.
+        A resume deletes points of TensorBoard after step `done`, and writes the present arguments to
+        `config.json`, with time, machine and step of the resume under `resumed`.
 
         Raises:
             UserError: the folder cannot be made, read or written, another process uses the folder, or
@@ -144,12 +145,12 @@ class Run:
         return run
 
     def _start(self, opened: ExitStack, done: int | None) -> None:
-        """Open the files; in a resumed run `metrics.csv` is cut back to step `done`."""
+        """Open the files, and read the rows of `metrics.csv` up to step `done` of a run that is resumed."""
         log_file = _LogFile(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         opened.callback(log_file.close)
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if done is not None:
-            self._columns = _cut_back(self.folder, done)
+            self._earlier = _earlier_rows(self.folder, done)
         # TensorBoard reads the files of a folder in the order of their names.
         path = self.folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
         self._events = opened.enter_context(path.open("xb"))
@@ -177,9 +178,10 @@ class Run:
             self._write_event(0, summary=content)
 
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
-        """Append a row to `metrics.csv`; the first row's keys are its columns.
+        """Append a row to `metrics.csv`, whose columns are the keys of the first row.
 
-        The first row of a run that is resumed may add columns, which are empty in the rows before.
+        The first row of a run that is resumed may add columns, which are empty in the rows before. It deletes
+        the rows after the step that the run goes on from.
 
         Raises:
             UserError: the file cannot be written.
@@ -189,16 +191,16 @@ class Run:
             return
         with _writing(self.folder):
             if self._metrics is None:
-                if self._columns is not None:
-                    self._columns = _with_columns(self.folder / "metrics.csv", self._columns, row)
+                path = self.folder / "metrics.csv"
+                columns = list(dict.fromkeys(key for each in (*self._earlier[:1], row) for key in each))
+                before = csv.DictWriter(text := io.StringIO(), columns)
+                before.writeheader()
+                before.writerows(self._earlier)
+                write_text(path, text.getvalue())
                 # Line-buffered, so that a killed run keeps its rows.
-                file = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="", buffering=1)
-                self._metrics = self._opened.enter_context(file)
-            writer = csv.DictWriter(self._metrics, self._columns or tuple(row))
-            if self._columns is None:
-                self._columns = tuple(row)
-                writer.writeheader()
-            writer.writerow(row)
+                file = self._opened.enter_context(path.open("a", encoding="utf-8", newline="", buffering=1))
+                self._metrics = csv.DictWriter(file, columns)
+            self._metrics.writerow(row)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to the TensorBoard curve of each tag in `values`, or raise UserError."""
@@ -327,36 +329,23 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _cut_back(folder: Path, done: int) -> tuple[str, ...] | None:
-    """Cut `metrics.csv` back to one row for each of the steps 1 to `done`; returns its columns.
+def _earlier_rows(folder: Path, done: int) -> list[dict[str, str]]:
+    """The rows of `metrics.csv` for the steps 1 to `done`, without a last row that lacks its line end.
 
-    Also deleted are a last row without a line end, and the unfinished files of a killed process.
+    The unfinished files of a killed process are deleted.
     """
     for draft in folder.glob(".*.*"):  # see `atomic_write`
         with suppress(OSError):
             draft.unlink()
     path = folder / "metrics.csv"
-    if done == 0 and not path.exists():  # an evaluation, for example
-        return None
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
-    lines = [line.strip() for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
-    header, *rows = [line.split(",") for line in lines] or [[]]  # cells are numbers, never quoted
-    kept = {row[0]: row for row in rows if header[:1] == ["step"] and len(row) == len(header)}
-    wanted = [kept[str(step)] for step in range(1, done + 1) if str(step) in kept]
-    if len(wanted) < done:
-        log.warning("%s lacks %d of the %d steps done", path, done - len(wanted), done)
-    write_text(path, "".join(f"{','.join(row)}\r\n" for row in ([header, *wanted] if kept else [])))
-    return tuple(header) if kept else None
-
-
-def _with_columns(path: Path, columns: tuple[str, ...], row: Iterable[str]) -> tuple[str, ...]:
-    """Add the keys of a row to a file with these columns, empty; returns the columns of the file then."""
-    new = [key for key in row if key not in columns]
-    if new:
-        header, *rows = read_text(path).splitlines()
-        lines = [",".join([header, *new]), *(line + "," * len(new) for line in rows)]
-        write_text(path, "".join(f"{line}\r\n" for line in lines))
-    return (*columns, *new)
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
+    found = [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
+    by_step = {row.get("step"): row for row in found}
+    rows = [by_step[str(step)] for step in range(1, done + 1) if str(step) in by_step]
+    if len(rows) < done:
+        log.warning("%s lacks %d of the %d steps done", path, done - len(rows), done)
+    return rows
 
 
 def _circumstances() -> dict[str, Any]:
