@@ -10,7 +10,7 @@ from datasets.images import SIZE, SIZES
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS, Network
 from utils.errors import UserError
-from utils.flag import PROJECT, Flags, Heading, Range, Registry, Shown, existing, in_project, word
+from utils.flag import Flags, Heading, Range, Registry, Shown, existing, in_project, word
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
@@ -70,6 +70,7 @@ class DataFlags(Flags):
     dataset_path: Annotated[
         Path,
         "folder of the images; of Omniglot, that holds its zips or folders or that they are downloaded to",
+        existing,
     ] = Path("data")
     cache_dir: Annotated[Path, "folder for the decoded images"] = Path("data/cache")
     size: Annotated[
@@ -81,9 +82,13 @@ class DataFlags(Flags):
         without = self.dataset in WITHOUT_FILES
         return {"dataset_path": f"--dataset {self.dataset}"} if without else {}
 
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        folder = in_project(Path("data"))
+        return {"dataset_path": folder, "cache_dir": folder / "cache"}
+
     def source(self, net: Network) -> Source:
-        """The images that these flags name, in the size that a network takes; from another folder those of
-        the project, if it has some.
+        """The images that these flags name, in the size that a network takes.
 
         Raises:
             UserError: `--size` is another size.
@@ -91,9 +96,7 @@ class DataFlags(Flags):
         size = net.image_size
         if self.size not in (None, size):
             raise UserError(f"--size {self.size}: the model takes images of {size} x {size}: drop the flag")
-        root = in_project(self.dataset_path)
-        cache = self.cache_dir if root == self.dataset_path else PROJECT / self.cache_dir
-        return Source(self.dataset, root, cache, self.options, size)
+        return Source(self.dataset, self.dataset_path, self.cache_dir, self.options, size)
 
 
 class RunFlags(Flags):

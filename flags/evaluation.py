@@ -194,4 +194,4 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
                 if typed != value:
                     said = f"{as_typed(name, value)}, not {as_typed(name, typed)}"
                     raise UserError(f"{source} means {said}: drop one of them")
-        return found
+        return {**super().implied(given), **found}

@@ -119,7 +119,7 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        found = dict(OUTER_LOOPS[given.get("learner", "sgd")].defaults)
+        found = {**super().implied(given), **OUTER_LOOPS[given.get("learner", "sgd")].defaults}
         return found | ({"inner_rule": "meta_sgd"} if given.get("learn_update_lr") else {})
 
     @property

@@ -10,6 +10,7 @@ from flags.evaluation import Evaluation
 from flags.training import Plan, Training
 from model.treatments import Weights
 from tools import plot_results
+from utils import flag
 from utils.command_line import Parser, parse, recorded
 from utils.errors import UserError
 from utils.flag import Flags
@@ -216,6 +217,27 @@ def test_the_home_folder_in_a_config(home: Path, tmp_path: Path) -> None:
 )
 def test_what_is_no_home_folder(typed: str, meant: str, home: Path) -> None:
     assert parse(Training, [f"--runs_dir={typed}"]).runs_dir == (Path(meant) if meant else home)
+
+
+def test_the_data_of_the_project_is_the_default_where_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is typed is relative to the current folder, unless it is there in the project alone."""
+    here, project = tmp_path / "here", tmp_path / "project"
+    for folder in (here, project / "data"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(flag, "PROJECT", project)
+    monkeypatch.chdir(here)
+
+    def places(typed: str) -> list[str]:
+        args = train(typed)
+        return [str(path).replace(str(project), "PROJECT") for path in (args.dataset_path, args.cache_dir)]
+
+    assert places("") == ["PROJECT/data", "PROJECT/data/cache"]
+    assert places("--cache_dir=data/cache --dataset_path=x") == ["x", "data/cache"]
+    assert places("--cache_dir=c --dataset_path=data") == ["PROJECT/data", "c"]
+    (here / "data").mkdir()
+    assert places("") == ["data", "data/cache"]
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
