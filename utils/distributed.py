@@ -24,6 +24,7 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 HERE = "127.0.0.1"
+PARENT = "ANML_PARENT"  # environment variable: the id of the process without which a training ends
 STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C sends SIGINT, `kill` and Slurm send SIGTERM
 MAY_DIFFER = (
     *("config", "runs_dir", "name", "cache_dir", "dataset_path", "model_name", "saved_model", "model"),
@@ -273,7 +274,9 @@ class Interrupt:
         self.signal, self._patient = 0, patient
 
     def agree(self, group: Group) -> bool:
-        """Whether any process of the group has received a signal, upon which all of them stop."""
+        """Whether any process of the group has received a signal or lost its parent, upon which all stop."""
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            self.signal = self.signal or signal.SIGTERM
         self.signal = max(group.gather(self.signal))
         return self.signal > 0
 

@@ -1,21 +1,20 @@
 """Trainings of several seeds, each a process with a run folder of its own below that of them all."""
 
-import csv
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO
 
 from utils.command_line import as_tokens
-from utils.distributed import Interrupt
+from utils.distributed import PARENT, Interrupt
 from utils.errors import UserError
+from utils.files import load_checkpoint
 
 log = logging.getLogger("anml")
 
@@ -48,11 +47,9 @@ def models_below(parent: Path) -> list[Path]:
 def steps_done(folder: Path | None) -> int:
     """The last step in the `metrics.csv` of a run folder; 0 without one."""
     path = folder / "metrics.csv" if folder else Path()
-    if not path.is_file():
-        return 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        steps = [row[0] for row in csv.reader(file) if row and row[0].isdecimal()]
-    return int(steps[-1]) if steps else 0
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    first = (line.partition(",")[0] for line in lines)
+    return max((int(cell) for cell in first if cell.isdecimal()), default=0)
 
 
 def train_seeds(
@@ -64,7 +61,8 @@ def train_seeds(
     new: Mapping[str, object],
     changed: Mapping[str, object],
 ) -> None:
-    """Train a model for each seed, until all have done `steps` or a signal comes.
+    """Train a model for each seed, until all have done `steps` or a signal comes. If this process is killed,
+    the trainings save their state and end.
 
     A training that has begun is resumed, and one that is complete stays as it is.
 
@@ -79,40 +77,29 @@ def train_seeds(
         UserError: trainings have failed, which are named; the others have gone on.
         SystemExit: after a signal, once all trainings have saved their state.
     """
-    start, begun = time.monotonic(), sum(steps_done(folder_of(parent, seed)) for seed in seeds)
-    waiting = [seed for seed in seeds if not _is_complete(parent, seed, steps)]
-    running: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+    waiting = [seed for seed in seeds if not _is_complete(model_of(parent, seed), steps)]
+    running: dict[int, subprocess.Popen[bytes]] = {}
     failed: dict[int, str] = {}
-    told, stop = -math.inf, True
-    with Interrupt() as interrupt, ExitStack() as opened:
-        while running or (waiting and not interrupt.signal):
-            while waiting and len(running) < jobs and not interrupt.signal:
+    start, begun = time.monotonic(), sum(steps_done(folder_of(parent, seed)) for seed in seeds)
+    told = -math.inf
+    with Interrupt() as interrupt:
+        while (waiting or running) and not interrupt.signal:
+            while waiting and len(running) < jobs:
                 seed = waiting.pop(0)
-                folder = folder_of(parent, seed)
-                places = {"seed": seed, "runs_dir": parent, "name": f"seed_{seed}"}
-                flags = {**new, **places} if folder is None else {**changed, "resume": folder}
-                tokens = as_tokens({**flags, "model_name": model_of(parent, seed)})
-                output = opened.enter_context(TemporaryFile())
-                command = [sys.executable, str(script), *tokens]
-                # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
-                process = subprocess.Popen(  # noqa: S603 (a script of this project)
-                    command, stdout=subprocess.DEVNULL, stderr=output, start_new_session=True
-                )
-                running[seed] = process, output
-            if interrupt.signal and stop:
-                for process, _ in running.values():
-                    process.terminate()
-                stop = False
+                running[seed] = _start(script, parent, seed, new, changed)
             if time.monotonic() > told + TOLD_EVERY:
                 told = time.monotonic()
                 _tell(parent, seeds, steps, begun, told - start)
-            for seed, (process, errors) in list(running.items()):
-                if process.poll() is not None:
-                    del running[seed]
-                    if process.returncode and not interrupt.signal:
-                        failed[seed] = _last_line(errors) or f"exit code {process.returncode}"
-                        log.warning("seed %d: %s", seed, failed[seed])
             time.sleep(POLL)
+            for seed in [seed for seed, process in running.items() if process.poll() is not None]:
+                code = running.pop(seed).returncode
+                if code and not interrupt.signal:
+                    failed[seed] = _last_line(parent, seed) or f"exit code {code}"
+                    log.warning("seed %d: %s", seed, failed[seed])
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
     _tell(parent, seeds, steps, begun, time.monotonic() - start)
     if interrupt.signal:
         sys.exit(interrupt.exit_code)
@@ -121,8 +108,26 @@ def train_seeds(
         raise UserError(f"{len(failed)} of {len(seeds)} trainings failed: {said}")
 
 
-def _is_complete(parent: Path, seed: int, steps: int) -> bool:
-    return model_of(parent, seed).exists() and steps_done(folder_of(parent, seed)) >= steps
+def _start(
+    script: Path, parent: Path, seed: int, new: Mapping[str, object], changed: Mapping[str, object]
+) -> subprocess.Popen[bytes]:
+    """The process that begins the training of a seed or goes on with it, and writes `seed_<seed>.err`."""
+    folder = folder_of(parent, seed)
+    places = {"seed": seed, "runs_dir": parent, "name": f"seed_{seed}"}
+    flags = {**new, **places} if folder is None else {**changed, "resume": folder}
+    command = [sys.executable, str(script), *as_tokens({**flags, "model_name": model_of(parent, seed)})]
+    environment = {**os.environ, PARENT: str(os.getpid())}
+    with model_of(parent, seed).with_suffix(".err").open("wb") as errors:
+        # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+        return subprocess.Popen(  # noqa: S603 (a script of this project)
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
+
+
+def _is_complete(model: Path, steps: int) -> bool:
+    with suppress(UserError):
+        return load_checkpoint(model).step >= steps
+    return False
 
 
 def _tell(parent: Path, seeds: Sequence[int], steps: int, begun: int, seconds: float) -> None:
@@ -134,8 +139,8 @@ def _tell(parent: Path, seeds: Sequence[int], steps: int, begun: int, seconds: f
     log.info("%s of %d steps, %.3g step/s, %s left", each, steps, rate, left)
 
 
-def _last_line(errors: IO[bytes]) -> str:
-    """The last line that a process wrote, without the name of its script."""
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").splitlines() or [""]
-    return lines[-1].partition("error: ")[2] or lines[-1]
+def _last_line(parent: Path, seed: int) -> str:
+    """The last line that the process of a seed wrote, without the name of its script."""
+    text = model_of(parent, seed).with_suffix(".err").read_text(errors="replace")
+    line = (text.splitlines() or [""])[-1]
+    return line.partition("error: ")[2] or line

@@ -2,66 +2,72 @@
 
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import evaluate_classification
 from evaluation.results import read_results, summarise
-from tests.conftest import ROOT, TINY, Run, Trainer, assert_same_run
+from tests.conftest import TINY, Run, Trainer, assert_same_run
+from tests.forks import Forks
+from utils import jobs
 from utils.files import load_checkpoint
 
-EACH = ["--seeds", "3", "11", "--jobs=2", "--name=all"]
+FOLDER = Path("runs/all_0")
+RUNS, MODELS = ([FOLDER / f"seed_{seed}{end}" for seed in (3, 11)] for end in ("_0", ".net"))
 
 
-def test_seeds_are_the_runs_of_each_seed(trainer: Trainer, run: Run) -> None:
-    trainer("--steps=3", "--threads=1", *EACH)
-    for seed in (3, 11):
-        trainer("--steps=3", f"--seed={seed}", f"--name=alone_{seed}")
-        assert_same_run(Path(f"runs/alone_{seed}_0"), Path(f"runs/all_0/seed_{seed}_0"))
-    said = Path("runs/all_0/log.txt").read_text()
-    assert "seed 3: 3, seed 11: 3 of 3 steps" in said
-    flags = ["--dataset=glyphs", *trainer.flags[-1:], "--schedule", "3", "--runs=2", "--lr=0.01"]
-    run(evaluate_classification, "--model=runs/all_0", "--name=test", *flags)
-    rows = read_results(Path("runs/test_0")).rows
-    assert [row["model"] for row in rows] == [f"runs/all_0/seed_{n}.net" for n in (3, 3, 11, 11)]
-    (line,) = summarise(rows)
-    assert line["models"] == 2
+def test_seeds_are_the_runs_of_each_seed(
+    trainer: Trainer, run: Run, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after their parent was killed, and after a signal that it passes on."""
+    flags = [*trainer.flags, "--steps=30", "--threads=1", "--seeds", "3", "11", "--jobs=2", "--name=all"]
+    parent = forks.start(tmp_path, "mrcl_classification", *flags, "--save_every=5")
+    forks.kill_when(lambda: all((run / "state.pt").exists() for run in RUNS), parent)
+    for model, folder in zip(MODELS, RUNS, strict=True):
+        with FileLock(folder / ".lock", timeout=60):  # the training ends by itself
+            assert load_checkpoint(model).step < 30, "too fast for this test"
 
-    # A training that fails is named, and the other goes on.
-    Path("runs/all_0/seed_3_0/state.pt").write_bytes(b"")
-    Path("runs/all_0/seed_3_0/state.previous.pt").unlink(missing_ok=True)
-    trainer.run = Path("runs/all_0")
-    failure = trainer.refused("--steps=4")
-    assert re.search(r"error: 1 of 2 trainings failed: seed 3: cannot read .*seed_3_0/state.pt", failure)
-    assert load_checkpoint(Path("runs/all_0/seed_11.net")).step == 4
+    sent: list[int] = []
 
+    def tell(parent: Path, seeds: list[int], steps: int, begun: int, seconds: float) -> None:
+        if not sent and all(jobs.steps_done(folder) > begun // 2 for folder in RUNS):
+            sent.append(begun)
+            signal.raise_signal(signal.SIGTERM)
 
-def test_seeds_go_on_after_a_signal(trainer: Trainer) -> None:
-    """A signal to the parent ends all, after they have saved."""
-    command = [sys.executable, str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=40", *EACH]
-    process = subprocess.Popen([*command, "--threads=1", "--save_every=5"], stdout=subprocess.DEVNULL)
-    state = Path("runs/all_0/seed_11_0/state.pt")
-    deadline = time.monotonic() + 60
-    while not state.exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert all(Path(f"runs/all_0/seed_{seed}.net").exists() for seed in (3, 11))
-    trainer.run = Path("runs/all_0")
+    trainer.run = FOLDER
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_tell", tell)
+        patch.setattr(jobs, "TOLD_EVERY", 0)
+        patch.setattr(jobs, "POLL", 0.01)
+        with pytest.raises(SystemExit) as ended:
+            trainer.resume()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert sum(load_checkpoint(model).step for model in MODELS) > sent[0]
     assert "--seeds is [3] and was [3, 11]" in trainer.refused("--seeds=3")
     trainer.resume()
-    for seed in (3, 11):
-        trainer("--steps=40", f"--seed={seed}", f"--name=alone_{seed}")
-        assert_same_run(Path(f"runs/alone_{seed}_0"), Path(f"runs/all_0/seed_{seed}_0"))
-    before = Path("runs/all_0/seed_3_0/model.net").stat()
+    before = MODELS[1].stat()
     trainer.resume()
-    assert Path("runs/all_0/seed_3_0/model.net").stat() == before, "what is complete stays"
+    assert MODELS[1].stat() == before, "what is complete stays"
+    assert "seed 3: 30, seed 11: 30 of 30 steps" in (FOLDER / "log.txt").read_text()
+    for seed, folder in zip((3, 11), RUNS, strict=True):
+        trainer("--steps=30", f"--seed={seed}", f"--name=alone_{seed}")
+        assert_same_run(Path(f"runs/alone_{seed}_0"), folder)
+
+    test = ["--dataset=glyphs", *trainer.flags[-1:], "--schedule", "3", "--runs=2", "--lr=0.01"]
+    run(evaluate_classification, f"--model={FOLDER}", "--name=test", *test)
+    rows = read_results(Path("runs/test_0")).rows
+    assert [row["model"] for row in rows] == [str(model) for model in MODELS for _ in range(2)]
+    assert [line["models"] for line in summarise(rows)] == [2]
+
+    # A training that fails is named, and the other goes on.
+    (RUNS[0] / "state.pt").write_bytes(b"")
+    (RUNS[0] / "state.previous.pt").unlink()
+    failure = trainer.refused("--steps=31")
+    assert re.search(r"error: 1 of 2 trainings failed: seed 3: cannot read .*seed_3_0/state.pt", failure)
+    assert load_checkpoint(MODELS[1]).step == 31
 
 
 @pytest.mark.parametrize(
