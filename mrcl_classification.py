@@ -59,7 +59,6 @@ from utils.distributed import (
     choose_device,
     is_first,
     join,
-    launched,
     refuse_several,
     run_as,
     seed_layers,
@@ -263,7 +262,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
     extra = {"plan": plain(vars(plan), absolute=True), "device": str(device), **images.about()}
     extra |= {"backend": backend.name, "backend_why": backend.why}
     with (
-        Interrupt(patient=launched()) as interrupt,
+        Interrupt() as interrupt,
         Run.open(args.runs_dir, args.name, args.resume, args, extra, done) as run,
         claimed(plan.model_name),
     ):

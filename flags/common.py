@@ -10,17 +10,19 @@ from datasets.images import SIZE, SIZES
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS, Network
 from utils.errors import UserError
-from utils.flag import Flags, Heading, Range, Registry, Shown, existing, in_project, word
+from utils.flag import SEED, Flags, Heading, Range, Registry, Shown, existing, folder_name, in_project, word
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
 CHOICES = ("auto", *BACKENDS)
-NAME = "name of the run folder, which a number is added to"
-SEEDED = "seed of all random draws, 0 to 2**32-1"
-PROCESSES = (
+Name = Annotated[str, "name of the run folder, which a number is added to", folder_name]
+Seed = Annotated[int, "seed of all random draws, 0 to 2**32-1", SEED]
+Processes = Annotated[
+    int,
     "processes on this machine that share the work, each with its part of the threads or a GPU of its own; "
-    "under torchrun there are as many as it starts"
-)
+    "under torchrun there are as many as it starts",
+    Range(1),
+]
 NO_COMMIT = {"commit": "nothing is committed; the run folder records the current git commit"}
 
 

@@ -10,7 +10,7 @@ from model.learner import LEARNERS
 from model.treatments import TABLE
 from utils.command_line import as_typed
 from utils.errors import UserError
-from utils.flag import SEED, Heading, Range, Registry, Shown, existing, folder_name, headed, positive, word
+from utils.flag import Heading, Range, Registry, Shown, existing, headed, positive, word
 
 # The published grid, and four rates more at its upper end, where replications find the best one.
 LEARNING_RATES = (
@@ -21,7 +21,7 @@ LEARNING_RATES = (
 SCHEDULE = (10, 50, 75, 100, 200, 300, 400, 500, 600)
 
 
-class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, common.RunFlags):
+class Evaluation(common.SplitFlags, common.DataFlags, common.NetworkFlags, common.RunFlags):
     """Meta-test a model: learn unseen classes one after another, then measure accuracy.
 
     python evaluate_classification.py --model Neuromodulation_Model.net --nested
@@ -125,9 +125,9 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
     ] = 0
 
     _run: ClassVar = Heading("run")
-    name: Annotated[str, common.NAME, folder_name] = "Omni_test_traj"
-    seed: Annotated[int, common.SEEDED, SEED] = 222
-    processes: Annotated[int, common.PROCESSES, Range(1)] = 1
+    name: common.Name = "Omni_test_traj"
+    seed: common.Seed = 222
+    processes: common.Processes = 1
     resume: Annotated[
         Path | None,
         "go on with an evaluation that was interrupted, in its run folder and with its arguments: "
@@ -138,9 +138,8 @@ class Evaluation(common.NetworkFlags, common.SplitFlags, common.DataFlags, commo
         # None of these changes a number: more runs or class counts add to what there is. Models are compared
         # by content, and what the last ones decide by the evaluation's plan.
         changeable = ("model", "runs", "schedule", "full_search", "device", "threads", "processes", "backend")
-        decided = ["rln", "test_classes"]
-        decided += [flag for flag, (field, _) in self.places.items() if field == "of_learner"]
-        return frozenset((*changeable, *common.PLACES, *decided))
+        of_learner = [flag for flag, (field, _) in self.places.items() if field == "of_learner"]
+        return frozenset((*changeable, *common.PLACES, "rln", "test_classes", *of_learner))
 
     def idle(self) -> Mapping[str, str]:
         parts = headed(type(self))

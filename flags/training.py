@@ -14,7 +14,7 @@ from model.outer_loop import OuterLoop
 from model.outer_loops import OUTER_LOOPS
 from model.treatments import Weights
 from utils.errors import UserError
-from utils.flag import SEED, Heading, Range, Registry, Shown, existing, folder_name, headed, positive
+from utils.flag import SEED, Heading, Range, Registry, Shown, existing, headed, positive
 
 # How long, how often and where: none of these changes a number.
 MAY_CHANGE = frozenset(
@@ -25,7 +25,7 @@ MAY_CHANGE = frozenset(
 )
 
 
-class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
+class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
     """Meta-train ANML or another network and write the initial weights found.
 
     python mrcl_classification.py --config configs/anml.toml
@@ -83,8 +83,8 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     eval_classes: Annotated[int, "classes in each of those meta-tests", Range(1)] = 20
 
     _run: ClassVar = Heading("run")
-    name: Annotated[str, common.NAME, folder_name] = "mrcl_omniglot"
-    seed: Annotated[int, common.SEEDED, SEED] = 9
+    name: common.Name = "mrcl_omniglot"
+    seed: common.Seed = 9
     seeds: Annotated[
         list[int],
         "train a model for each of these seeds, in run folders and with models below one folder; --resume of "
@@ -95,7 +95,7 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
     jobs: Annotated[
         int | None, "trainings of --seeds at a time, which share the threads", Range(1), Shown("a core each")
     ] = None
-    processes: Annotated[int, common.PROCESSES, Range(1)] = 1
+    processes: common.Processes = 1
     keep_every: Annotated[
         int, "steps between models that stay in the run folder, as model_<step>.net; 0 for none", Range(0)
     ] = 0
@@ -140,17 +140,14 @@ class Training(common.NetworkFlags, common.DataFlags, common.RunFlags):
 
     def idle(self) -> Mapping[str, str]:
         has_rule = OUTER_LOOPS[self.learner].inner_loop is not OuterLoop.inner_loop
-        fields = () if has_rule else headed(type(self))["inner rule"]
-        of_checks = {} if self.eval_every else {"eval_classes": f"--eval_every {self.eval_every}"}
-        of_seeds = dict.fromkeys(("seed", "model_name", "processes"), "--seeds") if self.seeds else {}
-        of_jobs = {} if self.seeds else {"jobs": "one --seed"}
-        return (
-            {**super().idle()}
-            | of_checks
-            | of_seeds
-            | of_jobs
-            | dict.fromkeys(fields, f"--learner {self.learner}")
-        )
+        of_rule = () if has_rule else headed(type(self))["inner rule"]
+        of_seeds = dict.fromkeys(("seed", "model_name", "processes"), "--seeds")
+        return {
+            **super().idle(),
+            **({} if self.eval_every else {"eval_classes": "--eval_every 0"}),
+            **(of_seeds if self.seeds else {"jobs": "one --seed"}),
+            **dict.fromkeys(of_rule, f"--learner {self.learner}"),
+        }
 
     def validate(self) -> None:
         if self.checkpoint and self.saved_model is None:

@@ -36,7 +36,6 @@ from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
 from utils.errors import UserError, run_script
 from utils.files import load_checkpoint, write_text
-from utils.flag import SEED, folder_name
 from utils.run import Run, log_to_terminal
 
 log = logging.getLogger("anml")
@@ -49,8 +48,8 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
     __doc__ = (__doc__ or "").partition("The weights")[0]
 
     model: Annotated[Path, "model file to analyse"] = Path("Neuromodulation_Model.net")
-    name: Annotated[str, common.NAME, folder_name] = "representation"
-    seed: Annotated[int, common.SEEDED, SEED] = 222
+    name: common.Name = "representation"
+    seed: common.Seed = 222
 
 
 def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, plots.Figure]:

@@ -5,21 +5,27 @@
 The network is built with its default arguments. A fault ends the check with one line that names the cause.
 """
 
+from typing import Annotated
+
 import torch
 
 from datasets.images import SIZE, SIZES
 from model.check import check_network
 from model.modelfactory import NETWORKS, build, layer_parameters
-from utils.command_line import HelpFirst
+from utils.command_line import parse
 from utils.errors import run_script
-from utils.flag import whole
+from utils.flag import Flags, Range
+
+
+class Check(Flags):
+    __doc__ = (__doc__ or "").partition("The network is")[0]
+
+    name: Annotated[str, "network of the registry", NETWORKS]
+    size: Annotated[int, "side of the images", Range(*SIZES)] = SIZE
 
 
 def main() -> None:
-    parser = HelpFirst(prog="python -m tools.check_network", description=__doc__)
-    parser.add_argument("name", choices=NETWORKS, metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
-    parser.add_argument("--size", type=whole(*SIZES), default=SIZE, metavar="N", help="side of the images")
-    args = parser.parse_args()
+    args = parse(Check)
     check_network(args.name, every_cut=True, size=args.size)
     net = build(args.name, {}, torch.Generator(), args.size)
     layers = layer_parameters(net)

@@ -1,6 +1,6 @@
 """Convert a model file of the released ANML code, of higherANML or of GeMCL into one of this project.
 
-    python -m tools.convert_released IN OUT
+    python -m tools.convert_released SOURCE TARGET
     python -m tools.convert_released GeMCL/experiments/omniglot/omniglot_PGLR_final/check_point pglr.net
 
 The released code saves whole modules, and `torch.load` of a module can run code from the file. `Reader` reads
@@ -22,17 +22,17 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from datasets.images import OMNIGLOT, SIZE, SIZES, Normalisation, reason
 from model.modelfactory import NETWORKS, Network, image_arguments
-from utils.command_line import HelpFirst
+from utils.command_line import parse
 from utils.errors import UserError, run_script, say
 from utils.files import Checkpoint, keep_earlier
-from utils.flag import file_path, whole
+from utils.flag import Flags, Range, Shown
 
 WIDTHS = {
     "ANML": {"nm_channels": 0, "pln_channels": 14, "num_classes": -1},
@@ -288,14 +288,22 @@ def _view(arguments: tuple[object, ...], numbers: Mapping[str, Tensor]) -> Tenso
     raise ValueError("a tensor does not lie within the numbers that the file has for it")
 
 
+class Conversion(Flags):
+    __doc__ = (__doc__ or "").partition("The released code")[0]
+
+    source: Annotated[Path, "model file to read"]
+    target: Annotated[Path, "model file to write"]
+    size: Annotated[int | None, "side of the images", Range(*SIZES), Shown("84 of GeMCL, else 28")] = None
+    pixels: Annotated[
+        str | None,
+        "how pixels are normalised",
+        tuple(PIXELS),
+        Shown("of GeMCL unit or, in colour, imagenet; else omniglot"),
+    ] = None
+
+
 def main() -> None:
-    parser = HelpFirst(prog="python -m tools.convert_released", description=__doc__)
-    parser.add_argument("source", type=file_path, metavar="IN", help="model file to read")
-    parser.add_argument("target", type=file_path, metavar="OUT", help="model file to write")
-    parser.add_argument("--size", type=whole(*SIZES), help="side of images (default: 84 of GeMCL, else 28)")
-    text = "how pixels are normalised (default: of GeMCL unit or, in colour, imagenet; else omniglot)"
-    parser.add_argument("--pixels", choices=PIXELS, help=text)
-    args = parser.parse_args()
+    args = parse(Conversion)
     net, weights, rest = convert(args.source, args.size, args.pixels)
     kept = keep_earlier(args.target)
     arguments = {"converted_from": str(args.source), **image_arguments(net)}

@@ -36,20 +36,10 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 NOT_IN_CONFIG = {"config", "resume"}  # flags that stand in no config file
 
 
-class HelpFirst(argparse.ArgumentParser):
-    """An argument parser whose help begins with its description, a sentence and an example, as it is, and
-    whose errors are those of a user."""
-
-    def __init__(self, **options: Any) -> None:
-        style = argparse.RawDescriptionHelpFormatter
-        super().__init__(usage=argparse.SUPPRESS, formatter_class=style, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-class Parser(HelpFirst):
+class Parser(argparse.ArgumentParser):
     """The parser of a script's arguments, all of whose flags are spelled with `_`.
+
+    The help begins with the sentence and the example of the docstring of `kind`.
 
     Args:
         kind: the script's arguments.
@@ -71,8 +61,11 @@ class Parser(HelpFirst):
     ) -> None:
         about, _, example = (inspect.getdoc(kind) or "").partition("\n\n")
         super().__init__(
+            usage=argparse.SUPPRESS,
             description=f"{about}\n\n{indent(example, '    ')}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
             add_help=only is None,
         )
         self.flags: dict[str, argparse.Action] = {}
@@ -84,8 +77,8 @@ class Parser(HelpFirst):
         registries = []
         for heading, names in headed(kind).items():
             group = self.add_argument_group(heading) if heading else self
-            for name, made in ((name, parts[name]) for name in names if name in parts):
-                if isinstance(made, Registry):
+            for name in filter(parts.__contains__, names):
+                if isinstance(made := parts[name], Registry):
                     registries.append((group, name, made))
                 else:
                     self._add(group, [name], made)
@@ -94,12 +87,13 @@ class Parser(HelpFirst):
             for key, instead in kind.no_effect.items():
                 text = f"no effect: {instead}"
                 group.add_argument(f"--{key}", nargs="*", dest=f"*{key}", metavar="VALUE", help=text)
-        registries.reverse()  # in the order of the dataclass's fields, but the script's own first
-        registries.sort(key=lambda found: found[1] not in inspect.get_annotations(kind))
         for place, name, registry in registries:
             default = getattr(kind, registry.chooser, None) or next(iter(registry.table))
             self.chosen[name] = registry, str((chosen or {}).get(registry.chooser, default))
             self._add_arguments(place, name)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
     def _add_arguments(self, group: argparse._ActionsContainer, name: str) -> None:
         """Make flags of the arguments of the entry that is chosen for a field."""
@@ -121,27 +115,24 @@ class Parser(HelpFirst):
 
     def _add(self, group: argparse._ActionsContainer, names: list[str], made: FlagInfo) -> None:
         """Make a flag, whose values are kept under the first of its names."""
-        text, metavar = made.text, METAVARS.get(made.kind)
-        positional = made.default is REQUIRED and names[0] not in self.places
+        text = made.text
         if isinstance(made.words, Mapping):
-            entries = [(name, inspect.getdoc(entry)) for name, entry in made.words.items() if callable(entry)]
-            said = [
-                f"{name}: {(about or '').splitlines()[0].rstrip('.')}" for name, about in entries if about
-            ]
-            text = "; ".join([text, *said])
-        if positional:
-            metavar = names[0].upper()
-        elif made.words is not None:
-            metavar = f"{{{','.join(map(str, made.words))}}}"
+            said = [(name, inspect.getdoc(entry)) for name, entry in made.words.items() if callable(entry)]
+            lines = [f"{name}: {about.splitlines()[0].rstrip('.')}" for name, about in said if about]
+            text = "; ".join([text, *lines])
+        positional = made.default is REQUIRED and names[0] not in self.places
         if not positional:
             text += f" (default: {made.shown or _shown(made.default)})"
         options: dict[str, Any] = {"help": text.strip().replace("%", "%%")}
+        if made.kind is bool:
+            options["action"] = "store_true"
+        else:
+            metavar = (
+                METAVARS.get(made.kind) if made.words is None else f"{{{','.join(map(str, made.words))}}}"
+            )
+            options |= {"type": made.read, "metavar": names[0].upper() if positional else metavar}
         if made.several:
             options |= {"nargs": "+", "action": "extend"}
-        if made.kind is bool:
-            options |= {"action": "store_true"}
-        else:
-            options |= {"type": made.read, "metavar": metavar}
         if positional:
             group.add_argument(names[0], **options)
             return

@@ -262,16 +262,15 @@ class Interrupt:
     A second Ctrl-C or SIGTERM acts as usual. A second SIGHUP is ignored: the kernel and the shell both send
     one when a terminal is closed. A SIGHUP that was ignored before (`nohup`) stays ignored.
 
-    Args:
-        patient: ignore all later signals. Processes of a launcher get each Ctrl-C twice, from the terminal
-            and from the launcher.
+    Within a job all later signals are ignored: its processes get each Ctrl-C twice, from the terminal and
+    from the launcher.
 
     Attributes:
         signal: number of the first signal, 0 before it.
     """
 
-    def __init__(self, patient: bool = False) -> None:
-        self.signal, self._patient = 0, patient
+    def __init__(self) -> None:
+        self.signal, self._patient = 0, launched()
 
     def agree(self, group: Group) -> bool:
         """Whether any process of the group has received a signal or lost its parent, upon which all stop."""

@@ -136,7 +136,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
     convert_released: {
         "nowhere.net new.net": "nowhere.net",
         "file new.net": "file",
-        "m.net": "OUT",
+        "m.net": "TARGET",
         "file new.net --size 7": "--size",
         "file new.net --pixels red": "red",
     },

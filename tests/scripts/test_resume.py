@@ -159,8 +159,13 @@ def test_a_closed_terminal_saves(trainer: Trainer) -> None:
         (True, [signal.SIGTERM, signal.SIGINT], 143),
     ],
 )
-def test_signals_within_an_interrupt(patient: bool, numbers: list[signal.Signals], code: int) -> None:
-    with Interrupt(patient) as interrupt:
+def test_signals_within_an_interrupt(
+    patient: bool, numbers: list[signal.Signals], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if patient:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with Interrupt() as interrupt:
         for number in numbers:
             signal.raise_signal(number)
         if not patient:  # the next one acts
