@@ -55,8 +55,7 @@ class SplitFlags(Flags):
     train_images: Annotated[int, "images of each class to learn", Range(1)] = 15
     test_images: Annotated[int, "images of each class to test, none of those learned", Range(1)] = 5
     split: Annotated[
-        Literal["random", "dataset"],
-        "which images of a class these are: drawn for each run, or the first and the last of the data",
+        Literal["random", "dataset"], "which images of a class: drawn for each run, or the first and the last"
     ] = "random"
 
 
@@ -70,9 +69,7 @@ class DataFlags(Flags):
     _data: ClassVar = Heading("data")
     dataset: Annotated[str, "images to learn from", DATASETS] = "omniglot"
     dataset_path: Annotated[
-        Path,
-        "folder of the images; of Omniglot, that holds its zips or folders or that they are downloaded to",
-        existing,
+        Path, "folder of the images; that of Omniglot holds its zips or folders, or gets them", existing
     ] = Path("data")
     cache_dir: Annotated[Path, "folder for the decoded images"] = Path("data/cache")
     size: Annotated[
@@ -110,8 +107,7 @@ class RunFlags(Flags):
     threads: Annotated[int | None, "CPU threads", Range(1), Shown("torch's choice")] = None
     backend: Annotated[
         str,
-        "layers of the networks: plain torch, fast ones with the same numbers up to rounding, or auto: "
-        "fast on the CPU and on CUDA, plain elsewhere",
+        "plain layers, fast ones with the same numbers up to rounding, or auto: fast on CPU and CUDA",
         CHOICES,
     ] = "auto"
     config: Annotated[Path | None, "TOML file of flags, which flags typed here override", existing] = None

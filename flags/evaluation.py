@@ -41,11 +41,7 @@ class Evaluation(common.SplitFlags, common.DataFlags, common.NetworkFlags, commo
         existing,
         Shown("none: give it, or --scratch"),
     ] = None
-    scratch: Annotated[
-        bool,
-        "random initial weights; the network is that of --model if given, else that of the "
-        "network flags below",
-    ] = False
+    scratch: Annotated[bool, "random weights, in the network of --model or else of the network flags"] = False
 
     _learner: ClassVar = Heading("learner")
     learner: Annotated[str, "what learns the stream", LEARNERS] = "adam"
@@ -78,25 +74,16 @@ class Evaluation(common.SplitFlags, common.DataFlags, common.NetworkFlags, commo
     )
     lr_search_runs: Annotated[
         int,
-        "class draws of each model, each trying every rate; the rate that wins most draws, of all "
-        "models together, is used: rates that are equal on a draw share its win, and of those with as "
-        "many wins it is the one with the best mean over all draws, then the smallest",
+        "class draws of each model on which the rates are tried; the rate that wins most of them is used, of "
+        "several the one with the best mean, then the smallest",
         Range(1),
     ] = 10
     lr_search_split: Annotated[
         Literal["evaluation", "background"],
-        "classes to search on: those reported on, as released, or the meta-training classes, "
-        "which keeps the choice blind to what is reported",
+        "classes to search on: those reported on, or those of the meta-training",
     ] = "evaluation"
-    full_search: Annotated[
-        bool,
-        "try every rate on every draw, instead of leaving out tries that cannot change which rate is chosen",
-    ] = False
-    test: Annotated[
-        bool,
-        "choose the rate by meta-test test accuracy instead of meta-test train accuracy; both "
-        "are reported either way",
-    ] = False
+    full_search: Annotated[bool, "try every rate on every draw, whether or not it can still win"] = False
+    test: Annotated[bool, "choose the rate by meta-test test accuracy, and not by train accuracy"] = False
 
     _evaluation: ClassVar = Heading("evaluation")
     schedule: Annotated[
@@ -109,13 +96,11 @@ class Evaluation(common.SplitFlags, common.DataFlags, common.NetworkFlags, commo
     runs: Annotated[int, "class draws per class count", Range(1)] = 10
     nested: Annotated[
         bool,
-        "serve all class counts of --schedule with one pass over each draw, in search and report: after n "
-        "classes test on these n, and go on. A quarter of the work with the default schedule. Each point of "
-        "a curve has the same distribution as without, but the points are not independent of each other",
+        "serve all class counts of --schedule with one pass over each draw, which tests on its way: a "
+        "quarter of the work, and points of a curve that are not independent of each other",
     ] = False
     class_order: Annotated[
-        Literal["random", "dataset"],
-        "order in which classes are learned: drawn for each run, or that of the data",
+        Literal["random", "dataset"], "order of the classes: drawn for each run, or that of the data"
     ] = "random"
     track_every: Annotated[
         int,
@@ -130,8 +115,7 @@ class Evaluation(common.SplitFlags, common.DataFlags, common.NetworkFlags, commo
     processes: common.Processes = 1
     resume: Annotated[
         Path | None,
-        "go on with an evaluation that was interrupted, in its run folder and with its arguments: "
-        "what it measured is not measured again; --runs and --schedule may ask for more",
+        "run folder of an interrupted evaluation to go on with; --runs and --schedule may ask for more",
     ] = None
 
     def changeable(self) -> frozenset[str]:

@@ -71,12 +71,7 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
 
     _checks: ClassVar = Heading("checks on the way")
     log_every: Annotated[int, "steps between lines of the log", Range(1)] = 50
-    save_every: Annotated[
-        int,
-        "steps between writes of --model_name and of the training state that --resume goes on from, "
-        "which the last step always writes",
-        Range(1),
-    ] = 1000
+    save_every: Annotated[int, "steps between writes of the model and the training state", Range(1)] = 1000
     eval_every: Annotated[
         int, "steps between small meta-tests on meta-training classes; 0 for none", Range(0)
     ] = 0
@@ -87,8 +82,7 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
     seed: common.Seed = 9
     seeds: Annotated[
         list[int],
-        "train a model for each of these seeds, in run folders and with models below one folder; --resume of "
-        "that folder goes on with all, and --model of an evaluation takes it",
+        "train a model for each seed, below one folder that --resume and --model of an evaluation take",
         SEED,
         Shown("none"),
     ] = field(default_factory=list)
@@ -110,11 +104,7 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
         "the CPU with the same --threads, to the same weights bit for bit. Of other flags only these may "
         f"change: {', '.join(f'--{name}' for name in sorted(MAY_CHANGE))}",
     ] = None
-    checkpoint: Annotated[
-        bool,
-        "start a new run from the weights in --saved_model; its draws follow from --seed and these weights, "
-        "so that the same seed does not repeat those that made them",
-    ] = False
+    checkpoint: Annotated[bool, "start a new run, with new draws, from the weights in --saved_model"] = False
     saved_model: Annotated[Path | None, "model file to start from, with --checkpoint", existing] = None
 
     @classmethod

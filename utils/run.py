@@ -87,9 +87,8 @@ class Run:
         saved: whether this process has saved a model.
     """
 
-    def __init__(self, folder: Path, started: str, writes: bool) -> None:
-        self.folder, self.started, self.saved = folder, started, False
-        self._writes, self._opened = writes, ExitStack()
+    def __init__(self, folder: Path, started: str = "") -> None:
+        self.folder, self.started, self.saved, self._opened = folder, started, False, ExitStack()
         self._earlier: list[dict[str, str]] = []  # rows of a run that is resumed
         self._metrics: csv.DictWriter[str] | None = None  # made at the first row; an evaluation has no rows
 
@@ -117,7 +116,7 @@ class Run:
                 `extra["data_hash"]` differs from the run's: the data has changed.
         """
         if not is_first():
-            return cls(resume or runs_dir, "", writes=False)
+            return cls(resume or runs_dir)
         extra, now = {"plan": {}, **(extra or {})}, _circumstances()
         folder = resume or _new_folder(runs_dir, name)
         earlier = extra if resume is None else read_config(folder)
@@ -130,7 +129,7 @@ class Run:
         config["arguments"] = recorded(arguments, absolute=True)
         if resume is not None:
             config["resumed"] = [*config.get("resumed", []), {"step": done, **now}]
-        run = cls(folder, str(config.get("started")), writes=True)
+        run = cls(folder, str(config.get("started")))
         with _writing(folder), ExitStack() as opened:
             opened.callback(_lock(folder).release)
             run._start(opened, None if resume is None else done)
@@ -187,7 +186,7 @@ class Run:
             UserError: the file cannot be written.
             ValueError: a key is not one of the first row's.
         """
-        if not self._writes:
+        if not is_first():
             return
         with _writing(self.folder):
             if self._metrics is None:
@@ -219,7 +218,7 @@ class Run:
         (tensorboardX's `SummaryWriter` writes in a second thread. A full disk ends that thread without an
         error, and the run hangs once the queue between the threads is full.)
         """
-        if not self._writes:
+        if not is_first():
             return
         data = Event(wall_time=time.time(), step=step, **content).SerializeToString()
         with _writing(self.folder):
