@@ -249,8 +249,9 @@ def _check(name: str, action: argparse.Action, value: object) -> None:
     if action.nargs == 0 and not isinstance(value, bool):
         raise UserError(f"--{name}: {value!r} is not true or false")
     items = value if isinstance(value, list) and value and action.nargs else [value]
-    if action.nargs != 0 and any(type(item) not in (str, int, float) for item in items):
-        raise UserError(f"--{name}: {value!r} is no number and no text")
+    wrong = [item for item in items if type(item) not in (str, int, float)]
+    if action.nargs != 0 and wrong:
+        raise UserError(f"--{name}: {wrong[0]!r} is no number and no text")
 
 
 def as_tokens(arguments: Mapping[str, Any]) -> list[str]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flags.evaluation import Evaluation
 from model.modelfactory import NETWORKS, trained_parameters
 from model.treatments import TABLE, describe
-from tests.utils.test_arguments import evaluate, refused
+from tests.utils.test_arguments import evaluate
+from utils.errors import UserError
 
 NM = [
     f"nm.{layer}.{kind}"
@@ -100,7 +100,8 @@ def test_a_config_file_names_models_and_presets(tmp_path: Path) -> None:
     assert arguments.model == [Path("a, b.net"), Path("c.net")]
     assert (arguments.treatment_preset, arguments.rln, arguments.schedule) == ("OML", 6, [5])
     file.write_text("model = [true]\n")
-    assert "model: True is no number and no text" in refused(Evaluation, ["--config", str(file)])
+    with pytest.raises(UserError, match="model: True is no number and no text"):
+        evaluate(f"--config {file}")
 
 
 def test_the_docs_say_the_same() -> None:

@@ -1,7 +1,7 @@
 """The examples of docs/extending.md for trainings, run where the page puts them."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,30 +81,21 @@ def test_from_python(tmp_path: Path) -> None:
     assert taken.startswith("ImportError: another package called 'datasets' is loaded already")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"steps": "many"}, "argument --steps: 'many' is not a whole number"),
-        ({"stepz": 3}, "unrecognized arguments: --stepz=3"),
-        ({"reset": 3}, "argument --reset"),
-        ({"processes": 2}, "--processes 2 starts a script anew"),
-        ({"learner": "iid", "ways": 3}, "--ways means nothing with --learner iid: it belongs to"),
-    ],
-)
-def test_arguments_by_name(arguments: Mapping[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        mrcl_classification.train(**arguments)
+TRAIN, EVALUATE = mrcl_classification.train, evaluate_classification.evaluate
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("call", "arguments", "says"),
     [
-        ({"lrs": [0.1, "x"]}, "argument --lrs: 'x' is not a finite number"),
-        ({"model": "m.net", "processes": 2}, "--processes 2 starts a script anew"),
-        ({"learner": "ncm", "shrinkage": 0.5}, "--shrinkage means nothing with --learner ncm: it belongs to"),
-        ({"model": "pretrained/nowhere.net"}, "cannot read the model pretrained/nowhere.net"),
+        (TRAIN, {"steps": "many"}, "argument --steps: 'many' is not a whole number"),
+        (TRAIN, {"stepz": 3}, "unrecognized arguments: --stepz=3"),
+        (TRAIN, {"reset": 3}, "argument --reset"),
+        (TRAIN, {"processes": 2}, "--processes 2 starts a script anew"),
+        (TRAIN, {"learner": "iid", "ways": 3}, "--ways means nothing with --learner iid: it belongs to"),
+        (EVALUATE, {"lrs": [0.1, "x"]}, "argument --lrs: 'x' is not a finite number"),
+        (EVALUATE, {"model": "pretrained/nowhere.net"}, "cannot read the model pretrained/nowhere.net"),
     ],
 )
-def test_arguments_by_name_of_an_evaluation(arguments: Mapping[str, Any], says: str) -> None:
+def test_arguments_by_name(call: Callable[..., Path], arguments: Mapping[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        evaluate_classification.evaluate(**arguments)
+        call(**arguments)

@@ -80,8 +80,7 @@ def test_a_file_that_cannot_be_written_is_named(
     assert load_checkpoint(Path("runs/smoke.net")).step == 5
 
 
-@pytest.fixture
-def poor_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poor_file_system(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """No modes, owners, times, links nor locks, and no way to ask for writing at once: a share, a bucket."""
 
     def refuse(*args: object, **options: object) -> None:
@@ -94,9 +93,6 @@ def poor_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, name, refuse)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(fcntl, "flock", refuse)
-
-
-def test_a_poor_file_system(poor_file_system: None, trainer: Trainer) -> None:
     trainer("--steps=3")
     trainer.resume("--steps=5", "--save_every=1")
     trainer("--steps=2")

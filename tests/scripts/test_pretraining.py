@@ -80,10 +80,3 @@ def test_it_goes_on_bit_for_bit(iid: Trainer) -> None:
     iid.resume("--steps=12")
     iid("--steps=12", "--batch_size=33")
     assert_same_run(iid.run, Path("runs/smoke_1"))
-
-
-def test_it_runs_in_one_process(iid: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^--learner iid runs in one process"):
-        iid()

@@ -29,6 +29,14 @@ EVALUATE = f"{GLYPHS} --model m.net --test_classes 10"
 PRESET = f"{EVALUATE} --treatment-preset"
 ANALYZE = f"{GLYPHS} --model m.net"
 
+SIZES = {
+    "--size=7": "--size: '7': choose 8 or greater, at most 512",
+    "--size=513": "--size: '513': choose 8 or greater, at most 512",
+    "--size=28.5": "--size: '28.5' is not a whole number",
+    "--size=12 --treatment=OML": "--size 12 is too small: the network has no positions left",
+    "--size=15 --treatment=Conv4": "--size 15 is too small: the network has no positions left",
+}
+
 # Script: flags -> what the line says.
 REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
     mrcl_classification: {
@@ -54,6 +62,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{IID} --update_lr 0.1": "--update_lr means nothing with --learner iid",
         f"{IID} --eval_classes 5": "--eval_classes 5 means nothing with --eval_every 0",
         f"{IID} --nm_channels 5": "--nm_channels means nothing with --treatment OML",
+        **{f"{GLYPHS} {flags}": said for flags, said in SIZES.items()},
     },
     evaluate_classification: {
         f"{EVALUATE} --rln 14": "--rln 14",
@@ -70,41 +79,25 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PRESET} Scratch --no-scratch": "--scratch, not --no-scratch",
         f"{PRESET} MAML": ("MAML", *TABLE),
         **{
-            f"{EVALUATE} --learner slda {flag}": flag.split()[0]
-            .removeprefix("--no-")
-            .replace("treatment-", "treatment_")
+            f"{EVALUATE} --learner slda {flag}": flag.split()[0].removeprefix("--no-")
             for flag in (
-                *("--lr 0.1", "--lrs 0.1", "--lr_search_runs 10", "--lr_search_split evaluation", "--test"),
-                *(
-                    "--full_search",
-                    "--rln 13",
-                    "--no-freeze",
-                    "--reset",
-                    "--iid",
-                    "--epoch 1",
-                    "--optimizer adam",
-                ),
-                *("--treatment-preset ANML", "--shrinkage 0", "--shrinkage 1.5", "--power 0"),
+                "--lrs 0.1",
+                "--no-freeze",
+                "--iid",
+                "--optimizer adam",
+                "--shrinkage 1.5",
+                "--power 0",
             )
         },
         f"{EVALUATE} --learner ncm --shrinkage 0.5": "--shrinkage",
         f"{EVALUATE} --dataset_path x": "--dataset_path x means nothing with --dataset glyphs",
         f"{EVALUATE} --treatment ANML": "--treatment ANML means nothing with --model",
         f"{EVALUATE} --features gate": "--features",
-        **{
-            f"{EVALUATE} --lr 0.1 {flag}": f"{flag} means nothing with --lr"
-            for flag in (
-                *("--lrs 0.1", "--lr_search_runs 3", "--lr_search_split evaluation", "--test"),
-                "--full_search",
-            )
-        },
+        f"{EVALUATE} --lr 0.1 --lrs 0.1": "--lrs 0.1 means nothing with --lr",
+        f"{EVALUATE} --lr 0.1 --test": "--test means nothing with --lr",
         f"{EVALUATE} --power 1": "--power",
-        **{
-            f"{GLYPHS} --model sANML.net --learner ncm --features {seen}": (
-                f"--features {seen}: sANML has no gate"
-            )
-            for seen in ("gate", "both")
-        },
+        f"{GLYPHS} --model sANML.net --learner ncm --features gate": "--features gate: sANML has no gate",
+        **{f"{GLYPHS} --scratch {flags}": said for flags, said in SIZES.items()},
     },
     analyze_representation: {
         f"{ANALYZE} --model nowhere.net": "nowhere.net",

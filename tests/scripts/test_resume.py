@@ -98,21 +98,20 @@ def _default_handlers() -> Iterator[None]:
     signal.signal(signal.SIGINT, interrupt)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.usefixtures("_default_handlers")
 def test_a_signal_saves_and_the_run_goes_on(
-    number: signal.Signals, code: int, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sample(sizes: Sequence[int], generator: torch.Generator, **options: int) -> Trajectory:
         if torch.initial_seed() % 2**32 == 4:  # in the middle of step 4
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGINT)
         return sample_trajectory(sizes, generator, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(outer_loops, "sample_trajectory", sample)
         with pytest.raises(SystemExit) as ended:
             trainer("--steps=100000")
-    assert ended.value.code == code
+    assert ended.value.code == 128 + signal.SIGINT
     assert len(rows(trainer.run)) == 4 == load_checkpoint(Path("runs/smoke.net")).step
     trainer.resume("--steps=7")
     trainer("--steps=7")

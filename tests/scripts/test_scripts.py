@@ -116,11 +116,8 @@ def test_rates_and_draws_as_released(trained: Path, inside: Run, capsys: pytest.
     assert "meta-training classes, none of those reported on" in out
 
 
-@pytest.mark.parametrize("flags", [("--first_order",), ("--treatment", "OML", "--update_lr=0.03")])
-def test_other_methods_train_and_evaluate(
-    flags: tuple[str, ...], inside: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    inside(mrcl_classification, *flags)
+def test_other_methods_train_and_evaluate(inside: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    inside(mrcl_classification, "--treatment", "OML", "--first_order", "--update_lr=0.03")
     inside(evaluate_classification, "--lr", "0.001", "--schedule", "3")
     assert "learning rate 0.001 as given" in capsys.readouterr().out
 
@@ -153,10 +150,7 @@ def shell(folder: Path, line: str, *command: str, **environment: str) -> subproc
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (
-            '"$@" 2>&1 | sed "/run folder/q"',
-            r"run folder runs/z\xfcrich_0, device cpu",
-        ),  # which then closes
+        ('"$@" 2>&1 | sed "/run folder/q"', r"run folder runs/z\xfcrich_0, device cpu"),  # which then closes
         ('"$@" <&- >&- 2>&-', None),
     ],
 )
@@ -202,6 +196,11 @@ def test_output_that_cannot_be_written(
     assert (done.returncode, done.stderr) == (code, error)
 
 
+PATH = [
+    "import sys",
+    "from pathlib import Path",
+    "sys.path.insert(0, str(Path(__file__).resolve().parent))",
+]
 SCRIPTS = [
     *sorted(path.name for path in ROOT.glob("*_classification.py")),
     *("-m tools." + path.stem for path in ROOT.glob("tools/*.py") if "def main" in path.read_text()),
@@ -212,14 +211,11 @@ SCRIPTS = [
 def test_every_script_begins_with_what_must_come_before_torch(script: str) -> None:
     """And ends with what makes one line of a user's error."""
     name = script.removeprefix("-m ").removesuffix(".py").replace(".", "/")
-    first = "tools/__init__" if script.startswith("-m ") else name
-    body, start = (
-        ast.parse((ROOT / f"{part}.py").read_text(encoding="utf-8")).body for part in (name, first)
-    )
-    imports = [ast.unparse(node) for node in start if isinstance(node, ast.Import | ast.ImportFrom)]
-    path = ("import sys", "from pathlib import Path")  # what finds it
-    assert next(line for line in imports if line not in path) == "import anml_start"
-    assert ast.unparse(body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
+    parts = name, "tools/__init__" if script.startswith("-m ") else name
+    trees = (ast.parse((ROOT / f"{part}.py").read_text(encoding="utf-8")) for part in parts)
+    body, start = ([ast.unparse(node) for node in tree.body] for tree in trees)
+    assert start[1 : start.index("import anml_start")] == ([] if script.startswith("-m ") else PATH)
+    assert body[-1] == "if __name__ == '__main__':\n    run_script(main)"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

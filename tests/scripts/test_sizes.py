@@ -243,22 +243,3 @@ def test_a_network_of_ones_own(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     done = call(check_tool, "Fixed", "--size=9")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "network Fixed fails on 2 images of 9 x 9" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        ("--size=7", "--size: '7': choose 8 or greater, at most 512"),
-        ("--size=513", "--size: '513': choose 8 or greater, at most 512"),
-        ("--size=28.5", "--size: '28.5' is not a whole number"),
-        ("--size=12 --treatment=OML", "--size 12 is too small: the network has no positions left"),
-        ("--size=15 --treatment=Conv4", "--size 15 is too small: the network has no positions left"),
-    ],
-)
-def test_bad_sizes_end_in_one_line(flags: str, line: str, call: Call) -> None:
-    for script in (mrcl_classification, evaluate_classification):
-        done = call(
-            script, "--dataset=glyphs", *flags.split(), *["--scratch"] * (script is evaluate_classification)
-        )
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert line in done.stderr

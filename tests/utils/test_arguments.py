@@ -16,6 +16,8 @@ from utils.errors import UserError
 from utils.flag import Flags
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+AS_RELEASED = """--rln 7 --meta_lr 0.001 --update_lr 0.1 --name mrcl_omniglot --steps 20000 --seed 9
+    --model_name Neuromodulation_Model.net"""
 RELEASED_TRAIN = """--steps 5 --model_name m.net --treatment Neuromodulation --checkpoint
     --saved_model s.net --seed 9 --tasks 2 --meta_lr 0.001 --update_lr 0.1
     --update_step 20 --name n --dataset omniglot --commit --no-reset --rln 7 --model none"""
@@ -32,33 +34,17 @@ def evaluate(text: str) -> Evaluation:
     return parse(Evaluation, text.split())
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's home folder."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-def refused(kind: type[Flags], argv: list[str]) -> str:
-    """What is said of wrong flags."""
-    with pytest.raises(UserError) as ended:
-        parse(kind, argv)
-    return str(ended.value)
-
-
 def test_nothing_writes_to_the_flags() -> None:
     for flags in (train(""), evaluate("--scratch")):
         with pytest.raises(FrozenInstanceError):
             flags.seed = 3  # type: ignore[misc]
 
 
-def test_released_train_command_gives_the_defaults() -> None:
-    command = (
-        "--rln 7 --meta_lr 0.001 --update_lr 0.1 --name mrcl_omniglot --steps 20000 --seed 9 "
-        "--model_name Neuromodulation_Model.net"
-    )
-    assert Plan.of(train(command), 963) == Plan.of(train(""), 963)
-    assert recorded(train(command)) | {"rln": None, "model_name": None} == recorded(train(""))
+@pytest.mark.parametrize("command", [AS_RELEASED, f"--config {CONFIGS / 'anml.toml'}"])
+def test_the_released_command_and_the_preset_of_the_paper_give_the_defaults(command: str) -> None:
+    args, left_open = train(command), {"config": None, "rln": None, "model_name": None}
+    assert Plan.of(args, 963) == Plan.of(train(""), 963)
+    assert recorded(args) | left_open == recorded(train(""))
 
 
 def test_every_released_flag_is_accepted() -> None:
@@ -110,13 +96,10 @@ WRONG: dict[type[Flags], dict[str, str]] = {
         f"--steps {'9' * 5000}": "--steps",
         "--step 5": "--step",  # no abbreviations
         "--meta_lr nan": "--meta_lr",
-        "--meta_lr 1e999": "--meta_lr",
         "--update_lr -0.1": "--update_lr",
         "--seed -1": "--seed",
         "--seed 4294967296": "--seed",
-        "--rln -1": "--rln",
         "--treatment MAML": "--treatment",
-        "--dataset cifar": "--dataset",
         "--name a/b": "--name",
         "--name ..": "--name",
         "--name \0": "--name",
@@ -131,9 +114,7 @@ WRONG: dict[type[Flags], dict[str, str]] = {
         "": "--model",
         "--model m --no-freeze --rln 7": "--no-freeze",
         "--model m --schedule ten": "--schedule",
-        "--model m --schedule ,": "--schedule",
         "--model m --lrs 0.1 0": "--lrs",
-        "--model m --runs 0": "--runs",
         "--model m --schedule 5 --schedule 5": "--schedule",
     },
 }
@@ -141,7 +122,8 @@ WRONG: dict[type[Flags], dict[str, str]] = {
 
 @pytest.mark.parametrize(("kind", "typed"), [(kind, typed) for kind in WRONG for typed in WRONG[kind]])
 def test_wrong_flags(kind: type[Flags], typed: str) -> None:
-    assert WRONG[kind][typed] in refused(kind, typed.split())
+    with pytest.raises(UserError, match=WRONG[kind][typed]):
+        parse(kind, typed.split())
 
 
 def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
@@ -168,28 +150,27 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
     [
         ("stepz = 5", "stepz"),
         ("config = 'x'", "config"),
-        ("notices = 'x'", "notices"),
         ("model = [1]", "model"),
         ("steps = 0", "steps"),
         ("steps = true", "steps"),
-        ("steps = 5.0", "steps"),
-        ("first_order = 1", "first_order"),
         ("first_order = 'true'", "'true' is not true or false"),
-        ("name = true", "name"),
         ("name = 2026-01-01", "name"),
         ("meta_lr = inf", "meta_lr"),
-        ("dataset = 'cifar'", "dataset"),
         ("[method]\nsteps = 5", "method"),
         ("steps = ", "not a TOML file"),
         ("steps = 5\nsteps = 6", "not a TOML file"),
+        (b"\xff\xfe\x00", "not a TOML file"),
+        (None, "Is a directory"),
     ],
 )
-def test_wrong_config_names_file_and_key(text: str, named: str, tmp_path: Path) -> None:
+def test_wrong_config_names_file_and_key(text: str | bytes | None, named: str, tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text(text)
-    line = refused(Training, ["--config", str(file)])
-    assert str(file) in line
-    assert named in line
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=f"{file}.*{named}"):
+        train(f"--config {file}")
 
 
 def test_config_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
@@ -199,24 +180,15 @@ def test_config_of_an_editor(tmp_path: Path, edited: Callable[[bytes], bytes]) -
     assert (arguments.steps, arguments.name) == (7, "zürich")
 
 
-def test_config_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "c.toml", tmp_path):
-        assert str(path) in refused(Training, ["--config", str(path)])
-
-
-def test_the_home_folder_in_a_config(home: Path, tmp_path: Path) -> None:
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
     (tmp_path / "c.toml").write_text('model = ["~/a.net", "b.net"]\nruns_dir = "~/x"\n')
     arguments = evaluate(f"--config {tmp_path / 'c.toml'}")
     assert (arguments.model, arguments.runs_dir) == ([home / "a.net", Path("b.net")], home / "x")
     assert plot_results.labelled(["a=~/x", "~/x"]) == {"a": home / "x", "x": home / "x"}
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"), [("./~/x", "~/x"), ("~no such user/x", "~no such user/x"), ("a/~", "a/~"), ("~", "")]
-)
-def test_what_is_no_home_folder(typed: str, meant: str, home: Path) -> None:
-    assert parse(Training, [f"--runs_dir={typed}"]).runs_dir == (Path(meant) if meant else home)
+    for typed in ("./~/x", "~no such user/x", "a/~"):
+        assert parse(Training, [f"--runs_dir={typed}"]).runs_dir == Path(typed)
 
 
 def test_the_data_of_the_project_is_the_default_where_there_is_no_other(
@@ -247,12 +219,6 @@ def test_presets_are_valid(preset: Path) -> None:
         parse(Evaluation, [*tokens, "--model=M.net"])
     else:
         parse(Training, tokens)
-
-
-def test_paper_preset_is_the_default() -> None:
-    preset, default = train(f"--config {CONFIGS / 'anml.toml'}"), train("")
-    assert Plan.of(preset, 963) == Plan.of(default, 963)
-    assert recorded(preset) | {"config": None, "rln": None, "model_name": None} == recorded(default)
 
 
 @pytest.mark.parametrize("kind", [Training, Evaluation])
