@@ -100,14 +100,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LEARNERS, "Cosine", kind)
 
 
-SHORT = [
-    "--threads=1",
-    "--steps=1",
-    "--update_step=2",
-    "--remember=2",
-    "--save_every=1",
-    "--model_name=m",
-]
+SHORT = ["--threads=1", "--steps=1", "--update_step=2", "--remember=2", "--save_every=1", "--model_name=m"]
 
 
 def arguments(run: str) -> dict[str, Any]:

@@ -84,8 +84,13 @@ def test_a_run_from_weights_does_not_repeat_the_draws_that_made_them(
     trainer("--steps=3", "--name=whole", *again, "--saved_model=runs/first_0/model.net")
     assert_same_run(Path("runs/next_0"), Path("runs/whole_0"))
     assert drawn[6:] == [drawn[9], *drawn[2:4], drawn[9]]
-    trainer("--steps=1", "--checkpoint", "--seed=4", "--saved_model=runs/first_0/model.net")
+    other = ("--seed=4", "--steps=1", "--name=other", "--meta_lr=1e-12", "--no-reset")
+    trainer("--checkpoint", "--saved_model=runs/first_0/model.net", *other)
     assert drawn[-1] not in drawn[:-1]
+    first, last = (
+        load_checkpoint(Path(f"runs/{name}_0/model.net")).state_dict for name in ("first", "other")
+    )
+    torch.testing.assert_close(first, last, rtol=0, atol=1e-9)
 
 
 @pytest.fixture
@@ -113,7 +118,7 @@ def test_a_signal_saves_and_the_run_goes_on(
             trainer("--steps=100000")
     assert ended.value.code == 128 + signal.SIGINT
     assert len(rows(trainer.run)) == 4 == load_checkpoint(Path("runs/smoke.net")).step
-    trainer.resume("--steps=7")
+    trainer.resume("--steps=7", "--eval_every=2", "--eval_classes=2")  # which changes nothing
     trainer("--steps=7")
     assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
 

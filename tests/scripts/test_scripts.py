@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -26,17 +25,6 @@ TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]
 
 def command(script: str, cache: Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / script), *flags, f"--cache_dir={cache}", "--threads=1"]
-
-
-@pytest.fixture
-def inside(cache: Path, run: Run) -> Run:
-    """Runs one of the two scripts with its smallest config, in this process."""
-
-    def start(script: ModuleType, *flags: str) -> None:
-        config = TINY if script is mrcl_classification else TINY_EVALUATE
-        run(script, *config, *flags, f"--cache_dir={cache}", "--threads=1")
-
-    return start
 
 
 @pytest.fixture(scope="module")
@@ -107,39 +95,15 @@ def test_evaluation_leaves_results(trained: Path) -> None:
     assert "meta_test/accuracy" in EventAccumulator(str(folder)).Reload().Tags()["tensors"]
 
 
-def test_rates_and_draws_as_released(trained: Path, inside: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--no-freeze", "--split=dataset", "--class-order=dataset", "--test", "--neuromodulation")
-    model = ("--lr_search_split=background", f"--model={trained}/runs/smoke.net")
-    inside(evaluate_classification, *options, *model, "--schedule=2", "--runs=1")
+def test_rates_and_draws_as_released(
+    trained: Path, run: Run, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--no-freeze", "--split=dataset", "--class-order=dataset", "--test", "--neuromodulation")
+    model = ("--lr_search_split=background", f"--model={trained}/runs/smoke.net", f"--cache_dir={cache}")
+    run(evaluate_classification, *TINY_EVALUATE, *flags, *model, "--schedule=2", "--runs=1", "--threads=1")
     out = capsys.readouterr().out
     assert "meta-test test %" in out
     assert "meta-training classes, none of those reported on" in out
-
-
-def test_other_methods_train_and_evaluate(inside: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    inside(mrcl_classification, "--treatment", "OML", "--first_order", "--update_lr=0.03")
-    inside(evaluate_classification, "--lr", "0.001", "--schedule", "3")
-    assert "learning rate 0.001 as given" in capsys.readouterr().out
-
-
-def test_same_seed_same_weights(trained: Path, inside: Run, tmp_path: Path) -> None:
-    inside(mrcl_classification, "--eval_every", "0")  # and looking on the way changes nothing
-    inside(mrcl_classification, "--seed", "10", "--model_name", "other.net")
-    first = load_checkpoint(trained / "runs/smoke.net").state_dict
-    again = load_checkpoint(tmp_path / "runs/smoke.net").state_dict
-    other = load_checkpoint(tmp_path / "other.net").state_dict
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["head.weight"], other["head.weight"])
-    assert not torch.equal(first["pln.block2.conv.weight"], other["pln.block2.conv.weight"])
-
-
-def test_training_starts_from_a_model_file(trained: Path, inside: Run, tmp_path: Path) -> None:
-    model = str(trained / "runs/smoke.net")
-    start = ("--checkpoint", "--saved_model", model, "--steps", "1", "--meta_lr", "1e-12")
-    inside(mrcl_classification, *start, "--no-reset", "--model_name", "next.net")
-    first = load_checkpoint(Path(model)).state_dict
-    second = load_checkpoint(tmp_path / "next.net").state_dict
-    assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
 
 
 def shell(folder: Path, line: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,6 @@ import pytest
 
 from evaluation.plots import comparison_figure, save_png
 from flags.training import Training
-from tests.conftest import curve
 from utils.command_line import parse
 from utils.errors import UserError
 from utils.run import Progress, Run
@@ -28,16 +27,6 @@ def test_a_crash_is_in_the_log(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="lost power"), Run.open(tmp_path, "n", None, arguments()):
         raise RuntimeError("lost power")
     assert "ended by RuntimeError: lost power" in (tmp_path / "n_0/log.txt").read_text()
-
-
-def test_points_are_on_disk_before_the_end(tmp_path: Path) -> None:
-    with Run.open(tmp_path, "n", None, arguments()) as run:
-        run.metrics({"step": 1})
-        run.scalars(1, {"loss": 2.0})
-        assert (run.folder / "metrics.csv").read_text().split() == ["step", "1"]
-        assert curve(run.folder, "loss") == [(1, 2.0)]
-        with pytest.raises(ValueError, match="epoch"):
-            run.metrics({"epoch": 1})
 
 
 def test_the_commit_is_recorded(tmp_path: Path) -> None:
