@@ -183,12 +183,11 @@ def train_each(args: Training) -> Path:
     """Train a model for each of `--seeds`; returns the folder of their run folders."""
     cores = torch.get_num_threads() if choose_device(args.device, None).type == "cpu" else 1
     jobs = min(args.jobs or cores, len(args.seeds))
-    new = recorded(args) | {"threads": args.threads or max(1, torch.get_num_threads() // jobs)}
-    new |= dict.fromkeys(("seeds", "jobs", "config", "model_name"))
-    changed = {name: new.get(name) for name in args.changeable() - {"name", "runs_dir"}}
+    flags = recorded(args) | {"threads": args.threads or max(1, torch.get_num_threads() // jobs)}
+    flags |= dict.fromkeys(("seeds", "jobs", "config"))
     with Run.open(args.runs_dir, args.name, args.resume, args) as run:
         log.info("run folder %s, %d of %d trainings at a time", run.folder, jobs, len(args.seeds))
-        train_seeds(Path(__file__), run.folder, args.seeds, jobs, args.steps, new, changed)
+        train_seeds(Path(__file__), run.folder, args.seeds, jobs, args.steps, flags)
         log.info("models written to %s", model_of(run.folder, args.seeds[0]).with_stem("seed_*"))
     return run.folder
 

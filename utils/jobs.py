@@ -58,8 +58,7 @@ def train_seeds(
     seeds: Sequence[int],
     jobs: int,
     steps: int,
-    new: Mapping[str, object],
-    changed: Mapping[str, object],
+    flags: Mapping[str, object],
 ) -> None:
     """Train a model for each seed, until all have done `steps` or a signal comes. If this process is killed,
     the trainings save their state and end.
@@ -70,8 +69,7 @@ def train_seeds(
         script: trains one model.
         parent: folder of the seeds' run folders and models.
         jobs: trainings at a time.
-        new: flags of a new training, by name, but for its seed and places.
-        changed: those of them that a resumed training takes anew.
+        flags: those of each training by name, but for its seed and places.
 
     Raises:
         UserError: trainings have failed, which are named; the others have gone on.
@@ -86,7 +84,7 @@ def train_seeds(
         while (waiting or running) and not interrupt.signal:
             while waiting and len(running) < jobs:
                 seed = waiting.pop(0)
-                running[seed] = _start(script, parent, seed, new, changed)
+                running[seed] = _start(script, parent, seed, flags)
             if time.monotonic() > told + TOLD_EVERY:
                 told = time.monotonic()
                 _tell(parent, seeds, steps, begun, told - start)
@@ -108,14 +106,11 @@ def train_seeds(
         raise UserError(f"{len(failed)} of {len(seeds)} trainings failed: {said}")
 
 
-def _start(
-    script: Path, parent: Path, seed: int, new: Mapping[str, object], changed: Mapping[str, object]
-) -> subprocess.Popen[bytes]:
+def _start(script: Path, parent: Path, seed: int, flags: Mapping[str, object]) -> subprocess.Popen[bytes]:
     """The process that begins the training of a seed or goes on with it, and writes `seed_<seed>.err`."""
-    folder = folder_of(parent, seed)
-    places = {"seed": seed, "runs_dir": parent, "name": f"seed_{seed}"}
-    flags = {**new, **places} if folder is None else {**changed, "resume": folder}
-    command = [sys.executable, str(script), *as_tokens({**flags, "model_name": model_of(parent, seed)})]
+    places = {"runs_dir": parent, "name": f"seed_{seed}", "model_name": model_of(parent, seed)}
+    own = {"seed": seed, "resume": folder_of(parent, seed)}
+    command = [sys.executable, str(script), *as_tokens({**flags, **places, **own})]
     environment = {**os.environ, PARENT: str(os.getpid())}
     with model_of(parent, seed).with_suffix(".err").open("wb") as errors:
         # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
