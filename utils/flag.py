@@ -21,18 +21,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from typing_extensions import dataclass_transform
 
@@ -119,7 +108,8 @@ class Range:
 SEED = Range(0, 2**32 - 1)  # what every generator in use can be seeded with
 
 
-class FlagInfo(NamedTuple):
+@dataclass(frozen=True)
+class FlagInfo:
     """How a field of `Flags`, or an argument of a registry's entry, is typed.
 
     Attributes:
@@ -147,9 +137,9 @@ class FlagInfo(NamedTuple):
         kind = type(default) if kind is REQUIRED else kind
         span = next((extra for extra in extras if isinstance(extra, Range)), Range())
         words = next((extra for extra in extras if isinstance(extra, Mapping | tuple | list)), None)
-        read = file_path if kind is Path else reader(kind, span.low, span.high)
-        read = read if words is None else word(words)
-        read = next((extra for extra in extras if callable(extra)), read)
+        usual = file_path if kind is Path else reader(kind, span.low, span.high)
+        usual = usual if words is None else word(words)
+        read = next((extra for extra in extras if callable(extra)), usual)
         text = next((extra for extra in extras if type(extra) is str), "")
         shown = next((extra for extra in extras if isinstance(extra, Shown)), None)
         return cls(default, kind, several, read, text, words, shown)
@@ -244,8 +234,8 @@ def arguments(function: Callable[..., Any], given: int = 0) -> dict[str, FlagInf
 
 
 def _unwrapped(annotation: Any) -> tuple[Any, list[Any], bool]:
-    """The type within `Annotated`, `X | None` and `list[X]`, what `Annotated` adds, and whether it is of a
-    list."""
+    """The type within `Annotated`, `X | None` and `list[X]`, what `Annotated` adds, and whether a list is
+    meant."""
     extras: list[Any] = []
     several = False
     while (origin := get_origin(annotation)) in (Annotated, Union, UnionType, list):
