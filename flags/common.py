@@ -14,7 +14,7 @@ from utils.flag import SEED, Flags, Heading, Range, Registry, Shown, existing, f
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
-CHOICES = ("auto", *BACKENDS)
+BACKEND_CHOICES = ("auto", *BACKENDS)
 Name = Annotated[str, "name of the run folder, which a number is added to", folder_name]
 Seed = Annotated[int, "seed of all random draws, 0 to 2**32-1", SEED]
 Processes = Annotated[
@@ -108,6 +108,6 @@ class RunFlags(Flags):
     backend: Annotated[
         str,
         "plain layers, fast ones with the same numbers up to rounding, or auto: fast on CPU and CUDA",
-        CHOICES,
+        BACKEND_CHOICES,
     ] = "auto"
     config: Annotated[Path | None, "TOML file of flags, which flags typed here override", existing] = None

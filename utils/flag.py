@@ -65,9 +65,9 @@ class Flags:
         dataclass(frozen=True, kw_only=True)(cls)
 
     def idle(self) -> Mapping[str, str]:
-        """The fields that mean nothing beside another flag, by that flag as it is typed.
+        """The fields that mean nothing beside another flag, each with that flag as it is typed.
 
-        A field of these that is given is refused. The others are recorded as None.
+        To give one of them is an error. They are recorded as None.
         """
         return {}
 
@@ -80,7 +80,7 @@ class Flags:
         """Raise UserError where flags contradict each other."""
 
     def changeable(self) -> frozenset[str]:
-        """The flags that a run of these may be resumed with other values of."""
+        """The flags whose values may change when a run is resumed."""
         return frozenset()
 
     @property
@@ -153,7 +153,7 @@ class Registry:
         chooser: the field that names the entry.
         table: the registry. It is looked at when the parser is made.
         prefix: what always makes a flag of an argument's name.
-        given: how many arguments, the first ones, an entry that is a class gets from the run.
+        given: number of leading arguments that the run gives to an entry that is a class.
     """
 
     chooser: str

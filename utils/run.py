@@ -179,8 +179,8 @@ class Run:
     def metrics(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row to `metrics.csv`, whose columns are the keys of the first row.
 
-        The first row of a run that is resumed may add columns, which are empty in the rows before. It deletes
-        the rows after the step that the run goes on from.
+        The first row of a run that is resumed may add columns, which are empty in the rows before. Rows after
+        the step that the run goes on from are deleted then.
 
         Raises:
             UserError: the file cannot be written.

@@ -81,9 +81,23 @@ def test_a_script_finds_its_modules_when_python_does_not_look_beside_it(tmp_path
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def git(folder: Path, *words: str) -> None:
+def git(folder: Path, *words: str) -> str:
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    subprocess.run(["git", *who, *words], cwd=folder, capture_output=True, check=True)
+    return subprocess.run(
+        ["git", *who, *words], cwd=folder, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def recorded(folder: Path) -> object:
+    """What a run records of the repository."""
+    with Run.open(folder, "n", None, Training()) as run:
+        return json.loads((run.folder / "config.json").read_text())["git"]
+
+
+def test_the_commit_is_recorded(tmp_path: Path) -> None:
+    head = git(ROOT, "rev-parse", "HEAD")  # a copy without a repository has none
+    dirty = bool(git(ROOT, "status", "--porcelain"))
+    assert recorded(tmp_path) == ({"commit": head, "dirty": dirty} if head else None)
 
 
 @pytest.mark.parametrize("variable", [False, True])
@@ -97,5 +111,4 @@ def test_another_repository_is_not_recorded_as_this_one(
     monkeypatch.setattr(run_module, "__file__", str(tmp_path / "copy/utils/run.py"))
     if variable:
         monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    with Run.open(tmp_path, "n", None, Training()) as run:
-        assert json.loads((run.folder / "config.json").read_text())["git"] is None
+    assert recorded(tmp_path) is None

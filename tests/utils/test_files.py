@@ -1,63 +1,74 @@
-"""Model files: what is written comes back, and nothing else does."""
+"""Model files and training states: what is written comes back; all else is refused in one line, and nothing
+else happens."""
 
 import io
+import logging
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from model.modelfactory import build, restore
+from model.optimizer import Adam
+from model.outer_loop import Setup
+from model.outer_loops import BatchLoop
+from model.training_state import load_state, restore_training
+from tests.conftest import pooled
+from tools.convert_released import convert
 from utils.errors import UserError
 from utils.files import Checkpoint, load_checkpoint
 
-STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.zeros(2)}
-
-
-WIDTHS = {"nm_channels": 4, "num_classes": 2}
+WIDTHS = {"nm_channels": 1, "pln_channels": 1, "num_classes": 2}
 ARGUMENTS = {"steps": 3, "lr": 0.1, "name": "x", "saved_model": None, "lrs": [0.1]}
-MODEL_OF_3 = Checkpoint("ANML", WIDTHS, STATE, ARGUMENTS, 3)
+NET = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
+WEIGHTS = dict(NET.state_dict())
+SAVED = Checkpoint("ANML", WIDTHS, WEIGHTS, ARGUMENTS, 3)
+ADAM, GENERATOR = Adam(NET.parameters(), 0.1).state_dict(), torch.Generator().get_state()
+MODEL, STATE = SAVED.to_bytes(), replace(SAVED, optimizer=ADAM, generator=GENERATOR).to_bytes()
 
 
-def save(path: Path, **changes: Any) -> None:
-    replace(MODEL_OF_3, **changes).save(path)
+def content(sound: bytes = MODEL, **changes: Any) -> dict[str, Any]:
+    return {**torch.load(io.BytesIO(sound)), **changes}
 
 
-def content(**changes: Any) -> dict[str, Any]:
-    return {**torch.load(io.BytesIO(MODEL_OF_3.to_bytes())), **changes}
+def torch_bytes(value: object, zipped: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    mask = torch.tensor([0.0, float("-inf")])
-    save(tmp_path / "new" / "m.net", state_dict={**STATE, "mask": mask})
+    weights = {**WEIGHTS, "mask": torch.tensor([0.0, float("-inf")])}
+    replace(SAVED, state_dict=weights).save(tmp_path / "new" / "m.net")
     found = load_checkpoint(tmp_path / "new" / "m.net")
-    assert replace(found, state_dict=STATE) == MODEL_OF_3
-    assert found.state_dict.keys() == {*STATE, "mask"}
-    assert all(torch.equal(found.state_dict[name], x) for name, x in {**STATE, "mask": mask}.items())
-    older = Checkpoint.of_bytes(MODEL_OF_3.to_bytes() + bytes(32))  # a digest stood behind earlier states
-    assert replace(older, state_dict=STATE) == MODEL_OF_3
+    assert replace(found, state_dict=WEIGHTS) == SAVED
+    torch.testing.assert_close(found.state_dict, weights, rtol=0, atol=0)
+    older = Checkpoint.of_bytes(MODEL + bytes(32))  # a digest stood behind earlier states
+    assert replace(older, state_dict=WEIGHTS) == SAVED
 
 
 def test_views_are_saved_small(tmp_path: Path) -> None:
-    save(tmp_path / "view.net", state_dict={"row": torch.zeros(1000, 1000)[0]})
+    replace(SAVED, state_dict={"row": torch.zeros(1000, 1000)[0]}).save(tmp_path / "view.net")
     assert (tmp_path / "view.net").stat().st_size < 20_000
 
 
 def test_no_model_file(tmp_path: Path) -> None:
-    """None at all, a folder, one that is cut short, others' files."""
+    """None at all, a folder, one that is cut short or altered, others' files."""
     path = tmp_path / "m.net"
-    save(path)
-    whole = path.read_bytes()
-    foreign = (b"hello", b"\x89PNG\r\n", b"PK\x03\x04", bytes(100), b"\x80\x02")
-    for data in (*(whole[:kept] for kept in (0, 1, 100, -200, -1)), *foreign):
+    altered = bytearray(MODEL)
+    altered[MODEL.index(WEIGHTS["head.weight"].numpy().tobytes())] ^= 1
+    cut = (MODEL[:kept] for kept in (0, 1, 100, -200, -1))
+    for data in (bytes(altered), *cut, b"hello", b"\x89PNG\r\n", b"PK\x03\x04", bytes(100), b"\x80\x02"):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"m\.net: (the file is damaged|it holds)"):
             load_checkpoint(path)
-    altered = bytearray(whole)
-    altered[whole.index(STATE["head.weight"].numpy().tobytes())] ^= 1
-    path.write_bytes(altered)
-    with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(path)
     for missing in (tmp_path / "absent.net", tmp_path):
         with pytest.raises(UserError, match=missing.name):
             load_checkpoint(missing)
@@ -67,7 +78,7 @@ def test_no_model_file(tmp_path: Path) -> None:
     "wrong",
     [
         [1, 2],
-        STATE,
+        WEIGHTS,
         content(format="anml-99"),
         content(network=None),
         content(widths={"num_classes": torch.zeros(1)}),
@@ -87,8 +98,86 @@ def test_no_model_file(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_content(wrong: object, tmp_path: Path) -> None:
-    torch.save(content(), tmp_path / "right.net")
-    load_checkpoint(tmp_path / "right.net")
-    torch.save(wrong, tmp_path / "m.net")
+    (tmp_path / "m.net").write_bytes(torch_bytes(wrong))
     with pytest.raises(UserError, match=r"m\.net: it is not a model of this project"):
         load_checkpoint(tmp_path / "m.net")
+
+
+def refused_or(action: Callable[[], object]) -> object:
+    """What `action` returns, or None if it was refused as a user is."""
+    try:
+        return action()
+    except UserError:
+        return None
+
+
+SCALARS = st.one_of(st.booleans(), st.integers(), st.floats(), st.text(max_size=6), st.none())
+JSON_VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+TENSORS = st.sampled_from([torch.zeros(2), torch.ones(0), torch.tensor(float("nan")), torch.tensor(3)])
+CONTENTS = st.dictionaries(
+    st.sampled_from(["format", "network", "widths", "state_dict", "arguments", "step", "optimizer"]),
+    st.one_of(JSON_VALUES, TENSORS, st.sampled_from(["anml-1", "anml-state-1", "ANML", WIDTHS])),
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes) -> bytes:
+    """Sound bytes of which up to three parts are replaced: by nothing, others, or themselves twice."""
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(data)))
+        stop = min(len(data), start + draw(st.sampled_from([0, 1, 2, 8, 100, len(data)])))
+        data = data[:start] + draw(st.binary(max_size=8) | st.just(2 * data[start:stop])) + data[stop:]
+    return data
+
+
+def changed(sound: bytes) -> st.SearchStrategy[bytes]:
+    """Files of other contents."""
+    return CONTENTS.map(lambda changes: torch_bytes(content(sound, **changes)))
+
+
+@settings(
+    max_examples=150,
+    deadline=None,  # a busy machine is no failure
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    data=st.one_of(
+        *(damaged(MODEL), damaged(STATE), changed(MODEL), changed(STATE)),
+        st.builds(torch_bytes, JSON_VALUES, st.booleans()),
+        st.just(torch_bytes({"fc.weight": torch.zeros(3)}, zipped=False)).flatmap(damaged),
+        st.binary(max_size=40),
+    ),
+    previous=st.booleans(),
+)
+def test_models_and_training_states(data: bytes, previous: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Made-up files are taken or refused, and nothing else happens."""
+    caplog.set_level(logging.CRITICAL, "anml")  # thousands of warnings would be kept otherwise
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "m.net").write_bytes(data)
+        (place / "state.pt").write_bytes(data)
+        if previous:
+            (place / "state.previous.pt").write_bytes(STATE)
+        before = sorted(place.iterdir())
+        saved = refused_or(lambda: load_checkpoint(place / "m.net"))
+        state = refused_or(lambda: load_state(place))
+        assert isinstance(state, Checkpoint) or not previous
+        for found in (saved, state):
+            if isinstance(found, Checkpoint):
+                refused_or(partial(go_on, found, training=found is state))
+        refused_or(lambda: convert(place / "m.net"))
+        assert sorted(place.iterdir()) == before
+
+
+def go_on(found: Checkpoint, training: bool) -> None:
+    """Make the network of a file and, of a training state, put Adam and the generator into that state."""
+    net = restore(found, "m.net")
+    if training:
+        loop = BatchLoop(Setup(net, pooled(torch.zeros(1, 1)), torch.Generator(), meta_lr=0.1))
+        restore_training(found, loop, "state.pt")

@@ -1,8 +1,6 @@
 """Run folders: what is written, when, and what a crash leaves; and the figures that go there."""
 
-import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from utils.errors import UserError
 from utils.run import Progress, Run
 
 log = logging.getLogger("anml")
-ROOT = Path(__file__).parents[2]
 
 
 def arguments(text: str = "") -> Training:
@@ -27,17 +24,6 @@ def test_a_crash_is_in_the_log(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="lost power"), Run.open(tmp_path, "n", None, arguments()):
         raise RuntimeError("lost power")
     assert "ended by RuntimeError: lost power" in (tmp_path / "n_0/log.txt").read_text()
-
-
-def test_the_commit_is_recorded(tmp_path: Path) -> None:
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    with Run.open(tmp_path, "n", None, arguments()) as run:
-        found = json.loads((run.folder / "config.json").read_text())["git"]
-    head = git("rev-parse", "HEAD")  # a copy without a repository has none
-    assert found == ({"commit": head, "dirty": bool(git("status", "--porcelain"))} if head else None)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
