@@ -53,16 +53,7 @@ from model.training_state import (
     state_of,
 )
 from utils.command_line import as_tokens, parse, plain, recorded
-from utils.distributed import (
-    Group,
-    Interrupt,
-    choose_device,
-    is_first,
-    join,
-    refuse_several,
-    run_as,
-    seed_layers,
-)
+from utils.distributed import Group, Interrupt, choose_device, is_first, join, run_as, seed_layers
 from utils.errors import UserError, run_script
 from utils.files import Checkpoint, check_writable, load_checkpoint
 from utils.jobs import model_of, train_seeds
@@ -216,10 +207,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
             raise UserError("--seeds trains in processes of their own, which call no on_step")
         return train_each(args)
     device = choose_device(args.device, args.threads)
-    kind = OUTER_LOOPS[args.learner]
-    inner = kind.inner_loop(args.loop, args.make_rule)
-    if not kind.several:
-        refuse_several(f"--learner {args.learner}")
+    inner = OUTER_LOOPS[args.learner].inner_loop(args.loop, args.make_rule)
     group = join(device, recorded(args))
     batch = args.loop.get("meta_batch", group.size)
     if batch < group.size:

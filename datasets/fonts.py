@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from datasets.folder import DAMAGE, ranked, readable, some, stamp_of
 from datasets.images import OMNIGLOT, SIZE, SPLITS, ImageSet, cached, reason, shrink
 from utils.errors import UserError, load_library
-from utils.flag import Range, file_path, in_project
+from utils.flag import Range, existing
 
 log = logging.getLogger("anml")
 
@@ -169,7 +169,7 @@ def _characters(name: str) -> list[str]:
         found = {letter for letter in letters if unicodedata.normalize("NFD", letter)[0] not in ALIKE}
     else:
         try:
-            text = in_project(file_path(name)).read_text(encoding="utf-8-sig")
+            text = existing(name).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             fault = "not UTF-8" if isinstance(error, ValueError) else reason(error)
             known = ", ".join(PACKAGES)

@@ -10,7 +10,7 @@ from datasets.images import SIZE, SIZES
 from model.fast import BACKENDS
 from model.modelfactory import NETWORKS, Network
 from utils.errors import UserError
-from utils.flag import SEED, Flags, Heading, Range, Registry, Shown, existing, folder_name, in_project, word
+from utils.flag import SEED, Flags, Heading, Range, Registry, Shown, existing, folder_name, word
 
 PLACES = ("dataset_path", "cache_dir", "runs_dir", "name")  # of a run, which may be moved and renamed
 
@@ -83,7 +83,7 @@ class DataFlags(Flags):
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        folder = in_project(Path("data"))
+        folder = existing("data")
         return {"dataset_path": folder, "cache_dir": folder / "cache"}
 
     def source(self, net: Network) -> Source:

@@ -13,6 +13,7 @@ from model.modelfactory import NETWORKS
 from model.outer_loop import OuterLoop
 from model.outer_loops import OUTER_LOOPS
 from model.treatments import Weights
+from utils.distributed import refuse_several
 from utils.errors import UserError
 from utils.flag import SEED, Heading, Range, Registry, Shown, existing, headed, positive
 
@@ -150,7 +151,10 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
             raise UserError(
                 f"--learn_update_lr is --inner_rule meta_sgd: drop it or --inner_rule {self.inner_rule}"
             )
-        OUTER_LOOPS[self.learner].validate(self.loop)
+        kind = OUTER_LOOPS[self.learner]
+        if not kind.several:
+            refuse_several(f"--learner {self.learner}")
+        kind.validate(self.loop)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ A flag, and a key of a config file (TOML), can be spelled with `-` in place of `
 line. What is typed wins over a config file, and must not change the numbers of a run that is resumed.
 
 A field with a `Registry` holds the arguments of one entry of a registry, say of the network that
-`--treatment` names. The arguments of the chosen entry alone are flags. Each has a flag with the
-registry's prefix (`--net_width`), and one without it (`--width`) unless the script, or a registry that is read
-before, has a flag of that name.
+`--treatment` names. The arguments of the chosen entry alone are flags. Each has a flag with the registry's
+prefix (`--net_width`), and one without it (`--width`) unless the script, or a registry that is read before,
+has a flag of that name.
 """
 
 import argparse

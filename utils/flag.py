@@ -308,13 +308,8 @@ def file_path(text: str) -> Path:
 
 
 def existing(text: str) -> Path:
-    """The path of what is to be read. A relative path that leads nowhere is one within the project."""
-    return in_project(file_path(text))
-
-
-def in_project(path: Path) -> Path:
-    """A path as it is, or where nothing is there, and in the folder of the project something, that of the
-    project."""
+    """The path of what is to be read. A path that leads nowhere is one within the project, if it is there."""
+    path = file_path(text)
     return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
 
 

@@ -107,6 +107,7 @@ def test_another_repository_is_not_recorded_as_this_one(
     """One around a copy of this project, or one whose hook starts a run."""
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "of another project")
+    assert git(tmp_path, "rev-parse", "HEAD")
     (tmp_path / "copy/utils").mkdir(parents=True)
     monkeypatch.setattr(run_module, "__file__", str(tmp_path / "copy/utils/run.py"))
     if variable:
