@@ -49,31 +49,25 @@ def test_a_full_disk_keeps_the_last_good_state(size: int, trainer: Trainer) -> N
     assert trainer.state().step == 7
 
 
-@pytest.mark.parametrize(
-    ("target", "call"), [("state.pt", "fsync"), ("model.net", "open"), ("smoke.net", "fsync")]
-)
+@pytest.mark.parametrize("target", ["state.pt", "model.net", "smoke.net"])
 def test_a_file_that_cannot_be_written_is_named(
-    target: str, call: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+    target: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer("--steps=5")
-    make, sync, drafts = Path.open, os.fsync, [""]
+    make, sync, opened = Path.open, os.fsync, [""]
 
-    def open_file(path: Path, mode: str = "r", *how: Any, **more: Any) -> Any:
-        if mode == "xb":
-            drafts.append(path.name)
-            if call == "open" and path.name.startswith(f".{target}."):
-                raise OSError(errno.EROFS, "Read-only file system")
-        return make(path, mode, *how, **more)
+    def open_file(path: Path, *how: Any, **more: Any) -> Any:
+        opened.append(path.name)
+        return make(path, *how, **more)
 
     def fsync(handle: int) -> None:
-        if call == "fsync" and drafts[-1].startswith(f".{target}."):
+        if opened[-1].startswith(f".{target}."):
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(handle)
 
     monkeypatch.setattr(Path, "open", open_file)
     monkeypatch.setattr(os, "fsync", fsync)
-    reason = "Read-only file system" if call == "open" else "No space left on device"
-    with pytest.raises(UserError, match=f"cannot write .*{target}: {reason}"):
+    with pytest.raises(UserError, match=f"cannot write .*{target}: No space left on device"):
         trainer.resume("--steps=9", "--save_every=100")
     # The state is written first: what fails after it loses nothing.
     assert trainer.state().step == (5 if target == "state.pt" else 9)
