@@ -44,11 +44,10 @@ def models_below(parent: Path) -> list[Path]:
     return [found[seed] for seed in sorted(found, key=lambda seed: (len(seed), seed))]
 
 
-def steps_done(folder: Path | None) -> int:
-    """The last step in the `metrics.csv` of a run folder; 0 without one."""
-    path = folder / "metrics.csv" if folder else Path()
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    first = (line.partition(",")[0] for line in lines)
+def steps_done(parent: Path, seed: int) -> int:
+    """The last step in the `metrics.csv` of a seed; 0 without one."""
+    path = (folder_of(parent, seed) or parent) / "metrics.csv"  # the parent has none
+    first = (line.partition(",")[0] for line in path.read_text().splitlines()) if path.exists() else ()
     return max((int(cell) for cell in first if cell.isdecimal()), default=0)
 
 
@@ -78,7 +77,7 @@ def train_seeds(
     waiting = [seed for seed in seeds if not _is_complete(model_of(parent, seed), steps)]
     running: dict[int, subprocess.Popen[bytes]] = {}
     failed: dict[int, str] = {}
-    start, begun = time.monotonic(), sum(steps_done(folder_of(parent, seed)) for seed in seeds)
+    start, begun = time.monotonic(), sum(steps_done(parent, seed) for seed in seeds)
     told = -math.inf
     with Interrupt() as interrupt:
         while (waiting or running) and not interrupt.signal:
@@ -90,8 +89,7 @@ def train_seeds(
                 _tell(parent, seeds, steps, begun, told - start)
             time.sleep(POLL)
             for seed in [seed for seed, process in running.items() if process.poll() is not None]:
-                code = running.pop(seed).returncode
-                if code and not interrupt.signal:
+                if (code := running.pop(seed).returncode) and not interrupt.signal:
                     failed[seed] = _last_line(parent, seed) or f"exit code {code}"
                     log.warning("seed %d: %s", seed, failed[seed])
         for process in running.values():
@@ -127,7 +125,7 @@ def _is_complete(model: Path, steps: int) -> bool:
 
 def _tell(parent: Path, seeds: Sequence[int], steps: int, begun: int, seconds: float) -> None:
     """Log one line on all trainings; `begun` steps were done `seconds` ago."""
-    done = {seed: steps_done(folder_of(parent, seed)) for seed in seeds}
+    done = {seed: steps_done(parent, seed) for seed in seeds}
     rate = (sum(done.values()) - begun) / max(seconds, 1e-9)
     each = ", ".join(f"seed {seed}: {number}" for seed, number in done.items())
     left = timedelta(seconds=round((steps * len(seeds) - sum(done.values())) / rate)) if rate else "?"

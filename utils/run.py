@@ -383,6 +383,4 @@ def _git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     (_, _, commit), *lines = map(str.split, done.stdout.decode(errors="replace").splitlines())
-    if commit == "(initial)":
-        return None
     return {"commit": commit, "dirty": any(line[0] != "#" for line in lines)}

@@ -33,7 +33,7 @@ def test_seeds_are_the_runs_of_each_seed(
     sent: list[int] = []
 
     def tell(parent: Path, seeds: list[int], steps: int, begun: int, seconds: float) -> None:
-        if not sent and all(jobs.steps_done(folder) > begun // 2 for folder in RUNS):
+        if not sent and all(jobs.steps_done(FOLDER, seed) > begun // 2 for seed in (3, 11)):
             sent.append(begun)
             signal.raise_signal(signal.SIGTERM)
 

@@ -126,9 +126,8 @@ def test_training_without_float64(script: Script) -> None:
         )
 
 
-def test_what_follows_training_without_float64(script: Script) -> None:
-    script(mrcl_classification, *TINY, "--steps=1")
-    glyphs = ("--dataset=glyphs", "--model=runs/smoke_0/model.net", "--test_classes=6")
+def test_what_follows_training_without_float64(script: Script, models: Path) -> None:
+    glyphs = ("--dataset=glyphs", f"--model={models}/ANML.net", "--test_classes=6")
     for flags in (
         "--lrs 0.001 0.01 --lr_search_runs=1 --lr_search_split=background --runs=2 --track_every=1",
         "--lr=0.01 --runs=1 --rln=0 --iid",
