@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from functools import partial
 from operator import truediv
 from pathlib import Path
@@ -185,7 +184,7 @@ def measure(args: "Benchmark", device: torch.device, copies: float) -> tuple[Tim
         images = glyphs.load("background", Path(folder), Path(folder), args.size).limited(None, "")
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     rates: list[Rate] = []
-    for part in (part for part in PARTS if part in args.only):
+    for part in (part for part in PARTS if part in (args.only or PARTS)):
         try_to_write(f"{time.perf_counter() - begin:5.0f} s  {part}\n", sys.stderr)
         prepare = meta_step if part in ORDERS else meta_test
         works, line, moved = prepare(part, args, images, device)
@@ -230,9 +229,7 @@ def busy(rates: Sequence[Rate]) -> str:
 class Benchmark(Flags):
     __doc__ = (__doc__ or "").partition("No data")[0]
 
-    only: Annotated[list[str], "parts to run", PARTS, Shown("all")] = field(
-        default_factory=lambda: list(PARTS)
-    )
+    only: Annotated[list[str] | None, "parts to run", PARTS, Shown("all")] = None
     repeats: Annotated[int, "turns, of which the median is shown", Range(1)] = 7
     nm_channels: Annotated[int, "channels of NM", Range(1)] = WIDTHS["nm_channels"]
     pln_channels: Annotated[int, "channels of the PLN, and of OML", Range(1)] = WIDTHS["pln_channels"]

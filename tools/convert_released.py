@@ -298,7 +298,7 @@ class Conversion(Flags):
         str | None,
         "how pixels are normalised",
         tuple(PIXELS),
-        Shown("of GeMCL unit or, in colour, imagenet; else omniglot"),
+        Shown("unit or imagenet of GeMCL, else omniglot"),
     ] = None
 
 
