@@ -65,7 +65,7 @@ class Fixture:
         """Weights as the fixture's recipe says: one stream of normal draws in parameter order."""
         draws = np.random.RandomState(self.seed)
         tensors = []
-        shapes = [tuple(map(int, _numbers(text))) for text in self.arrays["shapes"]]
+        shapes = [tuple(map(int, re.findall(r"\d+", str(text)))) for text in self.arrays["shapes"]]
         for shape, kind in zip(shapes, self.arrays["kinds"], strict=True):
             draw = draws.standard_normal(shape)
             if kind == "w":
@@ -233,10 +233,6 @@ def compare(
 
 def past_tolerance(relative: float, zero: float, dtype: str) -> bool:
     return not (relative <= TOLERANCE[dtype] and zero <= TOLERANCE_ZERO[dtype])
-
-
-def _numbers(text: Any) -> list[str]:
-    return [part for part in str(text).replace("x", ",").strip("()[]").split(",") if part.strip()]
 
 
 def _locate(images: ImageSet, name: str) -> tuple[int, int]:
