@@ -1,15 +1,14 @@
 """The method against the plain float64 reference, on small networks and random images."""
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from datasets.task_sampler import Trajectory, sample_task, sample_trajectory
+from datasets.task_sampler import sample_trajectory
 from model.fast import BACKENDS
 from model.meta_test import new_run
 from model.method import InnerLoop, Params
@@ -19,7 +18,6 @@ from model.outer_loops import TrajectoryLoop
 from model.scores import LOST, Draw, RateSearch, best_rate, next_tries
 from tests import reference
 from tests.conftest import pooled
-from utils.errors import UserError
 
 NM, PLN, CLASSES = 5, 6, 12
 WIDTHS = {
@@ -93,24 +91,6 @@ def test_logits(kind: str) -> None:
     expected = torch.stack([reference.logits_of(weights, image) for image in grey(x)])
     assert_same(net(x), expected)
     assert_same(net(grey(x).contiguous()), expected)
-
-
-def test_second_order_gradient_is_the_slope_of_the_meta_loss() -> None:
-    """No autograd on the other side: central differences of the loss along a random direction."""
-    net, _ = network("ANML")
-    query, labels = images(7), torch.tensor([0, 5, 1, 7, 3, 3, 3])
-    _, _, grads = differentiate(net, query, labels, 3, 7)
-    generator = torch.Generator().manual_seed(3)
-    direction = {name: torch.randn(g.shape, generator=generator).double() for name, g in grads.items()}
-    slope = torch.stack([(grads[name] * d).sum() for name, d in direction.items()]).sum()
-    losses = []
-    for step in (1e-6, -1e-6):
-        moved, _ = network("ANML")
-        with torch.no_grad():
-            for name, parameter in moved.named_parameters():
-                parameter.add_(step * direction[name])
-        losses.append(differentiate(moved, query, labels, 3, 7)[0])
-    assert_same((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-5, atol=0)
 
 
 def learner(net: Network, pixels: Tensor, steps: int | None = None, **options: Any) -> TrajectoryLoop:
@@ -203,6 +183,7 @@ def test_best_rate_is_the_mode_of_the_winners() -> None:
     # 0.2 has the better mean, which decides where both win as often.
     assert best_rate(searched({0.1: (0.5, 0.5, 0.1), 0.2: (0.4, 0.4, 0.9), 0.3: (0.1, 0.1, 0.1)})) == 0.1
     assert best_rate(searched({0.1: (0.5, 0.1), 0.2: (0.4, 0.9), 0.3: (0.1, 0.1)})) == 0.2
+    assert best_rate(searched({0.1: (0.5, 0.1), 0.2: (0.4, 0.9), 0.3: (0.4, 0.9)})) == 0.1
     assert best_rate(searched({0.003: (0.9, 0.9, 0.5), 0.001: (0.9, 0.9, 0.8)})) == 0.001
     assert best_rate(searched({0.003: (0.5,) * 3, 0.001: (0.5,) * 3})) == 0.001
     # 0.1 has 1/3 + 1/2 + 1 wins, 0.2 has 1/3 + 1/2, and 0.3 has 1/3 + 1/2 + 1/2.
@@ -212,52 +193,37 @@ def test_best_rate_is_the_mode_of_the_winners() -> None:
 
 
 RATES = (0.1, 0.2, 0.3, 0.4)
-VALUES = st.one_of(
-    st.sampled_from((LOST, 0.0, 0.5, 1.0)),
-    st.sampled_from((LOST, 0.5)),
-    st.floats(0, 1).map(lambda x: round(x, 1)),
-)
+COARSE = ((LOST, 0.0, 0.5, 1.0), (LOST, 0.5), tuple(k / 10 for k in range(11)))
 
 
-@given(
-    st.lists(
-        st.lists(st.lists(VALUES, min_size=4, max_size=4), min_size=2, max_size=2), min_size=1, max_size=7
-    ),
-    st.permutations(RATES),
-    st.integers(1, 9),
-    st.booleans(),
-)
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
-def test_a_search_that_stops_early_chooses_what_a_full_one_does(
-    values: list[list[list[float]]], rates: list[float], number: int, full: bool
-) -> None:
+def test_a_search_that_stops_early_chooses_what_a_full_one_does() -> None:
     """Two class counts searched together, draws of two models, coarse values with ties and divergences."""
-    draws = [Draw(k % 2, k // 2) for k in range(len(values))]
-    tables = {
-        n: {d: dict(zip(RATES, v[i], strict=True)) for d, v in zip(draws, values, strict=True)}
-        for i, n in enumerate((5, 2))
-    }
-    searches = {n: RateSearch(rates, sorted(draws), "test", full) for n in tables}
-    made: set[tuple[Draw, float, int]] = set()
-    while tries := next_tries(searches, number):
-        undecided = [n for n in tables if not searches[n].decided]
-        for draw, lr, counts in tries:
-            assert counts
-            assert set(counts) <= set(undecided)
-            assert lr is not None
-            assert (draw, lr, counts[-1]) not in made
-            for n in counts:
-                made.add((draw, lr, n))
-                value = tables[n][draw][lr]
-                searches[n].scores[draw, lr] = {"test": abs(value), "diverged": int(value == LOST)}
-    for n, table in tables.items():
-        found = searches[n].best()
-        assert found == best_rate(table)
-        for other in RATES:  # which is nowhere worse and somewhere better
-            assert all(v[other] == v[found] for v in table.values()) or any(
-                v[other] < v[found] for v in table.values()
-            )
-        assert not full or len(searches[n].scores) == 4 * len(draws)
+    for chance in map(random.Random, range(1000)):
+        values, full = chance.choice(COARSE), chance.random() < 0.5
+        draws = [Draw(k % 2, k // 2) for k in range(chance.randint(1, 7))]
+        tables = {n: {d: {lr: chance.choice(values) for lr in RATES} for d in draws} for n in (5, 2)}
+        rates, number = chance.sample(RATES, 4), chance.randint(1, 9)
+        searches = {n: RateSearch(rates, sorted(draws), "test", full) for n in tables}
+        made: set[tuple[Draw, float, int]] = set()
+        while tries := next_tries(searches, number):
+            undecided = [n for n in tables if not searches[n].decided]
+            for draw, lr, counts in tries:
+                assert counts
+                assert set(counts) <= set(undecided)
+                assert lr is not None
+                assert (draw, lr, counts[-1]) not in made
+                for n in counts:
+                    made.add((draw, lr, n))
+                    value = tables[n][draw][lr]
+                    searches[n].scores[draw, lr] = {"test": abs(value), "diverged": int(value == LOST)}
+        for n, table in tables.items():
+            found = searches[n].best()
+            assert found == best_rate(table)
+            for other in RATES:  # which is nowhere worse and somewhere better
+                assert all(v[other] == v[found] for v in table.values()) or any(
+                    v[other] < v[found] for v in table.values()
+                )
+            assert not full or len(searches[n].scores) == 4 * len(draws)
 
 
 def test_a_search_leaves_out_what_cannot_change_the_choice() -> None:
@@ -272,44 +238,7 @@ def test_a_search_leaves_out_what_cannot_change_the_choice() -> None:
     assert search.best() == 0.1
 
 
-def test_trajectory_layout() -> None:
-    generator = torch.Generator().manual_seed(0)
-    trajectory = sample_trajectory([20] * 30, generator, update_step=20, tasks=3, remember=64)
-    assert isinstance(trajectory, Trajectory)
-    labels, drawings = trajectory.support.unbind(1)
-    sizes = [int((labels == label).sum()) for label in trajectory.classes]
-    assert sizes == [6, 6, 8]
-    assert labels.tolist() == sorted(labels.tolist(), key=trajectory.classes.index)
-    assert len({tuple(row) for row in trajectory.support.tolist()}) == 20
-    assert torch.equal(trajectory.query[64:], trajectory.support)
-    assert len({tuple(row) for row in trajectory.query[:64].tolist()}) == 64
-    assert drawings.max() < 20
-
-
-def test_task_splits() -> None:
-    generator = torch.Generator().manual_seed(0)
-    task = sample_task([20] * 50, 10, generator)
-    assert task.train.shape == (10, 15, 2)
-    assert task.test.shape == (10, 5, 2)
-    for train, test in zip(task.train, task.test, strict=True):
-        drawn = sorted(torch.cat([train, test])[:, 1].tolist())
-        assert drawn == list(range(20))
-        assert train[:, 0].unique() == test[:, 0].unique()
-    other = sample_task([20] * 50, 10, generator)
-    assert not torch.equal(task.train, other.train)
-    released = sample_task([20] * 50, 10, generator, class_order="dataset", split="dataset")
-    assert released.train[0, :, 1].tolist() == list(range(15))
-    assert released.train[:, 0, 0].diff().gt(0).all()
-    with pytest.raises(UserError, match="50"):
-        sample_task([20] * 50, 51, generator)
-
-
-def test_published_size_and_order() -> None:
+def test_published_size() -> None:
     net = build("ANML", {}, torch.Generator())
-    shapes = [tuple(p.shape) for p in net.parameters()]
     assert sum(p.numel() for n, p in net.named_parameters() if n.startswith("nm.")) == 2_554_560
     assert sum(p.numel() for p in net.parameters()) == 6_048_424
-    assert shapes[0] == (112, 3, 3, 3)
-    assert shapes[12] == (2304, 1008)
-    assert shapes[14] == (256, 3, 3, 3)
-    assert shapes[26] == (1000, 2304)
