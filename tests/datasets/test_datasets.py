@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shutil
 import threading
 import zipfile
@@ -21,12 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from datasets import DATASETS, OMNIGLOT, ImageSet, Source, folder, glyphs, images, omniglot
-from datasets.images import Make, cached
+from datasets.images import cached
 from datasets.omniglot import CLASSES
 from utils.errors import UserError
 
 CHARACTERS = tuple(f"{a}/character{c:02d}" for a in ("Alpha", "Beta") for c in (1, 2, 3))
-REAL_ROOT = Path(os.environ.get("ANML_OMNIGLOT_ROOT", Path(__file__).resolve().parents[2].parent / "shared"))
 
 
 @pytest.fixture(autouse=True)
@@ -202,31 +202,19 @@ def test_a_fault_is_named_with_its_file(
     assert "restore it" in message
 
 
-def header(archive: Path, field: int, value: bytes) -> None:
-    """Change a field of two bytes in the headers of all entries, and in the directory."""
-    content = bytearray(archive.read_bytes())
-    for mark, start in ((b"PK\3\4", field), (b"PK\1\2", field + 2)):
-        at = content.find(mark)
-        while at >= 0:
-            content[at + start : at + start + 2] = value
-            at = content.find(mark, at + 1)
-    archive.write_bytes(content)
-
-
-def wrong_checksum(archive: Path) -> None:
-    with zipfile.ZipFile(archive) as file:
-        victim = file.infolist()[50]
-    content = bytearray(archive.read_bytes())
-    content[victim.header_offset + 30 + len(victim.filename) + victim.file_size // 2] ^= 255
-    archive.write_bytes(content)
+def entries(archive: Path, field: int, value: bytes) -> None:
+    """Change two bytes of all entries of the directory."""
+    start = b"(?s)(PK\x01\x02.{%d}).." % (field - 4)
+    archive.write_bytes(re.sub(start, lambda found: found[1] + value, archive.read_bytes()))
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        *(cut, wrong_checksum, lambda archive: archive.write_bytes(b"")),
-        lambda archive: header(archive, 6, b"\1\0"),  # encrypted
-        lambda archive: header(archive, 8, b"\x63\0"),  # compressed in a way that nobody has
+        *(cut, lambda archive: archive.write_bytes(b"")),
+        lambda archive: entries(archive, 8, b"\1\0"),  # encrypted
+        lambda archive: entries(archive, 10, b"\x63\0"),  # compressed in a way that nobody has
+        lambda archive: entries(archive, 16, b"ab"),  # other checksums
     ],
 )
 def test_a_damaged_zip_is_not_replaced_by_a_download(root: Path, damage: Callable[[Path], None]) -> None:
@@ -268,10 +256,8 @@ def load_own(split: str, root: Path, cache_dir: Path) -> ImageSet:
 
 CHANGES: list[tuple[str, object, str, Callable[[Any], Any]]] = [
     ("omniglot", images, "FILTER", lambda _: Image.Resampling.BOX),
-    ("omniglot", folder, "_flat", lambda flat: lambda content: ImageOps.flip(flat(content))),
     ("glyphs", images, "FILTER", lambda _: Image.Resampling.BILINEAR),
     ("glyphs", glyphs, "KNOT_NOISE", lambda noise: noise + 0.001),
-    ("folder", images, "FILTER", lambda _: Image.Resampling.BICUBIC),
     ("folder", folder, "_flat", lambda flat: lambda content: ImageOps.mirror(flat(content))),
     ("own", OWN, "light", lambda light: light - 1),
 ]
@@ -334,11 +320,9 @@ def pickled(_: bytes) -> bytes:
     [
         broken_pixel,
         pickled,
-        lambda content: content[:-1],
         lambda content: content[: len(content) // 2],
         lambda _: b"",
         lambda _: b"\x80\x04N.",
-        lambda content: content.replace(b"'|u1'", b"'<f8'"),
     ],
 )
 def test_a_damaged_cache_is_built_again(
@@ -362,11 +346,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(root: Path, caplog: pytest.
     assert torch.equal(images, load(root).images)
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def mirror(
     tmp_path: Path, template: Path, few_classes: None, monkeypatch: pytest.MonkeyPatch
@@ -379,9 +358,12 @@ def mirror(
     md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
     monkeypatch.setitem(omniglot.MD5, "background", md5)
     monkeypatch.setenv("no_proxy", "*")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(served))) as server:
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(served))
+    ) as server:
         monkeypatch.setattr(omniglot, "URL", f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield served
         server.shutdown()
@@ -464,24 +446,3 @@ def test_normalised() -> None:
         assert np.array_equal(rows.numpy(), expected)
     assert np.allclose(expected, exact, rtol=1e-6, atol=1e-8)
     assert images.dtype == torch.uint8, "the set keeps its own images"
-
-
-@pytest.mark.skipif(
-    not (REAL_ROOT / "omniglot-py").is_dir(),
-    reason=f"no Omniglot in {REAL_ROOT}; ANML_OMNIGLOT_ROOT names another root",
-)
-@pytest.mark.parametrize("split", ["background", "evaluation"])
-def test_real_omniglot(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All names and counts are right, and so are some images; decoding all is left to the scripts."""
-
-    def sample(_: Path, __: str, ___: bytes, count: int, make: Make, ____: int) -> NDArray[np.uint8]:
-        return make(range(0, count, 400)).repeat(400, 0)[:count]
-
-    monkeypatch.setattr(folder, "cached", sample)
-    characters = Source("omniglot", REAL_ROOT, tmp_path).load(split)
-    alphabets = {name.partition("/")[0] for name in characters.classes}
-    assert (len(characters), len(alphabets)) == {"background": (964, 30), "evaluation": (659, 20)}[split]
-    with zipfile.ZipFile(REAL_ROOT / "omniglot-py" / f"images_{split}.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".png"))
-        for name, image in zip(names[::400], characters.images[::400], strict=True):
-            assert np.array_equal(released(io.BytesIO(archive.read(name))), image.repeat(3, 1, 1))

@@ -18,7 +18,6 @@ import evaluate_classification
 import mrcl_classification
 from datasets import DATASETS, ImageSet, Normalisation, Pool, Source
 from datasets.images import shrink
-from datasets.task_sampler import sample_episode, sample_task, sample_trajectory, shuffled_batches
 from evaluation.results import read_results, summarise
 from model.meta_test import CHUNK, FrozenOutputs
 from model.modelfactory import build, load_network, trained_parameters
@@ -329,27 +328,6 @@ def test_a_model_says_what_it_has_not_seen(tmp_path: Path, models: Path, evaluat
         evaluate(f"--dataset folder --dataset_path {root} {flags}")
 
 
-def test_draws_of_classes_of_several_sizes() -> None:
-    sizes = (5, 9, 30, 6)
-    generator = torch.Generator().manual_seed(0)
-    limits = torch.tensor(sizes)
-    for split in ("random", "dataset"):
-        task = sample_task(sizes, 4, generator, train_images=3, test_images=2, split=split)
-        both = torch.cat([task.train, task.test], 1)
-        assert (both[..., 1] < limits[both[..., 0]]).all()
-        assert all(len(set(row[:, 1].tolist())) == 5 for row in both)
-    assert task.test[both[:, 0, 0] == 2][0, :, 1].tolist() == [28, 29]
-    with pytest.raises(UserError, match="holds 4 of 5 or more images"):
-        sample_task(sizes, 2, generator, train_images=4, test_images=2)
-    trajectory = sample_trajectory(sizes, generator, update_step=5, remember=50)
-    assert len({tuple(row) for row in trajectory.query[:50].tolist()}) == 50 == sum(sizes)
-    episode = sample_episode(sizes, generator, ways=8, images=5, symmetries=2)
-    assert (episode.index[..., 1] < limits[episode.index[..., 0]]).all()
-    assert all(len(set(row[:, 1].tolist())) == 5 for row in episode.index)
-    batch = next(shuffled_batches(sizes, 0, batch_size=50))
-    assert sorted(batch.tolist()) == [[label, k] for label, size in enumerate(sizes) for k in range(size)]
-
-
 def test_frozen_outputs_of_classes_of_several_sizes() -> None:
     """The same to the last bit whichever images are asked for first, and those of the network."""
     generator = torch.Generator().manual_seed(0)
@@ -365,10 +343,3 @@ def test_frozen_outputs_of_classes_of_several_sizes() -> None:
     for ours, others, whole in zip(*parts, strict=True):
         assert torch.equal(ours, others.flip(0))
         torch.testing.assert_close(ours, whole)
-
-
-def test_images_of_another_size_are_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"images are \[1, 3, 32, 32\]; ANML reads \[B, 3, 28, 28\]"):
-        build("ANML", {"nm_channels": 2, "pln_channels": 2}, torch.Generator())(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"images are uint8 \[2, 1, 32, 30\], not uint8 \[B, C, S, S\]"):
-        ImageSet.of("x", {"a": np.zeros((2, 32, 30), np.uint8)})
