@@ -68,18 +68,16 @@ def inner_loop(
     lr: float,
     rln: int,
     second_order: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """One SGD step per image on all weights from index 2 * rln: fast weights, loss before each step."""
+) -> list[Tensor]:
+    """The fast weights after one SGD step per image on all weights from index 2 * rln."""
     weights = list(weights)
-    losses = []
     for image, label in zip(images, labels, strict=True):
         loss = cross_entropy(logits_of(weights, image), label)
         trained = weights[2 * rln :]
         gradients = torch.autograd.grad(loss, trained, create_graph=second_order)
         for i, (weight, gradient) in enumerate(zip(trained, gradients, strict=True)):
             weights[2 * rln + i] = weight - lr * (gradient if second_order else gradient.detach())
-        losses.append(loss.detach())
-    return weights, losses
+    return weights
 
 
 def meta_gradient(
@@ -94,7 +92,7 @@ def meta_gradient(
     """Mean query loss after the inner loop over the last `steps` query images, and its gradient
     with respect to the initial weights."""
     initial = [weight.detach().requires_grad_() for weight in weights]
-    fast, _ = inner_loop(initial, query[-steps:], labels[-steps:], lr, rln, second_order)
+    fast = inner_loop(initial, query[-steps:], labels[-steps:], lr, rln, second_order)
     total = torch.zeros((), dtype=query.dtype)
     for image, label in zip(query, labels, strict=True):
         total = total + cross_entropy(logits_of(fast, image), label)
@@ -145,6 +143,21 @@ def unrolled(
     loss = F.cross_entropy(net(query), labels)
     inputs = [*learned.values(), *(size for size in sizes.values() if size.requires_grad)]
     return loss, torch.stack(losses), torch.autograd.grad(loss, inputs, **unused)
+
+
+def log_density(
+    head: str, query: Tensor, images: Tensor, prior: tuple[float, float], count: int | None = None
+) -> Tensor:
+    """Log density of features [F] in a class of images [K, F], by the books: normal with the most likely
+    precision (`map`) or Student t (`predictive`). `prior`, inverse gamma, is that of each variance; a class's
+    own variance counts as that of `count` images, K by default."""
+    count = count or len(images)
+    mean, variance = images.mean(0), images.var(0)
+    shape, scale = prior[0] + count / 2, prior[1] + variance * (count - 1) / 2
+    density: torch.distributions.Distribution = torch.distributions.Normal(mean, (scale / (shape - 1)).sqrt())
+    if head == "predictive":
+        density = torch.distributions.StudentT(2 * shape, mean, (scale / shape).sqrt())
+    return density.log_prob(query).sum()
 
 
 class Adam:

@@ -16,6 +16,7 @@ from model.learner import LEARNERS, Given, NearestClassMean, Prior, fit_prior, i
 from model.meta_test import MetaTest
 from model.modelfactory import build
 from tests.conftest import ROOT, Evaluate, pooled
+from tests.reference import log_density
 from utils.errors import UserError
 
 CLASSES = 6
@@ -32,14 +33,10 @@ def direct(name: str, train: Tensor, shrinkage: float, prior: Prior) -> Callable
         identity = torch.eye(len(within), dtype=within.dtype)
         inverse = torch.linalg.inv((1 - s) * within + s * within.diag().mean() * identity)
         return lambda x: -torch.einsum("bcf,fg,bcg->bc", x[:, None] - means, inverse, x[:, None] - means) / 2
-    if name == "map":
-        shape, scale = prior[0] + train.shape[1] / 2, prior[1] + deviations.square().sum(1) / 2
-        normal = torch.distributions.Normal(means, (scale / (shape - 1)).sqrt())
-        return lambda x: normal.log_prob(x[:, None]).sum(2)
-    if name == "predictive":
-        shape, scale = prior[0] + train.shape[1] / 2, prior[1] + deviations.square().sum(1) / 2
-        student = torch.distributions.StudentT(2 * shape, means, (scale / shape).sqrt())
-        return lambda x: student.log_prob(x[:, None]).sum(2)
+    if name != "ncm":
+        return lambda x: torch.stack(
+            [torch.stack([log_density(name, q, k, prior) for k in train]) for q in x]
+        )
     return lambda x: -(x[:, None] - means).square().sum(2)
 
 
