@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 import evaluate_classification
 import mrcl_classification
-from datasets.task_sampler import sample_trajectory
-from model import method
 from model.check import check_network
 from model.learner import Given, adam_learner
 from model.meta_test import FrozenOutputs, learn, new_run
-from model.method import InnerLoop, InnerRule, Params, meta_loss
+from model.method import InnerLoop, Params, meta_loss
 from model.modelfactory import (
     NETWORKS,
     Network,
@@ -30,8 +28,6 @@ from model.modelfactory import (
     reset_head,
     trained_parameters,
 )
-from model.outer_loop import Setup
-from model.outer_loops import TrajectoryLoop
 from model.representation import represent
 from tests.conftest import Call, Run, assert_same_run, pooled
 from tests.model.test_method import WIDTHS, images, network
@@ -102,20 +98,25 @@ def test_meta_test_updates(name: str) -> None:
         torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
-def test_layers_are_modules_with_parameters_the_head_last() -> None:
-    assert layer_parameters(new("OddLayers")) == [
-        ["conv.weight"],
-        ["prelu.weight"],
-        ["norm.weight", "norm.bias"],
-        ["head.weight", "head.bias"],
-    ]
-    assert layer_parameters(new("Tied")) == [
-        ["first.weight", "first.bias"],
-        ["body.0.weight", "body.0.bias"],
-        ["last.bias"],
-        ["head.weight", "head.bias"],
-    ]
-    assert new("Cosine").default_meta_test_rln == 1
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("OddLayers", ["conv.weight", "prelu.weight", "norm.weight, norm.bias", "head.weight, head.bias"]),
+        (
+            "Tied",
+            ["first.weight, first.bias", "body.0.weight, body.0.bias", "last.bias", "head.weight, head.bias"],
+        ),
+    ],
+)
+def test_layers_are_modules_with_parameters_the_head_last(name: str, layers: list[str], call: Call) -> None:
+    """As the check of a network lists them."""
+    done = call(check_tool, name)
+    assert done.returncode == 0, done.stderr
+    said, *listed = done.stdout.splitlines()
+    number = sum(p.numel() for p in new(name).parameters())
+    assert said == f"{name}: {number:,} parameters in 4 layers, all checks passed"
+    assert listed == [f"{position:3d}  {layer}" for position, layer in enumerate(layers)]
+    assert new(name).default_meta_test_rln == 3
 
 
 def test_initial_values_are_those_of_the_constructor_from_the_runs_generator() -> None:
@@ -160,14 +161,18 @@ def scripts(run: Run, cache: Path) -> Run:
 
 
 GLYPHS = ("--dataset=glyphs", "--threads=1")
-TRAIN = ("--num_classes=20", "--train_classes=10", "--update_step=3", "--remember=4")
+LEARNERS = {"sgd": "--update_step=3 --remember=4", "iid": "--batch_size=8"}
 TEST = ("--schedule=2", "--runs=1", "--lr=0.01", "--test_classes=3", "--name=test")
 
 
-@pytest.mark.parametrize("name", ["GroupNorm", "Tied", "BatchNorm", "OddLayers"])
-def test_through_the_scripts_and_resume(name: str, scripts: Run) -> None:
+@pytest.mark.parametrize(
+    ("name", "learner"),
+    [*((name, "sgd") for name in ("GroupNorm", "Tied", "BatchNorm", "OddLayers")), ("BatchNorm", "iid")],
+)
+def test_through_the_scripts_and_resume(name: str, learner: str, scripts: Run) -> None:
     """Networks with a gate, with shared parameters, with buffers and with an --rln of their own."""
-    flags = [f"--treatment={name}", *TRAIN, "--eval_every=2", "--eval_classes=2"]
+    flags = [f"--treatment={name}", f"--learner={learner}", "--num_classes=20", "--train_classes=10"]
+    flags += [*LEARNERS[learner].split(), "--eval_every=2", "--eval_classes=2"]
     scripts(mrcl_classification, *flags, "--steps=2", "--name=part", f"--model_name={name}.net")
     scripts(mrcl_classification, "--resume=runs/part_0", "--steps=4")
     scripts(mrcl_classification, *flags, "--steps=4", "--name=whole", "--model_name=whole.net")
@@ -178,29 +183,11 @@ def test_through_the_scripts_and_resume(name: str, scripts: Run) -> None:
     scripts(evaluate_classification, f"--model={name}.net", *TEST)
     results = json.loads(Path("runs/test_0/results.json").read_text())
     assert (results["network"], results["rln"]) == (name, new(name).default_meta_test_rln)
-
-
-def test_pretraining(scripts: Run) -> None:
-    flags = ["--learner=iid", "--treatment=BatchNorm", "--train_classes=10", "--batch_size=8"]
-    scripts(mrcl_classification, *flags, "--steps=3", "--model_name=p.net")
-    scripts(evaluate_classification, "--model=p.net", *TEST)
-    results = json.loads(Path("runs/test_0/results.json").read_text())
-    assert results["treatment"] == "BatchNorm (pretrained) --rln 3"
-    net = load_network("p.net")
-    assert net.get_buffer("trunk.1.num_batches_tracked").item() == 3  # the buffer was trained and saved
+    net = load_network(f"{name}.net")
     assert not net.training
-
-
-def test_meta_test_leaves_training_mode_and_buffers_alone() -> None:
-    net = new("BatchNorm").double().train()
-    learner = TrajectoryLoop(
-        Setup(net, pooled(images(10, 4)), torch.Generator().manual_seed(0), meta_lr=0.001), rln=0
-    )
-    learner.step(sample_trajectory([4] * 10, torch.Generator(), update_step=2, remember=3))
-    buffers = {name: value.clone() for name, value in net.named_buffers()}
-    represent(net, pooled(images(2, 3)))
-    assert net.training
-    torch.testing.assert_close(dict(net.named_buffers()), buffers, rtol=0, atol=0)
+    if learner == "iid":
+        assert results["treatment"] == "BatchNorm (pretrained) --rln 3"
+        assert net.get_buffer("trunk.1.num_batches_tracked").item() == 4  # the buffer was trained and saved
 
 
 class Sound(Network):
@@ -304,33 +291,12 @@ def test_what_is_wrong_is_one_line(
         check_network("Wrong", second_order=False)
 
 
-@pytest.mark.parametrize("name", ["sgd", "loss_and_grads"])
-def test_an_inner_step_of_ones_own_is_not_blamed_on_the_network(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def signs(_: Params, inner_lr: float) -> InnerRule:
-        return lambda params, grads: {n: p - inner_lr * grads[n].sign() for n, p in params.items()}
-
-    def constant(forward: Any, params: Params, *_: Any) -> tuple[Tensor, Params]:
-        return torch.zeros(()), params
-
-    monkeypatch.setattr(method, name, {"sgd": signs, "loss_and_grads": constant}[name])
-    check_network("sANML", WIDTHS["sANML"])
-    check_network("Cosine", second_order=False)
-
-
 def test_what_cannot_be_trained_ends_in_one_line(scripts: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for methods, says in ({}, f"--backend fast: {KNOWN}"), WRONG[1]:
         monkeypatch.setitem(NETWORKS, "Wrong", type("Wrong", (Sound,), methods))
         with pytest.raises(UserError, match=re.escape(says)):
-            scripts(mrcl_classification, "--treatment=Wrong", *TRAIN, "--backend=fast")
+            scripts(mrcl_classification, "--treatment=Wrong", "--train_classes=10", "--backend=fast")
         assert not Path("runs").exists()
-
-
-def test_check_as_a_command(call: Call) -> None:
-    done = call(check_tool, "sANML")
-    assert done.returncode == 0, done.stderr
-    assert "3,493,864 parameters in 7 layers, all checks passed" in done.stdout
 
 
 class OwnFrozen(Network):
@@ -370,9 +336,11 @@ def test_a_frozen_part_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(found[0], found[2])
 
 
-def test_asking_for_a_gate_leaves_buffers_alone() -> None:
+def test_a_representation_leaves_training_mode_and_buffers_alone() -> None:
     net = OwnFrozen().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     assert net.has_gate
+    represent(net, pooled(images(2, 3).float()))
+    assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not new("Tied").has_gate
