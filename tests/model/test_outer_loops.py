@@ -3,7 +3,6 @@
 import copy
 import gc
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from datasets.task_sampler import sample_trajectory
 from flags.training import Training
 from model.check import check_network
 from model.fast import BACKENDS
-from model.modelfactory import ANML, NETWORKS, reset_head, trained_parameters
+from model.modelfactory import ANML, NETWORKS, Network, reset_head, trained_parameters
 from model.outer_loop import OuterLoop, Setup
 from model.outer_loops import OUTER_LOOPS, AlternatingLoop
 from tests.conftest import ROOT, Trainer, assert_same_run, pooled, rows
@@ -99,22 +98,24 @@ class Decayed(ANML):
 
 
 SCHEDULE = ["--no-cosine", "--warm_up=2"]
-LOOPS = {"sgd": "--update_step=2", "asb": "--update_step=2", "prototypes": "--ways=5", "iid": ""}
-LOOPS["gemcl"] = "--ways=5 --leave_one_out"
+LOOPS = {"sgd": "--update_step=2", "asb": "--update_step=2", "iid": ""}
+LOOPS |= {"prototypes": "--ways=5 --symmetries=4 --augment=1", "gemcl": "--ways=5 --leave_one_out"}
+
+
+def made(learner: str, net: Network, backend: str = "plain") -> OuterLoop:
+    """An outer loop that trains a network on a few classes."""
+    flags = parse(Training, [f"--learner={learner}", *LOOPS[learner].split()]).loop
+    given = net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1)
+    return OUTER_LOOPS[learner](Setup(*given, meta_lr=0.1, meta_loss=BACKENDS[backend].meta_loss), **flags)
 
 
 @pytest.mark.parametrize("learner", LOOPS)
 def test_a_penalty_counts_once_in_every_loop(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, "Decayed", Decayed)
-    kind = OUTER_LOOPS[learner]
-    flags = parse(Training, [f"--learner={learner}", *LOOPS[learner].split()]).loop
 
     def gradient(decay: float) -> tuple[OuterLoop, dict[str, Tensor]]:
         torch.manual_seed(0)
-        net = Decayed(decay=decay).double().train()
-        loop = kind(
-            Setup(net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1), meta_lr=0.1), **flags
-        )
+        loop = made(learner, Decayed(decay=decay).double().train())
         return loop, loop.gradient(*loop.draw()[1:])
 
     (plain, _), (decayed, measured) = gradient(0), gradient(0.5)
@@ -124,13 +125,19 @@ def test_a_penalty_counts_once_in_every_loop(learner: str, monkeypatch: pytest.M
         torch.testing.assert_close(ours, theirs + weight.detach() if parameter is weight else theirs)
 
 
+@pytest.mark.parametrize("learner", LOOPS)
+def test_both_backends_give_the_same_gradient(learner: str) -> None:
+    found = []
+    for backend in BACKENDS:
+        loop = made(learner, network("ANML", backend)[0], backend)
+        found.append([*loop.gradient(*loop.draw()[1:]).values(), *loop.grads])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-10)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_leaves_no_tensor_to_the_garbage_collector(backend: str) -> None:
     """A tensor in a reference cycle lives until the collector runs: a run grew by 100 MB a step."""
-    setup = Setup(network("ANML", backend)[0], pooled(images(CLASSES, 20)), torch.Generator(), meta_lr=0.1)
-    setup = replace(setup, meta_loss=BACKENDS[backend].meta_loss)
-    flags = {name: parse(Training, [f"--learner={name}", *LOOPS[name].split()]).loop for name in LOOPS}
-    loops = [OUTER_LOOPS[name](setup, **flags[name]) for name in LOOPS]
+    loops = [made(name, network("ANML", backend)[0], backend) for name in LOOPS]
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:

@@ -1,20 +1,15 @@
-"""Meta-training for heads without gradient: the logits by hand, both backends, the script, refusals."""
+"""Meta-training for heads without gradient: the logits by hand, the script, refusals."""
 
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor
 
 import mrcl_classification
-from datasets.task_sampler import distort, sample_episode, show
-from model.fast import BACKENDS
+from datasets.task_sampler import distort, show
 from model.learner import GEMCL_SCORES, gemcl_logits
-from model.outer_loop import Setup
 from model.outer_loops import EpisodeLoop, GeMCLLoop, prototype_logits
-from tests.conftest import Run, assert_same_run, pooled
-from tests.model.test_method import CLASSES, images, network
+from tests.conftest import Run, assert_same_run
 from tests.reference import log_density
 from utils.errors import UserError
 
@@ -87,28 +82,6 @@ def test_distortions_leave_half_alone_and_keep_what_is_on_the_image() -> None:
     assert 70 < int(alone.sum()) < 130
     assert drawn.sum((1, 2, 3)).sub(16).abs().max() < 6  # stretched by 15 % each way at most
     assert torch.equal(distort(paper, torch.Generator().manual_seed(0), 0), paper)
-
-
-def grads(backend: str) -> tuple[Tensor, list[Tensor]]:
-    net, _ = network("ANML")
-    BACKENDS[backend].prepare(net)
-    learner = EpisodeLoop(
-        Setup(net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1), meta_lr=0.001),
-        shots=2,
-        augment=1,
-    )
-    episode = sample_episode([20] * CLASSES, learner.generator, ways=6, images=4, symmetries=4)
-    step = learner.differentiate(episode)
-    return step["loss"], list(learner.grads)
-
-
-def test_both_backends_give_the_gradient_of_the_loss() -> None:
-    (plain_loss, plain), (fast_loss, fast) = grads("plain"), grads("fast")
-    torch.testing.assert_close(fast_loss, plain_loss)
-    for ours, theirs in zip(fast, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
-    # An untrained network tells classes apart a little; its loss is near that of guessing.
-    assert abs(float(plain_loss) - float(F.cross_entropy(torch.zeros(1, 6), torch.tensor([0])))) < 1
 
 
 @pytest.mark.parametrize("learner", ["prototypes", "gemcl --gemcl_head=map --leave_one_out"])
