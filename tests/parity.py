@@ -14,7 +14,6 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +97,10 @@ class Fixture:
             images.append((position, drawing))
         return gather(self.background.pool("cpu", self.dtype), torch.tensor(images))
 
-    @cache  # noqa: B019 (a fixture lives as long as its outputs are needed)
-    def frozen_outputs(self, rln: int) -> FrozenOutputs:
-        """Of the evaluation images, shared by all rates, as `model.meta_test.MetaTest` does."""
-        pool = self.data.load("evaluation").pool("cpu", self.dtype)
-        return FrozenOutputs(self.net, pool, trained_parameters(self.net, rln))
-
     def meta_test(self, rln: int, lr: float) -> dict[str, Array]:
         """One Adam pass over the fixture's evaluation classes, then accuracies and test logits."""
-        outputs = self.frozen_outputs(rln)
-        pool = outputs.images
+        pool = self.data.load("evaluation").pool("cpu", self.dtype)
+        outputs = FrozenOutputs(self.net, pool, trained_parameters(self.net, rln))
         classes = torch.from_numpy(self.arrays["metatest_classes"]).long()
         drawings = torch.arange(pool.sizes[0])
         index = torch.cartesian_prod(classes, drawings).reshape(len(classes), -1, 2)
@@ -159,8 +152,9 @@ def quantities(fixture: Fixture, skip: re.Pattern[str]) -> Iterator[tuple[str, A
         gradients = list(
             torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
         )
-        for name, summary in gradient_summary(gradients).items():
-            yield f"meta_grad_{name}_{order}", summary
+        yield f"meta_grad_norm_{order}", _norms(gradients)
+        yield f"meta_grad_head_{order}", _heads(gradients)
+        yield f"meta_grad_sum_{order}", np.array([gradient.double().sum().item() for gradient in gradients])
         if f"adam_norm_{order}" in arrays:
             initial = [p.detach().clone() for p in net.parameters()]
             Adam(net.parameters(), lr=0.001).step(gradients)
@@ -239,12 +233,6 @@ def _locate(images: ImageSet, name: str) -> tuple[int, int]:
     """Class and drawing of a file `split/alphabet/character/NNNN_DD.png`."""
     parts = Path(name).parts
     return images.classes.index("/".join(parts[-3:-1])), int(Path(name).stem[-2:]) - 1
-
-
-def gradient_summary(gradients: list[Tensor]) -> dict[str, Array]:
-    """What a fixture keeps of a meta-gradient: norms [28], first values [28, 16] and sums [28]."""
-    sums = np.array([gradient.double().sum().item() for gradient in gradients])
-    return {"norm": _norms(gradients), "head": _heads(gradients), "sum": sums}
 
 
 def _norms(tensors: list[Tensor]) -> Array:
