@@ -7,8 +7,6 @@ whether these are others than before the edit. A child process imports the proje
 replaced. Children are forked, so that torch is loaded once, and has done all that it does once.
 """
 
-import importlib.machinery
-import importlib.util
 import inspect
 import json
 import logging
@@ -16,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -36,6 +34,7 @@ class Edit(NamedTuple):
 
 
 RULE, BLOCK, ONLINE = "p.add(grads[name], alpha=-inner_lr)", "F.relu(self.norm(", "self.net(image), label"
+LOSS = "(params, images), labels"
 EDITS: dict[str, list[Edit]] = {
     METHOD: [
         Edit("no inner step", RULE, "p.add(grads[name], alpha=-0.0 * inner_lr)"),
@@ -43,16 +42,10 @@ EDITS: dict[str, list[Edit]] = {
         Edit("weight decay in the inner step", RULE, "p.mul(0.99).add(grads[name], alpha=-inner_lr)"),
         Edit("inner step of OML", RULE, "p.add(grads[name], alpha=-0.5 * inner_lr)", "OML"),
         Edit("logits scaled", "found: Tensor = net(images)", "found: Tensor = net(images) * 0.5"),
-        Edit(
-            "smoothed inner loss",
-            "(params, images), labels)",
-            "(params, images), labels, label_smoothing=0.1)",
-        ),
+        Edit("smoothed inner loss", f"{LOSS})", f"{LOSS}, label_smoothing=0.1)"),
         Edit("an inner step left out", "rule(params, grads)", "rule(params, grads) if t != 3 else params"),
         Edit("second order at the end", "t >= inner.constant(", "t >= len(labels) - 2 + 0 * inner.constant("),
-        Edit(
-            "the meta-loss of a part", "F.cross_entropy(logits, query", "F.cross_entropy(0.5 * logits, query"
-        ),
+        Edit("the meta-loss of a part", "cross_entropy(logits, query", "cross_entropy(0.5 * logits, query"),
         Edit("smoothed loss at meta-test", ONLINE, "self.net(image), label, label_smoothing=0.3"),
         Edit("learned in reverse", "self.step(images[t : t + 1]", "self.step(images[-1 - t :][:1]"),
         Edit("another answer", "classify(self.net(images))", "(classify(self.net(images)) + 1) % 12"),
@@ -91,9 +84,7 @@ EDITS: dict[str, list[Edit]] = {
             "return self.features_before_gate(inputs)",
             "return nn.functional.dropout(self.features_before_gate(inputs), 0.5, self.training)",
         ),
-        Edit(
-            "sANML's features", "run_rest(self.pln, inputs, 0)", "run_rest(self.pln, inputs, 0) + 1", "sANML"
-        ),
+        Edit("sANML's features", "run_rest(self.pln, inputs, 0)", "-run_rest(self.pln, inputs, 0)", "sANML"),
         Edit("OML's features", "0)\n\n\nclass Conv4", "0) * 2\n\n\nclass Conv4", "OML"),
         Edit("OML's activation", 'f"relu{i + 1}", nn.ReLU()', 'f"relu{i + 1}", nn.ELU()', "OML"),
         Edit("OML's strides", "(1, 1, 1, 2, 1, 2)", "(1, 1, 2, 1, 1, 2)", "OML"),
@@ -106,22 +97,11 @@ EDITS: dict[str, list[Edit]] = {
 }
 
 
-class _Edited(importlib.machinery.SourceFileLoader):
-    """Imports one module of the project from an edited text."""
-
-    def __init__(self, file: str, text: str) -> None:
-        name = file.removesuffix(".py").replace("/", ".")
-        super().__init__(name, str(ROOT / file))
-        self.text = text
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        found = fullname == self.name
-        return importlib.util.spec_from_file_location(fullname, self.path, loader=self) if found else None
-
-    def get_code(self, fullname: str) -> CodeType:
-        return compile(self.text, self.path, "exec", dont_inherit=True)
+def load(file: str, text: str) -> None:
+    """Import one module of the project from an edited text."""
+    name = file.removesuffix(".py").replace("/", ".")
+    sys.modules[name] = module = ModuleType(name)
+    exec(compile(text, str(ROOT / file), "exec", dont_inherit=True), module.__dict__)  # noqa: S102 (our own)
 
 
 def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list[float]]:
@@ -196,7 +176,7 @@ def in_child(file: str, edit: Edit) -> dict[str, tuple[str, list[float]]]:
                 del sys.modules[name]
             text = (ROOT / file).read_text(encoding="utf-8")
             assert text.count(edit.old) == 1, f"{edit.name}: {file} does not hold {edit.old!r} once"
-            sys.meta_path.insert(0, _Edited(file, text.replace(edit.old, edit.new)))
+            load(file, text.replace(edit.old, edit.new))
             answer = json.dumps(
                 {asked: numbers(edit.kind, asked, file == METHOD) for asked in ("auto", "plain")}
             )

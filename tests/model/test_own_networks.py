@@ -145,13 +145,13 @@ def test_a_head_of_ones_own_is_drawn_anew() -> None:
     assert net.get_parameter("head.temperature").item() == 0.5
 
 
-def test_gates_have_a_place_in_the_representation() -> None:
-    for name, size in (("GroupNorm", 128), ("FiLM", 6)):
-        seen = represent(new(name), pooled(images(2, 3).float()))
-        assert seen.gate is not None
-        assert seen.gate.rows.shape == (6, size)
-        assert seen.after.sizes == seen.before.sizes == (3, 3)
-    assert represent(new("Tied"), pooled(images(2, 3).float())).gate is None
+@pytest.mark.parametrize(("name", "gates"), [("GroupNorm", 128), ("FiLM", 6), ("Tied", None), ("ANML", 54)])
+def test_a_representation_is_what_enters_the_head(name: str, gates: int | None) -> None:
+    net, pixels = new(name), images(35, 4).float()  # which pass in two parts
+    seen = represent(net, pooled(pixels))
+    torch.testing.assert_close(seen.after.rows, net.eval().features(pixels.flatten(0, 1)).detach())
+    assert seen.after.sizes == seen.before.sizes == (4,) * 35
+    assert (None if seen.gate is None else seen.gate.rows.shape) == (gates and (140, gates))
 
 
 @pytest.fixture
@@ -236,54 +236,40 @@ class Once(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0]  # type: ignore[no-any-return]
 
 
-WRONG: list[tuple[dict[str, Callable[..., Any]], str]] = [
-    ({"hidden": drifting}, "other logits the second time"),
-    ({"hidden": lambda net, x: net.layer(x - x.mean(0))}, "alone than in a batch"),
-    ({"hidden": lambda net, x: net.layer(x) / 0}, "not finite"),
-    (
-        {
-            "hidden": lambda net, x: F.linear(x, net.alias[0], net.layer.bias),
-            "change": lambda net: setattr(net, "alias", [net.layer.weight]),
-        },
-        "parameters that it is handed",
-    ),
-    (
-        {
-            "hidden": lambda net, x: net.layer(x) + net.offset,
-            "change": lambda net: setattr(net, "offset", torch.randn(10)),
-        },
-        "neither a parameter nor a buffer",
-    ),
-    (
-        {"hidden": lambda net, x: F.linear(x, net.layer.weight.data, net.layer.bias)},
-        "layer.weight has no effect",
-    ),
-    (
-        {"frozen": lambda net, x, trained: x if "layer.weight" in trained else 2 * x},
-        "--rln 1 the frozen part",
-    ),
-    ({"change": lambda net: setattr(net, "other", nn.Linear(2, 2))}, "other.bias has no effect"),
-    (
-        {"change": lambda net: net._modules.update(layer=nn.Linear(784, 20), head=nn.PReLU())},
-        "row for each class",
-    ),
-    ({"change": lambda net: setattr(net, "layer", nn.Linear(100, 10))}, "fails on 2 images of 28 x 28"),
-    ({"forward": lambda net, x: net.head(net.layer(x.flatten(1))).mean(0)}, r"forward gives \[20\]"),
-    (
-        {"forward": lambda net, x: F.linear(net.layer(x.flatten(1)), net.head.weight, net.head.bias)},
-        "self.head",
-    ),
-    ({"features": lambda net, x: net.layer(x.flatten(1))[:1]}, r"features gives \[1, 10\]"),
-    ({"hidden": attention}, "no second derivative: train with --first_order"),
-    ({"hidden": lambda net, x: Once.apply(net.layer(x))}, "no second derivative: train with --first_order"),
-]
+WRONG: dict[str, dict[str, Callable[..., Any]]] = {
+    "other logits the second time": {"hidden": drifting},
+    "alone than in a batch": {"hidden": lambda net, x: net.layer(x - x.mean(0))},
+    "not finite": {"hidden": lambda net, x: net.layer(x) / 0},
+    "parameters that it is handed": {
+        "hidden": lambda net, x: F.linear(x, net.alias[0], net.layer.bias),
+        "change": lambda net: setattr(net, "alias", [net.layer.weight]),
+    },
+    "neither a parameter nor a buffer": {
+        "hidden": lambda net, x: net.layer(x) + net.offset,
+        "change": lambda net: setattr(net, "offset", torch.randn(10)),
+    },
+    "layer.weight has no effect": {
+        "hidden": lambda net, x: F.linear(x, net.layer.weight.data, net.layer.bias)
+    },
+    "--rln 1 the frozen part": {"frozen": lambda net, x, trained: x * (1 + ("layer.weight" not in trained))},
+    "other.bias has no effect": {"change": lambda net: setattr(net, "other", nn.Linear(2, 2))},
+    "row for each class": {
+        "change": lambda net: net._modules.update(layer=nn.Linear(784, 20), head=nn.PReLU())
+    },
+    "fails on 2 images of 28 x 28": {"change": lambda net: setattr(net, "layer", nn.Linear(100, 10))},
+    r"forward gives \[20\]": {"forward": lambda net, x: net.head(net.layer(x.flatten(1))).mean(0)},
+    "self.head": {
+        "forward": lambda net, x: F.linear(net.layer(x.flatten(1)), net.head.weight, net.head.bias)
+    },
+    r"features gives \[1, 10\]": {"features": lambda net, x: net.layer(x.flatten(1))[:1]},
+    "no second derivative: train with --first_order": {"hidden": attention},
+    "second derivative: train with --first_order": {"hidden": lambda net, x: Once.apply(net.layer(x))},
+}
 
 
-@pytest.mark.parametrize(("methods", "says"), WRONG, ids=[says for _, says in WRONG])
-def test_what_is_wrong_is_one_line(
-    methods: dict[str, Callable[..., Any]], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(NETWORKS, "Wrong", type("Wrong", (Sound,), methods))
+@pytest.mark.parametrize("says", WRONG)
+def test_what_is_wrong_is_one_line(says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "Wrong", type("Wrong", (Sound,), WRONG[says]))
     with pytest.raises(UserError, match=f"network Wrong.*{says}") as error:
         check_network("Wrong")
     assert "\n" not in str(error.value)
@@ -292,7 +278,7 @@ def test_what_is_wrong_is_one_line(
 
 
 def test_what_cannot_be_trained_ends_in_one_line(scripts: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for methods, says in ({}, f"--backend fast: {KNOWN}"), WRONG[1]:
+    for methods, says in ({}, f"--backend fast: {KNOWN}"), (WRONG["not finite"], "its logits are not finite"):
         monkeypatch.setitem(NETWORKS, "Wrong", type("Wrong", (Sound,), methods))
         with pytest.raises(UserError, match=re.escape(says)):
             scripts(mrcl_classification, "--treatment=Wrong", "--train_classes=10", "--backend=fast")

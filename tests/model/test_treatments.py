@@ -8,7 +8,6 @@ import pytest
 from model.modelfactory import NETWORKS, trained_parameters
 from model.treatments import TABLE, describe
 from tests.utils.test_arguments import evaluate
-from utils.errors import UserError
 
 # As in the paper: treatment, network, --rln, beginnings of the names of what learns, origin of the weights.
 PAPER = [
@@ -76,9 +75,6 @@ def test_a_config_file_names_models_and_presets(tmp_path: Path) -> None:
     arguments = evaluate(f"--config {file}")
     assert arguments.model == [Path("a, b.net"), Path("c.net")]
     assert (arguments.treatment_preset, arguments.rln, arguments.schedule) == ("OML", 6, [5])
-    file.write_text("model = [true]\n")
-    with pytest.raises(UserError, match="model: True is no number and no text"):
-        evaluate(f"--config {file}")
 
 
 def test_the_docs_say_the_same() -> None:
