@@ -3,6 +3,7 @@
 import runpy
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +104,10 @@ def test_the_prior_of_equal_values_is_finite_and_has_their_mean() -> None:
 def test_what_is_not_finite_is_no_class() -> None:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
     pool = torch.zeros(CLASSES, 20, 1, 28, 28)
-    for name in ("ncm", "map", "predictive", "slda"):
-        for fill, diverged in ((0.0, 0), (torch.nan, 1)):
-            tester = MetaTest(
-                net,
-                pooled(pool + fill),
-                13,
-                seed=0,
-                kind=LEARNERS[name],
-                options={"power": 1.0},
-                background=pooled(pool),
-            )
-            assert tester.score(3, None, "report", 0)["diverged"] == diverged
+    for name, (fill, diverged) in product(("ncm", "map", "predictive", "slda"), ((0.0, 0), (torch.nan, 1))):
+        options: dict[str, Any] = {"kind": LEARNERS[name], "options": {"power": 1.0}}
+        tester = MetaTest(net, pooled(pool + fill), 13, seed=0, **options, background=pooled(pool))
+        assert tester.score(3, None, "report", 0)["diverged"] == diverged
 
 
 @pytest.mark.parametrize(

@@ -217,11 +217,6 @@ def drifting(net: Any, x: Tensor) -> Tensor:
     return net.layer(x) - net.seen  # type: ignore[no-any-return]
 
 
-def attention(net: Any, x: Tensor) -> Tensor:
-    parts = net.layer(x).view(-1, 1, 5, 2)
-    return F.scaled_dot_product_attention(parts, parts, parts).flatten(1)
-
-
 class Once(torch.autograd.Function):
     """Squares, whose author has thought of one derivative."""
 
@@ -262,8 +257,7 @@ WRONG: dict[str, dict[str, Callable[..., Any]]] = {
         "forward": lambda net, x: F.linear(net.layer(x.flatten(1)), net.head.weight, net.head.bias)
     },
     r"features gives \[1, 10\]": {"features": lambda net, x: net.layer(x.flatten(1))[:1]},
-    "no second derivative: train with --first_order": {"hidden": attention},
-    "second derivative: train with --first_order": {"hidden": lambda net, x: Once.apply(net.layer(x))},
+    "no second derivative: train with --first_order": {"hidden": lambda net, x: Once.apply(net.layer(x))},
 }
 
 

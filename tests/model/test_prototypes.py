@@ -88,15 +88,8 @@ def test_distortions_leave_half_alone_and_keep_what_is_on_the_image() -> None:
 def test_a_training_checks_itself_by_the_head_and_resumes_to_the_same_bits(
     learner: str, tmp_path: Path, cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [
-        "--learner",
-        *learner.split(),
-        *FLAGS,
-        f"--cache_dir={cache}",
-        "--eval_every=2",
-        "--eval_classes=5",
-        "--save_every=2",
-    ]
+    checks = "--eval_every=2 --eval_classes=5 --save_every=2"
+    flags = [*f"--learner {learner} {checks}".split(), *FLAGS, f"--cache_dir={cache}"]
     run(mrcl_classification, *flags)
     log = (tmp_path / "runs/p_0/log.txt").read_text()
     assert "step 2 meta-test on 5 meta-training classes: test" in log
