@@ -62,13 +62,9 @@ def test_alternating_steps_are_those_of_torch(kind: str, rln: int, momentum: flo
 
 
 def test_alternating_learning_as_a_run(trainer: Trainer, cache: Path) -> None:
-    """Resumed to the same bits; where it diverges, the weights are those before the step."""
+    """Where it diverges, the weights are those before the step."""
     asb = ["--learner=asb", "--update_lr=0.01"]
-    trainer(*asb, "--steps=4", "--name=whole")
-    trainer(*asb, "--steps=2", "--name=part")
-    trainer.run = Path("runs/part_0")
-    trainer.resume("--steps=4")
-    assert_same_run(Path("runs/whole_0"), Path("runs/part_0"))
+    trainer(*asb, "--steps=2", "--name=whole")
     again = ["--checkpoint", "--saved_model=runs/whole_0/model.net", "--update_lr=1e30", "--no-reset"]
     with pytest.raises(UserError, match=r"^step 1: .* with --meta_lr 0.001 --update_lr 1e\+30 .* one of"):
         trainer(*asb, *again, "--name=high")
@@ -99,7 +95,8 @@ class Decayed(ANML):
 
 SCHEDULE = ["--no-cosine", "--warm_up=2"]
 LOOPS = {"sgd": "--update_step=2", "asb": "--update_step=2", "iid": ""}
-LOOPS |= {"prototypes": "--ways=5 --symmetries=4 --augment=1", "gemcl": "--ways=5 --leave_one_out"}
+LOOPS["prototypes"] = "--ways=5 --symmetries=4 --augment=1"
+LOOPS["gemcl"] = "--ways=5 --leave_one_out --gemcl_head=map"
 
 
 def made(learner: str, net: Network, backend: str = "plain") -> OuterLoop:
@@ -148,6 +145,19 @@ def test_a_step_leaves_no_tensor_to_the_garbage_collector(backend: str) -> None:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+
+
+@pytest.mark.parametrize("learner", LOOPS)
+def test_a_run_checks_itself_and_goes_on_to_the_same_bits(learner: str, trainer: Trainer) -> None:
+    trainer.flags.remove("--update_step=2")
+    trainer.flags += [f"--learner={learner}", *LOOPS[learner].split(), "--treatment=ANML", "--no-cosine"]
+    trainer.flags += ["--eval_every=2", "--eval_classes=5"]
+    trainer("--steps=4", "--name=whole")
+    trainer("--steps=2", "--name=part")
+    trainer.run = Path("runs/part_0")
+    assert "step 2 meta-test on 5 meta-training classes: test" in (trainer.run / "log.txt").read_text()
+    trainer.resume("--steps=4")
+    assert_same_run(Path("runs/whole_0"), trainer.run)
 
 
 def test_a_penalty_in_a_run(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,12 @@
-"""Meta-training for heads without gradient: the logits by hand, the script, refusals."""
-
-from pathlib import Path
+"""Meta-training for heads without gradient: the logits by hand, and what images become."""
 
 import pytest
 import torch
 
-import mrcl_classification
 from datasets.task_sampler import distort, show
 from model.learner import GEMCL_SCORES, gemcl_logits
-from model.outer_loops import EpisodeLoop, GeMCLLoop, prototype_logits
-from tests.conftest import Run, assert_same_run
+from model.outer_loops import GeMCLLoop, prototype_logits
 from tests.reference import log_density
-from utils.errors import UserError
-
-FLAGS = [
-    *("--dataset", "glyphs", "--train_classes", "20", "--threads", "1"),
-    *("--nm_channels", "2", "--pln_channels", "2", "--ways", "5", "--symmetries", "4", "--augment", "1"),
-    *("--steps", "4", "--name", "p", "--model_name", "p.net"),
-]
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
@@ -82,29 +71,3 @@ def test_distortions_leave_half_alone_and_keep_what_is_on_the_image() -> None:
     assert 70 < int(alone.sum()) < 130
     assert drawn.sum((1, 2, 3)).sub(16).abs().max() < 6  # stretched by 15 % each way at most
     assert torch.equal(distort(paper, torch.Generator().manual_seed(0), 0), paper)
-
-
-@pytest.mark.parametrize("learner", ["prototypes", "gemcl --gemcl_head=map --leave_one_out"])
-def test_a_training_checks_itself_by_the_head_and_resumes_to_the_same_bits(
-    learner: str, tmp_path: Path, cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checks = "--eval_every=2 --eval_classes=5 --save_every=2"
-    flags = [*f"--learner {learner} {checks}".split(), *FLAGS, f"--cache_dir={cache}"]
-    run(mrcl_classification, *flags)
-    log = (tmp_path / "runs/p_0/log.txt").read_text()
-    assert "step 2 meta-test on 5 meta-training classes: test" in log
-
-    def stop(learner: EpisodeLoop) -> None:
-        if learner.optimizer.steps[0] == 3:
-            raise KeyboardInterrupt
-        plain_update(learner)
-
-    plain_update = EpisodeLoop.update
-    with monkeypatch.context() as patch:
-        patch.setattr(EpisodeLoop, "update", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(mrcl_classification, *flags)
-    run(mrcl_classification, "--resume", "runs/p_1")
-    assert_same_run(tmp_path / "runs/p_0", tmp_path / "runs/p_1")
-    with pytest.raises(UserError, match="steps"):  # the schedule's length is not a matter of how long
-        run(mrcl_classification, "--resume", "runs/p_1", "--steps", "6")
