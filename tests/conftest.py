@@ -68,6 +68,12 @@ def checked_once(name: str, *args: object, **options: object) -> None:
         CHECKED.add(key)
 
 
+def shown(page: str, mark: str) -> str:
+    """The code that a page of the documentation shows below a mark."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text.split(f"<!-- {mark} -->")[1].split("```")[1].removeprefix("python\n")
+
+
 def pooled(images: Tensor) -> Pool:
     """The pool of [C, D, ...], C classes of D images."""
     return Pool(images.flatten(0, 1), (images.shape[1],) * len(images))

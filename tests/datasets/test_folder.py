@@ -21,7 +21,7 @@ from datasets.images import shrink
 from evaluation.results import read_results, summarise
 from model.meta_test import CHUNK, FrozenOutputs
 from model.modelfactory import build, load_network, trained_parameters
-from tests.conftest import ROOT, TINY, Evaluate, Run
+from tests.conftest import ROOT, TINY, Evaluate, Run, shown
 from tools import analyze_representation
 from utils.errors import UserError
 
@@ -59,9 +59,9 @@ def root(tmp_path: Path) -> Path:
 def test_the_page_on_data(run: Run) -> None:
     """What docs/data.md shows, run as it stands there, learns better than chance and an untrained network."""
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    exec(code(text, "pictures"), {})  # noqa: S102 (our own documentation)
-    shown = text.split("<!-- commands -->\n")[1].partition("\n\n")[0]
-    commands = [line.split()[1:] for line in shown.splitlines()]
+    exec(shown("data.md", "pictures"), {})  # noqa: S102 (our own documentation)
+    listed = text.split("<!-- commands -->\n")[1].partition("\n\n")[0]
+    commands = [line.split()[1:] for line in listed.splitlines()]
     names: dict[str, Any] = {
         "mrcl_classification.py": mrcl_classification,
         "evaluate_classification.py": evaluate_classification,
@@ -82,10 +82,6 @@ def test_the_page_on_data(run: Run) -> None:
     assert len(results["evaluation_classes"]) == 10
 
 
-def code(text: str, mark: str) -> str:
-    return text.split(f"<!-- {mark} -->")[1].split("```")[1].removeprefix("python\n")
-
-
 def test_a_loader_of_ones_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +90,7 @@ def test_a_loader_of_ones_own(
 ) -> None:
     """That of docs/data.md, of thirty lines, has flags and help and passes through training and meta-test."""
     monkeypatch.chdir(tmp_path)
-    text = code((ROOT / "docs/data.md").read_text(encoding="utf-8"), "loader")
+    text = shown("data.md", "loader")
     assert len(text.splitlines()) <= 32
     Path("arrays.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))

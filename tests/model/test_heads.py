@@ -16,7 +16,7 @@ from evaluation.results import read_results, table
 from model.learner import LEARNERS, Given, NearestClassMean, Prior, fit_prior, inverse_gamma, view
 from model.meta_test import MetaTest
 from model.modelfactory import build
-from tests.conftest import ROOT, Evaluate, pooled
+from tests.conftest import Evaluate, pooled, shown
 from tests.reference import log_density
 from utils.errors import UserError
 
@@ -151,10 +151,9 @@ def mine(
     evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, str], list[dict[str, Any]]]:
     """Runs a file that the documentation shows as it says, with flags; the rows of its results."""
-    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 
     def start(mark: str, flags: str) -> list[dict[str, Any]]:
-        code = text.split(f"<!-- {mark} -->")[1].split("```")[1].removeprefix("python\n")
+        code = shown("extending.md", mark)
         assert code.count("\n") <= 30
         Path("mine.py").write_text(code, encoding="utf-8")
         flags = f"{TINY} --schedule 5 --runs 2 --model ANML.net --cache_dir={cache} {flags}"

@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 
 from model.method import INNER_RULES, InnerLoop, MetaSGD, Params, kept_rule, meta_loss
 from model.modelfactory import Network, trained_parameters
-from tests.conftest import Trainer, assert_same_run, rows
+from tests.conftest import ROOT, Trainer, assert_same_run, rows, shown
 from tests.model.test_method import images, network
 from tests.reference import unrolled
 from utils.errors import UserError
@@ -149,12 +149,9 @@ def test_learned_step_sizes_are_saved_and_resumed(trainer: Trainer) -> None:
 
 def test_example_of_the_door_for_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the documentation shows, run as it stands there."""
-    root = Path(__file__).parents[2]
-    text = (root / "docs/extending.md").read_text(encoding="utf-8")
-    code = text.split("<!-- notebook -->")[1].split("```")[1].removeprefix("python\n")
-    monkeypatch.chdir(root)
+    monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102 (our own documentation)
+    exec(shown("extending.md", "notebook"), names)  # noqa: S102 (our own documentation)
     assert names["logits"].shape == (2, 1000)
     assert names["features"].shape == names["gate"].shape == (2, 2304)
 
