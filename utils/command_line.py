@@ -298,7 +298,8 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     typed = parser.read(tokens)
     given = parser.values(settings, of_config, choosers & typed.keys()) | typed
     if resume is not None:
-        left_open = plan.keys() & parser.flags.keys() - before.keys()
+        asked = parser.filled(kind, before)
+        left_open = plan.keys() & parser.flags.keys() - before.keys() - asked.idle().keys()
         before |= parser.values({key: plan[key] for key in left_open}, of_run)
         _refuse_contradictions(parser, parser.filled(kind, before), resume, given)
         if config is None and isinstance(earlier_config, str):
