@@ -9,32 +9,28 @@ import hashlib
 import logging
 import os
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
-from itertools import groupby
 from math import ceil, floor
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.folder import DAMAGE, ranked, readable, some, stamp_of
 from datasets.images import OMNIGLOT, SIZE, SPLITS, ImageSet, cached, reason, shrink
-from utils.errors import UserError, load_library
+from utils.errors import UserError, load_library, refusing
+from utils.files import read_text
 from utils.flag import Range, existing
 
 log = logging.getLogger("anml")
 
-SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
+SUFFIXES = {".ttf": "TTFont", ".otf": "TTFont", ".ttc": "TTCollection", ".otc": "TTCollection"}
 LONG = 18 / 28  # longer side of a drawing's box, as a part of the image's side
 LEFT, UP = 0.4 / 28, 0.5 / 28  # from the image's middle to the box's, as parts of the image's side
 EM = 96  # pixels, size of the type; images of more than 48 pixels take twice their side
-UNUSED = "\U0010ffff"  # a code for which a font draws its box for missing characters
 SHARED = 3  # Latin, Greek and Cyrillic A share a drawing; a drawing that more share is a placeholder
 NEARLY = 0.9  # part of the characters that a font to be held out has to draw
 ALIKE = set(
@@ -61,14 +57,9 @@ class Face(NamedTuple):
 
     name: str
     version: str
-    path: Path
-    part: int
+    font: ImageFont.FreeTypeFont
     stamp: tuple[int, ...]
     characters: tuple[str, ...]
-
-
-Drawn = dict[str, dict[int, int]]
-"""By character, the number of each font that draws the character and the row of that image."""
 
 
 def load(
@@ -93,8 +84,9 @@ def load(
 ) -> dict[str, ImageSet]:
     """Characters drawn by the fonts (TrueType, OpenType, collections) below a folder.
 
-    A blank drawing does not count, nor does a font's box for missing characters. Of characters that a font
-    draws alike, the first has the image. Of fonts that draw a character alike, the first gives the image.
+    A blank drawing does not count, nor does a font's box for missing characters, nor a drawing that more than
+    `SHARED` characters share. Of characters that a font draws alike, the first has the image. Of fonts that
+    draw a character alike, the first gives the image.
 
     Returns:
         Both splits. Classes are sorted by code point, images by the path of the font. The images of held-out
@@ -106,50 +98,47 @@ def load(
     wanted = _characters(characters)
     packages = PACKAGES.get(characters, PACKAGES["latin"])
     hint = f"`sudo apt install {packages}` puts fonts into /usr/share/fonts, see docs/data.md"
-    faces = _faces(root, wanted, hint)
-    pairs = [(number, character) for number, face in enumerate(faces) for character in face.characters]
+    faces = _faces(root, wanted, size, hint)
+    pairs = [(face, character) for face in faces for character in face.characters]
 
     def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-        chosen = [pairs[position] for position in positions]
-        return np.stack([_drawing(faces[number], character, size) for number, character in chosen])
+        return np.stack([_drawing(*pairs[position], size) for position in positions])
 
     home = root.resolve()
     name = f"fonts-{hashlib.sha256(os.fsencode(home) + ''.join(wanted).encode()).hexdigest()[:8]}"
     origin = repr([(face.name, face.stamp, face.characters) for face in faces]).encode()
     pixels = cached(cache_dir, name, origin, len(pairs), make, size)
-    drawn = _counted(faces, pairs, pixels)
-    held = _held_out(faces, drawn, images, held_out_fonts, data_seed)
-    classes = sorted(
-        c for c, rows in drawn.items() if len(rows) >= images + len(held) and held <= rows.keys()
-    )
-    used = sorted({number for rows in drawn.values() for number in rows})
+    drawn = _drawn(faces, wanted, pixels)
+    has = drawn >= 0
+    enough = has.sum(0) >= images + held_out_fonts
+    nearly = np.flatnonzero(has[:, enough].sum(1) >= NEARLY * enough.sum())
+    fit = {faces[number].name: number for number in nearly.tolist()}
+    held = np.array(sorted(fit[name] for name in ranked(fit, data_seed)[:held_out_fonts]), np.int64)
+    used = np.flatnonzero(has.any(1)).tolist()
+    classes = np.flatnonzero(enough & has[held].all(0) & (len(held) == held_out_fonts)).tolist()
     shown = root, len(used), len(faces), len(classes), len(wanted)
     log.info("%s: %d different fonts of %d draw %d of %d characters often enough", *shown)
     tests = len(classes) // 2 if evaluation_classes is None else evaluation_classes
     if min(tests, len(classes) - tests) < 2:
-        most = max(map(len, drawn.values()), default=0)
         raise UserError(
             f"{root}: {len(classes)} of {len(wanted)} characters, too few for {tests} meta-test classes and "
             f"others, are drawn by --images {images} and --held_out_fonts {held_out_fonts} of its "
-            f"{len(used)} different fonts; no character is drawn by more than {most}; {hint}"
+            f"{len(used)} different fonts; no character is drawn by more than {has.sum(0).max()}; {hint}"
         )
-    tested = set(ranked(classes, data_seed)[:tests])
+    tested = ranked((wanted[label] for label in classes), data_seed)[:tests]
     notes = {
         "fonts": [f"{faces[number].name}, {faces[number].version}" for number in used],
-        "fonts_held_out": [faces[number].name for number in sorted(held)],
+        "fonts_held_out": [faces[number].name for number in held],
     }
     sets = {}
     for side in SPLITS:
-        last = held if side == "evaluation" else set()
-        own = [character for character in classes if (character in tested) == (side == "evaluation")]
-        fonts = [number for number in used if number not in held] + sorted(last)
-        rows = [[drawn[c][number] for number in fonts if number in drawn[c]] for c in own]
-        sets[side] = ImageSet(
+        last = held if side == "evaluation" else held[:0]
+        table = drawn[[*np.setdiff1d(used, held), *last]]
+        rows = {k: table[:, k] for k in classes if (wanted[k] in tested) == (side == "evaluation")}
+        sets[side] = ImageSet.of(
             f"fonts {home.name} {characters} {side}",
-            torch.from_numpy(pixels[[row for of_class in rows for row in of_class]]),
-            tuple(map(len, rows)),
-            tuple(f"U+{ord(c):04X} {c}" for c in own),
-            OMNIGLOT,
+            {f"U+{ord(wanted[k]):04X} {wanted[k]}": pixels[own[own >= 0]] for k, own in rows.items()},
+            normalisation=OMNIGLOT,
             notes=notes,
             test_only=len(last),
         )
@@ -168,73 +157,53 @@ def _characters(name: str) -> list[str]:
         letters = {letter for letter in map(chr, blocks) if unicodedata.category(letter) in ("Lu", "Ll")}
         found = {letter for letter in letters if unicodedata.normalize("NFD", letter)[0] not in ALIKE}
     else:
-        try:
-            text = existing(name).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            fault = "not UTF-8" if isinstance(error, ValueError) else reason(error)
-            known = ", ".join(PACKAGES)
-            raise UserError(f"--characters {name}: {fault}; choose {known} or a UTF-8 file") from error
+        with refusing(f"read --characters {name}", f"; choose {', '.join(PACKAGES)} or a UTF-8 file"):
+            text = read_text(existing(name))
         found = {character for character in text if character.isprintable() and not character.isspace()}
     return sorted(found)
 
 
-def _faces(root: Path, wanted: Sequence[str], hint: str) -> list[Face]:
+def _faces(root: Path, wanted: Sequence[str], size: int, hint: str) -> list[Face]:
     """The fonts below `root` that have a character of `wanted`, sorted by path and by number in the file."""
     library = load_library("fontTools.ttLib")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; {hint}")
     found, faults = [], []
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    for name, path in sorted(paths.items()):
-        index, number = 0, int(path.suffix.lower() in SUFFIXES)
+    files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
         try:
-            while index < number:
-                with path.open("rb") as file:
-                    font = library.TTFont(file, fontNumber=index, lazy=True)
-                    number = getattr(font.reader, "numFonts", 1)  # of a collection
+            with path.open("rb") as file:
+                opened = getattr(library, SUFFIXES[path.suffix.lower()])(file, lazy=True)
+                fonts = getattr(opened, "fonts", [opened])  # of a collection
+                for index, font in enumerate(fonts):
                     # To spell the names of all glyphs takes several times as long as the rest.
                     font.setGlyphOrder(range(1 << 16))
                     glyphs, version = font.getBestCmap() or {}, font["name"].getDebugName(5)
-                ImageFont.FreeTypeFont(str(path), EM, index)
-                # Glyph 0 is the box for missing characters.
-                has = tuple(character for character in wanted if glyphs.get(ord(character)))
-                shown = readable(name) + f"#{index}" * (number > 1)
-                found.append(Face(shown, f"{version}", path, index, stamp_of(path), has))
-                index += 1
+                    # `ImageFont.truetype` would look elsewhere for a file of the same name. Every Pillow has
+                    # the basic layout engine.
+                    em, layout = max(EM, 2 * size), ImageFont.Layout.BASIC
+                    drawer = ImageFont.FreeTypeFont(str(path), em, index, layout_engine=layout)
+                    # Glyph 0 is the box for missing characters.
+                    if has := tuple(character for character in wanted if glyphs.get(ord(character))):
+                        shown = readable(name) + f"#{index}" * (len(fonts) > 1)
+                        found.append(Face(shown, f"{version}", drawer, stamp_of(path), has))
         except Exception as error:  # fontTools raises many kinds on damaged bytes
             faults.append(f"{readable(name)} ({reason(error)})")
     if faults:
         log.warning("%s: %d font files are damaged and left out: %s", root, len(faults), some(faults))
-    if not any(face.characters for face in found):
-        which = "with one of the characters" if found else f"({', '.join(SUFFIXES)}) that opens"
-        raise UserError(f"{root} holds no font {which}; {hint}")
-    return [face for face in found if face.characters]
-
-
-@lru_cache(maxsize=2)
-def _opened(path: Path, index: int, size: int) -> tuple[ImageFont.FreeTypeFont, NDArray[np.uint8]]:
-    """A font, and the image that it makes of a missing character."""
-    # `ImageFont.truetype` would look elsewhere for a file of the same name. Every Pillow has the basic layout
-    # engine.
-    font = ImageFont.FreeTypeFont(str(path), max(EM, 2 * size), index, layout_engine=ImageFont.Layout.BASIC)
-    return font, _image(font, UNUSED, size)
+    if not found:
+        raise UserError(f"{root} holds no font that opens with one of the characters; {hint}")
+    return found
 
 
 def _drawing(face: Face, character: str, size: int) -> NDArray[np.uint8]:
-    """The image of a character, uint8 [1, S, S]: dark on light, or white where the font has no drawing."""
-    font, missing = _opened(face.path, face.part, size)
-    image = _image(font, character, size)
-    return np.full_like(image, 255) if np.array_equal(image, missing) else image
-
-
-def _image(font: ImageFont.FreeTypeFont, character: str, size: int) -> NDArray[np.uint8]:
-    """What a font makes of a character, in Omniglot's box."""
+    """The image of a character in Omniglot's box, uint8 [1, S, S]: dark on light."""
     paper = Image.new("L", (size, size), 255)
     with suppress(*DAMAGE):  # a damaged outline draws nothing
-        left, top, right, bottom = font.getbbox(character)
+        left, top, right, bottom = face.font.getbbox(character)
         left, top = floor(left), floor(top)
         ink = Image.new("L", (ceil(right) - left, ceil(bottom) - top))
-        ImageDraw.Draw(ink).text((-left, -top), character, 255, font)
+        ImageDraw.Draw(ink).text((-left, -top), character, 255, face.font)
         if box := ink.getbbox():
             ink = ink.crop(box)
             side = round(max(ink.size) / LONG)
@@ -244,39 +213,20 @@ def _image(font: ImageFont.FreeTypeFont, character: str, size: int) -> NDArray[n
     return shrink(paper, size)[None]
 
 
-def _counted(faces: Sequence[Face], pairs: Sequence[tuple[int, str]], pixels: NDArray[np.uint8]) -> Drawn:
-    """The rows of `pixels` that count. The log names the fonts that draw nothing of their own."""
-    drawn: Drawn = defaultdict(dict)
-    first: dict[tuple[str, int], int] = {}  # the first font that makes an image of a character
-    copies: dict[str, list[str]] = defaultdict(list)
-    for number, group in groupby(range(len(pairs)), lambda row: pairs[row][0]):
-        keys = {row: hash(pixels[row].tobytes()) for row in group if pixels[row].min() < 255}
-        shared = Counter(keys.values())
-        own = {key: row for row, key in reversed(keys.items()) if shared[key] <= SHARED}
-        originals: Counter[int] = Counter()
-        for key, row in own.items():
-            character = pairs[row][1]
-            original = first.setdefault((character, key), number)
-            originals[original] += 1
-            if original == number:
-                drawn[character][number] = row
-        if number not in originals:
-            most = originals.most_common(1)
-            copies[f"as {faces[most[0][0]].name}" if most else "nothing"].append(faces[number].name)
-    if copies:
-        named = "; ".join(f"{', '.join(names)} draw {what}" for what, names in copies.items())
-        log.warning("fonts that draw no pixels of their own do not count: %s", named)
+def _drawn(faces: Sequence[Face], wanted: Sequence[str], pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """[fonts, characters] the row of `pixels`, or -1 where none counts. The log names the fonts that draw
+    nothing of their own."""
+    fonts = np.repeat(np.arange(len(faces)), [len(face.characters) for face in faces])
+    characters = np.searchsorted(wanted, [character for face in faces for character in face.characters])
+    rows = np.flatnonzero(pixels.min((1, 2, 3)) < 255)
+    keys = np.unique([hash(pixels[row].tobytes()) for row in rows], return_inverse=True)[1]
+    alike = fonts[rows] * len(rows) + keys
+    _, first, shared = np.unique(alike, return_index=True, return_counts=True)
+    kept = np.sort(first[shared <= SHARED])
+    copies = characters[rows[kept]] * len(rows) + keys[kept]
+    rows = rows[kept[np.unique(copies, return_index=True)[1]]]
+    drawn = np.full((len(faces), len(wanted)), -1)
+    drawn[fonts[rows], characters[rows]] = rows
+    if names := [face.name for face, own in zip(faces, drawn, strict=True) if own.max() < 0]:
+        log.warning("fonts that draw no pixels of their own do not count: %s", ", ".join(names))
     return drawn
-
-
-def _held_out(faces: Sequence[Face], drawn: Drawn, images: int, count: int, seed: int) -> set[int]:
-    """The numbers of `count` fonts out of those that draw nearly all characters."""
-    candidates = [rows for rows in drawn.values() if len(rows) >= images + count]
-    have = Counter(number for rows in candidates for number in rows)
-    fit = {faces[number].name: number for number in have if have[number] >= NEARLY * len(candidates)}
-    if len(fit) < count:
-        raise UserError(
-            f"--held_out_fonts {count}: {len(candidates)} characters are drawn by as many fonts and --images "
-            f"{images} others, and {len(fit)} fonts draw nine tenths of these"
-        )
-    return {fit[name] for name in ranked(fit, seed)[:count]}
