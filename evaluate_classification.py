@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 from datasets import ImageSet, Pool
-from evaluation.plots import comparison_figure, load_matplotlib, or_warn, save_png
+from evaluation.plots import comparison_figure, load_matplotlib, or_warn, order_figure, save_png
 from evaluation.results import summarise, table
 from evaluation.runs import Model, Runs, how_chosen, match_earlier, models_to_test, search_and_report
 from flags.evaluation import SCHEDULE, Evaluation
@@ -39,6 +39,7 @@ from model.guard import Backend, Use
 from model.learner import LEARNERS, adam_learner
 from model.meta_test import FITTED, MetaTest, check_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
+from model.scores import TENTHS
 from model.treatments import describe
 from utils.command_line import as_tokens, parse, plain, recorded
 from utils.distributed import Group, choose_device, is_first, join, run_as
@@ -115,10 +116,12 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
         if not is_first():
             return run.folder
         with or_warn("accuracy.png"):
-            pixels = save_png(
-                comparison_figure({plan.treatment: summarise(rows)}), run.folder / "accuracy.png"
-            )
+            lines = {plan.treatment: summarise(rows)}
+            pixels = save_png(comparison_figure(lines), run.folder / "accuracy.png")
             run.image("meta_test/accuracy", pixels, max(plan.schedule))
+            if max(plan.schedule) >= len(TENTHS):
+                pixels = save_png(order_figure(lines), run.folder / "order.png")
+                run.image("meta_test/order", pixels, max(plan.schedule))
         log.info("%s", how_chosen(args, len(models), rows))
         log.info("%s", table(rows))
         if args.nested:

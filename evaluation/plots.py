@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.scores import MEASURES, accuracies
+from model.scores import MEASURES, TENTHS, accuracies
 from utils.errors import UserError, load_library
 from utils.files import atomic_write
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import, and most runs draw nothing
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Figure
 
 log = logging.getLogger("anml")
@@ -30,6 +31,8 @@ STYLES = tuple(zip(cycle(LINES), MARKERS, COLOURS))
 HOLLOW = tuple(("none", marker, "black") for marker in MARKERS)  # styles of published numbers
 LABELS = 60  # names along an axis; more would be unreadable
 DPI = 150  # dots per inch of PNG files
+ENDS = ("", "_low", "_high")  # of the keys of a mean and of the ends of its interval
+CLASSES = "classes learned one after another"
 
 Line = Mapping[str, Any]
 """A line of `evaluation.results.summarise`: `classes` (count), and mean and 95% interval of each accuracy,
@@ -86,22 +89,15 @@ def comparison_figure(
     figure = new_figure(5.5 * len(accuracies()), 4.6 + 0.2 * -(-(len(drawn) + 1) // 3))
     panels = figure.subplots(1, len(accuracies()), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, accuracies(), strict=True):
-        for (label, lines), (style, marker, colour) in drawn:
+        for (label, lines), style in drawn:
             rows = sorted(lines, key=lambda row: int(row[against]))
-            x = [row[against] for row in rows]
-            mean, low, high = (percent(rows, f"{name}{end}") for end in ("", "_low", "_high"))
-            fill, size = ("none", 9) if style == "none" else (colour, 6)  # so that our marker shows through
-            axes.plot(x, mean, ls=style, marker=marker, color=colour, mfc=fill, ms=size, label=label)
-            # Bars show the interval of a single point as well, where a band has no width.
-            axes.vlines(x, low, high, color=colour, linewidth=1)
-            if style != "none":
-                axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            _curve(axes, [row[against] for row in rows], rows, name, label, style)
         if against == "classes":
             classes = [line["classes"] for line in everything]
             counts = np.geomspace(min(classes), max(classes), 100)
             axes.plot(counts, 100 / counts, "k:", label="chance")
             axes.set_xlim(left=0)
-        xlabel = "classes learned one after another" if against == "classes" else "meta-steps"
+        xlabel = CLASSES if against == "classes" else "meta-steps"
         axes.set(title=MEASURES[name].title, xlabel=xlabel, ylabel=with_interval("accuracy (%)", everything))
         axes.set_ylim(0, 102)  # room for the upper half of a marker
         axes.grid(alpha=0.3)
@@ -109,6 +105,20 @@ def comparison_figure(
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
+
+
+def _curve(
+    axes: Axes, x: Sequence[float], rows: Sequence[Line], key: str, label: str, look: tuple[str, str, str]
+) -> None:
+    """Draw a column of rows in percent, with its intervals, in one of `STYLES` or `HOLLOW`."""
+    style, marker, colour = look
+    mean, low, high = (percent(rows, f"{key}{end}") for end in ENDS)
+    fill, size = ("none", 9) if style == "none" else (colour, 6)  # so that our marker shows through
+    axes.plot(x, mean, ls=style, marker=marker, color=colour, mfc=fill, ms=size, label=label)
+    # Bars show the interval of a single point as well, where a band has no width.
+    axes.vlines(x, low, high, color=colour, linewidth=1)
+    if style != "none":
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def with_interval(label: str, rows: Sequence[Line]) -> str:
@@ -148,6 +158,30 @@ def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
         axes.set_title(f"{name} (hatched: not learned yet)", fontsize="medium")
     panels[-1].set_xlabel("class, in the order of learning")
     figure.colorbar(image, ax=panels, label="accuracy (%)")
+    return figure
+
+
+@default_style()
+def order_figure(curves: Mapping[str, Sequence[Line]]) -> Figure:
+    """A figure of what happens to classes: a panel of test accuracy by tenth of the order of learning, with
+    every line of a single curve or the last line of each of several, and a panel of volatility.
+    """
+    figure = new_figure(11, 4.8)
+    order, change = figure.subplots(1, 2)
+    styles = cycle(STYLES)
+    for (label, lines), style in zip(curves.items(), cycle(STYLES)):
+        for line in lines if len(curves) == 1 else lines[-1:]:
+            points = [{end: line.get(f"{name}{end}") for end in ENDS} for name in TENTHS]
+            _curve(order, range(1, 11), points, "", f"{label}, {line['classes']} classes", next(styles))
+        _curve(change, [line["classes"] for line in lines], lines, "volatility", label, style)
+    order.set(title=f"meta-test test ({MEASURES['test'].meaning})", xticks=range(1, 11))
+    order.set_xlabel("tenth of the classes, in the order of learning")
+    change.set(title="volatility (change of a class since the stop before)", xlabel=CLASSES)
+    order.set_ylabel(with_interval("accuracy (%)", [line for lines in curves.values() for line in lines]))
+    for axes in (order, change):
+        axes.set_ylim(0, 102 if axes is order else None)
+        axes.grid(alpha=0.3)
+    figure.legend(*order.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.scores import ACCURACY, MEASURES, RUNS, Score
+from model.scores import CHANGE, MEASURES, RUNS, TENTH, Score, optional
 from utils.errors import UserError, refusing
 from utils.files import read_text, sync, write_text
 from utils.flag import Reader, positive, whole
@@ -194,9 +194,10 @@ def known_scores(path: Path) -> dict[Key, Score]:
     if not end:
         append(path, [*Key._fields, *MEASURES])
     rows = read_table(path, dict(zip(Key._fields, readers, strict=True)), others=measures())
-    if missing := MEASURES.keys() - columns_of(path):
-        raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))}: start a new evaluation")
-    return {Key(*map(row.pop, Key._fields)): row for row in rows}
+    absent = dict.fromkeys(MEASURES.keys() - columns_of(path))
+    if missing := sorted(name for name in absent if MEASURES[name].kind not in (CHANGE, TENTH)):
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}: start a new evaluation")
+    return {Key(*map(row.pop, Key._fields)): absent | row for row in rows}
 
 
 def columns_of(path: Path) -> list[str]:
@@ -217,11 +218,6 @@ def append(path: Path, values: Sequence[object]) -> None:
         if file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(file.fileno())
-
-
-def optional(read: Reader) -> Reader:
-    """A reader that returns None for an empty text, and else the result of `read`."""
-    return lambda text: read(text) if text else None
 
 
 def measures() -> dict[str, Reader]:
@@ -285,7 +281,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Returns:
         mappings with `classes`, `models`, `runs` (of all models), `lr` (of the first run), and each measure
         that all runs have as its mean over the runs, or as the number of runs (`diverged`). A run that
-        diverged counts as 0 %; where all runs diverged, a mean is None. An accuracy such as `test` has its
+        diverged counts as 0 %; where all runs diverged, a mean is None. A fraction such as `test` has its
         :func:`interval` as `test_low`, `test_high` and `test_interval` (the method); None where there is no
         interval.
     """
@@ -304,7 +300,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 line[name] = sum(values)
                 continue
             line[name] = None if all_diverged else float(np.mean(values))
-            if measure.kind is ACCURACY:
+            if measure.kind.fraction:
                 groups = [[row[name] for row in runs if row["model"] == model] for model in models]
                 ends = (None if all_diverged else interval(groups)) or (None, None, None)
                 line |= {f"{name}_{end}": x for end, x in zip(("low", "high", "interval"), ends, strict=True)}
@@ -314,14 +310,15 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Row]) -> str:
     """The summary as a table for the terminal; accuracies in percent, ± the reach of their 95% intervals."""
-    headings = [m.kind.heading.format(name.replace("_", " ")) for name, m in MEASURES.items()]
+    measures = {name: measure for name, measure in MEASURES.items() if measure.kind.heading}
+    headings = [m.kind.heading.format(name.replace("_", " ")) for name, m in measures.items()]
     lines = [["classes", "lr", "runs", *headings]]
     summary = summarise(rows)
     for line in summary:
         cells = [line["classes"], "-" if line["lr"] is None else f"{line['lr']:.6g}", line["runs"]]
-        for name, measure in MEASURES.items():
+        for name, measure in measures.items():
             number = "-" if line.get(name) is None else f"{line[name]:.4g}"
-            cells.append(shown(line, name) if measure.kind is ACCURACY else number)
+            cells.append(shown(line, name) if measure.kind.fraction else number)
         lines.append([str(cell) for cell in cells])
     return aligned(lines) + "".join(f"\n± {text}" for text in intervals(summary))
 

@@ -177,7 +177,8 @@ def search_and_report(
         rows += found
         for line in summarise(found):
             tags = {"lr": "lr"} | {name: m.kind.tag.format(name) for name, m in MEASURES.items()}
-            points = {f"meta_test/{tag}": line[name] for name, tag in tags.items() if line[name] is not None}
+            known = {name: line[name] for name in tags if line.get(name) is not None}
+            points = {f"meta_test/{tags[name]}": value for name, value in known.items()}
             runs.run.scalars(line["classes"], points)
             picture = runs.run.folder / f"forgetting_{line['classes']}.png"
             if is_first() and picture.exists():  # also of a run before this process, whose points go
@@ -308,14 +309,16 @@ class Runs:
         """The score of a run at each stop without a score, and in a tracked run the accuracies by class up to
         that stop."""
         keys = {n: self._key(purpose, job, n) for n in job.stops}
-        stops = {n for n, key in keys.items() if key not in self.known}
-        if not stops:
+        missing = {n for n, key in keys.items() if key not in self.known}
+        if not missing:
             return
+        stops = {n for n in job.stops if n <= max(missing)}  # volatility takes the stop before, known or not
         every = self.args.track_every if (purpose, job.draw) == ("report", Draw(0, 0)) else 0
         on_the_way = set(range(every, max(stops), every)) if every else set()
         split = self.args.lr_search_split if purpose == "search" else "evaluation"
         tester = self._meta_test(job.draw.model, split)
         rows: list[Row] = []
+        before = None
         for answers in tester.walk(
             sorted(stops | on_the_way),
             job.lr,
@@ -326,8 +329,9 @@ class Runs:
         ):
             seen = len(answers.classes)
             now = by_class(answers) if every else []
-            if seen in stops:
-                yield keys[seen], answers.score(), [*rows, *now]
+            if seen in missing:
+                yield keys[seen], answers._replace(before=before).score(), [*rows, *now]
+            before = answers.test if seen in stops else before
             if seen in on_the_way:
                 rows += now
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.flag import Reader, number, whole
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:  # torch takes a second to import, and tools that read results
 
 LOST = -1.0  # accuracy of a run that diverged, less than any other
 
-Score = Mapping[str, float]
-"""The measures of one run by name, read-only."""
+Score = Mapping[str, Any]
+"""The measures of one run by name, read-only: numbers, None where a run has no value."""
 
 
 class Answers(NamedTuple):
@@ -30,6 +31,7 @@ class Answers(NamedTuple):
     train: Tensor  # [N, 15] bool, the same for the training images
     diverged: bool  # whether weights or logits are not finite; then no answer counts as right
     classes: Tensor  # [N] class ids, in the order of learning
+    before: Tensor | None = None  # [M, 5] `test` at the stop before, after the first M classes
 
     def score(self) -> Score:
         """All measures of the run."""
@@ -40,11 +42,19 @@ class Kind(NamedTuple):
     """How the values of a measure are read and shown."""
 
     read: Reader  # of one value
-    heading: str  # pattern of the heading in tables
+    heading: str  # pattern of the heading in tables; empty for what tables leave out
     tag: str  # pattern of the TensorBoard tag, below `meta_test/`
+    fraction: bool = False  # whether it is a number from 0 to 1, shown in percent with its interval
 
 
-ACCURACY = Kind(number(0, 1), "meta-test {} %", "accuracy_{}")  # has an interval
+def optional(read: Reader) -> Reader:
+    """A reader that returns None for an empty text, and else the result of `read`."""
+    return lambda text: read(text) if text else None
+
+
+ACCURACY = Kind(number(0, 1), "meta-test {} %", "accuracy_{}", True)
+CHANGE = Kind(optional(number(0, 1)), "{} %", "{}", True)  # of accuracies, since the stop before
+TENTH = Kind(optional(number(0, 1)), "", "order/{}", True)  # accuracy on a tenth of the classes
 CLASSES = Kind(whole(0), "{}", "classes_{}")  # a number of classes
 RUNS = Kind(whole(0, 1), "{}", "{}")  # 1 where the measure is true of the run, else 0
 
@@ -55,13 +65,31 @@ class Measure(NamedTuple):
     name: str
     kind: Kind
     meaning: str
-    compute: Callable[[Answers], float]
+    compute: Callable[[Answers], float | None]
 
     @property
     def title(self) -> str:
         """The title of figures of the measure."""
         return f"meta-test {self.name} ({self.meaning})"
 
+
+def volatility(answers: Answers) -> float | None:
+    """Mean absolute change of a class's test accuracy since the stop before (*Scaling few-shot spoken word
+    classification with generative meta-continual learning*, 2026); None at the first stop."""
+    if answers.before is None:
+        return None
+    now = answers.test[: len(answers.before)]
+    return (now.sum(1) - answers.before.sum(1)).abs().sum().item() / now.numel()
+
+
+def tenth(answers: Answers, number: int) -> float | None:
+    """Test accuracy on a tenth of the classes, 1 for those learned first to 10; None below ten classes. Of
+    `10 k + r` classes the first r tenths have one more."""
+    parts = answers.test.double().mean(1).tensor_split(10)
+    return None if len(answers.test) < 10 else parts[number - 1].mean().item()
+
+
+TENTHS = tuple(f"tenth_{number}" for number in range(1, 11))
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -71,6 +99,11 @@ MEASURES: dict[str, Measure] = {
         Measure(
             *("above_chance", CLASSES, "classes with a test accuracy above 1 / N"),
             lambda a: int((a.test.double().mean(1) > 1 / len(a.test)).sum()),
+        ),
+        Measure("volatility", CHANGE, "change of a class since the stop before", volatility),
+        *(
+            Measure(name, TENTH, f"unseen images, {name} of the order", partial(tenth, number=k))
+            for k, name in enumerate(TENTHS, 1)
         ),
         Measure("diverged", RUNS, "weights or logits not finite", lambda a: int(a.diverged)),
     )

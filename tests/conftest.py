@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from evaluation import plots
 from model.check import check_network
 from model.fast.memory import keep_freed_memory
 from model.modelfactory import NETWORKS, build
-from model.scores import ACCURACY, MEASURES
+from model.scores import CHANGE, CLASSES, MEASURES, RUNS, TENTH
 from model.training_state import load_state
 from tests.forks import Forks
 from utils.errors import run_script
@@ -137,9 +137,10 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
 
 
-def score(**values: float) -> dict[str, float]:
-    """A run's value of each measure, 0 but for those given."""
-    return {name: 0.0 if measure.kind is ACCURACY else 0 for name, measure in MEASURES.items()} | values
+def score(**values: float) -> dict[str, Any]:
+    """A run's value of each measure, but for those given 0, or None where a run may lack one."""
+    nothing = {CLASSES: 0, RUNS: 0, CHANGE: None, TENTH: None}
+    return {name: nothing.get(measure.kind, 0.0) for name, measure in MEASURES.items()} | values
 
 
 def curve(run: Path, tag: str = "meta_train/loss") -> list[tuple[int, float]]:

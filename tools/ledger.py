@@ -17,8 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from evaluation.results import optional, read_json, read_results, read_table, shown, summarise, text_of
-from model.scores import accuracies
+from evaluation.results import read_json, read_results, read_table, shown, summarise, text_of
+from model.scores import accuracies, optional
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
 from utils.files import write_text
@@ -39,7 +39,7 @@ REPRESENTATION = {
     "knn_gate": "KNN on the gate",
     "knn_after": "KNN on features after the gate",
 }
-QUANTITIES = ACCURACIES | REPRESENTATION
+QUANTITIES = ACCURACIES | {"volatility": "volatility"} | REPRESENTATION
 """Names of quantities for people, by their names in files. All are fractions, shown in percent."""
 
 NUMBERS = {"classes", "published", "ours", "difference"}  # columns that differ between class counts

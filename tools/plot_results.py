@@ -6,8 +6,9 @@
     python -m tools.plot_results runs/mrcl_omniglot_0 --against training
 
 Each figure is a PNG and a PDF. `<name>_curves` has accuracy against the number of classes, `<name>_bars` the
-accuracy at the largest class count that all results have. `--against` draws one other figure in place of the
-two: `<name>_steps` or `<name>_training`.
+accuracy at the largest class count that all results have. Of results that have them, `<name>_order` has
+accuracy by tenth of the order of learning, and volatility. `--against` draws one other figure in place of
+these: `<name>_steps` or `<name>_training`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from evaluation import plots
 from evaluation.plots import Line, percent
 from evaluation.results import METRICS, Results, read_metrics, read_results, summarise
-from model.scores import MEASURES, accuracies
+from model.scores import MEASURES, TENTHS, accuracies
 from tools.ledger import ACCURACIES, read_targets
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say
@@ -199,7 +200,9 @@ def figures(args: Plot) -> dict[str, plots.Figure]:
         for line in chain(*known.values())
         if (line["treatment"], line["classes"]) == (treatment, longest)
     ]
-    return {"curves": plots.comparison_figure(summaries, known), "bars": bars_figure(final, beside)}
+    drawn = {"curves": plots.comparison_figure(summaries, known), "bars": bars_figure(final, beside)}
+    ordered = {label: lines for label, lines in summaries.items() if TENTHS[0] in lines[-1]}
+    return drawn | ({"order": plots.order_figure(ordered)} if ordered else {})
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from evaluation.results import (
@@ -18,6 +19,7 @@ from evaluation.results import (
     table,
     write_results,
 )
+from model.scores import TENTHS, Answers
 from tests.conftest import Call, score
 from tools import compare_results
 from utils.errors import UserError
@@ -31,7 +33,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def line(**changes: Any) -> str:
-    return ",".join(map(str, row(**changes).values()))
+    return ",".join("" if value is None else str(value) for value in row(**changes).values())
 
 
 HEADER, LINE = ",".join(row()), line()
@@ -98,6 +100,33 @@ def test_results_of_other_measures(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert not any(name.startswith("train") for name in line)
     assert table(read_results(path).rows).splitlines()[1].split()[3:7] == ["30.0", "±", "0", "-"]
     assert "A train" not in compare_results.table(results.rows, read_results(path).rows, [10])
+
+
+def test_position_and_volatility_by_hand(tmp_path: Path) -> None:
+    """Of eleven classes the first tenth has two; two of them were tested before."""
+    right = [5, 5, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    test = torch.arange(5) < torch.tensor(right)[:, None]
+    before = torch.arange(5) < torch.tensor([[3], [5]])
+    answers = Answers(test, test, False, torch.arange(11), before)
+    found = answers.score()
+    assert found["volatility"] == (abs(5 - 3) + abs(5 - 5)) / 10
+    assert [found[name] for name in TENTHS] == pytest.approx([1, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2, 0, 0])
+    first = answers._replace(test=test[:9], before=None).score()
+    assert {first[name] for name in (*TENTHS, "volatility")} == {None}
+    runs = [row(**answers.score()), row(run=1, **{**found, "volatility": 0.4}), row(classes=9, **first)]
+    write_results(tmp_path, runs, {})
+    assert read_results(tmp_path).rows == runs
+    nine, eleven = summarise(runs)
+    assert "volatility" not in nine
+    assert (eleven["volatility"], eleven["tenth_1"]) == (pytest.approx(0.3), 1)
+    assert "volatility %" in table(runs)
+    assert "tenth" not in table(runs)
+    # A file of before has neither.
+    text = (tmp_path / "results.csv").read_text().splitlines()
+    old = [",".join(line.split(",")[:7] + line.split(",")[-1:]) for line in text]
+    (tmp_path / "results.csv").write_text("\n".join(old))
+    assert [line["test"] for line in summarise(read_results(tmp_path).rows)] == [nine["test"], eleven["test"]]
+    assert {read_results(tmp_path).rows[0][name] for name in (*TENTHS, "volatility")} == {None}
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]"])

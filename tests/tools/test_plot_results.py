@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 
 from evaluation import plots
-from evaluation.plots import comparison_figure, figure_pixels, gate_figure
+from evaluation.plots import comparison_figure, figure_pixels, gate_figure, order_figure
 from evaluation.results import Results, read_metrics, write_results
 from tests.conftest import Call, process, score
 from tests.tools.test_ledger import write_accuracies
@@ -88,6 +88,24 @@ def test_one_run_has_no_band(reach: float | None) -> None:
     assert axes.get_ylabel().endswith("95% interval over runs") == bool(reach)
     np.testing.assert_allclose(lines(axes)["A"], [[10, 50], [600, 50]])
     assert bool(spreads(bars_figure({"A": rows[0]}).axes[0])) == bool(reach)
+
+
+def test_what_happens_to_classes() -> None:
+    """A panel of tenths, of all counts of one curve or of the last of several, and a panel of volatility."""
+    tenths = {f"tenth_{k}": k / 10 for k in range(1, 11)}
+    rows: list[dict[str, Any]] = [
+        {"classes": 5},
+        {"classes": 600, "volatility": 0.25, **tenths, "tenth_1_low": 0.05},
+    ]
+    for names, labels in (
+        ("A", ["A, 5 classes", "A, 600 classes"]),
+        ("AB", ["A, 600 classes", "B, 600 classes"]),
+    ):
+        order, change = order_figure(dict.fromkeys(names, rows)).axes
+        found = lines(order)
+        assert [*found] == labels
+        np.testing.assert_allclose(found["A, 600 classes"], [[k, 10 * k] for k in np.arange(1.0, 11)])
+        np.testing.assert_allclose(lines(change)["A"], [[5.0, np.nan], [600.0, 25.0]])
 
 
 def test_activations_are_squares() -> None:
