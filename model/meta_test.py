@@ -4,7 +4,7 @@ One loop serves every treatment: what is trained is a matter of `rln` and of whi
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datasets.images import Pool
 from datasets.task_sampler import sample_task
-from model.layers import FrozenOutput, Inputs, cat, parts
+from model.layers import FrozenOutput, Inputs, parts
 from model.learner import LEARNERS, Given, Learner, LearnerKind, Prior
 from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
 from model.outer_loop import gather
@@ -27,7 +27,7 @@ PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has d
 
 CHUNK = 100  # images that pass through frozen layers, or are tested, at a time
 FITTED = 200  # meta-training classes that a prior is fitted to; more change nothing
-BUDGET = 2 * 2**30  # bytes of frozen outputs kept; beyond it they are recomputed for every pass
+BUDGET = 4 * 2**30  # bytes of frozen outputs kept; beyond it they are recomputed for every pass
 
 
 class FrozenOutputs:
@@ -45,14 +45,15 @@ class FrozenOutputs:
         budget: bytes to spend. The outputs of a pool that needs more are not kept: `get` computes them.
 
     Attributes:
-        kept: by row of the pool, the output of its image.
+        kept: the parts of the outputs of all images, in memory that is used as it is written.
+        known: the rows that are computed.
     """
 
     def __init__(self, net: Network, pool: Pool, trained: Collection[str], budget: int = BUDGET) -> None:
         self.net = net
         self.images = pool
         self.trained = trained
-        self.kept: dict[int, Inputs] = {}
+        self.known: set[int] = set()
         with torch.no_grad():
             self.sample = net.frozen(pool.take(slice(1)), trained)
         # Where nothing is frozen there is nothing to keep but the images themselves.
@@ -62,20 +63,26 @@ class FrozenOutputs:
             anything = type(net).frozen is not Network.frozen
         size = sum(part.numel() * part.element_size() for part in parts(self.sample)) * len(pool.rows)
         self.keeps = anything and size <= budget
+        count = len(pool.rows) if self.keeps else 0
+        # One block for each part: outputs between the temporaries of later classes would leave holes.
+        self.kept = tuple(part.new_empty(count, *part.shape[1:]) for part in parts(self.sample))
 
     @torch.no_grad()
     def get(self, index: Tensor) -> Inputs:
         """For the images at `index`, [K, 2] (class, image) on the CPU; K rows."""
         if not self.keeps:
             return self.net.frozen(gather(self.images, index)[0], self.trained)
-        rows = self.images.positions(index).tolist()
-        for label, row in zip(index[:, 0].tolist(), rows, strict=True):
-            if row not in self.kept:
+        rows = self.images.positions(index)
+        for label, row in zip(index[:, 0].tolist(), rows.tolist(), strict=True):
+            if row not in self.known:
                 first, size = int(self.images.starts[label]), self.images.sizes[label]
                 first, size = (first, size) if size <= CHUNK else (row, 1)
                 output = self.net.frozen(self.images.take(slice(first, first + size)), self.trained)
-                self.kept |= {first + k: output[k : k + 1] for k in range(size)}
-        return cat([self.kept[row] for row in rows])
+                for kept, made in zip(self.kept, parts(output), strict=True):
+                    kept[first : first + size] = made
+                self.known.update(range(first, first + size))
+        taken = tuple(kept[rows.to(kept.device)] for kept in self.kept)
+        return replace(self.sample, activations=taken) if isinstance(self.sample, FrozenOutput) else taken[0]
 
 
 def learn(learner: Learner, outputs: FrozenOutputs, stream: Tensor, output_of: Tensor | None = None) -> None:

@@ -44,7 +44,7 @@ def test_frozen_outputs_take_memory_for_the_images_in_use() -> None:
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
     meta_test = MetaTest(net, pooled(torch.randn(50, 20, 1, 28, 28)), 13, seed=0)
     first = meta_test.score(3, 0.01, "report", 0)
-    assert len(meta_test.outputs.kept) == 3 * 20
+    assert len(meta_test.outputs.known) == 3 * 20
     assert meta_test.score(3, 0.01, "report", 0) == first
     output = meta_test.outputs.get(torch.tensor([[0, 1], [1, 2], [4, 0]]))
     chosen, joined = output[torch.tensor([2, 0])], cat([output[2:], output[:1]])
