@@ -37,7 +37,7 @@ from flags.evaluation import SCHEDULE, Evaluation
 from model.fast import choose_backend
 from model.guard import Backend, Use
 from model.learner import LEARNERS, adam_learner
-from model.meta_test import FITTED, MetaTest, check_outputs
+from model.meta_test import FITTED, MetaTest, with_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters
 from model.scores import TENTHS
 from model.treatments import describe
@@ -78,10 +78,12 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
     load_matplotlib()  # or an evaluation of days would end without a figure
     device = choose_device(args.device, args.threads)
     group = join(device, recorded(args))
-    models = [model._replace(net=model.net.to(device)) for model in models_to_test(args)]
-    net = models[0].net
-    sets = images(args, net, group)
+    models = models_to_test(args)
+    sets = images(args, models[0].net, group)
     plan = Plan.of(args, models[0], sets)
+    outputs = models[0].net.num_outputs
+    models = [model._replace(net=with_outputs(model.net, plan.outputs).to(device)) for model in models]
+    net = models[0].net
     decided = plain(vars(plan))
     options = plan.options if LEARNERS[args.learner].make is adam_learner else {}
     use = Use(net, meta_test_rln=plan.rln, options=options)
@@ -109,6 +111,8 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
+        if plan.outputs > outputs:
+            log.info("--schedule: the head has %d new outputs in place of its %d", plan.outputs, outputs)
         make = partial(meta_test, args, plan, backend, pools)
         runs = Runs(args, run, models, make, group)
         rows = search_and_report(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
@@ -142,6 +146,7 @@ class Plan:
         treatment: the name of what is evaluated; see `model.treatments`.
         rln: layers that stay as they are at meta-test.
         schedule: class counts to learn.
+        outputs: of the head: those of the model, or as many as there are classes to learn by gradient steps.
         test_classes: meta-test classes that draws are made from.
         options: the arguments of the learner, by keyword.
     """
@@ -149,6 +154,7 @@ class Plan:
     treatment: str
     rln: int
     schedule: tuple[int, ...]
+    outputs: int
     test_classes: int
     options: Mapping[str, Any]
 
@@ -178,7 +184,8 @@ class Plan:
             if max(schedule) > len(chosen):
                 raise UserError(
                     f"--schedule asks for {max(schedule)} classes; there are {len(chosen)} "
-                    f"of {chosen.name}" + (" (see --test_classes)" if split == "evaluation" else "")
+                    f"of {chosen.name}"
+                    + (" (see --test_classes and the data's flags)" if split == "evaluation" else "")
                 )
         options, named = learner_options(args, net)
         rln = args.rln
@@ -187,7 +194,6 @@ class Plan:
             rln = 0 if args.scratch else rln
         if kind.takes_steps:
             trained_parameters(net, rln)
-            check_outputs(net, max(schedule))
         treatment = describe(
             *(net.network, model.weights),
             # A learner that changes no weights is named after the network alone.
@@ -197,7 +203,8 @@ class Plan:
             epochs=args.epoch,
             learner=named,
         )
-        return cls(treatment, rln, schedule, len(sets["evaluation"]), options)
+        outputs = max(net.num_outputs, *schedule) if kind.takes_steps else net.num_outputs
+        return cls(treatment, rln, schedule, outputs, len(sets["evaluation"]), options)
 
 
 def learner_options(args: Evaluation, net: Network) -> tuple[dict[str, Any], str]:
@@ -225,7 +232,8 @@ def images(args: Evaluation, net: Network, group: Group) -> dict[str, ImageSet]:
     sets = {"evaluation": found.limited(args.test_classes, "--test_classes")}
     if kind.fit or (args.lr is None and args.lr_search_split == "background"):
         found = group.one_before_others(lambda: source.load("background", normalisation))
-        most = FITTED if kind.fit else net.num_outputs if kind.takes_steps else len(found)
+        outputs = max([net.num_outputs, *args.schedule]) if kind.takes_steps else len(found)
+        most = FITTED if kind.fit else outputs
         sets["background"] = found.first(most)
         if kind.fit and (single := sets["background"].sizes.count(1)):
             log.warning("%s: %d classes of one image are left out of the prior", found.name, single)

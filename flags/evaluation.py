@@ -88,8 +88,8 @@ class Evaluation(common.SplitFlags, common.DataFlags, common.NetworkFlags, commo
     _evaluation: ClassVar = Heading("evaluation")
     schedule: Annotated[
         list[int],
-        "class counts to learn, each a curve's point, at most the outputs of the network; with fewer outputs "
-        "than --test_classes, they stand for the classes of a draw in order, not for those of the data",
+        "class counts to learn, each a curve's point; a head that learns by steps has as many outputs as "
+        "the largest, or its own, which stand for the classes of a draw in order where the data has more",
         Range(1),
         Shown(f"{' '.join(map(str, SCHEDULE))}; of fewer classes those that fit, and all"),
     ] = field(default_factory=list)

@@ -17,7 +17,7 @@ from datasets.images import Pool
 from datasets.task_sampler import sample_task
 from model.layers import FrozenOutput, Inputs, parts
 from model.learner import LEARNERS, Given, Learner, LearnerKind, Prior
-from model.modelfactory import Network, reset_head, reset_parameters, shared_copy, trained_parameters
+from model.modelfactory import Network, build, reset_head, reset_parameters, shared_copy, trained_parameters
 from model.outer_loop import gather
 from model.scores import Answers, Score
 from utils.errors import UserError
@@ -127,6 +127,27 @@ def check_outputs(net: Network, classes: int) -> None:
         raise UserError(
             f"--schedule asks for {classes} classes; the network has {net.num_outputs} outputs, one for each"
         )
+
+
+def with_outputs(net: Network, classes: int) -> Network:
+    """The network, or a network with a head of `classes` outputs where that are more.
+
+    Parameters whose shape changes are those of a new network, and each run draws the head anew. All others
+    are those of `net`.
+
+    Raises:
+        UserError: the network's constructor has no argument `num_classes`.
+    """
+    if classes <= net.num_outputs:
+        return net
+    if "num_classes" not in net.widths:
+        check_outputs(net, classes)
+    widths = {**net.widths, "num_classes": classes}
+    wide = build(net.network, widths, torch.Generator().manual_seed(0), net.image_size)
+    new, old = wide.state_dict(), net.state_dict()
+    wide.load_state_dict(new | {name: old[name] for name in new if old[name].shape == new[name].shape})
+    wide.normalisation = net.normalisation
+    return wide
 
 
 @dataclass(eq=False)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate_classification
 from evaluation.results import Key, append, known_scores, read_results, write_table
 from model import scores
 from model.meta_test import MetaTest
+from model.modelfactory import build
 from model.scores import ACCURACY, CHANGE, CLASSES, MEASURES, RUNS, TENTH, TENTHS, Score
 from model.treatments import TABLE
 from tests.conftest import ROOT, Call, Evaluate, windows
@@ -260,6 +262,25 @@ def test_what_would_change_numbers_is_refused_by_name(
     assert table(folder)[: len(lines)] == lines
     assert len(table(folder)) == len(lines) + 1
     assert len(read_results(folder).rows) == 2
+
+
+def test_more_classes_than_the_head_has_outputs(
+    evaluate: Evaluate, refused: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    widths = {"nm_channels": 4, "pln_channels": 4, "num_classes": 5}
+    net = build("ANML", widths, torch.Generator().manual_seed(0))
+    Checkpoint("ANML", widths, net.state_dict(), {}, 0).save(Path("few.net"))
+    flags = f"{TINY} --model few.net --runs 1 --schedule"
+    folder = evaluate(f"{flags} 3 7 --lr 0.01")
+    line = "--schedule: the head has 7 new outputs in place of its 5\n"
+    assert line in capsys.readouterr().out
+    assert line in (folder / "log.txt").read_text()
+    assert [row["classes"] for row in read_results(folder).rows] == [3, 7]
+    assert read_results(folder).about["outputs"] == 7
+    assert "its outputs was 7, and is now 9" in refused(f"--resume {folder} --schedule 3 9")
+    for kept in (f"{flags} 3 5 --lr 0.01", f"{flags} 3 7 --learner ncm"):
+        assert read_results(evaluate(kept)).about["outputs"] == 5
+        assert "new outputs" not in capsys.readouterr().out
 
 
 def test_models_that_were_moved(

@@ -11,7 +11,7 @@ from datasets.task_sampler import Task, sample_task
 from evaluation.runs import by_class
 from model.fast import BACKENDS
 from model.layers import cat, parts
-from model.meta_test import FrozenOutputs, MetaTest
+from model.meta_test import FrozenOutputs, MetaTest, with_outputs
 from model.method import classify
 from model.modelfactory import Network, build
 from tests.conftest import pooled
@@ -64,6 +64,16 @@ def test_as_many_classes_as_outputs_of_a_larger_pool(backend: str, iid: bool) ->
     assert MetaTest(net, pool, 0, 0, **options).score(2, 1e30, "report", 0)["diverged"]
     with pytest.raises(UserError, match=f"{outputs} outputs"):
         MetaTest(net, pool, 13, 0).score(outputs + 1, 0.01, "report", 0)
+    wide = with_outputs(net, outputs + 9)
+    BACKENDS[backend].prepare(wide)
+    assert (wide.num_outputs, wide.head.weight.shape, net.num_outputs) == (29, (29, net.head.in_features), 20)
+    below = {name: value for name, value in net.state_dict().items() if not name.startswith("head.")}
+    assert all(torch.equal(wide.state_dict()[name], value) for name, value in below.items())
+    assert MetaTest(wide, pool, 13, 0, **options).score(outputs + 9, 0.01, "report", 0)["test"] > 2 / outputs
+    assert with_outputs(net, outputs) is net
+    del net.widths["num_classes"]
+    with pytest.raises(UserError, match=f"{outputs} outputs"):
+        with_outputs(net, outputs + 1)
 
 
 def test_divergence_is_seen_in_weights_and_logits(monkeypatch: pytest.MonkeyPatch) -> None:
