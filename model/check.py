@@ -27,7 +27,7 @@ from model.modelfactory import (
 from utils.errors import UserError
 from utils.files import Checkpoint
 
-TOLERANCE = 1e-6  # relative, in float64: far above rounding, far below what a wrong gradient is off by
+TOLERANCE = 1e-6  # far above rounding in float64, far below what a wrong gradient is off by
 IMAGES = 2
 SMALL_LR = 1e-3  # of inner steps at random weights, which larger ones may make explode
 EFFECT_TRIES = 10  # a small network may be dead for the images and parameters of one try
@@ -116,9 +116,11 @@ def _moved(net: Network, size: float) -> Network:
     return moved
 
 
-def _same(ours: Tensor, theirs: Tensor, scale: float = 1e-300) -> bool:
-    scale = max(scale, float(theirs.abs().max()))
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * scale)
+def same(ours: Tensor, theirs: Tensor, scale: float = 0.0, tolerance: float = TOLERANCE) -> bool:
+    """Whether two results agree up to rounding, relative to the larger of their size and `scale`."""
+    ours, theirs = ours.detach(), theirs.detach()
+    size = max(scale, float(theirs.abs().max()), 1e-300)
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance * size)
 
 
 @torch.no_grad()
@@ -129,9 +131,9 @@ def _faults_of_logits(net: Network, images: Tensor) -> Iterator[str]:
         yield f"forward gives {list(logits.shape)} for {IMAGES} images, not logits {expected}"
     if not bool(logits.isfinite().all()):
         yield "its logits are not finite"
-    if not _same(net(images), logits):
+    if not same(net(images), logits):
         yield "the same images get other logits the second time, in eval mode: it draws or keeps something"
-    if not _same(torch.cat([net(image[None]) for image in images]), logits):
+    if not same(torch.cat([net(image[None]) for image in images]), logits):
         yield "an image gets other logits alone than in a batch, in eval mode"
 
 
@@ -157,7 +159,7 @@ def _faults_of_parts(net: Network, cuts: Iterable[int], images: Tensor) -> Itera
     logits: Tensor = net(images)
     for rln in cuts:
         inputs = net.frozen(images, trained_parameters(net, rln))
-        if not _same(net(inputs), logits) or not _same(net(inputs[:1]), logits[:1]):
+        if not same(net(inputs), logits) or not same(net(inputs[:1]), logits[:1]):
             yield f"at --rln {rln} the frozen part plus the rest gives other logits than the whole"
     if not head_rows(net):
         yield "the head has no weight with a row for each class, to be drawn anew before a trajectory"
@@ -205,7 +207,7 @@ def _faults_of_derivatives(net: Network, images: Tensor, labels: Tensor, second_
     expected = derivatives(lambda: moved(images), own)
     largest = max(float(value.abs().max()) for what, value in expected.items() if what != "its loss")
     for what, right in expected.items():
-        if not _same(ours[what], right, 0.0 if what == "its loss" else largest):
+        if not same(ours[what], right, 0.0 if what == "its loss" else largest):
             yield (
                 f"it does not compute with the parameters that it is handed ({what} is another): one is "
                 "referred to from outside of its module, or through .data"
@@ -226,7 +228,7 @@ def _fault_of_rule(net: Network, names: Iterable[str], channels: int, inner: Inn
             found.append(torch.cat([loss.detach().view(1), *(grad.flatten() for grad in grads)]))
     except RuntimeError as error:
         return f"the inner rule has no such meta-gradient, or keeps state between inner loops: {error}"
-    if _same(found[0], found[1]) or not bool(torch.cat(found).isfinite().all()):
+    if same(found[0], found[1]) or not bool(torch.cat(found).isfinite().all()):
         return None
     return (
         "the inner rule gives other numbers in the second inner loop than in the first: state belongs into "
