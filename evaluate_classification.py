@@ -86,7 +86,7 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
     net = models[0].net
     decided = plain(vars(plan))
     options = plan.options if LEARNERS[args.learner].make is adam_learner else {}
-    use = Use(net, meta_test_rln=plan.rln, options=options)
+    use = Use(meta_test_rln=plan.rln, options=options)
     backend = choose_backend(args.backend, [model.net for model in models], device, use)
     data = sets["evaluation"].about()
     if "background" in sets:

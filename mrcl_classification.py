@@ -232,7 +232,6 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
         size=images.size,
     )
     use = Use(
-        net,
         rln=plan.rln,
         inner=inner or DEFAULT,
         update_step=args.loop.get("update_step", UPDATE_STEP),

@@ -9,18 +9,19 @@ inner steps, and a narrow network of its class with all inner steps of the run.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from model import method
+from model import check, method
 from model.learner import LEARNERS, Given, LearnerKind, MakeLearner, adam_learner
 from model.method import InnerLoop, MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
 from model.outer_loop import Capture
 
-TOLERANCE = 1e-8  # relative, in float64: far above rounding, far below the effect of an edit
+same = partial(check.same, tolerance=1e-8)  # far above rounding in float64, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size means that the trajectory diverges
 DEFAULT, UPDATE_STEP = InnerLoop(0.1), 20
 SMALLEST_LR = 1e-4  # of the inner loop; at smaller steps an explosion is the network's own
@@ -34,33 +35,20 @@ class Use:
     """The use of a network in a run, for which both backends must give the same numbers.
 
     Attributes:
-        net: gives the defaults of `rln` and `meta_test_rln`.
-        rln: layers frozen in the inner loop.
+        rln: layers frozen in the inner loop; None for the network's default.
         inner: settings of the inner loop.
         update_step: inner steps.
-        meta_test_rln: layers frozen in the online learner.
+        meta_test_rln: layers frozen in the online learner; None for the network's default.
         options: keyword arguments of the online learner.
         channels: of the images, 1 or 3.
     """
 
-    net: Network
     rln: int | None = None
     inner: InnerLoop = DEFAULT
     update_step: int = UPDATE_STEP
     meta_test_rln: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     channels: int = 1
-
-    @property
-    def inner_learned(self) -> list[str]:
-        """Names of the parameters that the inner loop changes."""
-        return trained_parameters(self.net, self.net.rln_training if self.rln is None else self.rln)
-
-    @property
-    def online_learned(self) -> list[str]:
-        """Names of the parameters that the online learner changes."""
-        rln = self.net.default_meta_test_rln if self.meta_test_rln is None else self.meta_test_rln
-        return trained_parameters(self.net, rln)
 
 
 class Backend(NamedTuple):
@@ -122,7 +110,7 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
     both = (plain, PLAIN), (fast, candidate)
 
     logits = _of_both(lambda net, _: net(images[:2]), both)
-    if not _same(*logits):
+    if not same(*logits):
         return "the logits"
     (values, grads), (fast_values, fast_grads) = _of_both(
         lambda net, backend: _meta_gradient(net, backend, images, labels, steps, use), both
@@ -132,18 +120,18 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
     if not scale < EXPLODED and use.inner.lr > SMALLEST_LR:
         smaller = replace(use, inner=replace(use.inner, lr=use.inner.lr / 10))
         return _difference(net, device, smaller, steps, candidate)
-    if not _same(values[:steps], fast_values[:steps]):
+    if not same(values[:steps], fast_values[:steps]):
         return "the inner step"
-    if not _same(values, fast_values):
+    if not same(values, fast_values):
         return "the meta-loss"
     for name, grad in grads.items():
-        if not _same(grad, fast_grads[name], scale):
+        if not same(grad, fast_grads[name], scale):
             return f"the gradient of {name}"
 
     (params, answers), (fast_params, fast_answers) = _of_both(
         lambda net, backend: _online(net, backend, images[-steps:], labels[-steps:], use), both
     )
-    if not all(map(_same, params, fast_params)):
+    if not all(map(same, params, fast_params)):
         return "the online update"
     return None if torch.equal(answers, fast_answers) else "the online learner's answers"
 
@@ -163,7 +151,8 @@ def _meta_gradient(
     net: Network, backend: Backend, images: Tensor, labels: Tensor, steps: int, use: Use
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Inner losses, logits and loss in one vector, and the meta-gradient of each parameter by name."""
-    params: Params = {name: net.get_parameter(name) for name in use.inner_learned}
+    names = trained_parameters(net, net.rln_training if use.rln is None else use.rln)
+    params: Params = {name: net.get_parameter(name) for name in names}
     # Plain gets whole images, since frozen outputs are a shortcut that is compared as well.
     inputs = images if backend is PLAIN else net.frozen(images, params)
     support, query = (inputs[-steps:], labels[-steps:]), (inputs, labels)
@@ -179,7 +168,8 @@ def _online(
 ) -> tuple[list[Tensor], Tensor]:
     """The parameters after some updates of the online learner, and its answers after them."""
     net = copy.deepcopy(net).eval()
-    trained = use.online_learned
+    rln = net.default_meta_test_rln if use.meta_test_rln is None else use.meta_test_rln
+    trained = trained_parameters(net, rln)
     learner = backend.adam_learner(net, trained, Given(lr=0.01), **use.options)
     with torch.no_grad():
         inputs = net.frozen(images, trained)
@@ -202,10 +192,3 @@ def _examples(net: Network, count: int, channels: int, device: torch.device) -> 
     images = torch.randn(shape, device=device, dtype=torch.float64)
     images[::2] = (torch.rand_like(images[::2]) > 0.98) * 5 + 0.1 * images[::2]
     return images, torch.arange(count, device=device) % net.num_outputs
-
-
-def _same(ours: Tensor, theirs: Tensor, scale: float = 0.0) -> bool:
-    """Whether two results agree up to rounding, relative to the larger of their size and `scale`."""
-    ours, theirs = ours.detach(), theirs.detach()
-    size = max(scale, float(theirs.abs().max()), 1e-300)
-    return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= TOLERANCE * size).all())

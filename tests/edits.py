@@ -136,7 +136,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn(parameter.shape, generator=generator))
         inner = InnerLoop(0.05, None if second_order else 0)
-        use = Use(net, inner=inner, update_step=4)
+        use = Use(inner=inner, update_step=4)
         backend = choose_backend(asked, [net], torch.device("cpu"), use)
         used.append(backend.name)
         outer = TrajectoryLoop(

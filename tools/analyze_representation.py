@@ -147,7 +147,7 @@ def main() -> None:
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
     net, step = restore(saved, args.model), saved.step
-    backend = choose_backend(args.backend, [net], device, Use(net)).name
+    backend = choose_backend(args.backend, [net], device, Use()).name
     images = args.source(net).load("evaluation", net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     learned, tested = args.train_images, args.test_images

@@ -60,7 +60,7 @@ def test_a_network_of_a_size(size: int, name: str) -> None:
         net(torch.zeros(2, 1, size + 1, size + 1))
     check_network(name, WIDTHS[name], every_cut=True, size=size)
     if name != "Conv4":
-        assert difference(net.train(), torch.device("cpu"), Use(net, update_step=3), FAST) is None
+        assert difference(net.train(), torch.device("cpu"), Use(update_step=3), FAST) is None
 
 
 @pytest.mark.parametrize("size", POSITIONS)
