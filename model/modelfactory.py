@@ -377,18 +377,16 @@ def build(name: str, widths: Mapping[str, Any], generator: torch.Generator, size
 def _construct(
     kind: type[Network], widths: Mapping[str, Any], size: int, generator: torch.Generator | None = None
 ) -> Network:
-    """A network whose weights torch's own generator draws. That generator is seeded by `generator` or with
-    0, and afterwards left as it was."""
+    """A network for images of a size, which its constructor gets where it asks for it.
+
+    Torch's own generator draws the weights. That generator is seeded by `generator` or with 0, and afterwards
+    left as it was.
+    """
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
+    asks = "size" in inspect.signature(kind).parameters
     with torch.random.fork_rng(devices=[]):
         seed_layers(seed)
-        return _of_size(kind, widths, size)
-
-
-def _of_size(kind: type[Network], widths: Mapping[str, Any], size: int) -> Network:
-    """A network for images of a size, which its constructor gets where it asks for it."""
-    asks = "size" in inspect.signature(kind).parameters
-    net = kind(**widths, size=size) if asks else kind(**widths)
+        net = kind(**widths, size=size) if asks else kind(**widths)
     net.__dict__["image_size"] = size
     return net
 
@@ -462,7 +460,7 @@ def restore(saved: Checkpoint, source: str | Path) -> Network:
             raise ValueError(f"its size {size} is no number from {SIZES[0]} to {SIZES[1]}")
         if kind.kaiming:  # whether all fits, before memory is taken for what a damaged file may ask for
             with torch.device("meta"):
-                _of_size(kind, widths, size).load_state_dict(saved.state_dict, assign=True)
+                _construct(kind, widths, size).load_state_dict(saved.state_dict, assign=True)
         # Constructed, not assigned: parameters that are one stay one, and what no file holds is there.
         net = _construct(kind, widths, size)
         net.load_state_dict(saved.state_dict)
