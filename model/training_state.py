@@ -77,10 +77,14 @@ def keep_foreign(run: Run, model_name: Path) -> None:
     Raises:
         UserError: a file cannot be read or written.
     """
-    if is_first() and not run.saved and model_name.exists() and not _is_of(run, model_name):
-        kept = keep_earlier(model_name)
-        log.warning("%s is the model of another training, and is kept as %s", model_name, kept)
-        run.saved = True
+    if not is_first() or run.saved or not model_name.exists():
+        return
+    with suppress(UserError):
+        if load_checkpoint(model_name).run == run.started:
+            return
+    kept = keep_earlier(model_name)
+    log.warning("%s is the model of another training, and is kept as %s", model_name, kept)
+    run.saved = True
 
 
 @contextmanager
@@ -106,14 +110,6 @@ def claimed(model_name: Path) -> Iterator[None]:
 def save_model(path: Path, state: Checkpoint) -> None:
     """Write the model of a training state; raises UserError like `Checkpoint.save`."""
     replace(state, optimizer=None, generator=None).save(path)
-
-
-def _is_of(run: Run, path: Path) -> bool:
-    """Whether a file is a model that this run has written."""
-    try:
-        return load_checkpoint(path).run == run.started
-    except UserError:
-        return False
 
 
 def load_state(folder: Path) -> Checkpoint | None:

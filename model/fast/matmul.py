@@ -18,17 +18,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     if len(a) == 1 and a.device.type == "cpu":
         return _row_matmul(a, b)
-    return _onednn(a, b.t()) if _by_onednn(a) and _dense(b) else a @ b
+    # Rows or columns follow one another without gaps; oneDNN is slow for other matrices.
+    dense = b.is_contiguous() or b.t().is_contiguous()
+    return _onednn(a, b.t()) if dense and _by_onednn(a) else a @ b
 
 
 def _by_onednn(a: Tensor) -> bool:
     single = a.device.type == "cpu" and a.dtype == torch.float32
     return single and bool(torch.backends.mkldnn.enabled) and _has_onednn()
-
-
-def _dense(matrix: Tensor) -> bool:
-    """Whether rows or columns follow one another without gaps; oneDNN is slow for other matrices."""
-    return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
