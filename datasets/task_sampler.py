@@ -21,12 +21,6 @@ SHEAR = 0.15
 SHIFT = 2  # pixels of images of 28; of larger images, the same part of the side
 """How far `distort` goes, each way, at strength 1."""
 
-TRANSPOSED_AND_FLIPPED = tuple(
-    tuple(bool(int(bit)) for bit in steps)
-    for steps in (["000", "110", "011", "101", "001", "100", "010", "111"])
-)
-"""For each symmetry, whether the image is transposed, then flipped upside down, then left to right."""
-
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -140,11 +134,12 @@ def show(images: Tensor, symmetries: Tensor) -> Tensor:
     Symmetries 0 to 3 are quarter turns; 4 to 7 are quarter turns of the mirrored image. A character that is
     turned or mirrored is another character.
     """
-    steps = torch.tensor(TRANSPOSED_AND_FLIPPED)[symmetries].to(images.device, non_blocking=images.is_cuda)
-    transpose, vertical, horizontal = steps.view(-1, 3, *[1] * (images.ndim - 1)).unbind(1)
-    images = torch.where(transpose, images.transpose(-2, -1), images)
-    images = torch.where(vertical, images.flip(-2), images)
-    return torch.where(horizontal, images.flip(-1), images)
+    shown = torch.empty_like(images)
+    for k in symmetries.unique().tolist():
+        rows = (symmetries == k).nonzero()[:, 0].to(images.device, non_blocking=images.is_cuda)
+        chosen = images[rows].flip(-1) if k & 4 else images[rows]
+        shown[rows] = chosen.rot90(k & 3, (-2, -1))
+    return shown
 
 
 def distort(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
