@@ -348,13 +348,11 @@ def with_own(values: Tensor, own: Tensor) -> Tensor:
     return values.scatter(1, classes[:, None], own.flatten()[:, None])
 
 
-def gemcl_logits(
-    features: Tensor, shots: int, leave_one_out: bool, score: Score, shape: Tensor, scale: Tensor
-) -> Tensor:
+def gemcl_logits(features: Tensor, shots: int | None, score: Score, shape: Tensor, scale: Tensor) -> Tensor:
     """Logits of the queries of an episode: the log density that GeMCL gives each class.
 
     Args:
-        features, shots, leave_one_out: as in `model.outer_loops.prototype_logits`. The number of images and
+        features, shots: as in `model.outer_loops.prototype_logits`. Without `shots`, the number of images and
             the sum of squares of an image's own class leave that image out as well. The variances of the
             other classes are those of all K images, taken for those of K - 1: under a prior of large
             variances one image more makes a class more likely for each feature, and its own class would be
@@ -365,17 +363,16 @@ def gemcl_logits(
     Returns:
         as `prototype_logits`.
     """
-    learned = features if leave_one_out else features[:, :shots]
-    queries = (features if leave_one_out else features[:, shots:]).flatten(0, 1)
+    learned, queries = features[:, :shots], features[:, shots or 0 :].flatten(0, 1)
     means, images = learned.mean(1), learned.shape[1]
     squares = (learned - means[:, None]).square()
     deviations, counted = squares.sum(1), images
-    if leave_one_out:
+    if shots is None:
         counted = images - 1
         deviations = deviations * ((counted - 1) / counted)
     shape = shape + counted / 2
     logits = score((queries[:, None] - means).square(), shape, scale + deviations / 2)
-    if leave_one_out:
+    if shots is None:
         ratio = images / counted
         left = (squares.sum(1, keepdim=True) - ratio * squares).clamp_min(0)
         logits = with_own(logits, score(ratio**2 * squares, shape, scale + left / 2))

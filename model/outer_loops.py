@@ -69,7 +69,7 @@ class SequenceLoop(OuterLoop):
         assert inner is not None
         self.inner, self.rule = kept_rule(inner, self.params)
         self.trajectory = {name: getattr(self, name) for name in ("update_step", "tasks", "remember")}
-        self.meta_loss = self.setup.meta_loss
+        self.meta_loss, self.meta_grads = self.setup.meta_loss, self._meta_grads
         super().__post_init__()
 
     def check(self, images: ImageSet) -> None:
@@ -81,10 +81,15 @@ class SequenceLoop(OuterLoop):
         trajectory = sample_trajectory(self.images.sizes, self.generator, **self.trajectory)
         return trajectory.query[: self.remember], trajectory
 
+    def _differentiate(self, trajectory: Trajectory) -> tuple[Sequence[Tensor], Measured]:
+        """The gradient of one trajectory, a tensor for each of `learned`, and what it measured."""
+        images, labels = gather(self.images, trajectory.query)
+        return self.meta_grads(images, labels, labels[-len(trajectory.support) :])
+
     def _meta_grads(
         self, images: Tensor, labels: Tensor, support: Tensor
     ) -> tuple[Sequence[Tensor], Measured]:
-        """The gradient of one trajectory, a tensor for each of `learned`, and what it measured.
+        """What `_differentiate` gives, from tensors alone.
 
         Args:
             images, labels: of the query.
@@ -150,8 +155,8 @@ class TrajectoryLoop(SequenceLoop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        capture = self.setup.capture
-        self.meta_grads = capture(self._meta_grads, self.net) if capture else self._meta_grads
+        if self.setup.capture is not None:
+            self.meta_grads = self.setup.capture(self._meta_grads, self.net)
 
     def draw(self) -> tuple[Any, ...]:
         """The remember set of the first trajectory, then the trajectories."""
@@ -219,12 +224,6 @@ class TrajectoryLoop(SequenceLoop):
         self.grads = means[: len(self.learned)]
         return dict(zip(measured, means[len(self.learned) :], strict=True))
 
-    def _differentiate(self, trajectory: Trajectory) -> tuple[Sequence[Tensor], Measured]:
-        """The meta-gradient of one trajectory, a tensor for each of `learned`, and what it measured."""
-        images, labels = gather(self.images, trajectory.query)
-        grads, measured = self.meta_grads(images, labels, labels[-len(trajectory.support) :])
-        return grads, measured
-
 
 def _moved(buffer: Tensor, before: Tensor) -> Tensor:
     """How far a buffer has moved: exactly 0 where it has not, even at infinity (a mask)."""
@@ -259,8 +258,7 @@ class AlternatingLoop(SequenceLoop):
         self.before = [value.clone() for value in self.net.state_dict().values()]
         if self.reset:
             reset_head(self.net, self.generator, trajectory.classes)
-        images, labels = gather(self.images, trajectory.query)
-        self.grads, measured = self._meta_grads(images, labels, labels[-len(trajectory.support) :])
+        self.grads, measured = self._differentiate(trajectory)
         return measured
 
     def undo(self) -> None:
@@ -280,23 +278,22 @@ def _loss_after(
     return F.cross_entropy(logits, query[1]), logits, inner_losses
 
 
-def prototype_logits(features: Tensor, shots: int, leave_one_out: bool = False) -> Tensor:
+def prototype_logits(features: Tensor, shots: int | None) -> Tensor:
     """Logits of the queries of an episode: minus squared distance to each class mean, over sqrt(F).
 
     Args:
         features: [W, K, F] of K images of each of W classes.
-        shots: images of each class that its mean is of; the others are the queries.
-        leave_one_out: all images are queries, and the means are those of all images. The mean of an image's
-            own class leaves that image out.
+        shots: images of each class that its mean is of; the others are the queries. None: all images are
+            queries, and the means are those of all images. The mean of an image's own class leaves that image
+            out.
 
     Returns:
         [W * (K - shots), W] or [W * K, W], class after class.
     """
     _, images, size = features.shape
-    means = features.mean(1) if leave_one_out else features[:, :shots].mean(1)
-    queries = (features if leave_one_out else features[:, shots:]).flatten(0, 1)
+    means, queries = features[:, :shots].mean(1), features[:, shots or 0 :].flatten(0, 1)
     distances = (queries**2).sum(1, keepdim=True) + (means**2).sum(1) - 2 * queries @ means.t()
-    if leave_one_out:  # from the mean of the others it is K / (K - 1) times as far as from the mean of all
+    if shots is None:  # from the mean of the others it is K / (K - 1) times as far as from the mean of all
         own = (features - means[:, None]).pow(2).sum(2) * (images / (images - 1)) ** 2
         distances = with_own(distances, own)
     return -distances / math.sqrt(size)
@@ -341,6 +338,7 @@ class EpisodeLoop(OuterLoop):
         device = self.setup.images.rows.device
         logs = {name: torch.tensor(math.log(start), device=device) for name, start in self.numbers.items()}
         self.rule = nn.ParameterDict({f"log_{name}": nn.Parameter(value) for name, value in logs.items()})
+        self.learned_shots = None if self.leave_one_out else self.shots
         self.episode = {"ways": self.ways, "images": self.shots + self.queries, "symmetries": self.symmetries}
         super().__post_init__()
 
@@ -350,7 +348,7 @@ class EpisodeLoop(OuterLoop):
 
     def logits(self, features: Tensor, **numbers: Tensor) -> Tensor:
         """Logits of the queries, as `prototype_logits` gives them, with the values of `numbers`."""
-        return numbers["scale"] * prototype_logits(features, self.shots, self.leave_one_out)
+        return numbers["scale"] * prototype_logits(features, self.learned_shots)
 
     def check(self, images: ImageSet) -> None:
         images.require(self.episode["images"], f"--shots {self.shots} and --queries {self.queries}")
@@ -406,8 +404,7 @@ class GeMCLLoop(EpisodeLoop):
 
     def logits(self, features: Tensor, **numbers: Tensor) -> Tensor:
         """Logits of the queries, as `gemcl_logits` gives them."""
-        score = GEMCL_SCORES[self.gemcl_head]
-        return gemcl_logits(features, self.shots, self.leave_one_out, score, **numbers)
+        return gemcl_logits(features, self.learned_shots, GEMCL_SCORES[self.gemcl_head], **numbers)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -20,7 +20,9 @@ def test_logits_are_distances_to_means(leave_one_out: bool) -> None:
             if leave_one_out:
                 means[k] = torch.cat([of_class[:i], of_class[i + 1 :]]).mean(0)
             expected.append(torch.stack([-((query - mean) ** 2).sum() / 7**0.5 for mean in means]))
-    torch.testing.assert_close(prototype_logits(features, 3, leave_one_out), torch.stack(expected))
+    torch.testing.assert_close(
+        prototype_logits(features, None if leave_one_out else 3), torch.stack(expected)
+    )
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
@@ -40,7 +42,7 @@ def test_logits_are_log_densities(head: str, leave_one_out: bool) -> None:
                 torch.stack([log_density(head, query, known, prior, learned) for known in images])
             )
     numbers = dict(zip(("shape", "scale"), torch.tensor(prior, dtype=torch.float64), strict=True))
-    logits = gemcl_logits(features, 3, leave_one_out, GEMCL_SCORES[head], **numbers)
+    logits = gemcl_logits(features, None if leave_one_out else 3, GEMCL_SCORES[head], **numbers)
     constant = logits[0, 0] - expected[0][0]
     torch.testing.assert_close(logits - constant, torch.stack(expected))
 
@@ -53,7 +55,7 @@ def test_an_image_left_out_is_in_its_class_under_the_published_prior(head: str) 
         torch.randn(6, 5, 500, generator=generator) + torch.randn(6, 1, 500, generator=generator)
     )
     numbers = {name: torch.tensor(start) for name, start in GeMCLLoop.numbers.items()}
-    logits = gemcl_logits(features, 3, True, GEMCL_SCORES[head], **numbers)
+    logits = gemcl_logits(features, None, GEMCL_SCORES[head], **numbers)
     assert torch.equal(logits.argmax(1), torch.arange(6).repeat_interleave(5))
 
 
