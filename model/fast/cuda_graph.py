@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model.layers import FrozenOutput, Inputs
+from model.layers import FrozenOutput, Inputs, parts
 from model.method import OnlineLearner, Optimizer
 
 T = TypeVar("T")
@@ -76,12 +76,9 @@ class GraphLearner(OnlineLearner):
         self.done: tuple[int, ...] | None = None  # of the latest `FrozenOutput`; None for images
 
     def learn(self, images: Inputs, labels: Tensor) -> None:
-        if isinstance(images, FrozenOutput):
-            self.done, parts = images.done, images.activations
-        else:
-            self.done, parts = None, (images,)
-        for label, *part in zip(labels.split(1), *(part.split(1) for part in parts), strict=True):
+        self.done = images.done if isinstance(images, FrozenOutput) else None
+        for label, *part in zip(labels.split(1), *(part.split(1) for part in parts(images)), strict=True):
             self.graph(label, *part)
 
-    def _step(self, label: Tensor, *parts: Tensor) -> None:
-        self.step(parts[0] if self.done is None else FrozenOutput(parts, self.done), label)
+    def _step(self, label: Tensor, *part: Tensor) -> None:
+        self.step(part[0] if self.done is None else FrozenOutput(part, self.done), label)
