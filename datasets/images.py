@@ -82,12 +82,11 @@ class Normalisation:
         )
         return text if abs(mean - usual) > max(100, abs(255 - mean - usual)) else None
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """float32 [..., C, H, W] of uint8 images; with three means, grey images get three channels."""
-        return self.on(pixels.device)(pixels)
-
     def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Prepare:
-        """The function that normalises images on a device, and gives them as `dtype`."""
+        """The function that makes [..., C, H, W] of `dtype` of uint8 images on a device.
+
+        With three means, grey images get three channels.
+        """
         # The released code normalises in float32, whatever it computes in afterwards.
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
         return lambda pixels: (pixels - mean).div_(std).to(dtype)
@@ -290,7 +289,7 @@ def normalise(pixels: Tensor | NDArray[np.uint8], normalisation: Normalisation =
     images = _as_images(pixels)
     if fault := normalisation.fault_of(images):
         warnings.warn(fault, stacklevel=2)
-    return normalisation(images)
+    return normalisation.on(images.device)(images)
 
 
 def shrink(picture: Image.Image, size: int = SIZE) -> NDArray[np.uint8]:
