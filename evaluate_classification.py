@@ -34,8 +34,9 @@ from evaluation.plots import comparison_figure, load_matplotlib, or_warn, order_
 from evaluation.results import summarise, table
 from evaluation.runs import Model, Runs, how_chosen, match_earlier, models_to_test, search_and_report
 from flags.evaluation import SCHEDULE, Evaluation
+from model.check import Use
 from model.fast import choose_backend
-from model.guard import Backend, Use
+from model.guard import Backend
 from model.learner import LEARNERS, adam_learner
 from model.meta_test import FITTED, MetaTest, with_outputs
 from model.modelfactory import Network, fingerprint, trained_parameters

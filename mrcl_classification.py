@@ -37,9 +37,9 @@ from datasets.images import SIZE
 from evaluation.plots import load_matplotlib
 from evaluation.runs import gate_statistics, validate
 from flags.training import Plan, Training
-from model.check import check_network
+from model.check import DEFAULT, UPDATE_STEP, Use, check_network
 from model.fast import choose_backend
-from model.guard import DEFAULT, UPDATE_STEP, Backend, Use
+from model.guard import Backend
 from model.modelfactory import Network, build, fingerprint, restore
 from model.outer_loop import OuterLoop, Setup, gather
 from model.outer_loops import OUTER_LOOPS
@@ -224,19 +224,14 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
     if is_first():
         check_writable(plan.model_name, "--model_name")
     net.normalisation = images.normalisation or net.normalisation
-    check_network(
-        *(net.network, net.widths, plan.rln),
-        second_order=inner is not None and inner.second_order_steps != 0,
-        channels=images.channels,
-        inner=inner,
-        size=images.size,
-    )
     use = Use(
         rln=plan.rln,
         inner=inner or DEFAULT,
         update_step=args.loop.get("update_step", UPDATE_STEP),
         channels=images.channels,
     )
+    second_order = inner is not None and inner.second_order_steps != 0
+    check_network(net.network, net.widths, use, second_order=second_order, size=images.size)
     backend = choose_backend(args.backend, [net], device, use)
     loop = make_loop(args, net.to(device).train(), images.pool(device), group, backend)
     loop.check(images)

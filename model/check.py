@@ -5,7 +5,7 @@ Each fault is one line that names the cause. What is tried is a new network of t
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,18 +30,39 @@ from utils.files import Checkpoint
 TOLERANCE = 1e-6  # far above rounding in float64, far below what a wrong gradient is off by
 IMAGES = 2
 SMALL_LR = 1e-3  # of inner steps at random weights, which larger ones may make explode
+DEFAULT, UPDATE_STEP = InnerLoop(0.1), 20
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 EFFECT_TRIES = 10  # a small network may be dead for the images and parameters of one try
+
+
+@dataclass(frozen=True)
+class Use:
+    """The use of a network in a run.
+
+    Attributes:
+        rln: layers frozen in the inner loop; None for the network's default.
+        inner: settings of the inner loop.
+        update_step: inner steps.
+        meta_test_rln: layers frozen in the online learner; None for the network's default.
+        options: keyword arguments of the online learner.
+        channels: of the images, 1 or 3.
+    """
+
+    rln: int | None = None
+    inner: InnerLoop = DEFAULT
+    update_step: int = UPDATE_STEP
+    meta_test_rln: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    channels: int = 1
 
 
 def check_network(
     name: str,
     widths: Mapping[str, Any] | None = None,
-    rln: int | None = None,
+    use: Use = Use(),
     *,
     second_order: bool = True,
     every_cut: bool = False,
-    channels: int = 1,
-    inner: InnerLoop | None = None,
     size: int = SIZE,
 ) -> None:
     """Say what is wrong with a network. Nothing here asks what the method does with it.
@@ -55,11 +76,9 @@ def check_network(
     Args:
         name: its entry in `NETWORKS`; a new one is tried, on the CPU.
         widths: arguments of its class.
-        rln: layers that the inner loop leaves alone; None for the network's default.
+        use: its `rln`, `channels` and inner rule count; the rule is tried where it is not the paper's.
         second_order: whether training takes second derivatives.
-        every_cut: try all values of `--rln`, not only `rln` and that of meta-test.
-        channels: of the images to be, 1 or 3.
-        inner: the inner loop whose rule is tried; the paper's is not.
+        every_cut: try all values of `--rln`, not only that of `use` and that of meta-test.
         size: side of the images to be, in pixels.
 
     Raises:
@@ -67,15 +86,15 @@ def check_network(
     """
     try:
         net = build(name, widths or {}, torch.Generator().manual_seed(0), size)
-        rln = net.rln_training if rln is None else rln
+        rln = net.rln_training if use.rln is None else use.rln
         trained_parameters(net, rln)
         cuts = range(len(layer_parameters(net))) if every_cut else (rln, net.default_meta_test_rln)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            fault = next(_faults(net, cuts, channels, second_order), None)
-            if fault is None and inner is not None and inner.rule is not None:
-                fault = _fault_of_rule(net.double(), trained_parameters(net, rln), channels, inner)
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
+            fault = next(_faults(net, cuts, use.channels, second_order), None)
+            if fault is None and use.inner.rule is not None:
+                fault = _fault_of_rule(net.double(), trained_parameters(net, rln), use.channels, use.inner)
+    except FAILURES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"network {name} fails on {IMAGES} images of {size} x {size}: {reason}") from error
     if fault is not None:

@@ -7,8 +7,8 @@ inner steps, and a narrow network of its class with all inner steps of the run.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,39 +16,18 @@ import torch
 from torch import Tensor
 
 from model import check, method
+from model.check import FAILURES, Use
 from model.learner import LEARNERS, Given, LearnerKind, MakeLearner, adam_learner
-from model.method import InnerLoop, MetaLoss, Params
+from model.method import MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
 from model.outer_loop import Capture
 
 same = partial(check.same, tolerance=1e-8)  # far above rounding in float64, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size means that the trajectory diverges
-DEFAULT, UPDATE_STEP = InnerLoop(0.1), 20
 SMALLEST_LR = 1e-4  # of the inner loop; at smaller steps an explosion is the network's own
 NARROW = {"nm_channels": 6, "pln_channels": 8, "hidden": 12, "num_classes": 8}
 FEW_STEPS = 2  # inner steps of the run's network, whose full trajectory would take too long
 OTHERS = 1  # query images beside those of the trajectory
-
-
-@dataclass(frozen=True)
-class Use:
-    """The use of a network in a run, for which both backends must give the same numbers.
-
-    Attributes:
-        rln: layers frozen in the inner loop; None for the network's default.
-        inner: settings of the inner loop.
-        update_step: inner steps.
-        meta_test_rln: layers frozen in the online learner; None for the network's default.
-        options: keyword arguments of the online learner.
-        channels: of the images, 1 or 3.
-    """
-
-    rln: int | None = None
-    inner: InnerLoop = DEFAULT
-    update_step: int = UPDATE_STEP
-    meta_test_rln: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    channels: int = 1
 
 
 class Backend(NamedTuple):
@@ -97,7 +76,7 @@ def difference(net: Network, device: torch.device, use: Use, candidate: Backend)
                 return f"fast gives other numbers than what is written: {found}"
     except NotImplementedError as error:
         return str(error)
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
+    except FAILURES as error:
         return f"fast fails: {' '.join(str(error).split()) or type(error).__name__}"
     return None
 

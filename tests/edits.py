@@ -112,8 +112,8 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
     """
     from datasets import Pool
     from datasets.task_sampler import sample_trajectory
+    from model.check import Use
     from model.fast import choose_backend
-    from model.guard import Use
     from model.learner import Given
     from model.meta_test import FrozenOutputs, answers, learn, new_run
     from model.method import InnerLoop

@@ -26,8 +26,8 @@ from datasets import ImageSet, Pool
 from datasets.task_sampler import Task, sample_task
 from evaluation import plots
 from flags import common
+from model.check import Use
 from model.fast import choose_backend
-from model.guard import Use
 from model.modelfactory import restore
 from model.outer_loop import gather
 from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent

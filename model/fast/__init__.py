@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
+from model.check import Use
 from model.fast.cuda_graph import capture
 from model.fast.inner_loop import adam_learner, meta_loss
 from model.fast.memory import keep_freed_memory
 from model.fast.network import use_fast_layers
-from model.guard import PLAIN, Backend, Use, difference
+from model.guard import PLAIN, Backend, difference
 from model.modelfactory import Network
 from utils.errors import UserError
 

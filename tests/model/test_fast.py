@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from model import method
+from model.check import Use
 from model.fast import BACKENDS, FAST, choose_backend, conv, inner_loop, matmul, winograd
-from model.guard import Use, difference
+from model.guard import difference
 from model.learner import Given
 from model.meta_test import new_run
 from model.method import InnerLoop, Params

@@ -13,9 +13,9 @@ import evaluate_classification
 import mrcl_classification
 from datasets import Source
 from datasets.task_sampler import distort
-from model.check import check_network
+from model.check import Use, check_network
 from model.fast import FAST
-from model.guard import Use, difference
+from model.guard import difference
 from model.modelfactory import NETWORKS, Network, build, load_network, restore, trained_parameters
 from model.outer_loop import gather
 from tests.conftest import Call, assert_same_run
