@@ -47,8 +47,8 @@ def refuse_create_graph() -> None:
 
 def _applied(stage: nn.Module, x: Tensor) -> Tensor:
     """The output of a drop-in layer for [B, C, H, W]."""
-    grey = is_grey(x)
-    y: Tensor = _Apply.apply(_layer(stage, grey)(), _layer_input(stage, x, grey), *stage.parameters())
+    make, entering = _first_layer(stage, x)
+    y: Tensor = _Apply.apply(make(), entering, *stage.parameters())
     return y.permute(0, 3, 1, 2)
 
 
@@ -90,11 +90,9 @@ def use_fast_layers(net: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _layer(stage: nn.Module, grey: bool) -> Callable[[], Layer]:
+def _layer(stage: nn.Module) -> Callable[[], Layer]:
     """A constructor of the layer of `derivatives` that computes a stage."""
     if isinstance(stage, FastConvBlock):
-        if grey and stage.pool:
-            return partial(GreyBlock, stage.norm.eps)
         return partial(Block, stage.norm.eps, stage.pool)
     if isinstance(stage, FastConv2d):
         return partial(Conv, stage.stride[0])
@@ -110,18 +108,15 @@ def _layer(stage: nn.Module, grey: bool) -> Callable[[], Layer]:
     return partial(Autograd, compute)
 
 
-def is_grey(x: Tensor) -> bool:
-    """Whether [B, C, H, W] are grey images (one channel, repeated as a view) without a gradient."""
-    return x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 0 and not x.requires_grad
-
-
-def _layer_input(stage: nn.Module, x: Tensor, grey: bool) -> Tensor:
-    """[B, C, H, W] as the stage's layer takes them: [B, H, W, C], or the patches of grey images."""
+def _first_layer(stage: nn.Module, x: Tensor) -> tuple[Callable[[], Layer], Tensor]:
+    """`_layer` of a stage and its input of [B, C, H, W]: [B, H, W, C], or the patches of grey images."""
     if x.ndim == 2:
-        return x
-    if grey and isinstance(stage, ConvBlock) and stage.pool:
-        return grey_patches(x[:, :1])
-    return x.permute(0, 2, 3, 1).contiguous()
+        return _layer(stage), x
+    # One channel that is repeated as a view, without a gradient.
+    grey = x.shape[1] > 1 and x.stride(1) == 0 and not x.requires_grad
+    if grey and isinstance(stage, FastConvBlock) and stage.pool:
+        return partial(GreyBlock, stage.norm.eps), grey_patches(x[:, :1])
+    return _layer(stage), x.permute(0, 2, 3, 1).contiguous()
 
 
 class Features:
@@ -140,12 +135,11 @@ class Features:
         self.parts: list[tuple[list[tuple[Callable[[], Layer], list[str]]], Tensor]] = []
         for chain, x, done in zip(net.chains, inputs.activations, inputs.done, strict=True):
             stages = list(net.get_submodule(chain).named_children())[done:]
-            grey, x = is_grey(x), x.detach()
-            layers = [
-                (_layer(stage, grey and k == 0), [f"{chain}.{name}.{p}" for p, _ in stage.named_parameters()])
-                for k, (name, stage) in enumerate(stages)
-            ]
-            self.parts.append((layers, _layer_input(stages[0][1], x, grey) if stages else x))
+            makers = [_layer(stage) for _, stage in stages]
+            if stages:
+                makers[0], x = _first_layer(stages[0][1], x)
+            names = [[f"{chain}.{name}.{p}" for p, _ in stage.named_parameters()] for name, stage in stages]
+            self.parts.append((list(zip(makers, names, strict=True)), x.detach()))
 
     @property
     def names(self) -> list[str]:
