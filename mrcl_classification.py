@@ -88,8 +88,7 @@ def make_loop(args: Training, net: Network, images: Pool, group: Group, backend:
         meta_lr=args.meta_lr,
         rule=args.make_rule,
         group=group,
-        meta_loss=backend.meta_loss,
-        capture=backend.capture,
+        backend=backend,
     )
     return OUTER_LOOPS[args.learner](setup, **args.loop)
 

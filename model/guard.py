@@ -20,7 +20,6 @@ from model.check import FAILURES, Use
 from model.learner import LEARNERS, Given, LearnerKind, MakeLearner, adam_learner
 from model.method import MetaLoss, Params
 from model.modelfactory import Network, build, trained_parameters
-from model.outer_loop import Capture
 
 same = partial(check.same, tolerance=1e-8)  # far above rounding in float64, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size means that the trajectory diverges
@@ -38,7 +37,8 @@ class Backend(NamedTuple):
         prepare: gives a network the backend's layers, in place. Raises NotImplementedError where the backend
             does not support the network.
         meta_loss: used in place of `model.method.meta_loss`.
-        capture: see `model.outer_loops.TrajectoryLoop`.
+        capture: turns the meta-gradient, a function of tensors that computes with a network, into one that
+            may be faster, and whose results the next call may overwrite.
         adam_learner: used in place of `model.learner.adam_learner`.
         why: the reason for the choice of the backend.
     """
@@ -46,7 +46,7 @@ class Backend(NamedTuple):
     name: str
     prepare: Callable[[Network], None]
     meta_loss: MetaLoss
-    capture: Capture | None
+    capture: Callable[[Callable[..., Any], Network], Callable[..., Any]] | None
     adam_learner: MakeLearner
     why: str = "as asked for"
 

@@ -3,7 +3,7 @@
 A step is `draw`, `gradient` and `update`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from datasets.images import ImageSet, Pool
-from model import method
-from model.method import InnerLoop, MakeRule, MetaLoss
+from model.guard import PLAIN, Backend
+from model.method import InnerLoop, MakeRule
 from model.modelfactory import Network
 from model.optimizer import Adam
 from model.treatments import Weights
@@ -21,9 +21,6 @@ from utils.distributed import Group
 
 Measured = dict[str, Tensor]
 """Numbers of one step by name, as tensors on the device, before its update: the loss first."""
-
-Capture = Callable[[Callable[..., Any], nn.Module], Callable[..., Any]]
-"""From a function of tensors that computes with a network to one with the same results."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +34,7 @@ class Setup:
         meta_lr: Adam's step size.
         rule: the inner rule; None for the paper's.
         group: the processes of the job.
-        meta_loss: `method.meta_loss`, or what gives the same numbers faster.
-        capture: turns the meta-gradient into a function that may be faster, and whose results the next call
-            may overwrite.
+        backend: gives the meta-loss.
     """
 
     net: Network
@@ -49,8 +44,7 @@ class Setup:
     meta_lr: float
     rule: MakeRule | None = None
     group: Group = field(default_factory=Group)
-    meta_loss: MetaLoss = method.meta_loss
-    capture: Capture | None = None
+    backend: Backend = PLAIN
 
 
 @dataclass(eq=False)

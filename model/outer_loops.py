@@ -69,7 +69,7 @@ class SequenceLoop(OuterLoop):
         assert inner is not None
         self.inner, self.rule = kept_rule(inner, self.params)
         self.trajectory = {name: getattr(self, name) for name in ("update_step", "tasks", "remember")}
-        self.meta_loss, self.meta_grads = self.setup.meta_loss, self._meta_grads
+        self.meta_loss, self.meta_grads = self.setup.backend.meta_loss, self._meta_grads
         super().__post_init__()
 
     def check(self, images: ImageSet) -> None:
@@ -155,8 +155,8 @@ class TrajectoryLoop(SequenceLoop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.setup.capture is not None:
-            self.meta_grads = self.setup.capture(self._meta_grads, self.net)
+        if self.setup.backend.capture is not None:
+            self.meta_grads = self.setup.backend.capture(self._meta_grads, self.net)
 
     def draw(self) -> tuple[Any, ...]:
         """The remember set of the first trajectory, then the trajectories."""

@@ -143,8 +143,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
             Setup(
                 *(net.train(), pool, generator),
                 meta_lr=0.001,
-                meta_loss=backend.meta_loss,
-                capture=backend.capture,
+                backend=backend,
             ),
             update_lr=inner.lr,
             first_order=not second_order,

@@ -123,8 +123,7 @@ def meta_step(part: str, args: "Benchmark", images: ImageSet, device: torch.devi
             Setup(
                 *(network(args, "ANML", name, device), pool, generator),
                 meta_lr=defaults.meta_lr,
-                meta_loss=backend.meta_loss,
-                capture=backend.capture,
+                backend=backend,
             ),
             **defaults.loop | {"first_order": first_order},
         )

@@ -103,7 +103,7 @@ def made(learner: str, net: Network, backend: str = "plain") -> OuterLoop:
     """An outer loop that trains a network on a few classes."""
     flags = parse(Training, [f"--learner={learner}", *LOOPS[learner].split()]).loop
     given = net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1)
-    return OUTER_LOOPS[learner](Setup(*given, meta_lr=0.1, meta_loss=BACKENDS[backend].meta_loss), **flags)
+    return OUTER_LOOPS[learner](Setup(*given, meta_lr=0.1, backend=BACKENDS[backend]), **flags)
 
 
 @pytest.mark.parametrize("learner", LOOPS)
