@@ -20,7 +20,6 @@ class Treatment:
         weights: the weights at the start of meta-test. For each run, random weights are drawn anew; of other
             weights, the head alone.
         rln: layers frozen at meta-test; see `modelfactory.trained_parameters`.
-        trained: the layers that learn at meta-test, in words.
         iid: the stream is shuffled (an Oracle) instead of class after class. The paper's Oracles pass over
             the stream 1 or 20 times, all others once.
     """
@@ -29,7 +28,6 @@ class Treatment:
     network: str | None
     weights: Weights
     rln: int
-    trained: str
     iid: bool = False
 
     @property
@@ -40,16 +38,16 @@ class Treatment:
 
 # Paper, section 4 and supplement; Pretrain is the paper's Pretrain & Transfer.
 _SEQUENTIAL = (
-    Treatment("ANML", "ANML", "meta-trained", 13, "head"),
-    Treatment("ANML-FT:PLN", "ANML", "meta-trained", 7, "all of the prediction network"),
-    Treatment("ANML-FT:PLN+NM-out", "ANML", "meta-trained", 6, "that and the gate's layer"),
-    Treatment("ANML-Unlimited", "ANML", "meta-trained", 0, "everything"),
-    Treatment("sANML", "sANML", "meta-trained", 6, "head"),
-    Treatment("OML", "OML", "meta-trained", 6, "both linear layers"),
-    Treatment("OML-OLFT", "OML", "meta-trained", 7, "last linear layer"),
-    Treatment("OML-Unlimited", "OML", "meta-trained", 0, "everything"),
-    Treatment("Pretrain", "OML", "pretrained", 6, "both linear layers"),
-    Treatment("Scratch", None, "random", 0, "everything"),
+    Treatment("ANML", "ANML", "meta-trained", 13),
+    Treatment("ANML-FT:PLN", "ANML", "meta-trained", 7),
+    Treatment("ANML-FT:PLN+NM-out", "ANML", "meta-trained", 6),
+    Treatment("ANML-Unlimited", "ANML", "meta-trained", 0),
+    Treatment("sANML", "sANML", "meta-trained", 6),
+    Treatment("OML", "OML", "meta-trained", 6),
+    Treatment("OML-OLFT", "OML", "meta-trained", 7),
+    Treatment("OML-Unlimited", "OML", "meta-trained", 0),
+    Treatment("Pretrain", "OML", "pretrained", 6),
+    Treatment("Scratch", None, "random", 0),
 )
 TABLE: dict[str, Treatment] = {row.name: row for row in _SEQUENTIAL} | {
     f"{row.name}-Oracle": replace(row, name=f"{row.name}-Oracle", iid=True) for row in _SEQUENTIAL
