@@ -64,7 +64,6 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
     evaluate_classification: {
         f"{EVALUATE} --rln 14": "--rln 14",
         f"{EVALUATE} --test_classes 660": "659",
-        f"{EVALUATE} --test_classes 21 --schedule 21": "20 outputs",
         f"{EVALUATE} --model nowhere.net": "nowhere.net",
         f"{EVALUATE} --track_every 2 --iid": "--track_every",
         f"{GLYPHS} --model m n --scratch": "--scratch",
