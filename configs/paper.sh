@@ -125,8 +125,8 @@ gemcl() {
     model=GeMCL_${features%_final}.net
     step "convert_$name" "5 s" "$model" "$PYTHON" -m tools.convert_released \
       "$GEMCL/experiments/omniglot/omniglot_$features/check_point" "$model"
-    for head in ncm map; do
-      evaluate "${name}_$head" "2 min" "GeMCL's released weights (omniglot_$features)" \
+    for head in ncm map predictive; do
+      evaluate "${name}_$head" "2 to 4 min" "GeMCL's released weights (omniglot_$features)" \
         --config configs/gemcl_omniglot.toml --model "$model" --learner "$head"
     done
   done
