@@ -119,7 +119,10 @@ SAID = {
         "{sanml_6000 200} | {anml_3000 600}, {sanml_3000 600}, {sanml_6000 600} |",
         "keeps {anml_prototypes_ncm 600} % of 600 classes with `ncm`, {anml_prototypes_map 600} % with `map` "
         "and, the highest number here, {anml_prototypes_map_power_1 600} % with `map` and features",
-        "and {asb 600} % of 600 classes are kept (`asb`).",
+        "it keeps {asb 10}, {asb 50}, {asb 100}, {asb 200} and {asb 600} % of 10, 50, 100, 200 and 600 "
+        "classes (`asb`), where ANML keeps {anml 600} % of 600 after 20,000, and {asb_ncm 600} % of 600 with "
+        "`ncm` (`asb_ncm`; ANML {anml_ncm 600})",
+        "keep {asb_high_rate 600} % of 600 classes (`asb_high_rate`)",
         "trains it, has {sequence_20x5_anml 20} % right,",
         "prototype model with `map` {sequence_20x5_prototypes 20} %",
         "{sequence_10x10_anml 10} and {sequence_10x10_prototypes 10} % (`sequence_10x10_*`)",
