@@ -125,7 +125,7 @@ def load(
             f"others, are drawn by --images {images} and --held_out_fonts {held_out_fonts} of its "
             f"{len(used)} different fonts; no character is drawn by more than {has.sum(0).max()}; {hint}"
         )
-    tested = ranked((wanted[label] for label in classes), data_seed)[:tests]
+    tested = set(ranked((wanted[label] for label in classes), data_seed)[:tests])
     notes = {
         "fonts": [f"{faces[number].name}, {faces[number].version}" for number in used],
         "fonts_held_out": [faces[number].name for number in held],
