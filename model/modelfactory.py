@@ -344,6 +344,8 @@ class Conv4(_Published):
             rest = {"norm": nn.BatchNorm2d(channels), "relu": nn.ReLU(), "pool": nn.MaxPool2d(2)}
             self.body.add_module(f"block{k + 1}", nn.Sequential(OrderedDict(conv=conv, **rest)))
         self.body.add_module("flatten", nn.Flatten())
+        # Outputs take this order from the kernels, and the CPU normalises and pools them faster in it.
+        self.body.to(memory_format=torch.channels_last)
         self.head = nn.Linear(outputs(self.body, size), num_classes)
 
     def features(self, inputs: Inputs) -> Tensor:
