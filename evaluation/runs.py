@@ -374,8 +374,7 @@ def validate(run: Run, net: Network, images: Pool, step: int, classes: int, lear
     log.info("step %d meta-test on %d meta-training classes: %s", step, classes, text)
     pairs = [images[label][:2] for label in range(min(classes, SHOWN))]
     shown = Pool(torch.cat(pairs), tuple(map(len, pairs)))
-    gate = represent(net, shown).gate
-    if gate is not None:
+    if gate := represent(net, shown).get("gate"):
         labels = torch.arange(len(shown)).repeat_interleave(2).tolist()
         with or_warn("meta_val/gate"):
             run.image("meta_val/gate", figure_pixels(gate_figure(gate.rows.cpu().numpy(), labels)), step)
@@ -385,10 +384,10 @@ def gate_statistics(net: Network, images: Tensor) -> dict[str, float]:
     """Mean gate and fractions of features active before and after the gate, on images [B, C, S, S]; the
     fraction of active features alone without a gate."""
     seen = represent(net, Pool(images, (len(images),)))
-    if seen.gate is None:
-        return {"meta_train/active": active_fraction(seen.before.rows)}
+    if "gate" not in seen:
+        return {"meta_train/active": active_fraction(seen["before"].rows)}
     return {
-        "meta_train/gate_mean": seen.gate.rows.mean().item(),
-        "meta_train/active_before_gate": active_fraction(seen.before.rows),
-        "meta_train/active_after_gate": active_fraction(seen.after.rows),
+        "meta_train/gate_mean": seen["gate"].rows.mean().item(),
+        "meta_train/active_before_gate": active_fraction(seen["before"].rows),
+        "meta_train/active_after_gate": active_fraction(seen["after"].rows),
     }

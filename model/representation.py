@@ -3,7 +3,7 @@
 The weights are those after meta-training; no weight changes here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,32 +19,22 @@ ACTIVE = 0.01  # activation above which a unit counts as active (paper)
 NEIGHBOURS = 5  # of the KNN classifier (paper)
 
 
-@dataclass(frozen=True)
-class Representation:
-    """The input of the head for the images of a pool, and its two factors.
-
-    Attributes:
-        before: rows [F], the features before the gate; without a gate, the head's input.
-        gate: rows [G], the values of the gate; None without a gate.
-        after: rows [F], the head's input.
-    """
-
-    before: Pool
-    gate: Pool | None
-    after: Pool
-
-
 @torch.no_grad()
-def represent(net: Network, pool: Pool) -> Representation:
-    """The representation of a pool of images, on the pool's device, in `eval` mode."""
+def represent(net: Network, pool: Pool) -> dict[str, Pool]:
+    """The input of the head for a pool of images, and its factors, on the pool's device, in `eval` mode.
+
+    Returns:
+        in this order `before`, rows [F], the features before the gate; `gate`, rows [G], its values; `after`,
+        rows [F], the head's input. Without a gate `before` alone, which is the head's input then.
+    """
     net = shared_copy(net)
     found = []
     for start in range(0, len(pool.rows), CHUNK):
         part = pool.take(slice(start, start + CHUNK))
         after, gate = net.features(part), net.gate(part)
         found.append([after] if gate is None else [net.features_before_gate(part), gate.flatten(1), after])
-    pools = [Pool(torch.cat(rows), pool.sizes) for rows in zip(*found, strict=True)]
-    return Representation(pools[0], pools[1] if len(pools) > 1 else None, pools[-1])
+    pools = (Pool(torch.cat(rows), pool.sizes) for rows in zip(*found, strict=True))
+    return dict(zip(("before", "gate", "after"), pools, strict=False))
 
 
 def fraction(mask: Tensor) -> float:
@@ -52,14 +42,9 @@ def fraction(mask: Tensor) -> float:
     return mask.cpu().double().mean().item()
 
 
-def active_fraction(activations: Tensor, threshold: float = ACTIVE) -> float:
-    """Fraction of the values that are above `threshold` (paper, section 5: active units)."""
-    return fraction(activations > threshold)
-
-
-def dead_fraction(activations: Tensor) -> float:
-    """Fraction of the units of `activations` [..., F] that are active for none of the images."""
-    return 1 - fraction((activations.flatten(0, -2) > ACTIVE).any(0))
+def active_fraction(activations: Tensor) -> float:
+    """Fraction of the values that are above `ACTIVE` (paper, section 5: active units)."""
+    return fraction(activations > ACTIVE)
 
 
 def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -89,28 +74,23 @@ def nearest_neighbours(examples: Tensor, labels: Tensor, queries: Tensor, k: int
     return torch.cat(classes)
 
 
-def knn_accuracy(activations: Pool, task: Task, k: int = NEIGHBOURS) -> float:
-    """Fraction of the task's test images that KNN on its training images classifies right; `activations` are
-    rows [F] of the pool that `task` indexes."""
-    examples, labels = gather(activations, task.train.flatten(0, 1))
-    queries, truth = gather(activations, task.test.flatten(0, 1))
-    return fraction(nearest_neighbours(examples, labels, queries, k) == truth.cpu())
-
-
-def measure(representation: Representation, task: Task) -> dict[str, float]:
+def measure(representation: Mapping[str, Pool], task: Task) -> dict[str, float]:
     """The paper's quantities, 0 to 1, for the pool that `task` indexes, by name in `results/targets.csv`.
 
-    Activity is measured on the task's test images. KNN uses the task's training images as examples and the
-    test images as queries. The gate's quantities are left out for networks without a gate.
+    Activity is measured on the task's test images, and a unit is dead that is active for none of them. KNN
+    uses the task's training images as examples and the test images as queries. The gate's quantities are left
+    out for networks without a gate.
     """
-    names = ("before",) if representation.gate is None else ("before", "gate", "after")
-    shown = {name: gather(getattr(representation, name), task.test)[0] for name in (*names, "after")}
-    values = {"active_before": active_fraction(shown["before"])}
-    if "gate" in names:
-        values["active_after"] = active_fraction(shown["after"])
+    shown = {name: gather(rows, task.test)[0].flatten(0, 1) for name, rows in representation.items()}
+    values = {f"active_{name}": active_fraction(seen) for name, seen in shown.items() if name != "gate"}
+    if "gate" in shown:
         values["gate_mean"] = shown["gate"].cpu().double().mean().item()
-    values["dead"] = dead_fraction(shown["after"])
-    return values | {f"knn_{name}": knn_accuracy(getattr(representation, name), task) for name in names}
+    values["dead"] = 1 - fraction((shown.get("after", shown["before"]) > ACTIVE).any(0))
+    for name, rows in representation.items():
+        examples, labels = gather(rows, task.train.flatten(0, 1))
+        truth = task.test[..., 0].flatten()
+        values[f"knn_{name}"] = fraction(nearest_neighbours(examples, labels, shown[name]) == truth)
+    return values
 
 
 def principal_components(points: Tensor, count: int = 2) -> Tensor:

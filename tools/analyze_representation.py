@@ -30,7 +30,7 @@ from model.check import Use
 from model.fast import choose_backend
 from model.modelfactory import restore
 from model.outer_loop import gather
-from model.representation import NEIGHBOURS, Representation, measure, principal_components, represent
+from model.representation import NEIGHBOURS, measure, principal_components, represent
 from tools.ledger import REPRESENTATION
 from utils.command_line import parse, recorded
 from utils.distributed import choose_device, refuse_several
@@ -52,15 +52,12 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
     seed: common.Seed = 222
 
 
-def pictures(representation: Representation, task: Task, images: ImageSet) -> dict[str, plots.Figure]:
-    """All figures, by the stems of their file names."""
-    names, gate = images.classes, representation.gate
+def pictures(seen: Mapping[str, Pool], task: Task, images: ImageSet) -> dict[str, plots.Figure]:
+    """All figures of what `represent` gives, by the stems of their file names."""
+    names, gate = images.classes, seen.get("gate")
     alphabets = [name.partition("/")[0] for name in names]
-    rows = {"features": representation.before}
-    if gate is not None:
-        rows = {"before the gate": representation.before, "gate": gate}
-        rows["after the gate"] = representation.after
-    features = {title: part for title, part in rows.items() if part is not gate}
+    titles = ("before the gate", "gate", "after the gate") if gate else ("features",)
+    rows = dict(zip(titles, seen.values(), strict=True))
     shown = task.test[torch.linspace(0, len(names) - 1, min(SHOWN, len(names))).long(), 0]
     figures = {
         "activations": activations_figure(
@@ -74,6 +71,7 @@ def pictures(representation: Representation, task: Task, images: ImageSet) -> di
         figures["class_gates"] = plots.gate_figure(means.cpu().numpy(), alphabets)
     groups = [list(group) for _, group in groupby(range(len(names)), alphabets.__getitem__)]
     chosen = [label for group in groups[:ALPHABETS] for label in group[:CLASSES_SHOWN]]
+    features = {title: part for title, part in rows.items() if part is not gate}
     points = {title: torch.cat([part[label] for label in chosen]) for title, part in features.items()}
     figures["embedding"] = embedding_figure(
         {title: principal_components(part).numpy() for title, part in points.items()},

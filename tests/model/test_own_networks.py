@@ -149,9 +149,10 @@ def test_a_head_of_ones_own_is_drawn_anew() -> None:
 def test_a_representation_is_what_enters_the_head(name: str, gates: int | None) -> None:
     net, pixels = new(name), images(35, 4).float()  # which pass in two parts
     seen = represent(net, pooled(pixels))
-    torch.testing.assert_close(seen.after.rows, net.eval().features(pixels.flatten(0, 1)).detach())
-    assert seen.after.sizes == seen.before.sizes == (4,) * 35
-    assert (None if seen.gate is None else seen.gate.rows.shape) == (gates and (140, gates))
+    features = net.eval().features(pixels.flatten(0, 1)).detach()
+    torch.testing.assert_close([*seen.values()][-1].rows, features)
+    assert {pool.sizes for pool in seen.values()} == {(4,) * 35}
+    assert (seen["gate"].rows.shape if "gate" in seen else None) == (gates and (140, gates))
 
 
 @pytest.fixture

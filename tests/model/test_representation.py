@@ -12,12 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from datasets.task_sampler import sample_task
-from model.representation import (
-    Representation,
-    measure,
-    nearest_neighbours,
-    principal_components,
-)
+from model.representation import measure, nearest_neighbours, principal_components
 from tests.conftest import Call, pooled
 from tools import analyze_representation
 
@@ -56,13 +51,13 @@ def test_measured_on_known_activations() -> None:
     before += torch.linspace(0, 1e-3, 40).reshape(2, 20, 1) * (before > 0)  # no two images are equal
     before[1] = before[0]  # nor do features tell the classes
     task = sample_task([20] * 2, 2, torch.Generator().manual_seed(0), class_order="dataset", split="dataset")
-    measured = measure(Representation(*map(pooled, (before, gate, before * gate))), task)
+    measured = measure({"before": pooled(before), "gate": pooled(gate), "after": pooled(before * gate)}, task)
     expected = {"active_before": 0.75, "active_after": 0.25, "gate_mean": 0.25, "dead": 0.5}
     assert {key: measured[key] for key in expected} == pytest.approx(expected)
     assert (measured["knn_gate"], measured["knn_after"]) == (0.9, 0.9)  # 1 where test images are the examples
     assert measured["knn_before"] == 0.5
 
-    plain = measure(Representation(pooled(before), None, pooled(before)), task)
+    plain = measure({"before": pooled(before)}, task)
     assert plain == {
         "active_before": measured["active_before"],
         "dead": 0.25,
