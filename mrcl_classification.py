@@ -53,7 +53,7 @@ from model.training_state import (
     state_of,
 )
 from utils.command_line import as_tokens, parse, plain, recorded
-from utils.distributed import Group, Interrupt, choose_device, is_first, join, run_as, seed_layers
+from utils.distributed import Group, Interrupt, choose_device, is_first, join, run_as
 from utils.errors import UserError, run_script
 from utils.files import Checkpoint, check_writable, load_checkpoint
 from utils.jobs import model_of, train_seeds
@@ -110,7 +110,7 @@ def steps(
             start = time.perf_counter()
             before = generator.get_state()
             # What layers draw (dropout) is resumed as well: the generator's state holds its first seed.
-            seed_layers(generator.initial_seed() * 2**32 + step)
+            torch.manual_seed(generator.initial_seed() * 2**32 + step)
             shown, *drawn = loop.draw()
             measured = loop.gradient(*drawn)
             values = {name: value.item() for name, value in measured.items()}

@@ -31,7 +31,6 @@ from model.layers import (
 from model.layers import layer_parameters as layer_parameters
 from model.layers import shared_copy as shared_copy
 from model.layers import trained_parameters as trained_parameters
-from utils.distributed import seed_layers
 from utils.errors import UserError
 from utils.files import Checkpoint, load_checkpoint
 from utils.flag import Range
@@ -387,7 +386,7 @@ def _construct(
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
     asks = "size" in inspect.signature(kind).parameters
     with torch.random.fork_rng(devices=[]):
-        seed_layers(seed)
+        torch.manual_seed(seed)
         net = kind(**widths, size=size) if asks else kind(**widths)
     net.__dict__["image_size"] = size
     return net

@@ -30,7 +30,6 @@ from model.learner import GEMCL_SCORES, gemcl_logits, with_own
 from model.method import Examples, InnerLoop, MakeRule, Params, inner_loop, kept_rule
 from model.modelfactory import head_rows, reset_head, trained_parameters
 from model.outer_loop import Measured, OuterLoop, gather
-from utils.distributed import seed_layers
 from utils.errors import UserError
 from utils.flag import Range, positive
 
@@ -207,7 +206,7 @@ class TrajectoryLoop(SequenceLoop):
         before = [buffer.clone() for buffer in buffers]
         sums: list[Tensor] = []
         for seed, trajectory in self.setup.group.shard(list(zip(seeds, trajectories, strict=True))):
-            seed_layers(seed)
+            torch.manual_seed(seed)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             grads, measured = self._differentiate(trajectory)

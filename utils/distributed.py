@@ -244,18 +244,6 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     return device
 
 
-def seed_layers(seed: int) -> None:
-    """Seed the generators that layers draw from (dropout), on the CPU and on the devices in use.
-
-    `torch.manual_seed` does the same, but takes more than a millisecond without a GPU.
-    """
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(seed)
-
-
 class Interrupt:
     """A context that records the first Ctrl-C, SIGTERM or SIGHUP, so that a run can end after a whole step.
 
