@@ -62,7 +62,7 @@ def load(
     channels: Annotated[
         int | None,
         "1 to have all pictures grey, 3 to have them in colour; else as the files are",
-        Range(1, 3),
+        (1, 3),
     ] = None,
     evaluation_classes: Annotated[
         int | None,
@@ -85,8 +85,6 @@ def load(
     Raises:
         UserError: no or too few classes, a picture that cannot be read, a class in both splits.
     """
-    if channels == 2:
-        raise UserError("--channels 2: choose 1 or 3")
     found, others = _scan(root)
     placed = _split_classes(root, sorted({picture.label for picture in found}), evaluation_classes, data_seed)
     pictures = [picture for picture in found if picture.label in placed]

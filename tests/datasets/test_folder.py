@@ -254,7 +254,6 @@ def plain(root: Path) -> None:
         (flat, {}, "give --evaluation_classes N, how many of its 3 classes are kept for meta-test"),
         (flat, {"evaluation_classes": 2}, "1 classes in background with --evaluation_classes 2"),
         (lambda _: None, {"evaluation_classes": 2}, "drop --evaluation_classes"),
-        (lambda _: None, {"channels": 2}, "--channels 2: choose 1 or 3"),
         (plain, {}, "all pixels are equal"),
     ],
 )
