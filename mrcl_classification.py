@@ -41,7 +41,7 @@ from model.check import DEFAULT, UPDATE_STEP, Use, check_network
 from model.fast import choose_backend
 from model.guard import Backend
 from model.modelfactory import Network, build, fingerprint, restore
-from model.outer_loop import OuterLoop, Setup, gather
+from model.outer_loop import OuterLoop, gather
 from model.outer_loops import OUTER_LOOPS
 from model.training_state import (
     claimed,
@@ -83,14 +83,14 @@ def make_loop(args: Training, net: Network, images: Pool, group: Group, backend:
     if args.checkpoint:  # the seed alone would repeat the draws that made the weights to start from
         sequence = np.random.SeedSequence([args.seed, int(fingerprint(net), 16)])
         seed = int(sequence.generate_state(1)[0])
-    setup = Setup(
+    return OUTER_LOOPS[args.learner](
         *(net, images, torch.Generator().manual_seed(seed)),
         meta_lr=args.meta_lr,
-        rule=args.make_rule,
+        make_rule=args.make_rule,
         group=group,
         backend=backend,
+        **args.loop,
     )
-    return OUTER_LOOPS[args.learner](setup, **args.loop)
 
 
 def steps(

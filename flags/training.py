@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,6 +17,8 @@ from model.treatments import Weights
 from utils.distributed import refuse_several
 from utils.errors import UserError
 from utils.flag import SEED, Heading, Range, Registry, Shown, existing, headed, positive
+
+FROM_RUN = len(signature(OuterLoop).parameters)  # arguments of an outer loop that the run gives
 
 # How long, how often and where: none of these changes a number.
 MAY_CHANGE = frozenset(
@@ -59,7 +62,7 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
     ] = None
 
     _loop: ClassVar = Heading("outer loop")
-    loop: Annotated[dict[str, Any], Registry("learner", OUTER_LOOPS, "loop", given=1)] = field(
+    loop: Annotated[dict[str, Any], Registry("learner", OUTER_LOOPS, "loop", given=FROM_RUN)] = field(
         default_factory=dict
     )
 

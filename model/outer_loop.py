@@ -23,36 +23,20 @@ Measured = dict[str, Tensor]
 """Numbers of one step by name, as tensors on the device, before its update: the loss first."""
 
 
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """What a run gives to every outer loop.
+@dataclass(eq=False)
+class OuterLoop:
+    """What outer loops have in common: the weights that learn, and Adam on their gradient.
+
+    A run gives the attributes down to `backend`. What a loop has beside them are its flags.
 
     Attributes:
         net: the network, on the device where training happens.
         images: meta-training classes on the same device, normalised.
         generator: draws what a step needs (CPU).
         meta_lr: Adam's step size.
-        rule: the inner rule; None for the paper's.
+        make_rule: makes the inner rule; None for the paper's.
         group: the processes of the job.
         backend: gives the meta-loss.
-    """
-
-    net: Network
-    images: Pool
-    generator: torch.Generator
-    _: KW_ONLY
-    meta_lr: float
-    rule: MakeRule | None = None
-    group: Group = field(default_factory=Group)
-    backend: Backend = PLAIN
-
-
-@dataclass(eq=False)
-class OuterLoop:
-    """What outer loops have in common: the weights that learn, and Adam on their gradient.
-
-    Attributes:
-        net, images, generator: of `setup`.
         rule: holds what learns beside the network; training states and model files keep it.
         learned: the parameters that learn.
         grads: the gradient that `differentiate` leaves, a tensor for each of `learned`.
@@ -65,8 +49,14 @@ class OuterLoop:
         weights: what a model file says of how its weights were made.
     """
 
-    setup: Setup
+    net: Network
+    images: Pool
+    generator: torch.Generator
     _: KW_ONLY
+    meta_lr: float
+    make_rule: MakeRule | None = None
+    group: Group = field(default_factory=Group)
+    backend: Backend = PLAIN
     several: ClassVar[bool] = False
     trains_head: ClassVar[bool] = True
     rates: ClassVar[tuple[str, ...]] = ("meta_lr",)
@@ -86,12 +76,10 @@ class OuterLoop:
         """Raise UserError where flags contradict each other."""
 
     def __post_init__(self) -> None:
-        self.net, self.generator = self.setup.net, self.setup.generator
-        self.images = self.setup.images
         fixed = set() if self.trains_head else {id(p) for p in self.net.head.parameters()}
         self.learned = [p for p in self.net.parameters() if p.requires_grad and id(p) not in fixed]
         self.learned += [] if self.rule is None else self.rule.parameters()
-        self.optimizer = Adam(self.learned, self.setup.meta_lr)
+        self.optimizer = Adam(self.learned, self.meta_lr)
 
     @property
     def head(self) -> str:

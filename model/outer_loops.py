@@ -61,14 +61,13 @@ class SequenceLoop(OuterLoop):
     rates = ("meta_lr", "update_lr")
 
     def __post_init__(self) -> None:
-        net = self.setup.net
-        names = trained_parameters(net, net.rln_training if self.rln is None else self.rln)
-        self.params: Params = {name: net.get_parameter(name) for name in names}
-        inner = self.inner_loop(vars(self), self.setup.rule)
+        names = trained_parameters(self.net, self.net.rln_training if self.rln is None else self.rln)
+        self.params: Params = {name: self.net.get_parameter(name) for name in names}
+        inner = self.inner_loop(vars(self), self.make_rule)
         assert inner is not None
         self.inner, self.rule = kept_rule(inner, self.params)
         self.trajectory = {name: getattr(self, name) for name in ("update_step", "tasks", "remember")}
-        self.meta_loss, self.meta_grads = self.setup.backend.meta_loss, self._meta_grads
+        self.meta_loss, self.meta_grads = self.backend.meta_loss, self._meta_grads
         super().__post_init__()
 
     def check(self, images: ImageSet) -> None:
@@ -154,8 +153,8 @@ class TrajectoryLoop(SequenceLoop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.setup.backend.capture is not None:
-            self.meta_grads = self.setup.backend.capture(self._meta_grads, self.net)
+        if self.backend.capture is not None:
+            self.meta_grads = self.backend.capture(self._meta_grads, self.net)
 
     def draw(self) -> tuple[Any, ...]:
         """The remember set of the first trajectory, then the trajectories."""
@@ -205,7 +204,7 @@ class TrajectoryLoop(SequenceLoop):
         buffers = list(self.net.buffers())
         before = [buffer.clone() for buffer in buffers]
         sums: list[Tensor] = []
-        for seed, trajectory in self.setup.group.shard(list(zip(seeds, trajectories, strict=True))):
+        for seed, trajectory in self.group.shard(list(zip(seeds, trajectories, strict=True))):
             torch.manual_seed(seed)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
@@ -216,7 +215,7 @@ class TrajectoryLoop(SequenceLoop):
                 torch._foreach_add_(sums, found)
             else:
                 sums = [value.clone() for value in found]
-        means = [value / len(trajectories) for value in self.setup.group.all_reduce(sums)]
+        means = [value / len(trajectories) for value in self.group.all_reduce(sums)]
         for buffer, value in zip(reversed(buffers), reversed(before), strict=True):
             mean = means.pop()
             buffer.copy_(value + (mean if buffer.is_floating_point() else mean.round().to(buffer.dtype)))
@@ -334,7 +333,7 @@ class EpisodeLoop(OuterLoop):
     """Positive numbers that the logits have, which learn with the weights, and where they start."""
 
     def __post_init__(self) -> None:
-        device = self.setup.images.rows.device
+        device = self.images.rows.device
         logs = {name: torch.tensor(math.log(start), device=device) for name, start in self.numbers.items()}
         self.rule = nn.ParameterDict({f"log_{name}": nn.Parameter(value) for name, value in logs.items()})
         self.learned_shots = None if self.leave_one_out else self.shots
@@ -454,4 +453,5 @@ OUTER_LOOPS: dict[str, type[OuterLoop]] = {
     "iid": BatchLoop,
     "asb": AlternatingLoop,
 }
-"""What `--learner` of a training may name. An entry is called with a `Setup` and its own flags."""
+"""What `--learner` of a training may name. An entry is called with what the run gives to an
+`OuterLoop`, and with its own flags."""

@@ -118,7 +118,6 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
     from model.meta_test import FrozenOutputs, answers, learn, new_run
     from model.method import InnerLoop
     from model.modelfactory import NETWORKS, build, trained_parameters
-    from model.outer_loop import Setup
     from model.outer_loops import TrajectoryLoop
 
     logging.getLogger("anml").setLevel(logging.ERROR)
@@ -140,11 +139,9 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
         backend = choose_backend(asked, [net], torch.device("cpu"), use)
         used.append(backend.name)
         outer = TrajectoryLoop(
-            Setup(
-                *(net.train(), pool, generator),
-                meta_lr=0.001,
-                backend=backend,
-            ),
+            *(net.train(), pool, generator),
+            meta_lr=0.001,
+            backend=backend,
             update_lr=inner.lr,
             first_order=not second_order,
         )

@@ -41,7 +41,7 @@ from model.fast.memory import keep_freed_memory
 from model.learner import Given
 from model.meta_test import CHUNK, FrozenOutputs, answers, learn, new_run
 from model.modelfactory import ANML, NETWORKS, Network, build, trained_parameters
-from model.outer_loop import Setup, gather
+from model.outer_loop import gather
 from model.outer_loops import TrajectoryLoop
 from tests import reference
 from utils.command_line import parse
@@ -120,11 +120,9 @@ def meta_step(part: str, args: "Benchmark", images: ImageSet, device: torch.devi
 
     for name, backend in BACKENDS.items():
         learner = TrajectoryLoop(
-            Setup(
-                *(network(args, "ANML", name, device), pool, generator),
-                meta_lr=defaults.meta_lr,
-                backend=backend,
-            ),
+            *(network(args, "ANML", name, device), pool, generator),
+            meta_lr=defaults.meta_lr,
+            backend=backend,
             **defaults.loop | {"first_order": first_order},
         )
         works[line, name] = partial(step, learner), 1

@@ -13,7 +13,7 @@ from model.fast.cuda_graph import CudaGraph
 from model.learner import Given
 from model.meta_test import FrozenOutputs, learn
 from model.modelfactory import shared_copy, trained_parameters
-from model.outer_loop import Setup, gather
+from model.outer_loop import gather
 from model.outer_loops import EpisodeLoop, TrajectoryLoop
 from tests.conftest import pooled
 from tests.model.test_method import CLASSES, images, network
@@ -32,12 +32,10 @@ def meta_learner(
     kind: str, rln: int, backend: str, first_order: bool, device: torch.device
 ) -> TrajectoryLoop:
     return TrajectoryLoop(
-        Setup(
-            *(network(kind, backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
-            torch.Generator().manual_seed(7),
-            meta_lr=0.001,
-            backend=BACKENDS[backend],
-        ),
+        *(network(kind, backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
+        torch.Generator().manual_seed(7),
+        meta_lr=0.001,
+        backend=BACKENDS[backend],
         update_lr=0.03,
         first_order=first_order,
         rln=rln,
@@ -67,11 +65,9 @@ def test_meta_steps(kind: str, rln: int, backend: str, first_order: bool) -> Non
 def test_episodes(backend: str) -> None:
     def weights(device: torch.device) -> Sequence[Tensor]:
         learner = EpisodeLoop(
-            Setup(
-                *(network("ANML", backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
-                torch.Generator().manual_seed(7),
-                meta_lr=0.001,
-            ),
+            *(network("ANML", backend)[0].to(device), pooled(images(CLASSES, 20).to(device))),
+            torch.Generator().manual_seed(7),
+            meta_lr=0.001,
             shots=3,
             leave_one_out=True,
             augment=1,

@@ -13,7 +13,7 @@ from model.fast import BACKENDS
 from model.meta_test import new_run
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
-from model.outer_loop import Setup, gather
+from model.outer_loop import gather
 from model.outer_loops import TrajectoryLoop
 from model.scores import LOST, Draw, RateSearch, best_rate, next_tries
 from tests import reference
@@ -94,8 +94,10 @@ def test_logits(kind: str) -> None:
 
 
 def learner(net: Network, pixels: Tensor, steps: int | None = None, **options: Any) -> TrajectoryLoop:
-    setup = Setup(net, pooled(pixels), torch.Generator().manual_seed(7), meta_lr=0.001)
-    return TrajectoryLoop(setup, second_order_steps=steps, rln=7, **options)
+    generator = torch.Generator().manual_seed(7)
+    return TrajectoryLoop(
+        net, pooled(pixels), generator, meta_lr=0.001, second_order_steps=steps, rln=7, **options
+    )
 
 
 @pytest.mark.parametrize("first_order", [True, False])

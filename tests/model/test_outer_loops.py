@@ -16,7 +16,7 @@ from flags.training import Training
 from model.check import check_network
 from model.fast import BACKENDS
 from model.modelfactory import ANML, NETWORKS, Network, reset_head, trained_parameters
-from model.outer_loop import OuterLoop, Setup
+from model.outer_loop import OuterLoop
 from model.outer_loops import OUTER_LOOPS, AlternatingLoop
 from tests.conftest import ROOT, Trainer, assert_same_run, pooled, rows
 from tests.model.test_method import CLASSES, images, network
@@ -35,8 +35,8 @@ def test_alternating_steps_are_those_of_torch(kind: str, rln: int, momentum: flo
     assert rln == net.rln_training
     other, (ours, theirs) = copy.deepcopy(net), (torch.Generator().manual_seed(7) for _ in range(2))
     rule: Any = {0: None, 0.9: parse(Training, ["--inner_rule=momentum"]).make_rule}[momentum]
-    setup = Setup(net, pooled(pixels), ours, meta_lr=0.001, rule=rule)
-    loop = AlternatingLoop(setup, update_step=5, update_lr=0.01, reset=reset)
+    flags: dict[str, Any] = {"update_step": 5, "update_lr": 0.01, "reset": reset}
+    loop = AlternatingLoop(net, pooled(pixels), ours, meta_lr=0.001, make_rule=rule, **flags)
     adam = torch.optim.Adam(other.parameters(), 0.001)
     for _ in range(2):
         trajectory = sample_trajectory([20] * CLASSES, torch.Generator().manual_seed(1), update_step=5)
@@ -103,7 +103,7 @@ def made(learner: str, net: Network, backend: str = "plain") -> OuterLoop:
     """An outer loop that trains a network on a few classes."""
     flags = parse(Training, [f"--learner={learner}", *LOOPS[learner].split()]).loop
     given = net, pooled(images(CLASSES, 20)), torch.Generator().manual_seed(1)
-    return OUTER_LOOPS[learner](Setup(*given, meta_lr=0.1, backend=BACKENDS[backend]), **flags)
+    return OUTER_LOOPS[learner](*given, meta_lr=0.1, backend=BACKENDS[backend], **flags)
 
 
 @pytest.mark.parametrize("learner", LOOPS)

@@ -9,7 +9,6 @@ import torch
 from datasets.task_sampler import shuffled_batches
 from flags.training import Plan, Training
 from model.modelfactory import build
-from model.outer_loop import Setup
 from model.outer_loops import BatchLoop
 from tests.conftest import Trainer, assert_same_run, pooled, rows
 from utils.command_line import parse
@@ -48,7 +47,7 @@ def test_a_step_is_that_of_torch() -> None:
     widths = {"pln_channels": 4, "num_classes": 6}
     net, other = (build("OML", widths, torch.Generator().manual_seed(0)) for _ in range(2))
     images, index = torch.randn(6, 3, 1, 28, 28), torch.tensor([[0, 1], [1, 0], [2, 2], [5, 1], [0, 2]])
-    ours = BatchLoop(Setup(net, pooled(images), torch.Generator(), meta_lr=0.001), batch_size=5)
+    ours = BatchLoop(net, pooled(images), torch.Generator(), meta_lr=0.001, batch_size=5)
     theirs = torch.optim.Adam(other.parameters(), 0.001)
     for _ in range(3):
         step = ours.differentiate(index)

@@ -17,7 +17,6 @@ import evaluate_classification
 import mrcl_classification
 from datasets.task_sampler import sample_trajectory
 from model.modelfactory import NETWORKS, build
-from model.outer_loop import Setup
 from model.outer_loops import TrajectoryLoop
 from model.training_state import load_state
 from tests.conftest import ROOT, TINY, Call, Trainer, pooled, process, rows
@@ -80,7 +79,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     net = build(name, {"num_classes": 8, **SMALL[name]}, generator).double().train()
     images = torch.randn(8, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
-    learner = TrajectoryLoop(Setup(net, pooled(images), generator, meta_lr=0.01, group=group))
+    learner = TrajectoryLoop(net, pooled(images), generator, meta_lr=0.01, group=group)
     results = []
     for step in range(3):
         torch.manual_seed(step)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from model.modelfactory import build, restore
 from model.optimizer import Adam
-from model.outer_loop import Setup
 from model.outer_loops import BatchLoop
 from model.training_state import load_state, restore_training
 from tests.conftest import pooled
@@ -179,5 +178,5 @@ def go_on(found: Checkpoint, training: bool) -> None:
     """Make the network of a file and, of a training state, put Adam and the generator into that state."""
     net = restore(found, "m.net")
     if training:
-        loop = BatchLoop(Setup(net, pooled(torch.zeros(1, 1)), torch.Generator(), meta_lr=0.1))
+        loop = BatchLoop(net, pooled(torch.zeros(1, 1)), torch.Generator(), meta_lr=0.1)
         restore_training(found, loop, "state.pt")
