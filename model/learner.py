@@ -8,8 +8,8 @@ computed at the first prediction.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial, update_wrapper
+from dataclasses import KW_ONLY, dataclass, field
+from functools import update_wrapper
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -148,6 +148,7 @@ def view(net: Network, images: Inputs, features: str, power: float) -> Tensor:
     return torch.cat(parts, 1)
 
 
+@dataclass(eq=False)
 class NearestClassMean:
     """The class whose mean is nearest (Euclidean).
 
@@ -156,26 +157,22 @@ class NearestClassMean:
     Attributes:
         counts: images of each class.
         sums: of what `add` was given of each class, [F].
+        scores: what `solve` gives of all that is learned so far; None where it was not asked yet.
     """
 
-    def __init__(
-        self,
-        net: Network,
-        trained: Collection[str],
-        given: Given,
-        *,
-        features: Features = "gated",
-        power: Power = 0.5,
-    ) -> None:
-        self.given = given
-        self.see = partial(view, net, features=features, power=power)
-        self.counts: Counter[int] = Counter()
-        self.sums: dict[int, Tensor] = {}
-        self.scores: Scores | None = None  # of all that is learned so far
+    net: Network
+    trained: Collection[str]
+    given: Given
+    _: KW_ONLY
+    features: Features = "gated"
+    power: Power = 0.5
+    counts: Counter[int] = field(default_factory=Counter, init=False)
+    sums: dict[int, Tensor] = field(default_factory=dict, init=False)
+    scores: Scores | None = field(default=None, init=False)
 
     def learn(self, images: Inputs, labels: Tensor) -> None:
         """Add images to the sums of their classes [B]."""
-        features = self.see(images)
+        features = view(self.net, images, self.features, self.power)
         self.add(features, labels.to(features.device))
         self.scores = None
 
@@ -183,7 +180,7 @@ class NearestClassMean:
         """[B] the class with the largest score among those learned; -1 where scores are not finite."""
         if self.scores is None:
             self.scores = self.solve()
-        given = classify(self.scores(self.see(images)))
+        given = classify(self.scores(view(self.net, images, self.features, self.power)))
         labels = torch.tensor(self.labels, device=given.device)
         return labels[given.clamp_min(0)].where(given >= 0, given)
 
@@ -209,6 +206,7 @@ class NearestClassMean:
         return lambda features: 2 * features @ means.t() - means.square().sum(1)
 
 
+@dataclass(eq=False, kw_only=True)
 class StreamingLDA(NearestClassMean):
     """Linear discriminant analysis with one covariance for all classes.
 
@@ -216,23 +214,16 @@ class StreamingLDA(NearestClassMean):
     covariance S within classes becomes (1 - s) S + s mean(diag S) I, with s the shrinkage, and a class of
     mean m has the score x' S^-1 m - m' S^-1 m / 2. (Theirs is updated image by image with the means of that
     time, on which the order has an influence.)
+
+    Attributes:
+        products: [F, F] the sum of x x' over all images; a number before the first.
     """
 
-    def __init__(
-        self,
-        net: Network,
-        trained: Collection[str],
-        given: Given,
-        *,
-        features: Features = "both",
-        power: Power = 0.5,
-        shrinkage: Annotated[
-            float, "part of the covariance that is replaced by a multiple of the identity", Range(1e-6, 1)
-        ] = 0.5,
-    ) -> None:
-        super().__init__(net, trained, given, features=features, power=power)
-        self.shrinkage = shrinkage
-        self.products = torch.zeros(())  # [F, F] the sum of x x' over all images
+    features: Features = "both"
+    shrinkage: Annotated[
+        float, "part of the covariance that is replaced by a multiple of the identity", Range(1e-6, 1)
+    ] = 0.5
+    products: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         super().add(features, labels)
