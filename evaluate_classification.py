@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from datasets import ImageSet, Pool
+from datasets.images import ImageSet, Pool
 from evaluation.plots import comparison_figure, load_matplotlib, or_warn, order_figure, save_png
 from evaluation.results import summarise, table
 from evaluation.runs import Model, Runs, how_chosen, match_earlier, models_to_test, search_and_report

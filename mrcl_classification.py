@@ -32,8 +32,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from datasets import ImageSet, Pool
-from datasets.images import SIZE
+from datasets.images import SIZE, ImageSet, Pool
 from evaluation.plots import load_matplotlib
 from evaluation.runs import gate_statistics, validate
 from flags.training import Plan, Training

@@ -8,19 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import folder, fonts, glyphs, omniglot
-from datasets.images import OMNIGLOT, SIZE, ImageSet, Normalisation, Pool, normalise, reason
+from datasets.images import SIZE, ImageSet, Normalisation, reason
 from utils.errors import UserError
-
-__all__ = [
-    "DATASETS",
-    "OMNIGLOT",
-    "WITHOUT_FILES",
-    "ImageSet",
-    "Normalisation",
-    "Pool",
-    "Source",
-    "normalise",
-]
 
 DATASETS: dict[str, Callable[..., ImageSet | Mapping[str, ImageSet]]] = {
     "omniglot": omniglot.load,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from datasets import Pool, Source
-from datasets.images import SIZE
+from datasets import Source
+from datasets.images import SIZE, Pool
 from evaluation.plots import figure_pixels, forgetting_figure, gate_figure, or_warn, read_png, save_png
 from evaluation.results import (
     Key,

@@ -476,7 +476,7 @@ def load_network(path: str | Path) -> Network:
     """The network in a model file, on the CPU, ready to look at images (`eval`).
 
         net = load_network("pretrained/anml_omniglot.net")
-        images = normalise(pixels, net.normalisation)    # datasets.normalise; uint8 [B, S, S]
+        images = normalise(pixels, net.normalisation)    # of datasets.images; uint8 [B, S, S]
         logits, features, gate = net(images), net.features(images), net.gate(images)
 
     Raises:

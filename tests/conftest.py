@@ -23,7 +23,8 @@ from torch import Tensor
 
 import evaluate_classification
 import mrcl_classification
-from datasets import DATASETS, ImageSet, Pool
+from datasets import DATASETS
+from datasets.images import ImageSet, Pool
 from evaluation import plots
 from model.check import check_network
 from model.fast.memory import keep_freed_memory

@@ -110,7 +110,7 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
     Args:
         first_order: whether a meta-step of the first order follows two of the second.
     """
-    from datasets import Pool
+    from datasets.images import Pool
     from datasets.task_sampler import sample_trajectory
     from model.check import Use
     from model.fast import choose_backend

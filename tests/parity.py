@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import ImageSet, Source
+from datasets import Source
+from datasets.images import ImageSet
 from model import method
 from model.fast import BACKENDS
 from model.learner import Given

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datasets import ImageSet, Pool
+from datasets.images import ImageSet, Pool
 from datasets.task_sampler import Task, sample_task
 from evaluation import plots
 from flags import common

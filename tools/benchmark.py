@@ -32,8 +32,8 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets import ImageSet, glyphs
-from datasets.images import SIZE, SIZES
+from datasets import glyphs
+from datasets.images import SIZE, SIZES, ImageSet
 from evaluation.results import aligned
 from flags.training import Training
 from model.fast import BACKENDS

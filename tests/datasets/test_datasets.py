@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from datasets import OMNIGLOT, ImageSet, Source, folder, glyphs, images, omniglot
-from datasets.images import cached
+from datasets import Source, folder, glyphs, images, omniglot
+from datasets.images import OMNIGLOT, ImageSet, cached
 from datasets.omniglot import CLASSES
 from utils.errors import UserError
 

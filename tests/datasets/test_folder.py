@@ -16,8 +16,8 @@ from PIL import Image
 
 import evaluate_classification
 import mrcl_classification
-from datasets import DATASETS, ImageSet, Normalisation, Pool, Source
-from datasets.images import shrink
+from datasets import DATASETS, Source
+from datasets.images import ImageSet, Normalisation, Pool, shrink
 from evaluation.results import read_results, summarise
 from model.meta_test import CHUNK, FrozenOutputs
 from model.modelfactory import build, load_network, trained_parameters

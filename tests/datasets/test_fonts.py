@@ -15,7 +15,8 @@ from PIL import ImageFont
 
 import evaluate_classification
 import mrcl_classification
-from datasets import ImageSet, Source, fonts
+from datasets import Source, fonts
+from datasets.images import ImageSet
 from datasets.task_sampler import sample_task
 from tests.conftest import TINY, Call, Run
 

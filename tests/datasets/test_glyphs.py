@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets import ImageSet, Source, glyphs
+from datasets import Source, glyphs
+from datasets.images import ImageSet
 from datasets.omniglot import CLASSES
 
 

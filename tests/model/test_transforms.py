@@ -157,7 +157,7 @@ def test_example_of_the_door_for_notebooks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_normalise_says_what_it_does_not_take() -> None:
-    from datasets import OMNIGLOT, ImageSet, Normalisation, normalise
+    from datasets.images import OMNIGLOT, ImageSet, Normalisation, normalise
 
     paper = torch.full((2, 28, 28), 255, dtype=torch.uint8)
     assert normalise(paper.numpy()).shape == (2, 1, 28, 28)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import evaluate_classification
 import mrcl_classification
-from datasets import DATASETS, ImageSet
+from datasets import DATASETS
+from datasets.images import ImageSet
 from model.learner import LEARNERS, LearnerKind, NearestClassMean
 from model.modelfactory import NETWORKS, Network, build, load_network
 from tests.conftest import Call
