@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datasets.folder import DAMAGE, ranked, readable, some, stamp_of
 from datasets.images import OMNIGLOT, SIZE, SPLITS, ImageSet, cached, reason, shrink
-from utils.errors import UserError, load_library, refusing
+from utils.errors import UserError, load_library
 from utils.files import read_text
 from utils.flag import Range, existing
 
@@ -157,8 +157,9 @@ def _characters(name: str) -> list[str]:
         letters = {letter for letter in map(chr, blocks) if unicodedata.category(letter) in ("Lu", "Ll")}
         found = {letter for letter in letters if unicodedata.normalize("NFD", letter)[0] not in ALIKE}
     else:
-        with refusing(f"read --characters {name}", f"; choose {', '.join(PACKAGES)} or a UTF-8 file"):
-            text = read_text(existing(name))
+        text = read_text(
+            existing(name), f"--characters {name}", f"; choose {', '.join(PACKAGES)} or a UTF-8 file"
+        )
         found = {character for character in text if character.isprintable() and not character.isspace()}
     return sorted(found)
 

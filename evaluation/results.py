@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from model.scores import CHANGE, MEASURES, RUNS, TENTH, Score, optional
 from utils.errors import UserError, refusing
-from utils.files import read_text, sync, write_text
+from utils.files import read_json, read_text, sync, write_text
 from utils.flag import Reader, positive, whole
 
 FEW = 10  # fewer values than these have Student's t interval; as many or more have a bootstrap interval
@@ -105,7 +105,7 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
         UserError: the file is missing, a column is missing or not numeric, or there are no steps.
     """
     path = path / "metrics.csv" if path.is_dir() else path
-    whole_lines = [line for line in text_of(path).splitlines(keepends=True) if line.endswith("\n")]
+    whole_lines = [line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n")]
     rows = list(csv.DictReader(whole_lines))
     fault = UserError(f"{path} holds no rows with the numbers {', '.join(METRICS)}")
     if not rows:
@@ -134,7 +134,7 @@ def read_table(
         UserError: the file cannot be read, has other columns, a row with too few or too many fields, a cell
             that its reader refuses, or two rows with the same key.
     """
-    lines = csv.reader(io.StringIO(text_of(path)), strict=True)
+    lines = csv.reader(io.StringIO(read_text(path)), strict=True)
     rows: dict[object, dict[str, Any]] = {}
     try:
         heading = next(lines, [])
@@ -202,7 +202,7 @@ def known_scores(path: Path) -> dict[Key, Score]:
 
 def columns_of(path: Path) -> list[str]:
     """The headings of a CSV file."""
-    return next(csv.reader(io.StringIO(text_of(path))), [])
+    return next(csv.reader(io.StringIO(read_text(path))), [])
 
 
 def append(path: Path, values: Sequence[object]) -> None:
@@ -223,26 +223,6 @@ def append(path: Path, values: Sequence[object]) -> None:
 def measures() -> dict[str, Reader]:
     """The readers of all measures, by column."""
     return {name: measure.kind.read for name, measure in MEASURES.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError where the file cannot be read or holds no object."""
-    try:
-        content = json.loads(text_of(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a JSON file: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
-
-
-def text_of(path: Path) -> str:
-    """The text in a file; raises UserError where the file cannot be read or is not text."""
-    try:
-        with refusing(f"read {path}"):
-            return read_text(path)
-    except ValueError:
-        raise UserError(f"{path} is not text") from None
 
 
 def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, str] | None:

@@ -17,11 +17,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from evaluation.results import read_json, read_results, read_table, shown, summarise, text_of
+from evaluation.results import read_results, read_table, shown, summarise
 from model.scores import accuracies, optional
 from utils.command_line import parse
 from utils.errors import UserError, run_script, say, try_to_write
-from utils.files import write_text
+from utils.files import read_json, read_text, write_text
 from utils.flag import Flags, Reader, number, whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +202,7 @@ class Ledger(Flags):
 def main() -> None:
     args = parse(Ledger)
     page = ROOT / "docs/results.md"
-    text = text_of(page)
+    text = read_text(page)
     current = inserted(text, ledger(ROOT / "results"), page)
     if not args.check:
         write_text(page, current)

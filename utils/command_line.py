@@ -14,7 +14,6 @@ has a flag of that name.
 
 import argparse
 import inspect
-import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
@@ -22,8 +21,8 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, NoReturn
 
-from utils.errors import UserError, refusing
-from utils.files import read_text
+from utils.errors import UserError
+from utils.files import read_json, read_text
 from utils.flag import REQUIRED, FlagInfo, Flags, FlagsT, Registry, declared, headed
 
 if sys.version_info >= (3, 11):
@@ -316,12 +315,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it is not one that a run writes.
     """
     path = folder / "config.json"
-    with refusing(f"read {path}, so that {folder} is not a run folder"):
-        data = path.read_bytes()
-    try:
-        config: dict[str, Any] = {"plan": {}, **json.loads(data)}
-    except (ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    config = {"plan": {}, **read_json(path, f"{path}, so that {folder} is not a run folder")}
     if not (isinstance(config.get("arguments"), dict) and isinstance(config["plan"], dict)):
         raise UserError(f"{path} is damaged: it holds no arguments")
     return config
@@ -330,10 +324,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _settings_of_config(path: Path) -> dict[str, Any]:
     """The settings that a TOML file holds."""
     try:
-        with refusing(f"read --config {path}"):
-            settings: dict[str, Any] = tomllib.loads(read_text(path))
-        return settings
-    except ValueError as error:  # also what TOML and UTF-8 decoding raise
+        return dict(tomllib.loads(read_text(path, f"--config {path}")))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config {path}: not a TOML file: {error}") from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import json
 import math
 import os
 import secrets
@@ -93,19 +94,37 @@ def keep_earlier(path: Path) -> Path | None:
         return kept
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, what: str = "", hint: str = "") -> str:
     """The text of a file in UTF-8, or in UTF-16 with a byte order mark, with any line ends.
 
     Editors and spreadsheets of Windows write byte order marks.
 
+    Args:
+        what: names the file where it cannot be read; the path by default.
+        hint: what to do then.
+
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not text.
+        UserError: the file cannot be read or is not text.
     """
-    content = path.read_bytes()
+    with refusing(f"read {what or path}", hint):
+        content = path.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except ValueError:
+        raise UserError(f"{path} is not text") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path, what: str = "") -> dict[str, Any]:
+    """The object in a JSON file; raises UserError like `read_text`, and where the file holds no object."""
+    try:
+        content = json.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or not a JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+    return content
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -187,7 +187,7 @@ def damaged(root: Path) -> None:
         (lambda _: None, {"characters": "hangul"}, "apt install fonts-alee fonts-baekmuk fonts-nanum "),
         (lambda _: None, {"characters": "kanji"}, "with one of the characters; `sudo apt install fonts-ao"),
         (lambda _: None, {"characters": "Hangul"}, "No such file or directory; choose hangul, kanji, latin"),
-        (lambda root: (root.parent / "letters").write_bytes(b"\xff"), {}, "--dataset fonts: 'utf-8' codec"),
+        (lambda root: (root.parent / "letters").write_bytes(b"\xff"), {}, "letters is not text"),
         (lambda root: (root.parent / "letters").write_text("A"), {}, "1 of 1 characters, too few for 0"),
         (
             lambda _: None,

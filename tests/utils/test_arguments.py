@@ -159,7 +159,7 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
         ("[method]\nsteps = 5", "method"),
         ("steps = ", "not a TOML file"),
         ("steps = 5\nsteps = 6", "not a TOML file"),
-        (b"\xff\xfe\x00", "not a TOML file"),
+        (b"\xff\xfe\x00", "is not text"),
         (None, "Is a directory"),
     ],
 )
