@@ -170,24 +170,19 @@ class Plan:
             UserError: images or classes are too few.
         """
         kind, net = LEARNERS[args.learner], model.net
-        drawn_from = {split: sets[split] for split in sets if split == "evaluation" or not kind.fit}
-        most = min(len(chosen) for chosen in drawn_from.values())
+        drawn_from = [sets[split] for split in sets if split == "evaluation" or not kind.fit]
+        most = min(map(len, drawn_from))
         if kind.takes_steps:
             most = min(most, net.num_outputs)
         fitting = [*(classes for classes in SCHEDULE if classes <= most), min(most, SCHEDULE[-1])]
         schedule = tuple(args.schedule or dict.fromkeys(fitting))
-        for split, chosen in drawn_from.items():
+        for chosen in drawn_from:
             chosen.require(
                 args.train_images + args.test_images,
                 f"--train_images {args.train_images} and --test_images {args.test_images}",
                 args.test_images,
             )
-            if max(schedule) > len(chosen):
-                raise UserError(
-                    f"--schedule asks for {max(schedule)} classes; there are {len(chosen)} "
-                    f"of {chosen.name}"
-                    + (" (see --test_classes and the data's flags)" if split == "evaluation" else "")
-                )
+            chosen.limited(max(schedule), "--schedule")
         options, named = learner_options(args, net)
         rln = args.rln
         if rln is None:
@@ -233,9 +228,7 @@ def images(args: Evaluation, net: Network, group: Group) -> dict[str, ImageSet]:
     sets = {"evaluation": found.limited(args.test_classes, "--test_classes")}
     if kind.fit or (args.lr is None and args.lr_search_split == "background"):
         found = group.one_before_others(lambda: source.load("background", normalisation))
-        outputs = max([net.num_outputs, *args.schedule]) if kind.takes_steps else len(found)
-        most = FITTED if kind.fit else outputs
-        sets["background"] = found.first(most)
+        sets["background"] = found.first(FITTED if kind.fit else max([net.num_outputs, *args.schedule]))
         if kind.fit and (single := sets["background"].sizes.count(1)):
             log.warning("%s: %d classes of one image are left out of the prior", found.name, single)
             if single == len(sets["background"]):

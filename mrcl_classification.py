@@ -142,10 +142,7 @@ def check_images(args: Training, images: ImageSet) -> None:
     if args.eval_every:
         load_matplotlib()
         images.require(2, f"--eval_every {args.eval_every}")
-        if args.eval_classes > len(images):
-            raise UserError(
-                f"--eval_classes {args.eval_classes}: there are {len(images)} meta-training classes"
-            )
+        images.limited(args.eval_classes, "--eval_classes")
 
 
 def stop_diverged(
@@ -252,7 +249,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
         log.info("step %d of %d: model written to %s", step, args.steps, plan.model_name)
         group.leave()
     if step < args.steps:
-        sys.exit(interrupt.exit_code)
+        sys.exit(128 + interrupt.signal)  # as a shell says it: 129, 130 or 143
     return run.folder
 
 

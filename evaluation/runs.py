@@ -54,7 +54,6 @@ class Model(NamedTuple):
         weights: the origin of the weights.
         sha256: hexadecimal digest of the file; empty without a file.
         step: meta-steps of the training.
-        arguments: flags of the training; empty without a file.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Model(NamedTuple):
     weights: Weights
     sha256: str = ""
     step: int = 0
-    arguments: Mapping[str, Any] = {}
 
 
 def models_to_test(args: Evaluation) -> list[Model]:
@@ -83,12 +81,12 @@ def models_to_test(args: Evaluation) -> list[Model]:
         log.info("%s: %s after %d steps", path, saved.network, saved.step)
         net, sha256 = restore(saved, path), hashlib.sha256(path.read_bytes()).hexdigest()
         weights: Weights = "pretrained" if saved.arguments.get("weights") == "pretrained" else "meta-trained"
-        models.append(Model(str(path), net, weights, sha256, saved.step, saved.arguments))
+        models.append(Model(str(path), net, weights, sha256, saved.step))
         kinds.append((weights, net.network, net.widths, net.image_size, net.normalisation))
         if kinds[-1] != kinds[0]:
             held = f"{models[0].name} holds {kinds[0]}, {path} holds {kinds[-1]}"
             raise UserError(f"--model takes models of one treatment and data set: {held}")
-        _warn_of_other_data(models[-1], args.source(net))
+        _warn_of_other_data(path, saved.arguments, args.source(net))
     if args.scratch:
         shape = models[0].net if models else None
         kind = args.treatment, args.constructor, args.size or SIZE
@@ -139,13 +137,13 @@ def match_earlier(models: list[Model], decided: Mapping[str, Any], folder: Path)
     return [model._replace(name=name) for model, (name, _) in zip(models, earlier, strict=True)]
 
 
-def _warn_of_other_data(model: Model, source: Source) -> None:
+def _warn_of_other_data(path: Path, arguments: Mapping[str, Any], source: Source) -> None:
     """Warn where a model was trained on the same data set with other options: where a draw splits a folder's
-    classes, the training may have used tested classes."""
-    for name, value in source.options.items() if model.arguments.get("dataset") == source.dataset else ():
-        before = model.arguments.get(f"data_{name}", model.arguments.get(name, value))
+    classes, the training may have used tested classes. `arguments` are those of the training."""
+    for name, value in source.options.items() if arguments.get("dataset") == source.dataset else ():
+        before = arguments.get(f"data_{name}", arguments.get(name, value))
         if before != value:
-            other = f"{model.name} was trained with --{name} {before}, and this is {value}"
+            other = f"{path} was trained with --{name} {before}, and this is {value}"
             log.warning("%s: make sure that no class tested here was trained on", other)
 
 

@@ -267,11 +267,6 @@ class Interrupt:
         self.signal = max(group.gather(self.signal))
         return self.signal > 0
 
-    @property
-    def exit_code(self) -> int:
-        """The conventional exit code after a signal: 129, 130 or 143; 0 without a signal."""
-        return 128 + self.signal if self.signal else 0
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
         if not self._patient and number in STOPS:

@@ -98,7 +98,7 @@ def train_seeds(
             process.wait()
     _tell(parent, seeds, steps, begun, time.monotonic() - start)
     if interrupt.signal:
-        sys.exit(interrupt.exit_code)
+        sys.exit(128 + interrupt.signal)
     if failed:
         said = "; ".join(f"seed {seed}: {line}" for seed, line in failed.items())
         raise UserError(f"{len(failed)} of {len(seeds)} trainings failed: {said}")
