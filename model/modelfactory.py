@@ -217,9 +217,12 @@ class Network(nn.Module):
 
 
 class _Published(Network):
-    """A head on features, and Kaiming normal weights."""
+    """A head on features, which are what the first chain puts out, and Kaiming normal weights."""
 
     kaiming = True
+
+    def features(self, inputs: Inputs) -> Tensor:
+        return run_rest(getattr(self, self.chains[0]), inputs, 0)
 
     def forward(self, inputs: Inputs) -> Tensor:
         logits: Tensor = self.head(self.features(inputs))
@@ -282,9 +285,6 @@ class SANML(_Published):
         self.pln = nn.Sequential(conv_blocks(pln_channels, size))
         self.head = nn.Linear(outputs(self.pln, size), num_classes)
 
-    def features(self, inputs: Inputs) -> Tensor:
-        return run_rest(self.pln, inputs, 0)
-
 
 class OML(_Published):
     """The OML network of the released code: six convolutions, a hidden layer, a head; no norm, no gate.
@@ -316,9 +316,6 @@ class OML(_Published):
         self.body.add_module("relu7", nn.ReLU())
         self.head = nn.Linear(hidden, num_classes)
 
-    def features(self, inputs: Inputs) -> Tensor:
-        return run_rest(self.body, inputs, 0)
-
 
 class Conv4(_Published):
     """Four blocks of a padded 3x3 convolution, batch norm, ReLU and 2x2 max-pool, and a head.
@@ -346,9 +343,6 @@ class Conv4(_Published):
         # Outputs take this order from the kernels, and the CPU normalises and pools them faster in it.
         self.body.to(memory_format=torch.channels_last)
         self.head = nn.Linear(outputs(self.body, size), num_classes)
-
-    def features(self, inputs: Inputs) -> Tensor:
-        return run_rest(self.body, inputs, 0)
 
 
 NETWORKS: dict[str, type[Network]] = {"ANML": ANML, "sANML": SANML, "OML": OML, "Conv4": Conv4}
@@ -398,22 +392,30 @@ def image_arguments(net: Network) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def reset_parameters(net: Network, names: Collection[str], generator: torch.Generator) -> None:
-    """Give parameters the values that they have in a new network, in place (Scratch)."""
+def reset_parameters(
+    net: Network, names: Collection[str], generator: torch.Generator, rows: list[int] | None = None
+) -> None:
+    """Give parameters, or some of their rows, their values in a new network, in place (Scratch)."""
     fresh = None if net.kaiming else _construct(type(net), net.widths, net.image_size, generator)
     for name in names:
         parameter = net.get_parameter(name)
         if fresh is not None:
-            parameter.copy_(fresh.get_parameter(name))
+            values: Tensor = fresh.get_parameter(name)
+            values = values if rows is None else values[rows]
         elif name.endswith("bias"):
-            parameter.zero_()
+            values = torch.zeros_like(parameter)
         elif parameter.ndim == 1:  # the scale of a norm
-            parameter.fill_(1)
+            values = torch.ones_like(parameter)
         else:
-            parameter.copy_(kaiming_normal(parameter, generator))
+            # For the shape alone: a list of rows would wait for the device.
+            values = kaiming_normal(parameter if rows is None else parameter[: len(rows)], generator)
+        if rows is None:
+            parameter.copy_(values)
+        else:
+            for row, value in zip(rows, values, strict=True):
+                parameter[row].copy_(value)
 
 
-@torch.no_grad()
 def reset_head(net: Network, generator: torch.Generator, classes: list[int] | None = None) -> None:
     """Draw the head's rows anew, in place: those of `classes` (weights alone) or all (and biases).
 
@@ -421,16 +423,7 @@ def reset_head(net: Network, generator: torch.Generator, classes: list[int] | No
     In the published networks, weights are Kaiming normal and biases zero; in others rows are those of a
     new network. (Released code: `reset_classifer`, which leaves biases alone as well.)
     """
-    if classes is None:
-        reset_parameters(net, head_rows(net, biases=True), generator)
-        return
-    fresh = None if net.kaiming else _construct(type(net), net.widths, net.image_size, generator)
-    for name in head_rows(net):
-        parameter = net.get_parameter(name)
-        as_many = parameter[: len(classes)]  # for the shape: a list of rows would wait for the device
-        drawn = fresh.get_parameter(name)[classes] if fresh else kaiming_normal(as_many, generator)
-        for row, values in zip(classes, drawn, strict=True):
-            parameter[row].copy_(values)
+    reset_parameters(net, head_rows(net, biases=classes is None), generator, classes)
 
 
 def head_rows(net: Network, biases: bool = False) -> list[str]:
