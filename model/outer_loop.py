@@ -146,12 +146,7 @@ def gather(pool: Pool, index: Tensor) -> tuple[Tensor, Tensor]:
     """Images [..., C, S, S], or other rows of a pool, and class ids [...] of an index [..., 2] of (class,
     image), which may lie on the CPU."""
     device = pool.rows.device
-    return pool.take(send(pool.positions(index), device)), send(index, device)[..., 0]
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting where that is safe.
-
-    MPS would read the memory after another tensor has taken it.
-    """
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    copies_safely = device.type == "cuda"  # MPS would read the memory after another tensor has taken it
+    both = (pool.positions(index), index)
+    rows, labels = (tensor.to(device, non_blocking=copies_safely) for tensor in both)
+    return pool.take(rows), labels[..., 0]

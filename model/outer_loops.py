@@ -209,7 +209,11 @@ class TrajectoryLoop(SequenceLoop):
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             grads, measured = self._differentiate(trajectory)
-            moved = [_moved(*pair).to(grads[0]) for pair in zip(buffers, before, strict=True)]
+            # Exactly 0 where a buffer has not moved, even at infinity (a mask).
+            moved = [
+                torch.where(buffer == value, torch.zeros_like(buffer), buffer - value).to(grads[0])
+                for buffer, value in zip(buffers, before, strict=True)
+            ]
             found = [*grads, *measured.values(), *moved]
             if sums:
                 torch._foreach_add_(sums, found)
@@ -221,11 +225,6 @@ class TrajectoryLoop(SequenceLoop):
             buffer.copy_(value + (mean if buffer.is_floating_point() else mean.round().to(buffer.dtype)))
         self.grads = means[: len(self.learned)]
         return dict(zip(measured, means[len(self.learned) :], strict=True))
-
-
-def _moved(buffer: Tensor, before: Tensor) -> Tensor:
-    """How far a buffer has moved: exactly 0 where it has not, even at infinity (a mask)."""
-    return torch.where(buffer == before, torch.zeros_like(buffer), buffer - before)
 
 
 @dataclass(eq=False, kw_only=True)
