@@ -156,16 +156,14 @@ def search_and_report(
     """
     rows: list[dict[str, Any]] = []
     tries: list[dict[str, Any]] = []
-    numbers: list[dict[str, int]] = []
     for counts in [sorted(schedule)] if args.nested else [[classes] for classes in schedule]:
         rates = dict.fromkeys(counts, args.lr)
         if args.lr is None and LEARNERS[args.learner].takes_steps:
             for classes, made in search(args, runs, counts).items():
                 rates[classes] = made.best()
-                start, number, most = len(tries), len(made.scores), len(made.rates) * len(made.draws)
-                decided = f"decided by {number} tries of {most}"
+                start, most = len(tries), len(made.rates) * len(made.draws)
+                decided = f"decided by {len(made.scores)} tries of {most}"
                 log.info("%d classes: learning rate %g, %s", classes, made.best(), decided)
-                numbers.append({"classes": classes, "made": number, "of": most})
                 for (draw, lr), score in made.scores.items():
                     name = runs.models[draw.model].name
                     tries.append({"model": name, "classes": classes, "draw": draw.number, "lr": lr, **score})
@@ -183,8 +181,7 @@ def search_and_report(
                 runs.run.image(f"meta_test/{picture.stem}", read_png(picture), line["classes"])
         if is_first():
             chosen = how_chosen(args, len(runs.models), rows)
-            more = {"search": tries, "search_tries": numbers, "lr_chosen": chosen}
-            write_results(runs.run.folder, rows, {**about, **more})
+            write_results(runs.run.folder, rows, {**about, "search": tries, "lr_chosen": chosen})
     return rows
 
 
