@@ -78,7 +78,7 @@ def keep_earlier(path: Path) -> Path | None:
     """Copy the file `path`, which is to be replaced, to `name.1.suffix` or the next free number.
 
     Returns:
-        the copy's path, which may be that of an earlier equal copy. None if there is no file.
+        the copy's path; None if there is no file.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -86,11 +86,9 @@ def keep_earlier(path: Path) -> Path | None:
     with refusing(f"read {path}"):
         if not path.exists():
             return None
-        content = path.read_bytes()
         names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-        kept = next(name for name in names if not name.exists() or name.read_bytes() == content)
-        if not kept.exists():
-            write_bytes(kept, content)
+        kept = next(name for name in names if not name.exists())
+        write_bytes(kept, path.read_bytes())
         return kept
 
 
