@@ -3,20 +3,17 @@
 A new measure is one more line of `MEASURES`; files, tables, curves and figures follow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from itertools import product
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from utils.flag import Reader, number, whole
-
-if TYPE_CHECKING:  # torch takes a second to import, and tools that read results do not need it
-    from torch import Tensor
 
 LOST = -1.0  # accuracy of a run that diverged, less than any other
 
