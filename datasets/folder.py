@@ -14,13 +14,14 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -104,17 +105,14 @@ def load(
         rows = [row for row, picture in enumerate(pictures) if placed[picture.label][0] == side]
         # Pictures of one split whose pixels are those of a picture of the other are found by their hashes.
         files[side] = {hash(pixels[row].tobytes()): pictures[row].path.relative_to(root) for row in rows}
-        groups = groupby(rows, lambda row: pictures[row].label)
-        # The rows of a class are one after the other, and a slice of them is no copy.
-        spans = {placed[label][1]: list(members) for label, members in groups}
-        classes = {name: pixels[span[0] : span[-1] + 1] for name, span in spans.items()}
-        if len(classes) > 1:
-            sets[side] = ImageSet.of(f"folder {home.name} {side}", classes, notes=notes)
+        sizes = Counter(placed[pictures[row].label][1] for row in rows)
+        if len(sizes) > 1:
+            images = torch.from_numpy(pixels[rows])
+            shown = f"folder {home.name} {side}"
+            sets[side] = ImageSet(shown, images, tuple(sizes.values()), tuple(sizes), notes=notes)
         elif side == split:
             kept = f" with --evaluation_classes {evaluation_classes}" if evaluation_classes else ""
-            raise UserError(
-                f"{root}: {len(classes)} classes in {split}{kept}; to tell classes apart takes two"
-            )
+            raise UserError(f"{root}: {len(sizes)} classes in {split}{kept}; to tell classes apart takes two")
     background, evaluation = (files[side] for side in SPLITS)
     if same := background.keys() & evaluation.keys():
         leaks = [f"{evaluation[key].as_posix()} is {background[key].as_posix()}" for key in same]
