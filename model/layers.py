@@ -87,11 +87,6 @@ def conv_blocks(channels: int, size: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(**blocks, flatten=nn.Flatten())
 
 
-def colour(images: Tensor, channels: int = 3) -> Tensor:
-    """Grey images [B, 1, H, W] with their channel repeated, as a view; others as they are."""
-    return images.expand(-1, channels, -1, -1) if images.ndim == 4 and images.shape[1] == 1 else images
-
-
 @dataclass(frozen=True)
 class FrozenOutput:
     """Images partway through the chains of a network: computed once, where what comes before is frozen.

@@ -18,16 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.images import OMNIGLOT, SIZE, SIZES, Normalisation
-from model.layers import (
-    FrozenOutput,
-    Inputs,
-    colour,
-    conv_blocks,
-    kaiming_normal,
-    layers_of,
-    outputs,
-    run_rest,
-)
+from model.layers import FrozenOutput, Inputs, conv_blocks, kaiming_normal, layers_of, outputs, run_rest
 from model.layers import layer_parameters as layer_parameters
 from model.layers import shared_copy as shared_copy
 from model.layers import trained_parameters as trained_parameters
@@ -57,7 +48,8 @@ def _on_colour(method: Method) -> Method:
         own, size = type(net).frozen is not Network.frozen, net.image_size
         if isinstance(inputs, Tensor) and (not own or inputs.shape[1:] == (1, size, size)):
             channels = net._channels
-            inputs = inputs if channels is None else colour(inputs, channels)
+            if channels is not None and inputs.ndim == 4 and inputs.shape[1] == 1:
+                inputs = inputs.expand(-1, channels, -1, -1)
             if channels is not None and inputs.shape[-3:] != (channels, size, size):
                 raise ValueError(
                     f"images are {list(inputs.shape)}; {net.network} reads [B, {channels}, {size}, {size}], "

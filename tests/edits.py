@@ -68,11 +68,11 @@ EDITS: dict[str, list[Edit]] = {
             "ConvBlock(inputs, channels, False, number, last)\n"
             '        blocks[f"pool{number}"] = nn.Identity() if last else nn.MaxPool2d(2, 2)\n',
         ),
-        Edit("darker images", "-1, -1) if", "-1, -1) * 0.5 if"),
         Edit("another gain", "math.sqrt(2 / math.prod(", "math.sqrt(1 / math.prod("),
         Edit("stages scaled", "        x = stage(x)\n", "        x = stage(x) * 0.9\n"),
     ],
     FACTORY: [
+        Edit("darker images", "channels, -1, -1)", "channels, -1, -1) * 0.5"),
         Edit("noise in frozen outputs", "x, count = stage(x),", "x, count = stage(x) * 1.1,"),
         Edit("an open gate added", ") * self.gate(inputs)", ") * (1 + self.gate(inputs))"),
         Edit("features without gate", ") * self.gate(inputs)", ")"),
