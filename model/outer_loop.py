@@ -37,6 +37,7 @@ class OuterLoop:
         make_rule: makes the inner rule; None for the paper's.
         group: the processes of the job.
         backend: gives the meta-loss.
+        head: what learns in small meta-tests of the network, a key of `model.learner.LEARNERS`.
         rule: holds what learns beside the network; training states and model files keep it.
         learned: the parameters that learn.
         grads: the gradient that `differentiate` leaves, a tensor for each of `learned`.
@@ -63,6 +64,7 @@ class OuterLoop:
     defaults: ClassVar[Mapping[str, Any]] = {}
     model_name: ClassVar[str | None] = None
     weights: ClassVar[Weights] = "meta-trained"
+    head: str = field(default="adam", init=False)
     rule: nn.Module | None = field(default=None, init=False)
     grads: Sequence[Tensor] = field(default=(), init=False)
 
@@ -80,11 +82,6 @@ class OuterLoop:
         self.learned = [p for p in self.net.parameters() if p.requires_grad and id(p) not in fixed]
         self.learned += [] if self.rule is None else self.rule.parameters()
         self.optimizer = Adam(self.learned, self.meta_lr)
-
-    @property
-    def head(self) -> str:
-        """What learns in small meta-tests of the network, a key of `model.learner.LEARNERS`."""
-        return "adam"
 
     def check(self, images: ImageSet) -> None:
         """Raise UserError where there are too few images for a step."""

@@ -7,7 +7,7 @@ loop are its flags.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
@@ -328,6 +328,7 @@ class EpisodeLoop(OuterLoop):
     ] = 0.0
     defaults: ClassVar = {"cosine": True}
     trains_head = False
+    head: str = field(default="ncm", init=False)
     numbers: ClassVar[Mapping[str, float]] = {"scale": 1.0}
     """Positive numbers that the logits have, which learn with the weights, and where they start."""
 
@@ -338,10 +339,6 @@ class EpisodeLoop(OuterLoop):
         self.learned_shots = None if self.leave_one_out else self.shots
         self.episode = {"ways": self.ways, "images": self.shots + self.queries, "symmetries": self.symmetries}
         super().__post_init__()
-
-    @property
-    def head(self) -> str:
-        return "ncm"
 
     def logits(self, features: Tensor, **numbers: Tensor) -> Tensor:
         """Logits of the queries, as `prototype_logits` gives them, with the values of `numbers`."""
@@ -395,9 +392,9 @@ class GeMCLLoop(EpisodeLoop):
     ] = "predictive"
     numbers: ClassVar = {"shape": 100.0, "scale": 1000.0}
 
-    @property
-    def head(self) -> str:
-        return self.gemcl_head
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.head = self.gemcl_head
 
     def logits(self, features: Tensor, **numbers: Tensor) -> Tensor:
         """Logits of the queries, as `gemcl_logits` gives them."""
