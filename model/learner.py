@@ -26,11 +26,6 @@ VIEWS = ("gated", "gate", "both")  # what a head without gradient sees of a netw
 Features = Annotated[
     str, "what is seen of the network: the input of its head, its gate, or both side by side", VIEWS
 ]
-Power = Annotated[
-    float,
-    "exponent that features are raised to before they get unit length; 1 leaves them as they are",
-    positive,
-]
 
 Prior = tuple[float, float]
 """Shape and scale of an inverse gamma distribution."""
@@ -165,7 +160,11 @@ class NearestClassMean:
     given: Given
     _: KW_ONLY
     features: Features = "gated"
-    power: Power = 0.5
+    power: Annotated[
+        float,
+        "exponent that features are raised to before they get unit length; 1 leaves them as they are",
+        positive,
+    ] = 0.5
     counts: Counter[int] = field(default_factory=Counter, init=False)
     sums: dict[int, Tensor] = field(default_factory=dict, init=False)
     scores: Scores | None = field(default=None, init=False)
