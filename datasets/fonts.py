@@ -99,15 +99,8 @@ def load(
     packages = PACKAGES.get(characters, PACKAGES["latin"])
     hint = f"`sudo apt install {packages}` puts fonts into /usr/share/fonts, see docs/data.md"
     faces = _faces(root, wanted, size, hint)
-    pairs = [(face, character) for face in faces for character in face.characters]
-
-    def make(positions: Sequence[int]) -> NDArray[np.uint8]:
-        return np.stack([_drawing(*pairs[position], size) for position in positions])
-
-    home = root.resolve()
-    name = f"fonts-{hashlib.sha256(os.fsencode(home) + ''.join(wanted).encode()).hexdigest()[:8]}"
-    origin = repr([(face.name, face.stamp, face.characters) for face in faces]).encode()
-    pixels = cached(cache_dir, name, origin, len(pairs), make, size)
+    name = os.fsencode(root.resolve()) + "".join(wanted).encode()
+    pixels = _pixels(faces, cache_dir, f"fonts-{hashlib.sha256(name).hexdigest()[:8]}", size)
     drawn = _drawn(faces, wanted, pixels)
     has = drawn >= 0
     enough = has.sum(0) >= images + held_out_fonts
@@ -136,7 +129,7 @@ def load(
         table = drawn[[*np.setdiff1d(used, held), *last]]
         rows = {k: table[:, k] for k in classes if (wanted[k] in tested) == (side == "evaluation")}
         sets[side] = ImageSet.of(
-            f"fonts {home.name} {characters} {side}",
+            f"fonts {root.resolve().name} {characters} {side}",
             {f"U+{ord(wanted[k]):04X} {wanted[k]}": pixels[own[own >= 0]] for k, own in rows.items()},
             normalisation=OMNIGLOT,
             notes=notes,
@@ -212,6 +205,17 @@ def _drawing(face: Face, character: str, size: int) -> NDArray[np.uint8]:
             middle = side * (0.5 - LEFT), side * (0.5 - UP)
             paper.paste(0, (round(middle[0] - ink.width / 2), round(middle[1] - ink.height / 2)), ink)
     return shrink(paper, size)[None]
+
+
+def _pixels(faces: Sequence[Face], cache_dir: Path, name: str, size: int) -> NDArray[np.uint8]:
+    """The images [N, 1, S, S] of the characters of each font, made or from the cache `name`."""
+    pairs = [(face, character) for face in faces for character in face.characters]
+
+    def make(positions: Sequence[int]) -> NDArray[np.uint8]:
+        return np.stack([_drawing(*pairs[position], size) for position in positions])
+
+    origin = repr([(face.name, face.stamp, face.characters) for face in faces]).encode()
+    return cached(cache_dir, name, origin, len(pairs), make, size)
 
 
 def _drawn(faces: Sequence[Face], wanted: Sequence[str], pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
