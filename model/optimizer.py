@@ -13,7 +13,7 @@ EPS = 1e-8
 class Adam:
     """Adam, which updates weights in place, with its published defaults (as in the paper and released code).
 
-    The arithmetic is torch's functional `adam`, fused into one pass over memory where the device can.
+    The arithmetic is torch's functional `adam`, fused into one pass over memory.
     `torch.optim.Adam` would import the compiler, which takes seconds, and walk its parameter groups at each
     of the thousands of updates of a meta-test.
 
@@ -28,11 +28,7 @@ class Adam:
         self.means = [torch.zeros_like(weight) for weight in self.weights]
         self.squares = [torch.zeros_like(weight) for weight in self.weights]
         self.flat = [list(map(_flat, part)) for part in (self.weights, self.means, self.squares)]
-        device = self.weights[0].device
-        self.fused = device.type in ("cpu", "cuda", "mps")
-        # Fused kernels keep the step count on the device; the plain one reads the count on the host.
-        counter = device if self.fused else torch.device("cpu")
-        self.steps = [torch.zeros((), device=counter) for _ in self.weights]
+        self.steps = [torch.zeros((), device=weight.device) for weight in self.weights]
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Moments and step counts, a tensor per weight; later steps change these tensors."""
@@ -54,7 +50,7 @@ class Adam:
         flat = [_flat(*pair) for pair in zip(gradients, self.weights, strict=True)]
         adam(
             *(weights, flat, means, squares, [], self.steps),
-            fused=self.fused,
+            fused=True,
             amsgrad=False,
             beta1=BETAS[0],
             beta2=BETAS[1],
