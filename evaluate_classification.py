@@ -31,7 +31,7 @@ from typing import Any
 
 from datasets.images import ImageSet, Pool
 from evaluation.plots import comparison_figure, load_matplotlib, or_warn, order_figure, save_png
-from evaluation.results import summarise, table
+from evaluation.results import Row, summarise, table
 from evaluation.runs import Model, Runs, how_chosen, match_earlier, models_to_test, search_and_report
 from flags.evaluation import SCHEDULE, Evaluation
 from model.check import Use
@@ -52,7 +52,6 @@ RECORDED = ("name", "weights", "sha256", "step")  # of a model, in config.json
 
 log = logging.getLogger("anml")
 
-INDEPENDENT = "each class count has draws of its own"
 DEPENDENT = (
     "all class counts share their draws: each point of a curve has the distribution that it has with "
     "draws of its own, but the points are not independent of each other"
@@ -103,7 +102,7 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
         "device": str(device),
         "backend": backend.name,
         "backend_why": backend.why,
-        "points": DEPENDENT if args.nested else INDEPENDENT,
+        "points": DEPENDENT if args.nested else "each class count has draws of its own",
         **data,
     }
     pools = {split: chosen.pool(device) for split, chosen in sets.items()}
@@ -118,21 +117,26 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
         runs = Runs(args, run, models, make, group)
         rows = search_and_report(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})
         group.leave()
-        if not is_first():
-            return run.folder
-        with or_warn("accuracy.png"):
-            lines = {plan.treatment: summarise(rows)}
-            pixels = save_png(comparison_figure(lines), run.folder / "accuracy.png")
-            run.image("meta_test/accuracy", pixels, max(plan.schedule))
-            if max(plan.schedule) >= len(TENTHS):
-                pixels = save_png(order_figure(lines), run.folder / "order.png")
-                run.image("meta_test/order", pixels, max(plan.schedule))
-        log.info("%s", how_chosen(args, len(models), rows))
-        log.info("%s", table(rows))
-        if args.nested:
-            log.info("%s", DEPENDENT)
-        log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
+        if is_first():
+            show(args, run, plan, len(models), rows)
     return run.folder
+
+
+def show(args: Evaluation, run: Run, plan: "Plan", models: int, rows: Sequence[Row]) -> None:
+    """Draw the figures of a report on so many models, and log the report."""
+    with or_warn("accuracy.png"):
+        lines = {plan.treatment: summarise(rows)}
+        figures = {"accuracy": comparison_figure(lines)}
+        if max(plan.schedule) >= len(TENTHS):
+            figures["order"] = order_figure(lines)
+        for name, figure in figures.items():
+            pixels = save_png(figure, run.folder / f"{name}.png")
+            run.image(f"meta_test/{name}", pixels, max(plan.schedule))
+    log.info("%s", how_chosen(args, models, rows))
+    log.info("%s", table(rows))
+    if args.nested:
+        log.info("%s", DEPENDENT)
+    log.info("results.csv, results.json and accuracy.png are in %s", run.folder)
 
 
 def main() -> None:

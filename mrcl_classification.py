@@ -137,12 +137,15 @@ def steps(
     return progress.step
 
 
-def check_images(args: Training, images: ImageSet) -> None:
-    """Raise UserError where the images are too few for the checks that are asked for."""
+def training_images(args: Training, net: Network, group: Group) -> ImageSet:
+    """The meta-training classes; raises UserError where they are too few for what is asked for."""
+    images = group.one_before_others(lambda: args.source(net).load("background"))
+    images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
     if args.eval_every:
         load_matplotlib()
         images.require(2, f"--eval_every {args.eval_every}")
         images.limited(args.eval_classes, "--eval_classes")
+    return images
 
 
 def stop_diverged(
@@ -212,9 +215,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
     if done > args.steps:
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
-    images = group.one_before_others(lambda: args.source(net).load("background"))
-    images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
-    check_images(args, images)
+    images = training_images(args, net, group)
     plan = Plan.of(args, len(images))
     if is_first():
         check_writable(plan.model_name, "--model_name")

@@ -255,8 +255,7 @@ class ImageSet:
 
     def pool(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pool:
         """All images on `device`. A batch that is taken becomes network inputs [B, C, S, S], normalised."""
-        normalisation = self.normalisation or OMNIGLOT
-        prepare = normalisation.on(device, dtype)
+        prepare = (self.normalisation or OMNIGLOT).on(device, dtype)
         return Pool(self.images.to(device), self.sizes, prepare, self.test_only)
 
 

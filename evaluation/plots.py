@@ -102,8 +102,7 @@ def comparison_figure(
         axes.set_ylim(0, 102)  # room for the upper half of a marker
         axes.grid(alpha=0.3)
         axes.label_outer()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
