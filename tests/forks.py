@@ -17,6 +17,7 @@ from typing import Any
 from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
+FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT
 MODULES = ("mrcl_classification", "evaluate_classification", "tests.utils.test_distributed")
 
 
@@ -36,7 +37,7 @@ class Forks:
 
     def start(self, folder: Path, module: str, *flags: str, **environment: str) -> int:
         """Start `main` of a module in `folder`; the process's id. What the process prints is appended to the
-        files FOLDER.stdout and FOLDER.stderr."""
+        files FOLDER.stdout and FOLDER.stderr, or shown on the terminal TTY, which is that of its session."""
         return self._ask([str(folder), module, flags, environment])
 
     def wait(self, child: int) -> int:
@@ -62,9 +63,13 @@ def fork(folder: str, module: str, flags: list[str], environment: dict[str, str]
         try:
             os.chdir(folder)
             os.environ.update(environment)
-            for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
-                with Path(f"{folder}.{name}").open("a") as file:
-                    os.dup2(file.fileno(), stream.fileno())
+            os.setsid()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests with nohup ignores it
+            for number, name in enumerate(("stdout", "stderr"), 1):
+                handle = os.open(environment.get("TTY", f"{folder}.{name}"), FLAGS)
+                os.dup2(handle, number)
+                os.close(handle)
+                setattr(sys, name, os.fdopen(number, "w", buffering=1))
             sys.argv = [f"{module}.py", *flags]
             run_script(sys.modules[module].main)
             code = 0

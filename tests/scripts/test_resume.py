@@ -1,12 +1,14 @@
 """Runs that are killed, stopped or damaged go on as if nothing had happened, or say why not."""
 
+import fcntl
 import json
 import os
 import random
 import re
+import select
 import signal
-import subprocess
-import sys
+import struct
+import termios
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +26,7 @@ from tests.forks import Forks
 from utils.distributed import Interrupt
 from utils.files import load_checkpoint
 
-STEPS, KILLS = 60, 4
+STEPS, KILLS = 40, 4
 ROWS = 8  # new rows of metrics.csv before a kill, at most
 LATE = 0.03  # seconds after them, at most: longer than a step, and than saving one
 
@@ -123,70 +125,48 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert_same_run(tmp_path / "runs/smoke_1", trainer.run)
 
 
-ON_A_TERMINAL = """
-import fcntl, os, signal, struct, sys, termios
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests with nohup ignores it
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-"""A program that makes its stdin the terminal of its session, 80 columns wide, and becomes a command."""
-
-
-def test_a_closed_terminal_saves(trainer: Trainer) -> None:
+def test_a_closed_terminal_saves(trainer: Trainer, forks: Forks, tmp_path: Path) -> None:
     """The kernel sends SIGHUP, and what is printed after it fails."""
     ours, theirs = os.openpty()
-    training = [str(ROOT / "mrcl_classification.py"), *trainer.flags, "--steps=100000", "--log_every=1"]
-    with subprocess.Popen(
-        [sys.executable, "-c", ON_A_TERMINAL, *training],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        os.close(theirs)
-        while b"loss=" not in os.read(ours, 1000):  # which fails when the training ends
-            pass
-        os.close(ours)
-        assert process.wait(60) == 129
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    flags = [*trainer.flags, "--steps=100000", "--log_every=1"]
+    training = forks.start(tmp_path, "mrcl_classification", *flags, TTY=os.ttyname(theirs))
+    while select.select([ours], [], [], 60)[0] and b"loss=" not in os.read(ours, 1000):
+        pass
+    os.close(ours)
+    assert forks.wait(training) == 129
+    os.close(theirs)
     assert trainer.state().step == len(rows(trainer.run))
     assert "model written to" in (trainer.run / "log.txt").read_text()
 
 
 @pytest.mark.usefixtures("_default_handlers")
 @pytest.mark.parametrize(
-    ("patient", "numbers", "code"),
+    ("place", "numbers", "first"),
     [
-        (False, [signal.SIGTERM], 143),
-        (False, [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP], 129),
-        (True, [signal.SIGTERM, signal.SIGINT], 143),
+        ("terminal", [signal.SIGTERM], signal.SIGTERM),
+        ("terminal", [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP], signal.SIGHUP),
+        ("job", [signal.SIGTERM, signal.SIGINT], signal.SIGTERM),
+        ("nohup", [signal.SIGHUP], 0),
     ],
 )
 def test_signals_within_an_interrupt(
-    patient: bool, numbers: list[signal.Signals], code: int, monkeypatch: pytest.MonkeyPatch
+    place: str, numbers: list[signal.Signals], first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if patient:
+    if place == "job":
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.SIG_IGN if place == "nohup" else signal.SIG_DFL
+    signal.signal(signal.SIGHUP, before)
     with Interrupt() as interrupt:
         for number in numbers:
             signal.raise_signal(number)
-        if not patient:  # the next one acts
+        if place == "terminal":  # the next one acts
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
-        assert 128 + interrupt.signal == code
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        assert interrupt.signal == first
+    assert signal.getsignal(signal.SIGHUP) is before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.usefixtures("_default_handlers")
-def test_a_hangup_that_is_ignored_stays_so() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Interrupt() as interrupt:
-        signal.raise_signal(signal.SIGHUP)
-        assert interrupt.signal == 0
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def alter(path: Path) -> None:
@@ -227,12 +207,13 @@ def test_a_state_of_another_run_is_refused(trainer: Trainer) -> None:
     assert content.generator is not None
     other = load_state(trainer.run.with_name("smoke_1"))
     assert other is not None
-    replace(content, optimizer=other.optimizer).save(trainer.run / NAME)
-    assert "other weights" in trainer.refused("--steps=2")
-    replace(content, generator=content.generator[:-1]).save(trainer.run / NAME)
-    assert "state of this run" in trainer.refused("--steps=2")
-    replace(content, network="OML").save(trainer.run / NAME)
-    assert "holds OML" in trainer.refused("--steps=2")
+    for wrong, named in (
+        (replace(content, optimizer=other.optimizer), "other weights"),
+        (replace(content, generator=content.generator[:-1]), "state of this run"),
+        (replace(content, network="OML"), "holds OML"),
+    ):
+        wrong.save(trainer.run / NAME)
+        assert named in trainer.refused("--steps=2")
 
 
 HEADER = b"step,loss,accuracy_trajectory,accuracy_remember,seconds\n"
@@ -259,8 +240,8 @@ def test_metrics_that_are_torn_lost_or_edited(left: bytes | None, kept: int, tra
     assert ("lacks 2 of the 2 steps" in (trainer.run / "log.txt").read_text()) == (kept == 0)
 
 
-def test_contradicting_arguments_are_refused(trainer: Trainer) -> None:
-    trainer("--steps=1")
+def test_what_may_change(trainer: Trainer) -> None:
+    trainer("--steps=4")
     for flags, named in (
         (["--meta_lr=0.01"], "--meta_lr is 0.01 and was 0.001"),
         (["--first_order", "--seed=4"], "--first_order is True and was False; --seed is 4 and was 9"),
@@ -268,10 +249,6 @@ def test_contradicting_arguments_are_refused(trainer: Trainer) -> None:
         (["--config", str(ROOT / "configs/anml.toml")], "--remember is 64 and was 8"),
     ):
         assert named in trainer.refused(*flags)
-
-
-def test_what_may_change(trainer: Trainer) -> None:
-    trainer("--steps=4")
     flags = ["--seed", "9", "--log_every=1", "--save_every=2", "--device=cpu", "--threads=1"]
     trainer.resume("--steps=5", *flags)
     config = json.loads((trainer.run / "config.json").read_text())
