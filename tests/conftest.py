@@ -111,7 +111,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts that run within this process share characters and checks."""
+    """Scripts that run within this process share characters and checks, and draw small figures."""
+    monkeypatch.setattr(plots, "DPI", 30)
     monkeypatch.setattr(mrcl_classification, "check_network", checked_once)
     monkeypatch.setitem(DATASETS, "glyphs", drawn_once)
 
@@ -144,10 +145,10 @@ def score(**values: float) -> dict[str, Any]:
     return {name: nothing.get(measure.kind, 0.0) for name, measure in MEASURES.items()} | values
 
 
-def curve(run: Path, tag: str = "meta_train/loss") -> list[tuple[int, float]]:
-    """Steps and values of a curve, as TensorBoard's server reads them."""
+def curve(run: Path, tag: str = "meta_train/loss") -> list[tuple[int, Any]]:
+    """Steps and values of a curve, or a picture, as TensorBoard's server reads them."""
     reader = EventAccumulator(str(run), tensor_size_guidance={"scalars": 0}).Reload()
-    return [(point.step, make_ndarray(point.tensor_proto).item()) for point in reader.Tensors(tag)]
+    return [(point.step, make_ndarray(point.tensor_proto).tolist()) for point in reader.Tensors(tag)]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -221,11 +222,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def evaluate(
-    models: Path, cache: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> Evaluate:
+def evaluate(models: Path, cache: Path, tmp_path: Path, run: Run) -> Evaluate:
     """Runs an evaluation in this process, beside copies of the models; returns the latest run folder."""
-    monkeypatch.setattr(plots, "DPI", 30)
     for path in models.glob("*.net"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
 

@@ -12,18 +12,10 @@ import evaluate_classification
 import mrcl_classification
 from evaluation.results import read_results
 from model import method, modelfactory, outer_loops
-from tests.conftest import ROOT, Trainer, process, rows
+from tests.conftest import ROOT, Run, Trainer, process, rows, shown
 from utils.errors import UserError
 
-PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-
 IID = "--learner=iid", "--learner=smoothed"
-
-
-def example(tag: str) -> str:
-    code = PAGE.split(f"<!-- {tag} -->")[1].split("```")[1].removeprefix("python\n")
-    assert code.count("\n") <= 15
-    return code
 
 
 def losses(run: str) -> list[str]:
@@ -55,7 +47,9 @@ def test_an_entry_of_a_table(
             trainer.flags[-1],
         ]
     monkeypatch.setitem(table, flags.partition("=")[2], None)  # to be forgotten afterwards
-    exec(compile(example(tag), tag, "exec"), {**vars(module)})  # noqa: S102 (our own documentation)
+    code = shown("extending.md", tag)
+    assert code.count("\n") <= 15
+    exec(compile(code, tag, "exec"), {**vars(module)})  # noqa: S102 (our own documentation)
     trainer(*base.split(), "--name=base")
     trainer(flags, f"{strength}=0", "--name=none")
     trainer(flags, f"{strength}=0.5", "--name=half")
@@ -63,21 +57,20 @@ def test_an_entry_of_a_table(
     assert len(losses("half")) == 4
 
 
-def test_from_python(tmp_path: Path) -> None:
-    code = example("from python").replace("path/to/this/project", str(ROOT))
-    Path(tmp_path, "mine.py").write_text(
-        f"{code}\nprint(folder, len(losses), tested, accuracies)\n", encoding="utf-8"
-    )
-    done = process(tmp_path, sys.executable, "mine.py", PYTHONPATH="")
-    assert done.stderr == ""
-    results = read_results(tmp_path / "runs/Omni_test_traj_0")
-    found = f"runs/smoke_0 3 runs/Omni_test_traj_0 {[row['test'] for row in results.rows]}"
-    assert done.stdout.splitlines()[-1] == found
-    assert [(row["classes"], row["lr"]) for row in results.rows] == [(n, 0.01) for n in (5, 5, 10, 10)]
+def test_from_python(tmp_path: Path, cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cache").symlink_to(cache)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names: dict[str, Any] = {}
+    code = shown("extending.md", "from python").replace("path/to/this/project", str(ROOT))
+    exec(code, names)  # noqa: S102 (our own documentation)
+    assert (names["folder"], len(names["losses"])) == (Path("runs/smoke_0"), 3)
+    results = read_results(tmp_path / "runs/Omni_test_traj_0").rows
+    assert names["accuracies"] == [row["test"] for row in results]
+    assert [(row["classes"], row["lr"]) for row in results] == [(n, 0.01) for n in (5, 5, 10, 10)]
     assert (tmp_path / "runs/smoke_0/model.net").exists()
     code = f"import sys, types; sys.modules['datasets'] = types.ModuleType('datasets')\n{code}"
-    Path(tmp_path, "mine.py").write_text(code, encoding="utf-8")
-    taken = process(tmp_path, sys.executable, "mine.py", PYTHONPATH="").stderr.splitlines()[-1]
+    taken = process(tmp_path, sys.executable, "-c", code, PYTHONPATH="").stderr.splitlines()[-1]
     assert taken.startswith("ImportError: another package called 'datasets' is loaded already")
 
 

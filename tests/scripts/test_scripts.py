@@ -111,21 +111,14 @@ def shell(folder: Path, line: str, *command: str, **environment: str) -> subproc
     return process(folder, "bash", "-c", f"set -o pipefail; {line}", "bash", *command, **environment)
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('"$@" 2>&1 | sed "/run folder/q"', r"run folder runs/z\xfcrich_0, device cpu"),  # which then closes
-        ('"$@" <&- >&- 2>&-', None),
-    ],
-)
-def test_training_goes_on_whatever_stdout_is(
-    line: str, said: str | None, cache: Path, tmp_path: Path
-) -> None:
-    flags = (*TINY, "--eval_every=0", "--log_every=1", "--name=zürich")
+def test_training_goes_on_whatever_stdout_is(cache: Path, tmp_path: Path) -> None:
+    """Without stdin and stderr, and with an encoding and a reader that cannot take what is printed."""
+    flags = (*TINY, "--eval_every=0", "--log_every=1", "--name=zürich", "--backend=plain")
     training = command("mrcl_classification.py", cache, *flags)
+    line = '"$@" <&- 2>&- | sed "/run folder/q"'  # which then closes
     done = shell(tmp_path, line, *training, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert said is None or done.stdout.splitlines()[-1] == said
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == r"run folder runs/z\xfcrich_0, device cpu"
     log = (tmp_path / "runs/zürich_0/log.txt").read_text(encoding="utf-8")
     assert "run folder runs/zürich_0" in log
     assert [f"step {step}/4 " in log for step in range(1, 5)] == [True] * 4
@@ -147,6 +140,7 @@ run_script(main)
     ("line", "program", "code", "error"),
     [
         ('"$@" | true', SAYS, 0, ""),
+        ('"$@" >&-', SAYS, 0, ""),
         ('"$@" > /dev/full', SAYS, 2, "-c: error: cannot write to stdout: No space left on device\n"),
         ('"$@"', REFUSES, 2, "-c: error: there is no file\n"),
         ('"$@" 2>&-', REFUSES, 2, ""),
