@@ -17,7 +17,7 @@ from typing import Any
 from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
-FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT
+FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT  # a terminal must be read to be that of a session
 MODULES = ("mrcl_classification", "evaluate_classification", "tests.utils.test_distributed")
 
 

@@ -200,8 +200,6 @@ def test_divergence_stops_with_the_last_finite_state(flag: str, last: int, train
 
 
 def test_weights_that_are_not_finite_are_not_saved(trainer: Trainer) -> None:
-    trainer("--steps=3")
-    trainer("--steps=1")
     with pytest.raises(UserError, match=r"step 2.* not kept: .*not finite"):
         trainer("--steps=9", "--meta_lr=1e39")
-    assert trainer.state().step == 3
+    assert not list(Path("runs").rglob("*.net"))

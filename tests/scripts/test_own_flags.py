@@ -60,13 +60,6 @@ class Mine(Taken):
         super().__init__(channels=width, num_classes=20)
 
 
-class Other(Taken):
-    """An argument of another network's name, with another type and default."""
-
-    def __init__(self, width: float = 1.5, num_classes: int = 20) -> None:
-        super().__init__(num_classes=num_classes)
-
-
 class Tuple(Taken):
     """An argument that no flag can give."""
 
@@ -94,7 +87,7 @@ def noise(
 @pytest.fixture(autouse=True)
 def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for network in (Taken, Mine, Other, Tuple):
+    for network in (Taken, Mine, Tuple):
         monkeypatch.setitem(NETWORKS, network.__name__, network)
     monkeypatch.setitem(DATASETS, "Noise", noise)
     kind = LearnerKind(NearestClassMean, "cosine")
@@ -157,8 +150,8 @@ def test_every_kind_of_argument(call: Call) -> None:
 
 def test_a_typed_network_leaves_a_configs_arguments_of_another(call: Call) -> None:
     Path("c.toml").write_text("treatment = 'OML'\nhidden = 8\nnum_classes = 30\ndata_seed = 1")
-    trained(call, "--config=c.toml", "--treatment=Other")
-    assert load_network("m").widths == {"width": 1.5, "num_classes": 30}
+    trained(call, "--config=c.toml", "--treatment=Taken")
+    assert (load_network("m").widths["num_classes"], load_network("m").network) == (30, "Taken")
 
 
 @pytest.mark.parametrize(

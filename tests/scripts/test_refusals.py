@@ -25,9 +25,9 @@ GLYPHS = "--dataset glyphs --threads 1"
 SMOKE = f"--config {ROOT}/configs/smoke.toml --model_name new.net --threads 1"
 PROTOTYPES = f"{GLYPHS} --learner prototypes --train_classes 20 --ways 5 --nm_channels 2 --pln_channels 2"
 IID = f"{GLYPHS} --learner iid --pln_channels 6 --train_classes 5 --num_classes 8"
-EVALUATE = f"{GLYPHS} --model m.net --test_classes 10"
+EVALUATE = f"{GLYPHS} --model ANML.net --test_classes 10"
 PRESET = f"{EVALUATE} --treatment-preset"
-ANALYZE = f"{GLYPHS} --model m.net"
+ANALYZE = f"{GLYPHS} --model ANML.net"
 
 SIZES = {
     "--size=7": "--size: '7': choose 8 or greater, at most 512",
@@ -60,6 +60,10 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{IID} --eval_classes 5": "--eval_classes 5 means nothing with --eval_every 0",
         f"{IID} --nm_channels 5": "--nm_channels means nothing with --treatment OML",
         **{f"{GLYPHS} {flags}": said for flags, said in SIZES.items()},
+        f"{GLYPHS} --seeds 1 2 --seed 3": "--seed 3 means nothing with --seeds",
+        f"{SMOKE} --seeds 1 2": "--model_name new.net means nothing with --seeds",
+        f"{GLYPHS} --seeds 1 1": "--seeds names a seed twice",
+        f"{GLYPHS} --jobs 2": "--jobs 2 means nothing with one --seed",
     },
     evaluate_classification: {
         f"{EVALUATE} --rln 14": "--rln 14",
@@ -84,6 +88,14 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{EVALUATE} --lr 0.1 --lrs 0.1": "--lrs 0.1 means nothing with --lr",
         f"{EVALUATE} --lr 0.1 --test": "--test means nothing with --lr",
         f"{GLYPHS} --model sANML.net --learner ncm --features gate": "--features gate: sANML has no gate",
+        f"{GLYPHS} --model OML.net --treatment-preset ANML": ("ANML", "OML.net holds meta-trained OML"),
+        f"{GLYPHS} --model OML.net --treatment-preset Pretrain": ("pretrained OML", "meta-trained OML"),
+        f"{GLYPHS} --model Pretrain.net --treatment-preset OML": ("meta-trained OML", "pretrained OML"),
+        f"{GLYPHS} --model OML.net --rln 13": ("--rln 13", "OML"),
+        f"{GLYPHS} --model ANML.net OML.net": ("one treatment", "OML.net holds ('meta-trained', 'OML'"),
+        f"{GLYPHS} --model OML.net Pretrain.net": ("one treatment", "Pretrain.net"),
+        f"{GLYPHS} --model ANML.net nowhere.net": "nowhere.net",
+        f"{GLYPHS} --resume nowhere": "nowhere",
     },
     analyze_representation: {
         f"{ANALYZE} --model nowhere.net": "nowhere.net",
@@ -112,7 +124,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
     convert_released: {
         "nowhere.net new.net": "nowhere.net",
         "file new.net": "file",
-        "m.net": "TARGET",
+        "ANML.net": "TARGET",
         "file new.net --size 7": "--size",
         "file new.net --pixels red": "red",
     },
@@ -125,8 +137,8 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
 def place(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, results, and a file where a folder is expected."""
     folder = tmp_path_factory.mktemp("place")
-    for network, path in (("ANML", "m.net"), ("sANML", "sANML.net")):
-        shutil.copy(models / f"{network}.net", folder / path)
+    for network in ("ANML", "sANML", "OML", "Pretrain"):
+        shutil.copy(models / f"{network}.net", folder)
     for name, classes in (("run_0", 10), ("run_1", 20)):
         write_accuracies(folder / name, "results", {classes: (0.8, 0.9)})
     (folder / "empty").mkdir()

@@ -19,6 +19,7 @@ from model.guard import difference
 from model.modelfactory import NETWORKS, Network, build, load_network, restore, trained_parameters
 from model.outer_loop import gather
 from tests.conftest import Call, assert_same_run
+from tests.networks import OWN
 from tools import analyze_representation
 from tools import check_network as check_tool
 from utils.errors import UserError
@@ -55,24 +56,19 @@ def test_a_network_of_a_size(size: int, name: str) -> None:
         gate = net.get_submodule("nm.gate")
         assert isinstance(gate, nn.Linear)
         assert (gate.in_features, gate.out_features) == (2 * left**2, 3 * left**2)
+        names = [name for name, _ in net.named_parameters()]
+        assert trained_parameters(net, 0) == names
+        assert trained_parameters(net, 6) == [name for name in names if not name.startswith("nm.block")]
+        assert trained_parameters(net, 7) == [name for name in names if not name.startswith("nm.")]
+    if name in ("ANML", "sANML"):
+        assert trained_parameters(net, net.default_meta_test_rln) == ["head.weight", "head.bias"]
+        assert net.default_meta_test_rln == {"ANML": 13, "sANML": 6}[name]
     assert net(torch.zeros(2, 1, size, size)).shape == (2, 6)
     with pytest.raises(ValueError, match=rf"reads \[B, 3, {size}, {size}\]"):
         net(torch.zeros(2, 1, size + 1, size + 1))
     check_network(name, WIDTHS[name], every_cut=True, size=size)
     if name != "Conv4":
         assert difference(net.train(), torch.device("cpu"), Use(update_step=3), FAST) is None
-
-
-@pytest.mark.parametrize("size", POSITIONS)
-def test_rln_means_the_same_at_all_sizes(size: int) -> None:
-    net = new("ANML", size)
-    names = [name for name, _ in net.named_parameters()]
-    assert trained_parameters(net, 0) == names
-    assert trained_parameters(net, 6) == [name for name in names if not name.startswith("nm.block")]
-    assert trained_parameters(net, 7) == [name for name in names if not name.startswith("nm.")]
-    assert trained_parameters(net, 13) == ["head.weight", "head.bias"]
-    assert net.default_meta_test_rln == 13
-    assert trained_parameters(new("sANML", size), 6) == ["head.weight", "head.bias"]
 
 
 def test_conv4_is_that_of_the_field() -> None:
@@ -158,19 +154,16 @@ def test_images_stay_bytes_until_a_batch_is_made(pictures: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("network", "flags"),
     [
-        (
-            "ANML",
-            "--update_step=3 --remember=4 --nm_channels=2 --pln_channels=3 --eval_every=2 --eval_classes=2",
-        ),
-        ("Conv4", "--update_step=3 --remember=4 --channels=3"),
+        ("ANML", "--update_step=3 --remember=4 --nm_channels=2 --pln_channels=3"),
         ("Conv4", "--learner=prototypes --ways=4 --channels=3 --symmetries=8 --augment=1"),
-        ("Conv4", "--learner=iid --batch_size=8 --channels=3"),
+        ("Conv4", "--learner=iid --batch_size=25 --channels=3"),  # batches across passes of 36 images
     ],
 )
 def test_through_the_scripts(network: str, flags: str, pictures: Path, call: Call) -> None:
     """A training at 32 that is interrupted; its model says its size to everything that follows."""
     data = ["--dataset=folder", f"--dataset_path={pictures}", "--threads=1", "--num_classes=8"]
     train = [*data, f"--treatment={network}", "--size=32", *flags.split(), "--model_name=m.net"]
+    train += ["--eval_every=2", "--eval_classes=2"]
     part = "4" if "prototypes" in flags else "2"  # their schedule is as long as the run
     for command in (
         [*train, "--name=part", f"--steps={part}"],
@@ -228,18 +221,11 @@ class Sized(Network):
         return logits
 
 
-class Fixed(Sized):
-    """A network of one's own that is for 28 alone."""
-
-    def __init__(self, width: int = 2) -> None:
-        super().__init__(28, width)
-
-
 def test_a_network_of_ones_own(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, "Sized", Sized)
-    monkeypatch.setitem(NETWORKS, "Fixed", Fixed)
+    monkeypatch.setitem(NETWORKS, "GroupNorm", OWN["GroupNorm"])  # for 28 alone
     assert call(check_tool, "Sized", "--size=9").returncode == 0
     assert build("Sized", {"width": 3}, torch.Generator(), 9).widths == {"width": 3, "num_classes": 6}
-    done = call(check_tool, "Fixed", "--size=9")
+    done = call(check_tool, "GroupNorm", "--size=9")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "network Fixed fails on 2 images of 9 x 9" in done.stderr
+    assert "network GroupNorm fails on 2 images of 9 x 9" in done.stderr

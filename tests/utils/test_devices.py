@@ -126,7 +126,10 @@ def test_training_without_float64(script: Script) -> None:
         )
 
 
-def test_what_follows_training_without_float64(script: Script, models: Path) -> None:
+def test_what_follows_training_without_float64(
+    script: Script, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_classification, "FITTED", 20)
     glyphs = ("--dataset=glyphs", f"--model={models}/ANML.net", "--test_classes=6")
     for flags in (
         "--lrs 0.001 0.01 --lr_search_runs=1 --lr_search_split=background --runs=2 --track_every=1",

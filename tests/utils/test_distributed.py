@@ -27,6 +27,7 @@ from utils.errors import UserError
 
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml"), "--threads=1"]
 
+SINGLE = "^--learner iid runs in one process"
 SMALL = {"ANML": {"nm_channels": 2, "pln_channels": 3}, "BatchNorm": {"width": 2}}
 
 # Threads of a group that live on when Python ends may abort the process.
@@ -151,33 +152,28 @@ def test_more_processes_than_trajectories(trainer: Trainer, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("environment", "several"),
+    ("environment", "says"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}, True),
-        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "7"}, True),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, False),
-        ({"WORLD_SIZE": "2"}, False),
-        ({"RANK": "high", "WORLD_SIZE": "all"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}, SINGLE),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "7"}, SINGLE),
+        # It would else run without a word and write nothing, since it is not rank 0.
+        ({"RANK": "1", "WORLD_SIZE": "1"}, r"^RANK is 1 and WORLD_SIZE 1: "),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, None),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"RANK": "high", "WORLD_SIZE": "all"}, None),
     ],
 )
 def test_what_makes_a_job(
-    environment: dict[str, str], several: bool, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], says: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    if several:
-        with pytest.raises(UserError, match=r"^--learner iid runs in one process"):
+    if says is not None:
+        with pytest.raises(UserError, match=says):
             mrcl_classification.train(learner="iid")
-    assert several or join(torch.device("cpu"), {}) == Group()
-    assert launched() == ("RANK" in environment and environment["RANK"] != "high")
-
-
-def test_a_rank_of_no_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would else run without a word and write nothing, since it is not rank 0."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(UserError, match=r"^RANK is 1 and WORLD_SIZE 1: "):
-        is_first()
+        return
+    assert join(torch.device("cpu"), {}) == Group()
+    assert launched() == (environment.get("RANK") == "0")
 
 
 def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:

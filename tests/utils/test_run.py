@@ -1,16 +1,13 @@
-"""Run folders: what is written, when, and what a crash leaves; and the figures that go there."""
+"""Run folders: what is written, when, and what a crash leaves."""
 
 import logging
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from evaluation.plots import comparison_figure, save_png
 from flags.training import Training
 from utils.command_line import parse
-from utils.errors import UserError
 from utils.run import Progress, Run
 
 log = logging.getLogger("anml")
@@ -44,19 +41,3 @@ def test_progress(
     shown = captured.out.splitlines()
     assert [line.split(", ")[0] for line in shown] == [*([] if terminal else lines), "above the bar"]
     assert terminal or shown[2].endswith(", 0:00:00 left")
-
-
-def test_accuracy_figure(tmp_path: Path) -> None:
-    row = {"test": 0.8, "test_low": 0.7, "test_high": 0.9}
-    row |= {"train": 0.95, "train_low": 0.9, "train_high": 1.0}
-    rows = [{"classes": 50, **row, "lr": 0.001}, {"classes": 10, **row}]
-    axes = comparison_figure({"ANML": rows}).axes[0]
-    curves = {line.get_label(): np.asarray(line.get_xydata()) for line in axes.get_lines()}
-    assert curves["ANML"].tolist() == [[10, 80], [50, 80]]
-    np.testing.assert_allclose(curves["chance"][[0, -1]], [[10, 10], [50, 2]])
-    assert {line.get_linestyle() for line in axes.get_lines()} == {"-", ":"}
-    save_png(comparison_figure({"ANML": rows[:1]}), tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"a\.png"):
-        save_png(comparison_figure({"ANML": rows}), tmp_path / "file" / "a.png")
