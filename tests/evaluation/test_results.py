@@ -12,14 +12,16 @@ from scipy import stats
 
 from evaluation.results import (
     METRICS,
+    Key,
     interval,
+    known_scores,
     read_metrics,
     read_results,
     summarise,
     table,
     write_results,
 )
-from model.scores import TENTHS, Answers
+from model.scores import MEASURES, TENTHS, Answers
 from tests.conftest import Call, score
 from tools import compare_results
 from utils.errors import UserError
@@ -37,6 +39,7 @@ def line(**changes: Any) -> str:
 
 
 HEADER, LINE = ",".join(row()), line()
+JOURNAL, SCORES = ",".join((*Key._fields, *MEASURES)), ",".join("0" for _ in MEASURES)
 
 
 def test_what_is_written_comes_back(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
@@ -57,6 +60,12 @@ def test_what_is_written_comes_back(tmp_path: Path, edited: Callable[[bytes], by
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (f"{JOURNAL},test\n", "columns"),
+        (f"{JOURNAL}\nsearch,a,2,0,0.1,{SCORES.replace('0', 'nan', 1)}\n", "line 2: test: 'nan'"),
+        (f"{JOURNAL}\nsearch,a,2,0,0.1,0.5\n", "line 2: 6 fields"),
+        (f"{JOURNAL}\nsearch,a,2,0,x,{SCORES}\n", "'x'"),
+        (f"{JOURNAL.replace('test', 'other')}\n", "lacks the columns test"),
+        ("\xff\x00\n", "not text"),
         ("", "columns"),
         (HEADER, "no runs"),
         (f"{HEADER},test\n{LINE},1", "columns"),
@@ -76,11 +85,13 @@ def test_what_is_written_comes_back(tmp_path: Path, edited: Callable[[bytes], by
     ],
 )
 def test_a_wrong_csv(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "r.csv"
-    path.write_bytes(text.encode("latin-1"))
+    path, content = tmp_path / "r.csv", text.encode("latin-1")
+    path.write_bytes(content)
+    read = known_scores if text.endswith("\n") else read_results
     with pytest.raises(UserError, match=r"r\.csv") as refused:
-        read_results(path)
+        read(path)
     assert message in str(refused.value)
+    assert path.read_bytes() == content
 
 
 def test_results_of_other_measures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
