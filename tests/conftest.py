@@ -153,18 +153,12 @@ def curve(run: Path, tag: str = "meta_train/loss") -> list[tuple[int, Any]]:
 
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, Adam, generator and metrics of two run folders are equal bit for bit."""
-    a, b = load_state(first), load_state(second)
-    assert a is not None
-    assert b is not None
-    assert a.step == b.step
-    model_a, model_b = (load_checkpoint(run / "model.net").state_dict for run in (first, second))
-    for ours, theirs in (
-        (a.state_dict, b.state_dict),
-        (a.optimizer, b.optimizer),
-        (a.generator, b.generator),
-        (model_a, model_b),
-    ):
+    states = [load_state(run) for run in (first, second)]
+    for part in ("step", "state_dict", "inner_rule", "optimizer", "generator"):
+        ours, theirs = (getattr(state, part) for state in states)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    models = (load_checkpoint(run / "model.net").state_dict for run in (first, second))
+    torch.testing.assert_close(*models, rtol=0, atol=0)
     assert rows(first) == rows(second)
 
 

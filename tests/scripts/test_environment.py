@@ -86,28 +86,21 @@ def git(folder: Path, *words: str) -> str:
     ).stdout.strip()
 
 
-def recorded(folder: Path) -> object:
-    """What a run records of the repository."""
-    with Run.open(folder, "n", None, Training()) as run:
-        return json.loads((run.folder / "config.json").read_text())["git"]
+def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that of a repository around a copy of this project, nor of one whose hook starts a run."""
 
+    def recorded() -> object:
+        with Run.open(tmp_path, "n", None, Training()) as run:
+            return json.loads((run.folder / "config.json").read_text())["git"]
 
-def test_the_commit_is_recorded(tmp_path: Path) -> None:
     head = git(ROOT, "rev-parse", "HEAD")  # a copy without a repository has none
     dirty = bool(git(ROOT, "status", "--porcelain"))
-    assert recorded(tmp_path) == ({"commit": head, "dirty": dirty} if head else None)
-
-
-@pytest.mark.parametrize("variable", [False, True])
-def test_another_repository_is_not_recorded_as_this_one(
-    variable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One around a copy of this project, or one whose hook starts a run."""
+    assert recorded() == ({"commit": head, "dirty": dirty} if head else None)
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "of another project")
     assert git(tmp_path, "rev-parse", "HEAD")
     (tmp_path / "copy/utils").mkdir(parents=True)
     monkeypatch.setattr(run_module, "__file__", str(tmp_path / "copy/utils/run.py"))
-    if variable:
-        monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    assert recorded(tmp_path) is None
+    assert recorded() is None
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert recorded() is None

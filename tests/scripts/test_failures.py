@@ -1,10 +1,11 @@
-"""Full disks, folders that cannot be written and training that diverges: what is lost, and what is said."""
+"""Full disks, folders that cannot be written, training that diverges: what is lost, said and shown."""
 
 import errno
 import fcntl
 import logging
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,9 @@ from flags.training import Training
 from model import training_state
 from model.training_state import claimed, save_model
 from tests.conftest import Trainer
-from utils.command_line import parse
 from utils.errors import UserError
 from utils.files import Checkpoint, load_checkpoint
-from utils.run import Run
+from utils.run import Progress, Run
 
 
 @contextmanager
@@ -107,20 +107,34 @@ def test_a_current_folder_that_was_removed(
 
 
 def test_a_model_of_another_training_is_kept(
-    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def models() -> dict[str, int]:
         return {path.name: load_checkpoint(path).step for path in tmp_path.glob("runs/*.net")}
 
-    trainer("--steps=4", "--save_every=2")
+    def save(path: Path, state: Checkpoint) -> None:
+        save_model(path, state)
+        if path.name == "model.net" and state.step == 4:
+            raise RuntimeError("killed between the two models")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_state, "save_model", save)
+        with pytest.raises(RuntimeError, match="killed"):
+            trainer("--steps=6", "--save_every=2")
     trainer.resume("--steps=6")  # which replaces models of its own
     assert models() == {"smoke.net": 6}
-    assert "kept" not in capsys.readouterr().out
+    out = capsys.readouterr().out
     first = Path("runs/smoke.net").read_bytes()
-    trainer("--steps=5", "--save_every=1")
+    with claimed(Path("runs/smoke.net")):
+        trainer("--steps=5", "--save_every=1")
     assert Path("runs/smoke.1.net").read_bytes() == first
     notice = "runs/smoke.net is the model of another training, and is kept as runs/smoke.1.net"
-    assert capsys.readouterr().out.count(notice) == 1
+    warning = "another training is at work on runs/smoke.net as well"
+    assert ("kept" in out, warning in out) == (False, False)
+    out = capsys.readouterr().out
+    assert out.count(notice) == 1
+    assert warning in out.partition("run folder")[0]
+    assert not list(Path("runs").glob(".*.lock"))
     log = (tmp_path / "runs/smoke_1/log.txt").read_text()
     assert log.index(notice) < log.index("step 5/")  # at the start
     trainer.resume("--steps=7")  # of the first: the model is now that of the second
@@ -144,37 +158,8 @@ def test_trainings_that_share_a_model_name_keep_one_copy_each(
     assert sorted(path.name for path in Path("runs").glob("*.net")) == ["smoke.1.net", "smoke.net"]
 
 
-def test_a_training_warns_at_its_start_of_another_with_its_model_name(
-    trainer: Trainer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    warning = "another training is at work on runs/smoke.net as well"
-    Path("runs").mkdir()
-    with claimed(Path("runs/smoke.net")):
-        trainer("--steps=1")
-    assert warning in capsys.readouterr().out.partition("run folder")[0]
-    trainer("--steps=1")
-    assert warning not in capsys.readouterr().out
-    assert not list(Path("runs").glob(".*.lock"))
-
-
-def test_a_run_killed_between_its_two_models_takes_both_for_its_own(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def save(path: Path, state: Checkpoint) -> None:
-        save_model(path, state)
-        if path.name == "model.net" and state.step == 4:
-            raise RuntimeError("killed")
-
-    monkeypatch.setattr(training_state, "save_model", save)
-    with pytest.raises(RuntimeError, match="killed"):
-        trainer("--steps=6", "--save_every=2")
-    trainer.resume("--steps=6")
-    assert "is kept as" not in capsys.readouterr().out
-    assert not list(Path("runs").glob("smoke.*.net"))
-
-
 def test_a_full_disk_stops_the_run_that_logs(tmp_path: Path) -> None:
-    run = Run.open(tmp_path, "n", None, parse(Training, []))
+    run = Run.open(tmp_path, "n", None, Training())
     with (run.folder / "log.txt").open("ab") as file:
         file.write(b"\n" * 2_000_000)
     with largest_file(1_000_000), pytest.raises(UserError, match="File too large"), run:
@@ -203,3 +188,29 @@ def test_weights_that_are_not_finite_are_not_saved(trainer: Trainer) -> None:
     with pytest.raises(UserError, match=r"step 2.* not kept: .*not finite"):
         trainer("--steps=9", "--meta_lr=1e39")
     assert not list(Path("runs").rglob("*.net"))
+
+
+def test_a_crash_is_in_the_log(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="lost power"), Run.open(tmp_path, "n", None, Training()):
+        raise RuntimeError("lost power")
+    assert "ended by RuntimeError: lost power" in (tmp_path / "n_0/log.txt").read_text()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(
+    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with Run.open(tmp_path, "n", None, Training()) as run, Progress(5, every=2) as progress:
+        for loss in (1, 2, 3, 4, 5):
+            if progress.advance(loss=loss):
+                assert progress.report() > 0
+        logging.getLogger("anml").info("above the bar")
+    captured, written = capsys.readouterr(), (run.folder / "log.txt").read_text()
+    assert ("loss=5" in captured.err) == terminal
+    # Means since the line before, so that one odd step does not stand for fifty.
+    lines = ["step 2/5 loss 1.5", "step 4/5 loss 3.5", "step 5/5 loss 5"]
+    assert all(line in written for line in lines)
+    shown = captured.out.splitlines()
+    assert [line.split(", ")[0] for line in shown] == [*([] if terminal else lines), "above the bar"]
+    assert terminal or shown[2].endswith(", 0:00:00 left")

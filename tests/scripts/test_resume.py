@@ -18,11 +18,14 @@ import pytest
 import torch
 from filelock import FileLock
 
+import evaluate_classification
 from datasets.task_sampler import Trajectory, sample_trajectory
+from evaluation.results import read_results, summarise
 from model import outer_loops
 from model.training_state import NAME, load_state
-from tests.conftest import EDITORS, ROOT, Trainer, assert_same_run, curve, rows
+from tests.conftest import EDITORS, ROOT, Run, Trainer, assert_same_run, curve, rows
 from tests.forks import Forks
+from utils import jobs
 from utils.distributed import Interrupt
 from utils.files import load_checkpoint
 
@@ -290,7 +293,7 @@ def test_folders_that_cannot_be_resumed(trainer: Trainer) -> None:
     assert trainer.state().step == 1
 
 
-def test_a_run_that_was_moved(trainer: Trainer, tmp_path: Path) -> None:
+def test_a_run_that_was_moved(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer("--steps=2", "--runs_dir=old/runs", f"--model_name={tmp_path}/old/m.net")
     Path("old").rename("new")
     trainer.run = Path("new/runs/best_7")
@@ -303,24 +306,17 @@ def test_a_run_that_was_moved(trainer: Trainer, tmp_path: Path) -> None:
     trainer.resume("--steps=4")
     assert load_checkpoint(Path("new/m.net")).step == 4
     assert json.loads((trainer.run / "config.json").read_text())["name"] == "best_7"
-
-
-def test_a_run_resumed_from_another_folder(
-    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it named from where it was started stays where it is, and may be named from here."""
-    trainer("--steps=2")
-    Path("c.toml").write_text('model-name = "../runs/smoke.net"')
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    trainer.run = Path("../runs/smoke_0")
-    trainer.resume("--steps=3")
-    trainer.resume("--steps=4", "--config=../c.toml")
-    assert load_checkpoint(tmp_path / "runs/smoke.net").step == 4
+    # What it named from where it was started stays where it is, and may be named from another folder.
+    Path("c.toml").write_text('model-name = "../new/m.net"')
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    trainer.run = Path("../new/runs/best_7")
+    trainer.resume("--steps=5")
+    trainer.resume("--steps=6", "--config=../c.toml")
+    assert load_checkpoint(tmp_path / "new/m.net").step == 6
     arguments = json.loads((trainer.run / "config.json").read_text())["arguments"]
-    assert arguments["model_name"] == str(tmp_path / "runs/smoke.net")
-    assert not list(elsewhere.iterdir())
+    assert arguments["model_name"] == str(tmp_path / "new/m.net")
+    assert not list(Path().iterdir())
 
 
 def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:
@@ -342,3 +338,59 @@ def test_a_run_that_ended_before_its_first_state(trainer: Trainer, tmp_path: Pat
         (trainer.run / name).unlink()
     trainer.resume()
     assert_same_run(trainer.run, tmp_path / "runs/smoke_1")
+
+
+FOLDER = Path("runs/all_0")
+RUNS, MODELS = ([FOLDER / f"seed_{seed}{end}" for seed in (3, 11)] for end in ("_0", ".net"))
+
+
+def test_seeds_are_the_runs_of_each_seed(
+    trainer: Trainer, run: Run, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after their parent was killed, one failed, and a signal that the parent passes on."""
+    flags = [*trainer.flags, "--steps=30", "--threads=1", "--seeds", "3", "11", "--jobs=2", "--name=all"]
+    parent = forks.start(tmp_path, "mrcl_classification", *flags, "--save_every=5")
+    forks.kill_when(lambda: all((run / "state.pt").exists() for run in RUNS), parent)
+    for model, folder in zip(MODELS, RUNS, strict=True):
+        with FileLock(folder / ".lock", timeout=60):  # the training ends by itself
+            assert load_checkpoint(model).step < 30, "too fast for this test"
+
+    trainer.run = FOLDER
+    assert "--seeds is [3] and was [3, 11]" in trainer.refused("--seeds=3")
+
+    # A training that fails is named, and the other goes on.
+    state = (RUNS[0] / "state.pt").read_bytes()
+    for name in ("state.pt", "state.previous.pt"):
+        (RUNS[0] / name).write_bytes(b"")
+    failure = trainer.refused()
+    assert re.search(r"error: 1 of 2 trainings failed: seed 3: cannot read .*seed_3_0/state.pt", failure)
+    assert load_checkpoint(MODELS[1]).step == 30
+    (RUNS[0] / "state.pt").write_bytes(state)
+    sent: list[int] = []
+    written, done = MODELS[1].stat().st_mtime_ns, load_checkpoint(MODELS[0]).step
+
+    def tell(parent: Path, seeds: list[int], steps: int, begun: int, seconds: float) -> None:
+        if not sent and jobs.steps_done(FOLDER, 3) > done:
+            sent.append(done)
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_tell", tell)
+        patch.setattr(jobs, "TOLD_EVERY", 0)
+        patch.setattr(jobs, "POLL", 0.01)
+        with pytest.raises(SystemExit) as ended:
+            trainer.resume()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert load_checkpoint(MODELS[0]).step > done
+    trainer.resume()
+    assert MODELS[1].stat().st_mtime_ns == written, "what is complete stays"
+    assert "seed 3: 30, seed 11: 30 of 30 steps" in (FOLDER / "log.txt").read_text()
+    for seed, folder in zip((3, 11), RUNS, strict=True):
+        trainer("--steps=30", f"--seed={seed}", f"--name=alone_{seed}")
+        assert_same_run(Path(f"runs/alone_{seed}_0"), folder)
+
+    test = ["--dataset=glyphs", *trainer.flags[-1:], "--schedule", "3", "--runs=2", "--lr=0.01"]
+    run(evaluate_classification, f"--model={FOLDER}", "--name=test", *test)
+    found = read_results(Path("runs/test_0")).rows
+    assert [row["model"] for row in found] == [str(model) for model in MODELS for _ in range(2)]
+    assert [line["models"] for line in summarise(found)] == [2]

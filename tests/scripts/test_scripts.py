@@ -144,20 +144,17 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_begins_with_what_must_come_before_torch(script: str) -> None:
-    """And ends with what makes one line of a user's error."""
+def test_every_script_begins_and_ends_alike(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It begins with what must come before torch, and ends with what makes one line of a user's error; its
+    help begins with a sentence and an example."""
     name = script.removeprefix("-m ").removesuffix(".py").replace(".", "/")
     parts = name, "tools/__init__" if script.startswith("-m ") else name
     trees = (ast.parse((ROOT / f"{part}.py").read_text(encoding="utf-8")) for part in parts)
     body, start = ([ast.unparse(node) for node in tree.body] for tree in trees)
     assert start[1 : start.index("import anml_start")] == ([] if script.startswith("-m ") else PATH)
     assert body[-1] == "if __name__ == '__main__':\n    run_script(main)"
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_begins_with_a_sentence_and_an_example(
-    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     module = importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", [script.removeprefix("-m "), "--help"])
     with pytest.raises(SystemExit) as ended:
