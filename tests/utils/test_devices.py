@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import evaluate_classification
 import mrcl_classification
@@ -19,13 +20,6 @@ from tools import analyze_representation
 aten = torch.ops.aten
 DEVICE = torch.device("meta")  # the one device without hardware whose tensors autograd takes everywhere
 MAY_MIX = (aten.copy_.default, aten.index.Tensor)  # indices may lie on the CPU
-
-
-def each(change: Callable[[Tensor], Any], x: Any) -> Any:
-    """`x`, a tensor, another value, or a list or tuple of such, with each tensor changed."""
-    if isinstance(x, list | tuple):
-        return type(x)([each(change, y) for y in x])
-    return change(x) if isinstance(x, Tensor) else x
 
 
 class OnDevice(Tensor):
@@ -59,8 +53,7 @@ class Apple(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors: list[Tensor] = []
-        each(tensors.append, [*args, *kwargs.values()])
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         ours = [x for x in tensors if isinstance(x, OnDevice)]
         there = bool(ours)
         if kwargs.get("device") is not None:
@@ -76,14 +69,14 @@ class Apple(TorchDispatchMode):
         held = [x.held if isinstance(x, OnDevice) else x for x in tensors]
         inside = {id(x): y for x, y in zip(tensors, held, strict=True)}
         outside = {id(x.held): x for x in ours}  # in-place operations return what they are given
-        result = func(*each(lambda x: inside[id(x)], args), **kwargs)
+        result = func(*tree_map_only(Tensor, lambda x: inside[id(x)], args), **kwargs)
 
         def wrap(x: Tensor) -> Tensor:
             if x.dtype == torch.float64:
                 raise TypeError("this device has no float64")
             return outside[id(x)] if id(x) in outside else OnDevice(x)
 
-        return each(wrap, result) if there else result
+        return tree_map_only(Tensor, wrap, result) if there else result
 
 
 Script = Callable[..., None]
