@@ -94,12 +94,6 @@ EDITORS: dict[str, Callable[[bytes], bytes]] = {
 """What editors and spreadsheets make of a text file's bytes."""
 
 
-@pytest.fixture(params=EDITORS)
-def edited(request: pytest.FixtureRequest) -> Callable[[bytes], bytes]:
-    """What another program makes of a file's bytes."""
-    return EDITORS[request.param]
-
-
 @pytest.fixture(scope="session", name="cache")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of generated characters for all runs of the session: drawing them takes seconds."""

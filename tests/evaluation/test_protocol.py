@@ -71,14 +71,25 @@ def test_without_a_preset_the_name_is_found(evaluate: Evaluate) -> None:
     assert f"treatment {name}: --rln" in (folder / "log.txt").read_text()
 
 
-def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evaluate) -> None:
+def test_several_models_share_a_rate_and_have_draws_of_their_own(
+    evaluate: Evaluate, refused: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each counts once by its weights, whatever else its file says."""
+    saved = load_checkpoint(Path("ANML.net"))
+    model = saved.network, saved.widths, saved.state_dict
+    Checkpoint(*model, {"steps": 7}, 7).save(Path("ANML_7.net"))
+    Path("copy.net").write_bytes(Path("ANML.net").read_bytes())
     search = "--schedule 2 --runs 2 --lrs 0.01 0.001 --lr_search_runs 1"
-    together = evaluate(f"{TINY} {search} --model ANML.net ANML1.net")
+    together = evaluate(f"{TINY} {search} --model ANML.net ANML_7.net ANML1.net copy.net")
+    out = capsys.readouterr().out
+    for name in ("ANML_7.net", "copy.net"):
+        assert f"warning: {name} holds the same weights as ANML.net: it is left out" in out
     rows, (line,), trials = numbers(together)
     assert [(row["model"], row["run"]) for row in rows] == [
         *(("ANML.net", 0), ("ANML.net", 1), ("ANML1.net", 0), ("ANML1.net", 1)),
     ]
-    assert (line["models"], line["runs"], len({row["lr"] for row in rows})) == (2, 4, 1)
+    assert (line["models"], line["runs"], line["test_interval"]) == (2, 4, "Student's t over models")
+    assert len({row["lr"] for row in rows}) == 1
     assert line["test"] == pytest.approx(sum(row["test"] for row in rows) / 4)
     assert sorted({trial["model"] for trial in trials}) == ["ANML.net", "ANML1.net"]
     chosen = read_results(together).about["lr_chosen"]
@@ -89,27 +100,9 @@ def test_several_models_share_a_rate_and_have_draws_of_their_own(evaluate: Evalu
     alone = numbers(evaluate(f"{TINY} --schedule 2 --runs 2 --model ANML.net --lr {rows[0]['lr']}"))[0]
     assert alone[0] == rows[0]
     assert alone[1] != rows[1]
-
-
-def test_a_model_given_twice_counts_once(
-    evaluate: Evaluate, refused: Callable[[str], str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By content, whatever else the files say: the last model that training kept is its final one."""
-    saved = load_checkpoint(Path("ANML.net"))
-    model = saved.network, saved.widths, saved.state_dict
-    Checkpoint(*model, {"steps": 7}, 7).save(Path("ANML_7.net"))
-    Path("copy.net").write_bytes(Path("ANML.net").read_bytes())
-    flags = f"{TINY} --schedule 2 --lr 0.001 --model ANML.net ANML_7.net ANML1.net copy.net"
-    folder = evaluate(f"{flags} --runs 2")
-    out = capsys.readouterr().out
-    for name in ("ANML_7.net", "copy.net"):
-        assert f"warning: {name} holds the same weights as ANML.net: it is left out" in out
-    rows, (line,), _ = numbers(folder)
-    assert (line["models"], line["runs"], line["test_interval"]) == (2, 4, "Student's t over models")
-    assert [row["model"] for row in rows] == ["ANML.net"] * 2 + ["ANML1.net"] * 2
-    evaluate(f"--resume {folder} --runs 3")
-    assert [row for row in numbers(folder)[0] if row["run"] < 2] == rows
-    again = f"--resume {folder} --model ANML_7.net ANML.net ANML1.net copy.net"
+    evaluate(f"--resume {together} --runs 3")
+    assert [row for row in numbers(together)[0] if row["run"] < 2] == rows
+    again = f"--resume {together} --model ANML_7.net ANML.net ANML1.net copy.net"
     assert "other files" in refused(again)
 
 

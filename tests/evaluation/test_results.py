@@ -1,7 +1,6 @@
 """Results files: what is written comes back, and a wrong file is named with what is wrong in it."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from evaluation.results import (
     write_results,
 )
 from model.scores import MEASURES, TENTHS, Answers
-from tests.conftest import Call, score
+from tests.conftest import EDITORS, Call, score
 from tools import compare_results
 from utils.errors import UserError
 
@@ -42,14 +41,15 @@ HEADER, LINE = ",".join(row()), line()
 JOURNAL, SCORES = ",".join((*Key._fields, *MEASURES)), ",".join("0" for _ in MEASURES)
 
 
-def test_what_is_written_comes_back(tmp_path: Path, edited: Callable[[bytes], bytes]) -> None:
+def test_what_is_written_comes_back(tmp_path: Path) -> None:
     """Also from what an editor made of it."""
     rows = [row(model="zürich.net"), row(run=1, lr=None), row(model="b.net"), row(classes=50, test=1 / 3)]
     write_results(tmp_path, rows, {"treatment": "ANML"})
     (tmp_path / "metrics.csv").write_text(f"{','.join(METRICS)}\n1,0.5,0.25,0\n2,0.5,0.25,1\n")
-    for change in (bytes, edited):
-        for path in tmp_path.iterdir():
-            path.write_bytes(change(path.read_bytes()))
+    written = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for change in (bytes, *EDITORS.values()):
+        for path, content in written.items():
+            path.write_bytes(change(content))
         for path in (tmp_path, tmp_path / "results.csv", tmp_path / "results.json"):
             assert read_results(path) == (rows, {"treatment": "ANML"})
         assert read_metrics(tmp_path)["accuracy_remember"].tolist() == [0, 1]
@@ -141,19 +141,6 @@ def test_a_wrong_json(text: str, tmp_path: Path) -> None:
         read_results(tmp_path / "r.csv")
 
 
-def test_one_model_has_the_interval_of_its_runs() -> None:
-    values = VALUES * 2
-    expected = stats.bootstrap(
-        (np.array(values),), np.mean, method="percentile", rng=np.random.default_rng(0)
-    )
-    ends = tuple(expected.confidence_interval)
-    assert interval([values]) == (*ends, "bootstrap over runs")
-    # One run of each model: models are what is resampled.
-    assert interval([[value] for value in values]) == (*ends, "bootstrap over models")
-    (line,) = summarise([row(run=k, test=value) for k, value in enumerate(values)])
-    assert (line["test_low"], line["test_high"], line["test_interval"]) == (*ends, "bootstrap over runs")
-
-
 def test_diverged_runs_have_nothing_right(tmp_path: Path) -> None:
     """They count, since the mean of what did not diverge would praise a rate that mostly does."""
     nothing = score(diverged=1)
@@ -166,35 +153,42 @@ def test_diverged_runs_have_nothing_right(tmp_path: Path) -> None:
     assert read_results(tmp_path).rows == rows
 
 
-def test_few_runs_have_the_interval_of_student() -> None:
-    expected = stats.t.interval(0.95, 4, np.mean(VALUES), stats.sem(VALUES))
+RNG, MANY = np.random.default_rng(0), np.random.default_rng(1).normal(0.5, 0.1, (20, 10))
+RESAMPLED = stats.bootstrap(
+    (np.array(VALUES * 2),), np.mean, method="percentile", rng=RNG
+).confidence_interval
+STUDENT = stats.t.interval(0.95, 4, np.mean(VALUES), stats.sem(VALUES))
+# The models' sums are off by -0.02, 0 and 0.02 of 6 runs, whose mean is 0.5; 4.3027 is Student's t.
+RATIO = 4.3027 * np.sqrt(3 / 2 * (0.02**2 + 0.02**2)) / 6
+# The variance of a mean over models is that of the models' means.
+HALF = 1.96 * MANY.mean(1).std() / np.sqrt(20)
+
+
+@pytest.mark.parametrize(
+    ("groups", "low", "high", "reach", "method"),
+    [
+        ([VALUES], *STUDENT, 1e-12, "Student's t over runs"),
+        ([[value] * 4 for value in VALUES], *STUDENT, 1e-12, "Student's t over models"),
+        ([[0.48], [0.4, 0.6], [0.51, 0.5, 0.51]], 0.5 - RATIO, 0.5 + RATIO, 1e-5, "Student's t over models"),
+        ([[0.8, 1.0]], 0, 1, 0, "Student's t over runs"),  # accuracies end there
+        ([[0.5, 0.5]], 0.5, 0.5, 0, "Student's t over runs"),
+        ([VALUES * 2], *RESAMPLED, 0, "bootstrap over runs"),
+        ([[value] for value in VALUES * 2], *RESAMPLED, 0, "bootstrap over models"),
+        (MANY.tolist(), MANY.mean() - HALF, MANY.mean() + HALF, 0.003, "bootstrap over models"),
+        ([[0.5], [0.5, 0.5]] * 5, 0.5, 0.5, 0, "bootstrap over models"),
+    ],
+)
+def test_interval(groups: list[list[float]], low: float, high: float, reach: float, method: str) -> None:
+    ends = (pytest.approx(end, abs=reach, rel=0) for end in (low, high))
+    assert interval(groups) == (*ends, method)
+
+
+def test_a_summary_has_the_interval_of_its_runs() -> None:
+    """A model counts as often as it has runs."""
     rows = [row(run=k, test=value) for k, value in enumerate(VALUES)]
     (line,) = summarise(rows)
-    assert (line["test_low"], line["test_high"]) == pytest.approx(expected)
-    assert line["test_interval"] == "Student's t over runs"
+    assert (line["test_low"], line["test_high"], line["test_interval"]) == interval([VALUES])
     assert table(rows).splitlines()[-1] == "± 95% interval: Student's t over runs"
-    assert interval([[value] * 4 for value in VALUES]) == pytest.approx(
-        (*expected, "Student's t over models"), abs=1e-12
-    )
-    assert interval([[0.8, 1.0]]) == (0.0, 1.0, "Student's t over runs")  # accuracies end there
-    assert interval([[0.5, 0.5]]) == (0.5, 0.5, "Student's t over runs")
-
-
-def test_an_interval_of_many_models() -> None:
-    """The variance of a mean over models is that of the models' means."""
-    groups = np.random.default_rng(1).normal(0.5, 0.1, (20, 10))
-    half = 1.96 * groups.mean(1).std() / np.sqrt(20)
-    ends = (pytest.approx(groups.mean() + end, abs=0.003) for end in (-half, half))
-    assert interval(groups.tolist()) == (*ends, "bootstrap over models")
-
-
-def test_models_with_unequal_numbers_of_runs() -> None:
-    """A model counts as often as it has runs. The error is that of a ratio: of sums and numbers of runs."""
-    assert interval([[0.5], [0.5, 0.5]] * 5) == (0.5, 0.5, "bootstrap over models")
-    # The mean is 0.5; the models' sums are off by -0.02, 0 and 0.02, and 4.3027 is Student's t.
-    half = 4.3027 * np.sqrt(3 / 2 * (0.02**2 + 0.02**2)) / 6
-    ends = (pytest.approx(0.5 + end, abs=1e-5) for end in (-half, half))
-    assert interval([[0.48], [0.4, 0.6], [0.51, 0.5, 0.51]]) == (*ends, "Student's t over models")
     rows = [row(test=0.0), *(row(model="b.net", run=k, test=1.0) for k in range(3))]
     (line,) = summarise(rows)
     assert (line["models"], line["runs"], line["test"]) == (2, 4, 0.75)

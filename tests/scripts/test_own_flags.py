@@ -1,8 +1,9 @@
 """Arguments of networks and data sets of one's own as flags, through both scripts."""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from datasets import DATASETS
 from datasets.images import ImageSet
 from model.learner import LEARNERS, LearnerKind, NearestClassMean
 from model.modelfactory import NETWORKS, Network, build, load_network
-from tests.conftest import Call
+from tests.conftest import Call, Run
 from utils.errors import UserError
 from utils.flag import Range
 
@@ -97,21 +98,17 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT = ["--threads=1", "--steps=1", "--update_step=2", "--remember=2", "--save_every=1", "--model_name=m"]
 
 
-def arguments(run: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path("runs") / run / "config.json").read_text())["arguments"]
-    return found
+@pytest.fixture
+def trained(run: Run) -> Run:
+    """Trains on noise, with flags."""
+    return partial(run, mrcl_classification, *SHORT, "--dataset=noise", "--name=t")
 
 
-def trained(call: Call, *flags: str) -> None:
-    done = call(mrcl_classification, *SHORT, "--dataset=noise", "--name=t", *flags)
-    assert done.returncode == 0, done.stderr
-
-
-def test_names_that_flags_have(call: Call) -> None:
+def test_names_that_flags_have(trained: Run, run: Run, call: Call) -> None:
     """Trained, resumed, tested: as a network of the command line, of a model file, and as another model."""
     given = ["--net_channels=2", "--net-features=5", "--net_power=0.25", "--data_reset=once", "--data-lr=3"]
     given += ["--net_options=3", "--net_given=y"]
-    trained(call, "--treatment=taken", *given, "--meta_lr=0.01", "--no-net_test", "--seed=3", "--data_seed=8")
+    trained("--treatment=taken", *given, "--meta_lr=0.01", "--no-net_test", "--seed=3", "--data_seed=8")
     net = load_network("m")
     expected = {"channels": 2, "features": 5, "power": 0.25, "lr": 0.1, "test": False, "runs": 2}
     assert net.widths == {**expected, "options": 3, "given": "y", "num_classes": 20}
@@ -121,8 +118,7 @@ def test_names_that_flags_have(call: Call) -> None:
     plan = {"rln": 0, "train_classes": 12, "model_name": str(Path("m").resolve())}
     assert config["plan"] == plan | {"weights": "meta-trained"}
     same = ["--net_channels=2", "--dataset=Noise", "--rln=0", "--train_classes=12"]
-    done = call(mrcl_classification, "--resume=runs/t_0", "--steps=2", *same)
-    assert done.returncode == 0, done.stderr
+    run(mrcl_classification, "--resume=runs/t_0", "--steps=2", *same)
     refused = call(mrcl_classification, "--resume=runs/t_0", "--steps=3", "--net_channels=3", "--rln=1")
     assert "--net_channels is 3 and was 2; --rln is 1 and was 0" in refused.stderr
     short = ["--threads=1", "--schedule=2", "--runs=1", "--dataset=noise", "--name=e"]
@@ -132,25 +128,23 @@ def test_names_that_flags_have(call: Call) -> None:
         ["--scratch", "--treatment=Taken", "--net_channels=2", "--net_lr=0.3", "--lr=0.01"],
         ["--scratch", "--nm_channels=2", "--pln_channels=2", "--lr=0.01"],
     ):
-        done = call(evaluate_classification, *short, *flags)
-        assert done.returncode == 0, done.stderr
+        run(evaluate_classification, *short, *flags)
 
 
-def test_every_kind_of_argument(call: Call) -> None:
+def test_every_kind_of_argument(trained: Run) -> None:
     given = ["--kind=relu", "--shift=-3", "--width=2", "--rate=0.25", "--skip"]
-    trained(call, "--treatment=Mine", *given)
-    assert arguments("t_0") | {"kind": "relu", "depth": None, "rate": 0.25, "skip": True} == arguments("t_0")
+    trained("--treatment=Mine", *given)
+    recorded = json.loads(Path("runs/t_0/config.json").read_text())["arguments"]
+    assert recorded | {"kind": "relu", "depth": None, "rate": 0.25, "skip": True} == recorded
     expected = {"kind": "relu", "shift": -3, "rate": 0.25, "width": 2, "skip": True}
     assert load_network("m").widths == expected
     Path("c.toml").write_text('treatment = "mine"\nkind = "gelu"\nwidth = 2\nskip = true\nshift = -5\n')
-    trained(call, "--config=c.toml", "--no-skip", "--depth=-2")
+    trained("--config=c.toml", "--no-skip", "--depth=-2")
     expected = {"kind": "gelu", "shift": -5, "depth": -2, "rate": 0.5, "width": 2, "skip": False}
     assert load_network("m").widths == expected
-
-
-def test_a_typed_network_leaves_a_configs_arguments_of_another(call: Call) -> None:
+    # A typed network leaves a config's arguments of another.
     Path("c.toml").write_text("treatment = 'OML'\nhidden = 8\nnum_classes = 30\ndata_seed = 1")
-    trained(call, "--config=c.toml", "--treatment=Taken")
+    trained("--config=c.toml", "--treatment=Taken")
     assert (load_network("m").widths["num_classes"], load_network("m").network) == (30, "Taken")
 
 

@@ -22,10 +22,6 @@ TINY = ["--config", str(ROOT / "configs/smoke.toml")]
 TINY_EVALUATE = ["--config", str(ROOT / "configs/smoke_evaluate.toml")]
 
 
-def command(script: str, cache: Path, *flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / script), *flags, f"--cache_dir={cache}", "--threads=1"]
-
-
 @pytest.fixture(scope="module")
 def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the smoke config was trained."""
@@ -91,8 +87,8 @@ def shell(folder: Path, line: str, *command: str, **environment: str) -> subproc
 
 def test_training_goes_on_whatever_stdout_is(cache: Path, tmp_path: Path) -> None:
     """Without stdin and stderr, and with an encoding and a reader that cannot take what is printed."""
-    flags = (*TINY, "--eval_every=0", "--log_every=1", "--name=zürich", "--backend=plain")
-    training = command("mrcl_classification.py", cache, *flags)
+    flags = ("--eval_every=0", "--log_every=1", "--name=zürich", "--backend=plain", f"--cache_dir={cache}")
+    training = (sys.executable, str(ROOT / "mrcl_classification.py"), *TINY, *flags, "--threads=1")
     line = '"$@" <&- 2>&- | sed "/run folder/q"'  # which then closes
     done = shell(tmp_path, line, *training, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="1")
     assert done.returncode == 0

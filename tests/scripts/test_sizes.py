@@ -18,7 +18,7 @@ from model.fast import FAST
 from model.guard import difference
 from model.modelfactory import NETWORKS, Network, build, load_network, restore, trained_parameters
 from model.outer_loop import gather
-from tests.conftest import Call, assert_same_run
+from tests.conftest import Call, Run, assert_same_run
 from tests.networks import OWN
 from tools import analyze_representation
 from tools import check_network as check_tool
@@ -155,38 +155,29 @@ def test_images_stay_bytes_until_a_batch_is_made(pictures: Path, tmp_path: Path)
     ("network", "flags"),
     [
         ("ANML", "--update_step=3 --remember=4 --nm_channels=2 --pln_channels=3"),
-        ("Conv4", "--learner=prototypes --ways=4 --channels=3 --symmetries=8 --augment=1"),
+        ("Conv4", "--learner=prototypes --no-cosine --ways=4 --channels=3 --symmetries=8 --augment=1"),
         ("Conv4", "--learner=iid --batch_size=25 --channels=3"),  # batches across passes of 36 images
     ],
 )
-def test_through_the_scripts(network: str, flags: str, pictures: Path, call: Call) -> None:
+def test_through_the_scripts(network: str, flags: str, pictures: Path, run: Run, call: Call) -> None:
     """A training at 32 that is interrupted; its model says its size to everything that follows."""
     data = ["--dataset=folder", f"--dataset_path={pictures}", "--threads=1", "--num_classes=8"]
     train = [*data, f"--treatment={network}", "--size=32", *flags.split(), "--model_name=m.net"]
     train += ["--eval_every=2", "--eval_classes=2"]
-    part = "4" if "prototypes" in flags else "2"  # their schedule is as long as the run
-    for command in (
-        [*train, "--name=part", f"--steps={part}"],
-        ["--resume=runs/part_0", "--steps=4"],
-        [*train, "--name=whole", "--steps=4"],
-    ):
-        done = call(mrcl_classification, *command)
-        assert done.returncode == 0, done.stderr
+    run(mrcl_classification, *train, "--name=part", "--steps=2")
+    run(mrcl_classification, "--resume=runs/part_0", "--steps=4")
+    run(mrcl_classification, *train, "--name=whole", "--steps=4")
     assert_same_run(Path("runs/part_0"), Path("runs/whole_0"))
     assert load_checkpoint(Path("m.net")).arguments["size"] == 32
     assert "size" not in load_checkpoint(Path("m.net")).widths
     assert load_network("m.net").image_size == 32
     test = [*data[:3], "--model=m.net", "--train_images=3", "--test_images=2"]
-    for script, more in (
-        (evaluate_classification, ["--lr=0.01", "--runs=1", "--name=test"]),
-        (evaluate_classification, ["--scratch", "--rln=0", "--lr=0.01", "--runs=1", "--size=32"]),
-        (analyze_representation, []),
-    ):
-        done = call(script, *test, *more)
-        assert done.returncode == 0, done.stderr
+    run(evaluate_classification, *test, "--lr=0.01", "--runs=1", "--name=test")
+    run(evaluate_classification, *test, "--scratch", "--rln=0", "--lr=0.01", "--runs=1", "--size=32")
+    run(analyze_representation, *test)
     saved = ["--checkpoint", "--saved_model=m.net", "--name=on", "--steps=1"]
     without = [flag for flag in train if not flag.startswith(("--size", "--channels", "--nm", "--pln"))]
-    assert call(mrcl_classification, *without, *saved, "--model_name=on.net").returncode == 0
+    run(mrcl_classification, *without, *saved, "--model_name=on.net")
     assert load_network("on.net").image_size == 32
     for script, other in (
         (evaluate_classification, [*test, "--lr=0.01", "--size=28"]),

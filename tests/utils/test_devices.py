@@ -1,7 +1,5 @@
 """The scripts on a GPU that this machine need not have: one like Apple's, made of the CPU's memory."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import evaluate_classification
 import mrcl_classification
-from tests.conftest import TINY, rows
+from tests.conftest import TINY, Run, rows
 from tools import analyze_representation
 
 aten = torch.ops.aten
@@ -79,11 +77,8 @@ class Apple(TorchDispatchMode):
         return tree_map_only(Tensor, wrap, result) if there else result
 
 
-Script = Callable[..., None]
-
-
 @pytest.fixture
-def script(cache: Path, tmp_path: Path, _quick_start: None, monkeypatch: pytest.MonkeyPatch) -> Script:
+def script(cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a script on the device that is not there, or the CPU."""
 
     def no_pool(*args: object, **options: object) -> Tensor:
@@ -91,9 +86,8 @@ def script(cache: Path, tmp_path: Path, _quick_start: None, monkeypatch: pytest.
 
     def start(module: ModuleType, *flags: str, device: torch.device = DEVICE) -> None:
         monkeypatch.setattr(module, "choose_device", lambda name, threads: device)
-        monkeypatch.setattr(sys, "argv", [module.__name__, f"--cache_dir={cache}", *flags])
         with Apple():
-            module.main()
+            run(module, f"--cache_dir={cache}", *flags)
 
     def tensor(data: Any, device: Any = None, **options: Any) -> Tensor:
         return plain(data, **options).to(device)  # the mode does not see what is made on a device at once
@@ -101,11 +95,10 @@ def script(cache: Path, tmp_path: Path, _quick_start: None, monkeypatch: pytest.
     plain = torch.tensor
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "max_pool2d", no_pool)
-    monkeypatch.chdir(tmp_path)
     return start
 
 
-def test_training_without_float64(script: Script) -> None:
+def test_training_without_float64(script: Run) -> None:
     flags = (*TINY, "--log_every=1", "--meta_batch=2")
     checks = ("--eval_every=2", "--eval_classes=2", "--keep_every=1", "--steps=2")
     script(mrcl_classification, *flags, *checks)
@@ -120,7 +113,7 @@ def test_training_without_float64(script: Script) -> None:
 
 
 def test_what_follows_training_without_float64(
-    script: Script, models: Path, monkeypatch: pytest.MonkeyPatch
+    script: Run, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate_classification, "FITTED", 20)
     glyphs = ("--dataset=glyphs", f"--model={models}/ANML.net", "--test_classes=6")
@@ -134,7 +127,7 @@ def test_what_follows_training_without_float64(
     script(analyze_representation, *glyphs)
 
 
-def test_pretraining_without_float64(script: Script) -> None:
+def test_pretraining_without_float64(script: Run) -> None:
     small = ("--train_classes=20", "--num_classes=20", "--pln_channels=2", "--hidden=8", "--threads=1")
     script(mrcl_classification, "--learner=iid", "--dataset=glyphs", *small, "--steps=2", "--name=iid")
     script(mrcl_classification, "--resume=runs/iid_0", "--steps=3")

@@ -5,7 +5,6 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from datasets.task_sampler import sample_trajectory
 from model.modelfactory import NETWORKS, build
 from model.outer_loops import TrajectoryLoop
 from model.training_state import load_state
-from tests.conftest import ROOT, TINY, Call, Trainer, pooled, process, rows
+from tests.conftest import ROOT, TINY, Call, Called, Trainer, pooled, process, rows
 from tests.forks import Forks
 from tests.networks import OWN
 from utils.distributed import Group, is_first, join, launched, run_as
@@ -44,26 +43,19 @@ run_script(main)
 """
 
 
-class Job(NamedTuple):
-    """What the processes of a job have printed."""
-
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def job(forks: Forks, tmp_path: Path) -> Callable[..., Job]:
+def job(forks: Forks, tmp_path: Path) -> Callable[..., Called]:
     """Runs a module as a job of one process for each list of flags, told of it as Kubernetes would; all end
     with `code`."""
 
-    def run(module: str, *ranks: list[str], code: int = 0) -> Job:
+    def run(module: str, *ranks: list[str], code: int = 0) -> Called:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         place = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         children = [forks.start(tmp_path, module, *f, RANK=str(k), **place) for k, f in enumerate(ranks)]
         codes = [forks.wait(child) for child in children]
-        said = [Path(f"{tmp_path}.{name}") for name in Job._fields]
-        done = Job(*(path.read_text() for path in said))
+        said = [Path(f"{tmp_path}.{name}") for name in ("stdout", "stderr")]
+        done = Called(code, *(path.read_text() for path in said))
         for path in said:
             path.unlink()
         assert codes == [code] * len(ranks), done.stderr
@@ -95,7 +87,7 @@ def main() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_two_processes_of_two_trajectories_give_what_one_of_four_gives(
-    name: str, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, job: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["", name, str(tmp_path / "one.pt")])
     main()
@@ -105,7 +97,7 @@ def test_two_processes_of_two_trajectories_give_what_one_of_four_gives(
 
 
 def test_training_goes_on_under_another_number_of_processes(
-    job: Callable[..., Job], trainer: Trainer, tmp_path: Path
+    job: Callable[..., Called], trainer: Trainer, tmp_path: Path
 ) -> None:
     trainer("--meta_batch=2", "--steps=2")
     done = job("mrcl_classification", *([["--resume", "runs/smoke_0", "--steps=4"]] * 2))
@@ -121,7 +113,7 @@ def test_training_goes_on_under_another_number_of_processes(
 
 
 def test_processes_that_differ_are_refused_before_the_first_step(
-    job: Callable[..., Job], trainer: Trainer, tmp_path: Path
+    job: Callable[..., Called], trainer: Trainer, tmp_path: Path
 ) -> None:
     trainer("--steps=1", "--model_name=a.net")
     trainer("--steps=2", "--model_name=b.net")
@@ -191,7 +183,7 @@ def test_an_error_of_the_group_says_its_cause(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_evaluation_gives_the_same_table(
-    job: Callable[..., Job], call: Call, trainer: Trainer, cache: Path, tmp_path: Path
+    job: Callable[..., Called], call: Call, trainer: Trainer, cache: Path, tmp_path: Path
 ) -> None:
     trainer("--model_name=m.net", "--steps=1")
     flags = [*TINY_EVALUATE, f"--cache_dir={cache}", "--scratch", "--model=m.net", "--runs=3", "--nested"]
