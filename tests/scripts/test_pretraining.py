@@ -1,4 +1,4 @@
-"""`--learner iid`: its defaults, batches and steps are right, and it learns."""
+"""`--learner iid`: its batches and steps are right, and it learns."""
 
 from itertools import islice
 from pathlib import Path
@@ -7,22 +7,13 @@ import pytest
 import torch
 
 from datasets.task_sampler import shuffled_batches
-from flags.training import Plan, Training
 from model.modelfactory import build
 from model.outer_loops import BatchLoop
 from tests.conftest import Trainer, pooled, rows
-from utils.command_line import parse
 from utils.errors import UserError
 from utils.files import load_checkpoint
 
 TINY = "--learner=iid --dataset=glyphs --pln_channels=6 --train_classes=5 --num_classes=8 --threads=1"
-
-
-def test_the_default_is_what_meta_training_sees() -> None:
-    args = parse(Training, ["--learner=iid"])
-    assert (args.steps, args.loop) == (20000, {"batch_size": 20 + 64})
-    assert (args.treatment, args.meta_lr, "hidden" in args.constructor) == ("OML", 0.0001, True)
-    assert Plan.of(args, 963) == Plan(6, 963, Path("Pretrain_Model.net"), "pretrained")
 
 
 @pytest.mark.parametrize("batch_size", [6, 20, 7, 48])

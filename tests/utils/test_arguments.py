@@ -70,6 +70,10 @@ def test_defaults_follow_the_treatment() -> None:
     made: Weights = "meta-trained"
     assert (oml.treatment, Plan.of(oml, 9)) == ("OML", Plan(6, 9, Path("OML_Model.net"), made))
     assert Plan.of(train("--rln 5 --model_name m.net"), 9) == Plan(5, 9, Path("m.net"), made)
+    iid = train("--learner=iid")  # as many images a step as meta-training sees
+    assert (iid.steps, iid.loop) == (20000, {"batch_size": 20 + 64})
+    assert (iid.treatment, iid.meta_lr, "hidden" in iid.constructor) == ("OML", 0.0001, True)
+    assert Plan.of(iid, 963) == Plan(6, 963, Path("Pretrain_Model.net"), "pretrained")
     # With a model file, the network is unknown until the file is read.
     known = evaluate("--model m")
     assert (known.rln, recorded(known)["treatment"], recorded(known)["nm_channels"]) == (None, None, None)
