@@ -94,8 +94,8 @@ def test_a_wrong_csv(text: str, message: str, tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_results_of_other_measures(tmp_path: Path) -> None:
-    """A measure without a column has no value; a column of no measure is kept, see test_protocol."""
+def test_results_of_other_measures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A measure without a column has no value; a column of no measure is named once, and kept."""
     path, rows = tmp_path / "results.csv", [row(), row(run=1)]
     write_results(tmp_path, rows, {})
     path.write_text(path.read_text().replace("train", "other"))
@@ -104,6 +104,7 @@ def test_results_of_other_measures(tmp_path: Path) -> None:
     assert not any(name.startswith("train") for name in line)
     assert table(read_results(path).rows).splitlines()[1].split()[3:7] == ["30.0", "±", "0", "-"]
     assert "A train" not in compare_results.table(rows, read_results(path).rows, [10])
+    assert caplog.messages == [f"{path}: other is no measure here: kept as it is"]
 
 
 def test_position_and_volatility_by_hand(tmp_path: Path) -> None:
