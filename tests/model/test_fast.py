@@ -172,16 +172,3 @@ def test_networks_that_the_fast_backend_does_not_know(change: Callable[[Network]
     assert "\n" not in why
     with pytest.raises(UserError, match=f"--backend fast: .*{says}"):
         choose_backend("fast", [net], CPU, Use(update_step=3))
-
-
-def test_what_the_fast_backend_does_not_follow_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another inner loss, although no weight depends on it. (Other edits: `tests/edits.py`.)"""
-    plain, net = method.loss_and_grads, network("ANML")[0]
-
-    def halved(*args: Any) -> tuple[Tensor, Params]:
-        loss, grads = plain(*args)
-        return loss / 2, grads
-
-    monkeypatch.setattr(method, "loss_and_grads", halved)
-    chosen = choose_backend("auto", [net], CPU, Use(update_step=3))
-    assert (chosen.name, "the inner step" in chosen.why) == ("plain", True)
