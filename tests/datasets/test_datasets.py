@@ -3,7 +3,6 @@
 import hashlib
 import io
 import logging
-import os
 import re
 import shutil
 import sys
@@ -225,15 +224,6 @@ def test_a_damaged_zip_is_not_replaced_by_a_download(root: Path, damage: Callabl
     assert archive.read_bytes() == damaged
 
 
-def test_other_content_of_the_same_size_does_not_meet_the_old_cache(root: Path) -> None:
-    load(root)
-    file = folder_of(root) / "Alpha" / "character01" / "0001_02.png"
-    flip(file)
-    os.utime(file, ns=(0, 0))
-    with pytest.raises(UserError, match=r"0001_02\.png"):
-        load(root)
-
-
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     caplog.clear()
@@ -423,13 +413,3 @@ def test_folders_that_unpacking_adds(root: Path, deeper: str) -> None:
     message = refused(root)
     assert f"{folder_of(root) / deeper}/Beta/character02: 19 drawings" in message
     assert f"remove {folder_of(root)} to have" in message
-
-
-def test_normalised() -> None:
-    """In float32, whatever the network computes in."""
-    images = torch.arange(4 * 28 * 28).reshape(4, 1, 28, 28).to(torch.uint8)
-    rows = ImageSet("test", images, (2, 2), ("a", "b"), OMNIGLOT).pool("cpu", torch.float64).take(slice(None))
-    mean, scale = np.float32(0.92206 * 256), np.float32(0.08426 * 256 * 256)
-    assert rows.dtype == torch.float64
-    assert np.array_equal(rows.numpy(), (images.numpy().astype(np.float32) - mean) / scale)
-    assert images.dtype == torch.uint8, "the set keeps its own images"

@@ -17,10 +17,9 @@ from PIL import Image
 import evaluate_classification
 import mrcl_classification
 from datasets import DATASETS, Source
-from datasets.images import ImageSet, Normalisation, Pool, shrink
+from datasets.images import ImageSet, Normalisation, shrink
 from evaluation.results import read_results, summarise
-from model.meta_test import CHUNK, FrozenOutputs
-from model.modelfactory import build, load_network, trained_parameters
+from model.modelfactory import load_network
 from tests.conftest import ROOT, TINY, Evaluate, Run, shown
 from tools import analyze_representation
 from utils.errors import UserError
@@ -314,20 +313,3 @@ def test_a_model_says_what_it_has_not_seen(tmp_path: Path, models: Path, evaluat
         path.unlink()
     with pytest.raises(UserError, match="--learner map: 2 of each class are needed"):
         evaluate(f"--dataset folder --dataset_path {root} {flags}")
-
-
-def test_frozen_outputs_of_classes_of_several_sizes() -> None:
-    """The same to the last bit whichever images are asked for first, and those of the network."""
-    generator = torch.Generator().manual_seed(0)
-    net = build("ANML", {"nm_channels": 2, "pln_channels": 3, "num_classes": 4}, generator)
-    pool = Pool(torch.randn(CHUNK + 12, 3, 28, 28, generator=generator), (5, CHUNK + 1, 6))
-    trained = trained_parameters(net, 13)
-    index = torch.tensor([[1, CHUNK], [2, 5], [0, 0], [1, 3], [2, 0]])
-    kept, turned = FrozenOutputs(net, pool, trained), FrozenOutputs(net, pool, trained)
-    backwards: Any = turned.get(index.flip(0))
-    found: Any = kept.get(index)
-    expected: Any = net.frozen(torch.stack([pool[c][k] for c, k in index.tolist()]), trained)
-    parts = (found.activations, backwards.activations, expected.activations)
-    for ours, others, whole in zip(*parts, strict=True):
-        assert torch.equal(ours, others.flip(0))
-        torch.testing.assert_close(ours, whole)

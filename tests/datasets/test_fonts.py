@@ -49,10 +49,6 @@ def edit(source: Path, target: Path, characters: str, glyph: str) -> None:
     font.save(target)
 
 
-def images_of(found: ImageSet, character: str) -> np.ndarray[Any, Any]:
-    return found.pool("cpu").rows[_rows(found, character)].numpy()
-
-
 def _rows(found: ImageSet, character: str) -> slice:
     label = found.classes.index(f"U+{ord(character):04X} {character}")
     start = sum(found.sizes[:label])
@@ -145,19 +141,6 @@ def test_held_out_fonts_make_the_test_images_alone(root: Path) -> None:
             *(evaluation.sizes, 6, generator), train_images=3, test_images=1, split=split, test_only=2
         )
         assert task.train[..., 1].max() < 4 <= task.test[..., 1].min()
-
-
-def test_the_cache_is_used_and_built_again(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "anml")
-    first = load(root)
-    (path,) = (root.parent / "cache").iterdir()
-    before = path.stat().st_mtime_ns
-    assert load(root).data_hash == first.data_hash
-    assert path.stat().st_mtime_ns == before
-    assert caplog.text.count("preparing 72 images") == 1
-    shutil.copy(TTF / "cmss10.ttf", root / "a/DejaVuSans.ttf")
-    assert load(root).data_hash != first.data_hash
-    assert "is built again" in caplog.text
 
 
 def test_from_training_to_meta_test(root: Path, run: Run, call: Call) -> None:

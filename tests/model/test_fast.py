@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from model import method
 from model.check import Use
-from model.fast import BACKENDS, FAST, choose_backend, conv, inner_loop, matmul, winograd
+from model.fast import BACKENDS, FAST, choose_backend, conv, matmul, winograd
 from model.guard import difference
 from model.learner import Given
-from model.meta_test import new_run
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
 from tests.model.test_method import CPU, WIDTHS, differentiate, images, network
@@ -84,26 +83,6 @@ def test_meta_loss(kind: str, rln: int, tiles: int, monkeypatch: pytest.MonkeyPa
 def test_images_of_more_pixels_than_16_bits_tell_apart() -> None:
     net = build("sANML", {"pln_channels": 2, "num_classes": 4}, torch.Generator().manual_seed(0), 184)
     assert difference(net, CPU, Use(update_step=2), FAST) is None
-
-
-@pytest.mark.parametrize(("kind", "rln"), CUTS)
-def test_online_learner(kind: str, rln: int) -> None:
-    """At every cut, from images and from what the frozen part made of them, in several calls."""
-    labels = torch.tensor([3, 3, 7, 0])
-    for optimizer, channels in (("adam", 1), ("sgd", 3)):
-        pixels, found = normal(4, channels, 28, 28), []
-        for backend, frozen in itertools.product(BACKENDS, (True, False)):
-            net = network(kind, backend)[0]
-            trained = trained_parameters(net, rln)
-            run = new_run(net, trained, torch.Generator().manual_seed(1))
-            online = BACKENDS[backend].adam_learner(run, trained, Given(0.01), optimizer=optimizer)
-            assert isinstance(online, inner_loop.HandLearner) == (backend == "fast")
-            inputs = net.frozen(pixels, trained) if frozen else pixels
-            online.learn(inputs[:1], labels[:1])
-            online.learn(inputs[1:], labels[1:])
-            found.append((run.state_dict(), online.predict(inputs)))
-        for ours in found[1:]:
-            assert_equal(ours, found[0], 1e-7)
 
 
 def test_nothing_is_differentiated_twice() -> None:

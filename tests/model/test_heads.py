@@ -89,11 +89,8 @@ def test_sums_in_any_order_give_the_plain_formula(name: str, features: Any, powe
 @pytest.mark.parametrize(("shape", "scale"), [(0.5, 1.0), (3.0, 200.0), (60.0, 0.002)])
 def test_the_prior_is_the_most_likely_one(shape: float, scale: float) -> None:
     values = stats.invgamma.rvs(shape, scale=scale, size=20_000, random_state=1)
-    found = inverse_gamma(torch.from_numpy(values))
-    assert found == pytest.approx((shape, scale), rel=0.05)
-    likelihood = stats.invgamma.logpdf(values, found[0], scale=found[1]).sum()
-    for a, b in ((1.001, 1), (0.999, 1), (1, 1.001), (1, 0.999)):
-        assert stats.invgamma.logpdf(values, a * found[0], scale=b * found[1]).sum() < likelihood
+    likely = stats.invgamma.fit(values, floc=0)
+    assert inverse_gamma(torch.from_numpy(values)) == pytest.approx((likely[0], likely[2]), rel=1e-3)
 
 
 def test_the_prior_of_equal_values_is_finite_and_has_their_mean() -> None:

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import model.meta_test
+from datasets.images import Pool
 from datasets.task_sampler import Task, sample_task
 from evaluation.runs import by_class
 from model.fast import BACKENDS
 from model.layers import cat, parts
-from model.meta_test import FrozenOutputs, MetaTest, with_outputs
+from model.meta_test import CHUNK, FrozenOutputs, MetaTest, with_outputs
 from model.method import classify
-from model.modelfactory import Network, build
+from model.modelfactory import Network, build, trained_parameters
 from tests.conftest import pooled
 from utils.errors import UserError
 
@@ -40,15 +41,19 @@ def test_draws_of_search_and_report_are_disjoint(monkeypatch: pytest.MonkeyPatch
     assert len(set(drawn)) == 30
 
 
-def test_frozen_outputs_take_memory_for_the_images_in_use() -> None:
+def test_frozen_outputs_of_classes_of_several_sizes() -> None:
+    """The same to the last bit whichever images are asked for first, and those of the network; computed for
+    the classes in use, and of a large class for the images in use."""
     net = build("ANML", WIDTHS, torch.Generator().manual_seed(0))
-    meta_test = MetaTest(net, pooled(torch.randn(50, 20, 1, 28, 28)), 13, seed=0)
-    first = meta_test.score(3, 0.01, "report", 0)
-    assert len(meta_test.outputs.known) == 3 * 20
-    assert meta_test.score(3, 0.01, "report", 0) == first
-    output = meta_test.outputs.get(torch.tensor([[0, 1], [1, 2], [4, 0]]))
-    chosen, joined = output[torch.tensor([2, 0])], cat([output[2:], output[:1]])
-    torch.testing.assert_close(parts(chosen), parts(joined), rtol=0, atol=0)
+    pool = Pool(torch.randn(CHUNK + 17, 3, 28, 28), (5, CHUNK + 1, 6, 5))
+    trained, index = trained_parameters(net, 13), torch.tensor([[1, CHUNK], [2, 5], [0, 0], [1, 3], [2, 0]])
+    kept, turned = FrozenOutputs(net, pool, trained), FrozenOutputs(net, pool, trained)
+    backwards, found = turned.get(index.flip(0)), kept.get(index)
+    assert len(kept.known) == 2 + 6 + 5
+    expected = net.frozen(torch.stack([pool[c][k] for c, k in index.tolist()]), trained)
+    torch.testing.assert_close(parts(found), parts(expected))
+    for others in backwards[torch.arange(4, -1, -1)], cat([found[:2], found[2:]]):
+        torch.testing.assert_close(parts(found), parts(others), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])

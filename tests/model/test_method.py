@@ -238,9 +238,3 @@ def test_a_search_leaves_out_what_cannot_change_the_choice() -> None:
             search.scores[draw, lr] = {"train": table[draw][lr], "diverged": 0}
     assert [draw.number for draw, _ in search.scores] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert search.best() == 0.1
-
-
-def test_published_size() -> None:
-    net = build("ANML", {}, torch.Generator())
-    assert sum(p.numel() for n, p in net.named_parameters() if n.startswith("nm.")) == 2_554_560
-    assert sum(p.numel() for p in net.parameters()) == 6_048_424

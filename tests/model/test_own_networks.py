@@ -16,9 +16,11 @@ from torch import Tensor, nn
 import evaluate_classification
 import mrcl_classification
 from model.check import check_network
-from model.learner import Given, adam_learner
+from model.fast import BACKENDS
+from model.fast.inner_loop import HandLearner
+from model.learner import Given
 from model.meta_test import FrozenOutputs, learn, new_run
-from model.method import InnerLoop, Params, meta_loss
+from model.method import INNER_RULES, InnerLoop, MetaSGD, Params, kept_rule, meta_loss
 from model.modelfactory import (
     NETWORKS,
     Network,
@@ -57,45 +59,66 @@ def test_check(name: str) -> None:
 @pytest.mark.parametrize("last", [0, 2, None])
 @pytest.mark.parametrize("name", [*WIDTHS, *OWN])
 def test_meta_gradient_at_every_cut(name: str, last: int | None) -> None:
+    """By the paper's rule, and at the network's own cut by the others, in a second inner loop with one rule.
+    Gradients of learned step sizes are included."""
     net = network(name)[0] if name in WIDTHS else new(name).double()
     query, labels = images(5), torch.tensor([0, 5, 3, 3, 4])
-    for rln in range(len(layer_parameters(net))):
+    cuts = [(rln, "sgd") for rln in range(len(layer_parameters(net)))]
+    for rln, by in (*cuts, *((net.rln_training, other) for other in ("momentum", "meta_sgd"))):
         params: Params = {n: net.get_parameter(n) for n in trained_parameters(net, rln)}
-        torch.manual_seed(5)  # of dropout
-        inputs = net.frozen(query, params)
-        support = inputs[-3:], labels[-3:]
-        loss, _, losses = meta_loss(net, params, support, (inputs, labels), InnerLoop(0.1, last))
-        learned = list(net.parameters())
+        lr = 0.1 if by == "sgd" else 0.01
+        inner, rule = kept_rule(InnerLoop(lr, last, INNER_RULES[by]), params)
+        sizes, learned = dict.fromkeys(params, torch.tensor(lr, dtype=torch.float64)), [*net.parameters()]
+        if isinstance(rule, MetaSGD):
+            generator = torch.Generator().manual_seed(2)
+            for size in rule.parameters():
+                size.data += 0.05 * torch.randn(size.shape, generator=generator, dtype=torch.float64)
+            sizes, learned = {n: rule.inner_lr(n) for n in params}, [*learned, *rule.parameters()]
+        for _ in range(1 + (by != "sgd")):
+            torch.manual_seed(5)  # of dropout
+            inputs = net.frozen(query, params)
+            support = inputs[-3:], labels[-3:]
+            loss, _, losses = meta_loss(net, params, support, (inputs, labels), inner)
         grads = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
         torch.manual_seed(5)
-        sizes = dict.fromkeys(params, torch.tensor(0.1, dtype=torch.float64))
-        expected = unrolled(net, params, query, labels, sizes, 3 if last is None else last)
-        torch.testing.assert_close((loss, losses, grads), expected, rtol=1e-8, atol=1e-11)
+        momentum = 0.9 if by == "momentum" else 0
+        expected = unrolled(net, params, query, labels, sizes, 3 if last is None else last, momentum)
+        torch.testing.assert_close((loss, losses, grads), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [*WIDTHS, *OWN])
-def test_meta_test_updates(name: str) -> None:
-    """Adam and SGD of torch.optim on a whole copy in `eval` mode; the model, its buffers included, stays."""
-    net = network(name)[0] if name in WIDTHS else new(name).double()
-    before = copy.deepcopy(net.state_dict())
-    pool, index = images(3, 4), torch.tensor([[0, 1], [0, 2], [2, 3], [1, 0]])
+@pytest.mark.parametrize(
+    ("name", "backend"), [*itertools.product(WIDTHS, BACKENDS), *((name, "plain") for name in OWN)]
+)
+def test_meta_test_updates(name: str, backend: str) -> None:
+    """Adam and SGD of torch.optim on a whole plain copy in `eval` mode, at every cut, from images and from
+    frozen outputs; the model, its buffers included, stays."""
+    net, plain = (network(name, of)[0] if name in WIDTHS else new(name).double() for of in (backend, "plain"))
+    before, labels = copy.deepcopy(net.state_dict()), torch.tensor([0, 0, 2, 1])
+    index = torch.stack([labels, torch.tensor([1, 2, 3, 0])], 1)
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     for rln, kind in itertools.product(range(len(layer_parameters(net))), kinds):
-        trained = trained_parameters(net, rln)
+        pool = images(3, 4) if kind == "adam" else images(3, 4, 3).squeeze(3)
+        pixels, trained = pool[tuple(index.t())], trained_parameters(net, rln)
         run = new_run(net, trained, torch.Generator().manual_seed(1))
         shared = {n for n, p in run.named_parameters() if p.data_ptr() == net.get_parameter(n).data_ptr()}
         assert shared == dict(net.named_parameters()).keys() - set(trained)
-        plain = copy.deepcopy(run)
+        plain.eval().load_state_dict(run.state_dict())
+        online = BACKENDS[backend].adam_learner(run, trained, Given(0.01), optimizer=kind)
+        assert isinstance(online, HandLearner) == (backend == "fast")
         outputs = FrozenOutputs(net.eval(), pooled(pool), trained)
-        learn(adam_learner(run, trained, Given(0.01), optimizer=kind), outputs, index)
+        learn(online, outputs, index[:1])
+        online.learn(pixels[1:2], labels[1:2])
+        learn(online, outputs, index[2:])
 
         optimizer = kinds[kind]([plain.get_parameter(n) for n in trained], lr=0.01)
-        for label, drawing in index.tolist():
+        for image, label in zip(pixels, labels, strict=True):
             optimizer.zero_grad()
-            F.cross_entropy(plain(pool[label, drawing][None]), torch.tensor([label])).backward()
+            F.cross_entropy(plain(image[None]), label[None]).backward()
             optimizer.step()
-        torch.testing.assert_close(run.state_dict(), plain.state_dict(), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(run.state_dict(), plain.state_dict(), rtol=1e-7, atol=1e-10)
         torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+        for inputs in pixels, outputs.get(index):
+            assert torch.equal(online.predict(inputs), plain(pixels).argmax(1))
 
 
 @pytest.mark.parametrize(

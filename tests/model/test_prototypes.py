@@ -10,27 +10,11 @@ from tests.reference import log_density
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
-def test_logits_are_distances_to_means(leave_one_out: bool) -> None:
-    features = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = []
-    for k, of_class in enumerate(features):
-        for i in range(5 if leave_one_out else 2):
-            query = of_class[i if leave_one_out else 3 + i]
-            means = [other.mean(0) if leave_one_out else other[:3].mean(0) for other in features]
-            if leave_one_out:
-                means[k] = torch.cat([of_class[:i], of_class[i + 1 :]]).mean(0)
-            expected.append(torch.stack([-((query - mean) ** 2).sum() / 7**0.5 for mean in means]))
-    torch.testing.assert_close(
-        prototype_logits(features, None if leave_one_out else 3), torch.stack(expected)
-    )
-
-
-@pytest.mark.parametrize("leave_one_out", [False, True])
-@pytest.mark.parametrize("head", ["predictive", "map"])
-def test_logits_are_log_densities(head: str, leave_one_out: bool) -> None:
+@pytest.mark.parametrize("head", ["distances", *GEMCL_SCORES])
+def test_logits_are_distances_to_means_or_log_densities(head: str, leave_one_out: bool) -> None:
     """An image's own class leaves it out; the variances of all classes are as likely as of equally many."""
     features = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    learned, prior = 4 if leave_one_out else 3, (1.5, 0.7)
+    shots, learned, prior = None if leave_one_out else 3, 4 if leave_one_out else 3, (1.5, 0.7)
     expected = []
     for k, of_class in enumerate(features):
         for i in range(5 if leave_one_out else 2):
@@ -38,13 +22,18 @@ def test_logits_are_log_densities(head: str, leave_one_out: bool) -> None:
             if leave_one_out:
                 images[k] = torch.cat([of_class[:i], of_class[i + 1 :]])
             query = of_class[i if leave_one_out else 3 + i]
-            expected.append(
-                torch.stack([log_density(head, query, known, prior, learned) for known in images])
-            )
-    numbers = dict(zip(("shape", "scale"), torch.tensor(prior, dtype=torch.float64), strict=True))
-    logits = gemcl_logits(features, None if leave_one_out else 3, GEMCL_SCORES[head], **numbers)
-    constant = logits[0, 0] - expected[0][0]
-    torch.testing.assert_close(logits - constant, torch.stack(expected))
+            if head == "distances":
+                values = [-((query - known.mean(0)) ** 2).sum() / 7**0.5 for known in images]
+            else:
+                values = [log_density(head, query, known, prior, learned) for known in images]
+            expected.append(torch.stack(values))
+    if head == "distances":
+        logits = prototype_logits(features, shots)
+    else:
+        numbers = dict(zip(("shape", "scale"), torch.tensor(prior, dtype=torch.float64), strict=True))
+        logits = gemcl_logits(features, shots, GEMCL_SCORES[head], **numbers)
+        logits = logits - (logits[0, 0] - expected[0][0])
+    torch.testing.assert_close(logits, torch.stack(expected))
 
 
 @pytest.mark.parametrize("head", GEMCL_SCORES)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from model.method import INNER_RULES, InnerLoop, MetaSGD, Params, kept_rule, meta_loss
+from model.method import INNER_RULES, InnerLoop, Params, meta_loss
 from model.modelfactory import Network, trained_parameters
 from tests.conftest import ROOT, Trainer, assert_same_run, rows, shown
 from tests.model.test_method import images, network
-from tests.reference import unrolled
 from utils.errors import UserError
 from utils.files import load_checkpoint
 
@@ -62,29 +61,6 @@ def test_torch_func(kind: str, rln: int, first_order: bool) -> None:
     torch.testing.assert_close(vmap(grad(loss), in_dims=(None, 0, 0))(detached, pixels, labels), stacked)
     summed = {name: g.sum(0) for name, g in stacked.items()}
     torch.testing.assert_close(grads_of(together(params, pixels, labels).sum()), summed)
-
-
-@pytest.mark.parametrize("steps", [0, 1, None])
-@pytest.mark.parametrize(("kind", "rln"), [("ANML", 7), ("OML", 0)])
-@pytest.mark.parametrize("name", ["momentum", "meta_sgd"])
-def test_rules(name: str, kind: str, rln: int, steps: int | None) -> None:
-    """Two inner loops with one setting against plain autograd, gradients of learned step sizes included."""
-    net, _ = network(kind)
-    params, (pixels, labels) = learned(net, rln), examples()
-    inner, rule = kept_rule(InnerLoop(LR / 10, steps, INNER_RULES[name]), params)
-    sizes = dict.fromkeys(params, torch.tensor(LR / 10, dtype=torch.float64))
-    if isinstance(rule, MetaSGD):
-        generator = torch.Generator().manual_seed(2)
-        for size in rule.parameters():
-            size.data += 0.05 * torch.randn(size.shape, generator=generator, dtype=torch.float64)
-        sizes = {parameter: rule.inner_lr(parameter) for parameter in params}
-    everything = [*net.parameters(), *([] if rule is None else rule.parameters())]
-    last, velocity = STEPS if steps is None else steps, 0.9 if name == "momentum" else 0
-    for _ in range(2):
-        loss = meta_loss(net, params, (pixels[-STEPS:], labels[-STEPS:]), (pixels, labels), inner)[0]
-        grads = torch.autograd.grad(loss, everything, allow_unused=True, materialize_grads=True)
-        expected, _, slopes = unrolled(net, params, pixels, labels, sizes, last, velocity)
-        torch.testing.assert_close((loss, grads), (expected, slopes), rtol=1e-12, atol=1e-12)
 
 
 class Leaking(nn.Module):

@@ -181,14 +181,8 @@ def test_times_of_one_command_agree() -> None:
     assert "trajectories: 2.5 to 4 hours, or" in (ROOT / "README.md").read_text()
 
 
-def test_published_numbers_are_those_of_the_sources() -> None:
-    targets = read_targets()
-    by_key = {(t.result, t.quantity, t.classes, t.source): str(t) for t in targets}
-    assert by_key["anml", "test", 600, "paper"] == "63.8"
-    assert by_key["anml", "test", 10, "Numenta, second order"] == "88 ± 5"
-    assert by_key["oml_unlimited", "test", 600, "paper, second-hand"] == "<1"
-    assert by_key["representation_first_order", "knn_after", None, "paper, second-hand"] == "81.1"
-    for target in targets:
+def test_tolerances_are_those_of_the_sources() -> None:
+    for target in read_targets():
         if target.spread is not None:
             same_weights = target.source == "GeMCL, its weights"
             assert target.tolerance == (1.2 if same_weights else max(2, 2 * target.spread))
