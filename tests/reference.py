@@ -110,8 +110,8 @@ def unrolled(
     momentum: float = 0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Mean query loss of any network after the inner loop over the last three query images, the losses before
-    the inner steps, and the gradient of the first with respect to all parameters and those of `sizes` that
-    take one.
+    the inner steps, and the gradient of the first with respect to all parameters, the query if it takes one,
+    and those of `sizes` that do.
 
     Args:
         names: the parameters that the inner loop changes, each in all modules that hold it.
@@ -141,7 +141,7 @@ def unrolled(
         for table, key, name in homes:
             table[key] = current[name]
     loss = F.cross_entropy(net(query), labels)
-    inputs = [*learned.values(), *(size for size in sizes.values() if size.requires_grad)]
+    inputs = [*learned.values(), *(value for value in (query, *sizes.values()) if value.requires_grad)]
     return loss, torch.stack(losses), torch.autograd.grad(loss, inputs, **unused)
 
 

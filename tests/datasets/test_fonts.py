@@ -107,6 +107,7 @@ def test_what_does_not_count(root: Path, caplog: pytest.LogCaptureFixture) -> No
     }
     assert line == "fonts that draw no pixels of their own do not count: b/copy.ttf, b/holders.ttf"
     assert "9 different fonts of 11 draw 12 of 12 characters often enough" in caplog.text
+    assert caplog.text.count("preparing 131 images, once") == 1
 
 
 def test_collections_have_several_fonts(root: Path) -> None:

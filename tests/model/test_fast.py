@@ -1,7 +1,6 @@
 """The fast backend: meta-gradients and updates against plain ones, its products, its guard."""
 
 import copy
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +11,13 @@ from torch import Tensor, nn
 
 from model import method
 from model.check import Use
-from model.fast import BACKENDS, FAST, choose_backend, conv, matmul, winograd
+from model.fast import BACKENDS, FAST, choose_backend, matmul, winograd
 from model.guard import difference
 from model.learner import Given
 from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
-from tests.model.test_method import CPU, WIDTHS, differentiate, images, network
+from tests.model.test_method import CPU, WIDTHS, images, network
 from utils.errors import UserError
-
-CUTS = [(kind, rln) for kind, count in {"ANML": 14, "sANML": 7, "OML": 8}.items() for rln in range(count)]
 
 
 def normal(*shape: int) -> Tensor:
@@ -61,25 +58,6 @@ def test_products_of_a_row(threads: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_equal(matmul.matmul(row[:, :6], weight), row[:, :6] @ weight, 1e-13)
 
 
-@pytest.mark.parametrize(
-    ("kind", "rln", "tiles"),
-    [*((*cut, 0) for cut in CUTS), *((kind, 0, tiles) for kind in WIDTHS for tiles in (760, 5))],
-)
-def test_meta_loss(kind: str, rln: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss, inner losses and meta-gradient at every cut, in all orders, of grey images and in colour, which
-    themselves may take a gradient; with Winograd's gradients of so many tiles at a time, or without."""
-    if tiles:
-        monkeypatch.setattr(conv, "FEW_POSITIONS", 0)
-        monkeypatch.setattr(conv, "MANY_CHANNELS", 1)
-        monkeypatch.setattr(winograd, "CHUNK", tiles)
-    plain, fast = network(kind)[0], network(kind, "fast")[0]
-    labels = torch.tensor([0, 5, 7, 3, 3, 7])
-    for steps, channels in itertools.product((None, 0, 2), (1, 3)):
-        given = normal(6, channels, 28, 28).requires_grad_(steps == 2), labels, 4, rln, 0.05
-        ours = differentiate(fast, *given, "fast", second_order_steps=steps)
-        assert_equal(ours, differentiate(plain, *given, second_order_steps=steps), 1e-8)
-
-
 def test_images_of_more_pixels_than_16_bits_tell_apart() -> None:
     net = build("sANML", {"pln_channels": 2, "num_classes": 4}, torch.Generator().manual_seed(0), 184)
     assert difference(net, CPU, Use(update_step=2), FAST) is None
@@ -106,11 +84,15 @@ def test_published_width_in_single_precision(kind: str) -> None:
     for backend in BACKENDS:
         net = build(kind, {}, torch.Generator().manual_seed(0))
         BACKENDS[backend].prepare(net)
-        loss, inner_losses, grads = differentiate(net, query, labels, 2, net.rln_training, backend=backend)
+        params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, net.rln_training)}
+        inputs = net.frozen(query, params)
+        examples = (inputs[-2:], labels[-2:]), (inputs, labels)
+        loss, _, inner_losses = BACKENDS[backend].meta_loss(net, params, *examples, InnerLoop(0.1))
+        grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
         trained = trained_parameters(net, net.default_meta_test_rln)
         online = BACKENDS[backend].adam_learner(net, trained, Given(1e-4))
         online.learn(net.frozen(query, trained), labels)
-        found.append((loss, inner_losses, [grad.norm() for grad in grads.values()], net(query).detach()))
+        found.append((loss, inner_losses, [grad.norm() for grad in grads], net(query)))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 

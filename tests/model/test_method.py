@@ -11,7 +11,6 @@ from torch import Tensor
 from datasets.task_sampler import sample_trajectory
 from model.fast import BACKENDS
 from model.meta_test import new_run
-from model.method import InnerLoop, Params
 from model.modelfactory import Network, build, trained_parameters
 from model.outer_loop import gather
 from model.outer_loops import TrajectoryLoop
@@ -58,30 +57,6 @@ def images(*shape: int, seed: int = 1) -> Tensor:
 def grey(x: Tensor) -> Tensor:
     """The three equal channels that the published networks read."""
     return x.expand(*x.shape[:-3], 3, 28, 28)
-
-
-def differentiate(
-    net: Network,
-    query: Tensor,
-    labels: Tensor,
-    steps: int,
-    rln: int,
-    lr: float = 0.1,
-    backend: str = "plain",
-    **options: Any,
-) -> tuple[Tensor, Tensor, Params]:
-    """Loss, inner losses and meta-gradient of a trajectory, the last `steps` images of the query; of images
-    that take a gradient theirs as well."""
-    params: Params = {name: net.get_parameter(name) for name in trained_parameters(net, rln)}
-    inputs = net.frozen(query, params)
-    loss, _, inner_losses = BACKENDS[backend].meta_loss(
-        net, params, (inputs[-steps:], labels[-steps:]), (inputs, labels), InnerLoop(lr, **options)
-    )
-    learned: Params = dict(net.named_parameters())
-    if query.requires_grad:
-        learned["images"] = query
-    grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True, materialize_grads=True)
-    return loss.detach(), inner_losses, dict(zip(learned, grads, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["ANML", "OML"])

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import evaluate_classification
 import mrcl_classification
 from model.check import check_network
-from model.fast import BACKENDS
+from model.fast import BACKENDS, conv, winograd
 from model.fast.inner_loop import HandLearner
 from model.learner import Given
 from model.meta_test import FrozenOutputs, learn, new_run
-from model.method import INNER_RULES, InnerLoop, MetaSGD, Params, kept_rule, meta_loss
+from model.method import INNER_RULES, InnerLoop, MetaSGD, Params, kept_rule
 from model.modelfactory import (
     NETWORKS,
     Network,
@@ -57,18 +57,38 @@ def test_check(name: str) -> None:
 
 
 @pytest.mark.parametrize("last", [0, 2, None])
-@pytest.mark.parametrize("name", [*WIDTHS, *OWN])
-def test_meta_gradient_at_every_cut(name: str, last: int | None) -> None:
-    """By the paper's rule, and at the network's own cut by the others, in a second inner loop with one rule.
-    Gradients of learned step sizes are included."""
-    net = network(name)[0] if name in WIDTHS else new(name).double()
-    query, labels = images(5), torch.tensor([0, 5, 3, 3, 4])
-    cuts = [(rln, "sgd") for rln in range(len(layer_parameters(net)))]
-    for rln, by in (*cuts, *((net.rln_training, other) for other in ("momentum", "meta_sgd"))):
+@pytest.mark.parametrize(
+    ("name", "backend", "tiles"),
+    [
+        *((name, "plain", 0) for name in [*WIDTHS, *OWN]),
+        *((name, "fast", tiles) for name in WIDTHS for tiles in (0, 760, 5)),
+    ],
+)
+def test_meta_gradient_at_every_cut(
+    name: str, backend: str, tiles: int, last: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the paper's rule, of images that may take a gradient; fast in colour as well, and with Winograd's
+    gradients of so many tiles at a time. By the other rules at the network's own cut, in a second inner loop
+    with one rule; gradients of learned step sizes are included."""
+    if tiles:
+        monkeypatch.setattr(conv, "FEW_POSITIONS", 0)
+        monkeypatch.setattr(conv, "MANY_CHANNELS", 1)
+        monkeypatch.setattr(winograd, "CHUNK", tiles)
+    net, plain = (network(name, of)[0] if name in WIDTHS else new(name).double() for of in (backend, "plain"))
+    labels = torch.tensor([0, 5, 3, 3, 4])
+    cuts = range(1 if tiles else len(layer_parameters(net)))
+    if backend == "fast":
+        cases = [*itertools.product(cuts, ["sgd"], (1, 3))]
+    else:
+        cases = [*itertools.product(cuts, ["sgd"], [1]), (net.rln_training, "momentum", 1)]
+        cases += [(net.rln_training, "meta_sgd", 1)]
+    for rln, by, channels in cases:
+        query = images(5, channels).squeeze(2).requires_grad_(last == 2)
         params: Params = {n: net.get_parameter(n) for n in trained_parameters(net, rln)}
         lr = 0.1 if by == "sgd" else 0.01
-        inner, rule = kept_rule(InnerLoop(lr, last, INNER_RULES[by]), params)
-        sizes, learned = dict.fromkeys(params, torch.tensor(lr, dtype=torch.float64)), [*net.parameters()]
+        inner, rule = kept_rule(InnerLoop(lr, last, INNER_RULES[by] if by != "sgd" else None), params)
+        sizes = dict.fromkeys(params, torch.tensor(lr, dtype=torch.float64))
+        learned = [*net.parameters(), *([query] if last == 2 else [])]
         if isinstance(rule, MetaSGD):
             generator = torch.Generator().manual_seed(2)
             for size in rule.parameters():
@@ -78,12 +98,12 @@ def test_meta_gradient_at_every_cut(name: str, last: int | None) -> None:
             torch.manual_seed(5)  # of dropout
             inputs = net.frozen(query, params)
             support = inputs[-3:], labels[-3:]
-            loss, _, losses = meta_loss(net, params, support, (inputs, labels), inner)
+            loss, _, losses = BACKENDS[backend].meta_loss(net, params, support, (inputs, labels), inner)
         grads = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
         torch.manual_seed(5)
         momentum = 0.9 if by == "momentum" else 0
-        expected = unrolled(net, params, query, labels, sizes, 3 if last is None else last, momentum)
-        torch.testing.assert_close((loss, losses, grads), expected, rtol=1e-9, atol=1e-12)
+        expected = unrolled(plain, params, query, labels, sizes, 3 if last is None else last, momentum)
+        torch.testing.assert_close((loss, losses, grads), expected, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +302,7 @@ WRONG: dict[str, dict[str, Callable[..., Any]]] = {
     },
     r"features gives \[1, 10\]": {"features": lambda net, x: net.layer(x.flatten(1))[:1]},
     "no second derivative: train with --first_order": {"hidden": lambda net, x: Once.apply(net.layer(x))},
+    "penalty gives .*nan": {"penalty": lambda net: torch.tensor(torch.nan)},
 }
 
 
