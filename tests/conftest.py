@@ -80,6 +80,13 @@ def pooled(images: Tensor) -> Pool:
     return Pool(images.flatten(0, 1), (images.shape[1],) * len(images))
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings of the project's log so far, which is then forgotten."""
+    found = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    caplog.clear()
+    return [line for name, level, line in found if (name, level) == ("anml", "WARNING")]
+
+
 def windows(data: bytes) -> bytes:
     """With the line ends of Windows."""
     return re.sub(rb"\r?\n", b"\r\n", data)

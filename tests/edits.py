@@ -73,11 +73,6 @@ EDITS: dict[str, list[Edit]] = {
         Edit("a gate of tanh", '"sigmoid", nn.Sigmoid()', '"sigmoid", nn.Tanh()'),
         Edit("square features", "run_rest(self.pln, inputs, 1)", "run_rest(self.pln, inputs, 1).square()"),
         Edit("a scaled head", "self.head(self.features(inputs))", "0.5 * self.head(self.features(inputs))"),
-        Edit(
-            "dropout",
-            "return self.features_before_gate(inputs)",
-            "return nn.functional.dropout(self.features_before_gate(inputs), 0.5, self.training)",
-        ),
         Edit("sANML's features", "run_rest(getattr", "-run_rest(getattr", "sANML"),
         Edit("OML's features", "run_rest(getattr", "2 * run_rest(getattr", "OML"),
         Edit("OML's activation", 'f"relu{i + 1}", nn.ReLU()', 'f"relu{i + 1}", nn.ELU()', "OML"),

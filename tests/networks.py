@@ -1,7 +1,5 @@
 """Networks of one's own, as somebody would write them who has read `docs/extending.md`: none is ANML."""
 
-from collections import OrderedDict
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
@@ -154,11 +152,9 @@ class FiLM(Network):
 
     def __init__(self, width: int = 6, num_classes: int = 20) -> None:
         super().__init__()
-        self.film = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(3, 4, 3, stride=3), relu=nn.ReLU(), flatten=nn.Flatten())
-        )
-        self.film.add_module("out", nn.Linear(324, 2 * width))
-        nn.init.zeros_(self.film.out.weight)  # type: ignore[union-attr, arg-type]
+        out = nn.Linear(324, 2 * width)
+        nn.init.zeros_(out.weight)
+        self.film = nn.Sequential(nn.Conv2d(3, 4, 3, stride=3), nn.ReLU(), nn.Flatten(), out)
         self.first = nn.Conv2d(3, width, 3, stride=2)
         self.second = nn.Conv2d(width, width, 3, stride=2)
         self.head = nn.Linear(36 * width, num_classes)

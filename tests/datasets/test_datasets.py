@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from datasets import Source, folder, glyphs, images, omniglot
 from datasets.images import OMNIGLOT, ImageSet, cached
 from datasets.omniglot import CLASSES
+from tests.conftest import warnings_of
 from utils.errors import UserError
 
 CHARACTERS = tuple(f"{a}/character{c:02d}" for a in ("Alpha", "Beta") for c in (1, 2, 3))
@@ -222,12 +223,6 @@ def test_a_damaged_zip_is_not_replaced_by_a_download(root: Path, damage: Callabl
     damaged = archive.read_bytes()
     assert str(archive) in refused(root)
     assert archive.read_bytes() == damaged
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    caplog.clear()
-    return lines
 
 
 CHANGES: list[tuple[str, object, str, Callable[[Any], Any]]] = [

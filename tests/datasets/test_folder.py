@@ -20,7 +20,7 @@ from datasets import DATASETS, Source, images
 from datasets.images import ImageSet, Normalisation, shrink
 from evaluation.results import read_results, summarise
 from model.modelfactory import load_network
-from tests.conftest import ROOT, TINY, Evaluate, Run, shown
+from tests.conftest import ROOT, TINY, Evaluate, Run, shown, warnings_of
 from tools import analyze_representation
 from utils.errors import UserError
 
@@ -214,8 +214,7 @@ def test_what_does_not_count_is_said_once(root: Path, caplog: pytest.LogCaptureF
     source = Source("folder", root, root.parent / "cache")
     images, _ = (source.load(split) for split in ("evaluation", "background"))
     assert images.sizes == (3, 2, 2)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [re.sub(r"^\S+: ", "", line) for line in warnings] == [
+    assert [re.sub(r"^\S+: ", "", line) for line in warnings_of(caplog)] == [
         "2 files are no picture of a class: background/ab/notes.txt, other/0.png",
         "a leak, 1 pictures of meta-test classes are pictures of meta-training classes: "
         "evaluation/ae/copy.png is background/cb/1.png",

@@ -71,11 +71,9 @@ def test_as_many_classes_as_outputs_of_a_larger_pool(backend: str, iid: bool) ->
         MetaTest(net, pool, 13, 0).score(outputs + 1, 0.01, "report", 0)
     wide = with_outputs(net, outputs + 9)
     BACKENDS[backend].prepare(wide)
-    assert (wide.num_outputs, wide.head.weight.shape, net.num_outputs) == (29, (29, net.head.in_features), 20)
     below = {name: value for name, value in net.state_dict().items() if not name.startswith("head.")}
     assert all(torch.equal(wide.state_dict()[name], value) for name, value in below.items())
     assert MetaTest(wide, pool, 13, 0, **options).score(outputs + 9, 0.01, "report", 0)["test"] > 2 / outputs
-    assert with_outputs(net, outputs) is net
     del net.widths["num_classes"]
     with pytest.raises(UserError, match=f"{outputs} outputs"):
         with_outputs(net, outputs + 1)

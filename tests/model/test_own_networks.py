@@ -141,25 +141,18 @@ def test_meta_test_updates(name: str, backend: str) -> None:
             assert torch.equal(online.predict(inputs), plain(pixels).argmax(1))
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        ("OddLayers", ["conv.weight", "prelu.weight", "norm.weight, norm.bias", "head.weight, head.bias"]),
-        (
-            "Tied",
-            ["first.weight, first.bias", "body.0.weight, body.0.bias", "last.bias", "head.weight, head.bias"],
-        ),
-    ],
-)
-def test_layers_are_modules_with_parameters_the_head_last(name: str, layers: list[str], call: Call) -> None:
+def test_layers_are_modules_with_parameters_the_head_last(call: Call) -> None:
     """As the check of a network lists them."""
-    done = call(check_tool, name)
-    assert done.returncode == 0, done.stderr
-    said, *listed = done.stdout.splitlines()
-    number = sum(p.numel() for p in new(name).parameters())
-    assert said == f"{name}: {number:,} parameters in 4 layers, all checks passed"
-    assert listed == [f"{position:3d}  {layer}" for position, layer in enumerate(layers)]
-    assert new(name).default_meta_test_rln == 3
+    tied = ["first.weight, first.bias", "body.0.weight, body.0.bias", "last.bias", "head.weight, head.bias"]
+    odd = ["conv.weight", "prelu.weight", "norm.weight, norm.bias", "head.weight, head.bias"]
+    for name, layers in (("Tied", tied), ("OddLayers", odd)):
+        done = call(check_tool, name)
+        assert done.returncode == 0, done.stderr
+        said, *listed = done.stdout.splitlines()
+        number = sum(p.numel() for p in new(name).parameters())
+        assert said == f"{name}: {number:,} parameters in 4 layers, all checks passed"
+        assert listed == [f"{position:3d}  {layer}" for position, layer in enumerate(layers)]
+        assert new(name).default_meta_test_rln == 3
 
 
 def test_initial_values_are_those_of_the_constructor_from_the_runs_generator() -> None:

@@ -1,9 +1,12 @@
 """The benchmark: its count of the arithmetic, its warning, and a run of it at tiny widths."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.conftest import Call
+from datasets import glyphs
+from tests.conftest import ROOT, Call, drawn_once
 from tools import benchmark
 from utils.command_line import parse
 
@@ -30,7 +33,8 @@ def arithmetic(second_order: bool) -> int:
     return 2 * (products + second_order * steps * (6 * sum(pln) - 3 * pln[0]))
 
 
-def test_the_whole_at_tiny_widths(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_at_tiny_widths(call: Call, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glyphs, "load", lambda split, *_: drawn_once(split, ROOT, cache, 28))
     monkeypatch.setattr(benchmark, "convolution_rate", lambda _: (1e9, 0.5))
     monkeypatch.setattr(benchmark, "PART_SECONDS", -1)  # as after a slow first turn
     args = parse(benchmark.Benchmark, [*FLAGS, "first-order", "second-order", "anml-13", "anml-0", "oml-6"])

@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from datasets.images import Normalisation
-from model.modelfactory import Network, build, load_network
+from model.modelfactory import Network, load_network
 from tests.conftest import Call
+from tests.model.test_method import network
 from tools import convert_released
 from tools.convert_released import LEGACY_MAGIC, convert, read
 from utils.errors import UserError
 from utils.files import load_checkpoint
-
-WIDTHS = {
-    "ANML": {"nm_channels": 2, "pln_channels": 3, "num_classes": 5},
-    "OML": {"pln_channels": 3, "num_classes": 5},
-}
 
 
 class Learner(nn.Module):
@@ -52,12 +48,8 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def network(kind: str = "ANML") -> Network:
-    net = build(kind, WIDTHS[kind], torch.Generator().manual_seed(3))
-    with torch.no_grad():  # no two parameters alike, biases and scales too
-        for parameter in net.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
-    return net
+def small(kind: str = "ANML") -> Network:
+    return network(kind)[0].float()
 
 
 def released(net: Network, extra: object = None) -> object:
@@ -142,7 +134,7 @@ def test_the_command_writes_the_same_function(
     form: str, kind: str, zipped: bool, call: Call, tmp_path: Path
 ) -> None:
     """A file that is there is kept, here the foreign model itself."""
-    net, path = network(kind), tmp_path / "m.net"
+    net, path = small(kind), tmp_path / "m.net"
     save(path, FORMS[form](net), zipped)
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"python -m tools\.convert_released"):
@@ -166,14 +158,14 @@ def test_the_command_writes_the_same_function(
 @pytest.mark.parametrize(
     ("make", "size", "message"),
     [
-        (lambda: released(network()), 84, "ANML has 36 tensors at --size 84, not 28"),
+        (lambda: released(small()), 84, "ANML has 36 tensors at --size 84, not 28"),
         (
-            lambda: higher_state(network()) | {"rln.convBlock2.norm.weight": torch.ones(4)},
+            lambda: higher_state(small()) | {"rln.convBlock2.norm.weight": torch.ones(4)},
             None,
-            r"rln\.convBlock2\.norm\.weight is \[4\] where ANML has pln\.block2\.norm\.weight \[3\]$",
+            r"rln\.convBlock2\.norm\.weight is \[4\] where ANML has pln\.block2\.norm\.weight \[6\]$",
         ),
-        (lambda: higher_state(network()) | {"fc.bias": torch.ones(0)}, None, r"fc\.bias is empty"),
-        (lambda: dict([*higher_state(network()).items()][1:]), None, "holds 27 tensors and is neither"),
+        (lambda: higher_state(small()) | {"fc.bias": torch.ones(0)}, None, r"fc\.bias is empty"),
+        (lambda: dict([*higher_state(small()).items()][1:]), None, "holds 27 tensors and is neither"),
         (lambda: gemcl(1).state_dict(), 8, "--size 8 is too small"),
         (lambda: gemcl(1, blocks=5).state_dict(), None, "holds 35 tensors and is neither"),
         (
@@ -194,7 +186,7 @@ def test_what_does_not_fit_is_named(
 @pytest.mark.parametrize("zipped", [True, False])
 def test_nothing_in_a_file_is_run(zipped: bool, tmp_path: Path) -> None:
     sprung, path = tmp_path / "sprung", tmp_path / "in.net"
-    net = network()
+    net = small()
     save(path, released(net, Trap(sprung)), zipped)
     with pytest.raises(UserError, match="convert_released"):
         load_checkpoint(path)
@@ -255,7 +247,7 @@ def test_a_file_that_is_cut_short_or_too_large(
     zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "in.net"
-    save(path, released(network()), zipped)
+    save(path, released(small()), zipped)
     data = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(convert_released, "PICKLES", 100)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 
 from evaluation import plots
-from evaluation.plots import comparison_figure, figure_pixels, gate_figure, order_figure
+from evaluation.plots import DPI, comparison_figure, figure_pixels, gate_figure, order_figure
 from evaluation.results import Results, read_metrics, write_results
 from tests.conftest import Call, process, score
 from tests.tools.test_ledger import write_accuracies
@@ -163,7 +163,8 @@ def test_what_trainings_measured(call: Call) -> None:
     )
 
 
-def test_script_writes_both_figures(tmp_path: Path, call: Call) -> None:
+def test_script_writes_both_figures(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "DPI", DPI)
     write_accuracies(Path("run_0"), "results", {10: (0.8, 0.9), 600: (0.6, 0.9)})
     write_accuracies(Path("run=1"), "results", {10: (0.7, 0.9), 50: (0.6, 0.9)})
     flags = ("ANML=run_0", "run=1", "b=run_0/results.csv", "--out", "figures", "--name", "x")
