@@ -1,6 +1,6 @@
 """Edits of the method, the layers, the networks and the optimizer, each in a process of its own.
 
-    python -m tests.edits [NAME ...]
+    python -m tests.edits
 
 Of each edit it prints which backend the default chose. It fails where the default gives other numbers than
 `--backend plain`, but for rounding, or the numbers of before the edit. A child process imports the project
@@ -160,9 +160,7 @@ def edited(file: str, edit: Edit) -> tuple[str, list[float], list[float]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    chosen = [
-        (f, edit) for f in EDITS for edit in EDITS[f] if edit.name in sys.argv[1:] or len(sys.argv) == 1
-    ]
+    chosen = [(file, edit) for file, edits in EDITS.items() for edit in edits]
     cases = {(edit.kind, file == METHOD) for file, edit in chosen}
     before = {case: numbers(case[0], "auto", case[1]) for case in cases}
     faults = [f"{case}: unedited, {used}" for case, (used, _) in before.items() if "plain" in used]

@@ -59,15 +59,6 @@ def grey(x: Tensor) -> Tensor:
     return x.expand(*x.shape[:-3], 3, 28, 28)
 
 
-@pytest.mark.parametrize("kind", ["ANML", "OML"])
-def test_logits(kind: str) -> None:
-    net, weights = network(kind)
-    x = images(4)
-    expected = torch.stack([reference.logits_of(weights, image) for image in grey(x)])
-    assert_same(net(x), expected)
-    assert_same(net(grey(x).contiguous()), expected)
-
-
 def learner(net: Network, pixels: Tensor, steps: int | None = None, **options: Any) -> TrajectoryLoop:
     generator = torch.Generator().manual_seed(7)
     return TrajectoryLoop(

@@ -128,17 +128,25 @@ def test_a_step_leaves_no_tensor_to_the_garbage_collector(backend: str) -> None:
         gc.garbage.clear()
 
 
-@pytest.mark.parametrize("learner", LOOPS)
-def test_a_run_checks_itself_and_goes_on_to_the_same_bits(learner: str, trainer: Trainer) -> None:
+@pytest.mark.parametrize(
+    ("learner", "more"), [*((name, []) for name in LOOPS), ("sgd", ["--learn_update_lr"])]
+)
+def test_a_run_checks_itself_and_goes_on_to_the_same_bits(
+    learner: str, more: list[str], trainer: Trainer
+) -> None:
+    """What an inner rule learns is saved with the model."""
     trainer.flags.remove("--update_step=2")
     trainer.flags += [f"--learner={learner}", *LOOPS[learner].split(), "--treatment=ANML", "--no-cosine"]
-    trainer.flags += ["--eval_every=2", "--eval_classes=5"]
+    trainer.flags += ["--eval_every=2", "--eval_classes=5", *more]
     trainer("--steps=4", "--name=whole")
     trainer("--steps=2", "--name=part")
     trainer.run = Path("runs/part_0")
     assert "step 2 meta-test on 5 meta-training classes: test" in (trainer.run / "log.txt").read_text()
     trainer.resume("--steps=4")
     assert_same_run(Path("runs/whole_0"), trainer.run)
+    rules = [load_checkpoint(Path(f"runs/{name}_0/model.net")).inner_rule for name in ("part", "whole")]
+    torch.testing.assert_close(*rules, rtol=0, atol=0)
+    assert not more or rules[0]["head/weight"].unique().numel() > 1
 
 
 def test_a_penalty_in_a_run(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,31 @@ from utils.errors import UserError
 KNOWN = "the fast backend is for ANML, sANML and OML alone"
 
 
+class OwnFrozen(Network):
+    """Its frozen part gives a tensor of activations, and its gate has batch norm."""
+
+    def __init__(self, num_classes: int = 20) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(196, num_classes)
+        self.passed = 0
+
+    def frozen(self, images: Tensor, trained: Any) -> Tensor:
+        self.passed += len(images)
+        return images if any(name.startswith("trunk") for name in trained) else self.trunk(images)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = self.trunk(inputs) if inputs.ndim == 4 else inputs
+        logits: Tensor = self.head(x * (1 + self.gate(inputs)))
+        return logits
+
+    def gate(self, inputs: Tensor) -> Tensor:
+        return torch.sigmoid(self.trunk(inputs) if inputs.ndim == 4 else inputs)
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, kind in OWN.items():
+    for name, kind in {**OWN, "OwnFrozen": OwnFrozen}.items():
         monkeypatch.setitem(NETWORKS, name, kind)
 
 
@@ -181,10 +203,18 @@ def test_a_head_of_ones_own_is_drawn_anew() -> None:
     assert net.get_parameter("head.temperature").item() == 0.5
 
 
-@pytest.mark.parametrize(("name", "gates"), [("GroupNorm", 128), ("FiLM", 6), ("Tied", None), ("ANML", 54)])
-def test_a_representation_is_what_enters_the_head(name: str, gates: int | None) -> None:
-    net, pixels = new(name), images(35, 4).float()  # which pass in two parts
+GATES = {"GroupNorm": 128, "FiLM": 6, "OwnFrozen": 196, "Tied": None, "ANML": 54}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_representation_is_what_enters_the_head(name: str) -> None:
+    """And leaves training mode and buffers alone."""
+    net, pixels, gates = new(name).train(), images(35, 4).float(), GATES[name]  # which pass in two parts
+    before = copy.deepcopy(net.state_dict())
+    assert net.has_gate == (gates is not None)
     seen = represent(net, pooled(pixels))
+    assert net.training
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     features = net.eval().features(pixels.flatten(0, 1)).detach()
     torch.testing.assert_close([*seen.values()][-1].rows, features)
     assert {pool.sizes for pool in seen.values()} == {(4,) * 35}
@@ -317,31 +347,8 @@ def test_what_cannot_be_trained_ends_in_one_line(scripts: Run, monkeypatch: pyte
         assert not Path("runs").exists()
 
 
-class OwnFrozen(Network):
-    """Its frozen part gives a tensor of activations, and its gate has batch norm."""
-
-    def __init__(self, num_classes: int = 20) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-        self.head = nn.Linear(196, num_classes)
-        self.passed = 0
-
-    def frozen(self, images: Tensor, trained: Any) -> Tensor:
-        self.passed += len(images)
-        return images if any(name.startswith("trunk") for name in trained) else self.trunk(images)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        x = self.trunk(inputs) if inputs.ndim == 4 else inputs
-        logits: Tensor = self.head(x * (1 + self.gate(inputs)))
-        return logits
-
-    def gate(self, inputs: Tensor) -> Tensor:
-        return torch.sigmoid(self.trunk(inputs) if inputs.ndim == 4 else inputs)
-
-
-def test_a_frozen_part_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_part_that_is_a_tensor() -> None:
     """It passes the checks, and each image passes it once at meta-test."""
-    monkeypatch.setitem(NETWORKS, "OwnFrozen", OwnFrozen)
     check_network("OwnFrozen", every_cut=True)
     net = new("OwnFrozen").eval()
     assert isinstance(net, OwnFrozen)
@@ -352,13 +359,3 @@ def test_a_frozen_part_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None
     assert net.passed == 12
     torch.testing.assert_close(found[0], net(images(12).float()))
     assert torch.equal(found[0], found[2])
-
-
-def test_a_representation_leaves_training_mode_and_buffers_alone() -> None:
-    net = OwnFrozen().train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    assert net.has_gate
-    represent(net, pooled(images(2, 3).float()))
-    assert net.training
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert not new("Tied").has_gate
