@@ -225,15 +225,15 @@ def test_a_damaged_zip_is_not_replaced_by_a_download(root: Path, damage: Callabl
     assert archive.read_bytes() == damaged
 
 
-CHANGES: list[tuple[str, object, str, Callable[[Any], Any]]] = [
-    ("omniglot", images, "FILTER", lambda _: Image.Resampling.BOX),
-    ("glyphs", images, "FILTER", lambda _: Image.Resampling.BILINEAR),
-    ("glyphs", glyphs, "KNOT_NOISE", lambda noise: noise + 0.001),
-    ("folder", folder, "_flat", lambda flat: lambda content: ImageOps.mirror(flat(content))),
-]
-
-
-@pytest.mark.parametrize(("dataset", "module", "name", "change"), CHANGES)
+@pytest.mark.parametrize(
+    ("dataset", "module", "name", "change"),
+    [
+        ("omniglot", images, "FILTER", lambda _: Image.Resampling.BOX),
+        ("glyphs", images, "FILTER", lambda _: Image.Resampling.BILINEAR),
+        ("glyphs", glyphs, "KNOT_NOISE", lambda noise: noise + 0.001),
+        ("folder", folder, "_flat", lambda flat: lambda content: ImageOps.mirror(flat(content))),
+    ],
+)
 def test_changed_code_prepares_images_anew(
     root: Path, dataset: str, module: Any, name: str, change: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,13 +82,9 @@ def test_the_page_on_data(run: Run) -> None:
 
 
 def test_a_loader_of_ones_own(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run: Run,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """That of docs/data.md, of thirty lines, has flags and help and passes through training and meta-test."""
-    monkeypatch.chdir(tmp_path)
     text = shown("data.md", "loader")
     assert len(text.splitlines()) <= 32
     Path("arrays.py").write_text(text)
@@ -117,7 +113,7 @@ def test_classes_of_few_images_in_colour(tmp_path: Path, run: Run) -> None:
     fill(tmp_path / "own", {f"{k}": 6 for k in range(6)}, "RGB")
     data = ["--dataset=folder", "--dataset-path=own", "--evaluation_classes=3", "--threads=1"]
     run(mrcl_classification, *TINY, *data, "--train_classes=3", "--model_name=p.net")
-    few = ["--train_images=4", "--test_images=2", "--lr=0.01", "--runs=1", "--model=p.net"]
+    few = ["--train_images=4", "--test_images=2", "--lr=0.01", "--runs=1", "--model=p.net", "--backend=plain"]
     run(evaluate_classification, *data, *few, "--schedule=3", "--name=e")
     (row,) = json.loads(Path("runs/e_0/results.json").read_text())["summary"]
     assert row["train"] * 12 == pytest.approx(round(row["train"] * 12))

@@ -183,7 +183,6 @@ def test_the_schedule_is_that_of_all_loops(trainer: Trainer, monkeypatch: pytest
     trainer.resume("--steps=5")
     assert rates[-1] == 0.1
     assert "--warm_up is 3 and was 2" in trainer.refused("--warm_up=3")
-    with_cosine = Path("runs/cosine_0")
     trainer("--cosine", "--name=cosine")
-    trainer.run = with_cosine
+    trainer.run = Path("runs/cosine_0")
     assert "--steps is 9 and was 4" in trainer.refused("--steps=9")

@@ -77,11 +77,7 @@ def test_principal_components_are_those_of_the_covariance() -> None:
 
 @pytest.mark.parametrize("name", ["ANML", "OML"])
 def test_script_leaves_numbers_and_pictures(
-    call: Call,
-    cache: Path,
-    models: Path,
-    tmp_path: Path,
-    name: str,
+    call: Call, cache: Path, models: Path, tmp_path: Path, name: str
 ) -> None:
     flags = (f"--cache_dir={cache}", "--dataset=glyphs", "--test_classes=40", f"--model={models}/{name}.net")
     done = call(analyze_representation, *flags)

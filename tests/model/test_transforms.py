@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from datasets.images import OMNIGLOT, ImageSet, Normalisation, normalise
 from flags.training import Training
 from model.method import INNER_RULES, InnerLoop, InnerRule, Params, meta_loss
 from model.modelfactory import trained_parameters
@@ -101,8 +102,6 @@ def test_example_of_the_door_for_notebooks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_normalise_says_what_it_does_not_take() -> None:
-    from datasets.images import OMNIGLOT, ImageSet, Normalisation, normalise
-
     paper = torch.full((2, 28, 28), 255, dtype=torch.uint8)
     assert normalise(paper.numpy()).shape == (2, 1, 28, 28)
     for turned, usual in ((255 - paper, OMNIGLOT), (paper, Normalisation((20.0,), (60.0,)))):

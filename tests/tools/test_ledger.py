@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.results import read_results, read_table, shown, summarise, write_results, write_table
+from evaluation.results import read_results, read_table, shown, summarise, write_table
 from flags.evaluation import Evaluation
 from tests.conftest import Call, score
 from tools import ledger as tool
@@ -46,25 +46,21 @@ def write_ledger(folder: Path, targets: str = TARGETS, manifest: str = "") -> Pa
     return results
 
 
-def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
-    """`<name>.csv` and `<name>.json` with two runs of each class count around (test, train)."""
-    rows = [
-        {"model": "m", "classes": classes, "run": run, "lr": 0.001}
-        | score(test=test + shift, train=train, above_chance=1)
-        for classes, (test, train) in accuracies.items()
-        for run, shift in enumerate((-0.01, 0.01))
-    ]
-    results.mkdir(parents=True, exist_ok=True)
-    write_results(results, rows, {"rln": 13})
-    for suffix in ("csv", "json"):
-        (results / f"results.{suffix}").rename(results / f"{name}.{suffix}")
-
-
 def write_runs(path: Path, *runs: tuple[int, dict[str, float]]) -> None:
     """Results without a JSON file: of each run the class count and the score."""
     write_table(
         path, [{"model": "m", "classes": n, "run": k, "lr": 0.001, **s} for k, (n, s) in enumerate(runs)]
     )
+
+
+def write_accuracies(results: Path, name: str, accuracies: dict[int, tuple[float, float]]) -> None:
+    """`<name>.csv` with two runs of each class count around (test, train)."""
+    runs = [
+        (classes, score(test=test + shift, train=train, above_chance=1))
+        for classes, (test, train) in accuracies.items()
+        for shift in (-0.01, 0.01)
+    ]
+    write_runs(results / f"{name}.csv", *runs)
 
 
 def test_page_says_what_results_hold() -> None:
@@ -195,6 +191,7 @@ def test_results_are_set_beside_targets(tmp_path: Path) -> None:
     write_accuracies(results, "anml", {10: (0.98, 1.0), 600: (0.6, 0.94)})
     write_accuracies(results, "oml", {10: (0.5, 0.5), 600: (0.02, 0.5)})
     write_accuracies(results, "several", {10: (0.81, 1.0), 75: (0.9, 1.0)})
+    (results / "several.json").write_text('{"rln": 13}')  # the results.json beside a table
     write_accuracies(results, "other", {10: (0.98, 1.0), 600: (0.6, 0.94)})
     write_runs(results / "lost.csv", (600, score(diverged=1)))
     write_runs(results / "half.csv", (10, score(diverged=1)), (10, score(test=0.9, train=0.9)))
