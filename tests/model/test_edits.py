@@ -38,3 +38,4 @@ def test_through_the_script(call: Call, cache: Path, monkeypatch: pytest.MonkeyP
     assert [len(found) for found in losses] == [2, 2]
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert f"--backend fast: {reason}" in refused.stderr
+    assert len([*Path("runs").iterdir()]) == 2, "a refusal leaves nothing"

@@ -71,8 +71,6 @@ def test_alternating_learning_as_a_run(trainer: Trainer, cache: Path) -> None:
     torch.testing.assert_close(kept.state_dict, before.state_dict, rtol=0, atol=0)
     with pytest.raises(UserError, match="--learner asb has no meta-gradient"):
         trainer(*asb, "--inner_rule=meta_sgd")
-    with pytest.raises(UserError, match="--first_order means nothing with --learner asb: it belongs to"):
-        trainer(*asb, "--first_order")
     for treatment in ("ANML", "sANML"):
         preset = parse(Training, [f"--config={ROOT}/configs/asb.toml", f"--treatment={treatment}"])
         assert (preset.learner, preset.steps, preset.loop["rln"]) == ("asb", 9000, None)

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,14 +338,6 @@ def test_what_is_wrong_is_one_line(says: str, monkeypatch: pytest.MonkeyPatch) -
     assert "\n" not in str(error.value)
     if "first_order" in says:
         check_network("Wrong", second_order=False)
-
-
-def test_what_cannot_be_trained_ends_in_one_line(scripts: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for methods, says in ({}, f"--backend fast: {KNOWN}"), (WRONG["not finite"], "its logits are not finite"):
-        monkeypatch.setitem(NETWORKS, "Wrong", type("Wrong", (Sound,), methods))
-        with pytest.raises(UserError, match=re.escape(says)):
-            scripts(mrcl_classification, "--treatment=Wrong", "--train_classes=10", "--backend=fast")
-        assert not Path("runs").exists()
 
 
 def test_a_frozen_part_that_is_a_tensor() -> None:

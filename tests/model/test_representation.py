@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasets.task_sampler import sample_task
 from model.representation import measure, nearest_neighbours, principal_components
-from tests.conftest import Call, pooled
+from tests.conftest import Call, curve, pooled
 from tools import analyze_representation
 
 PICTURES = {"ANML": {"activations", "class_gates", "embedding"}, "OML": {"activations", "embedding"}}
@@ -89,11 +89,10 @@ def test_script_leaves_numbers_and_pictures(
     assert ("knn_gate" in measured) == (name == "ANML")
     assert measured["knn_before"] > 2 / 40  # twice chance: even random features tell some classes apart
     assert {path.stem for path in folder.glob("*.png")} == PICTURES[name]
-    reader = EventAccumulator(str(folder))
-    reader.Reload()
+    reader = EventAccumulator(str(folder)).Reload()
     assert set(reader.Tags()["images"]) == {f"representation/{picture}" for picture in PICTURES[name]}
-    (point,) = reader.Scalars("representation/knn_before")
-    assert (point.step, point.value) == (0, pytest.approx(measured["knn_before"]))
+    (point,) = curve(folder, "representation/knn_before")
+    assert point == pytest.approx((0, measured["knn_before"]))
     before = "KNN on features before the gate" if name == "ANML" else "KNN on features"
     assert f"{100 * measured['knn_before']:5.1f} %  {before}\n" in done.stdout
     if name == "ANML":

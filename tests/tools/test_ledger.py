@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.results import read_results, read_table, shown, summarise, write_table
 from flags.evaluation import Evaluation
-from tests.conftest import Call, score
+from tests.conftest import ROOT, Call, score
 from tools import ledger as tool
 from tools.analyze_representation import Analysis
 from tools.ledger import COLUMNS, END, START, inserted, ledger, read_targets
@@ -17,7 +17,6 @@ from utils.command_line import parse
 from utils.errors import UserError
 from utils.flag import Flags
 
-ROOT = Path(__file__).parents[2]
 TARGETS = """\
 anml,ANML,test,10,88,5,10,"Numenta, second order"
 anml,ANML,test,600,63.8,,3,paper
