@@ -110,7 +110,6 @@ def test_what_is_not_finite_is_no_class() -> None:
 @pytest.mark.parametrize(
     ("flags", "treatment"),
     [
-        ("--model ANML.net --learner slda", "ANML, streaming LDA"),
         ("--model ANML.net --learner slda --features gated", "ANML, streaming LDA --features gated"),
         ("--model ANML.net --learner ncm --power 1 --backend fast", "ANML, nearest class mean --power 1"),
         ("--model ANML.net --learner map --nested", "ANML, GeMCL-MAP"),
@@ -137,7 +136,6 @@ def test_several_models_are_tracked_and_resumed(evaluate: Evaluate) -> None:
     assert (begun / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     results = read_results(whole)
     assert (begun / "forgetting_5.csv").read_bytes() == (whole / "forgetting_5.csv").read_bytes()
-    assert results.rows[0]["lr"] is None
     assert table(results.rows).splitlines()[1].split()[:3] == ["2", "-", "6"]
     with pytest.raises(UserError, match=r"its treatment was .* --power 1"):
         evaluate(f"--resume {begun} --power 1")
