@@ -98,6 +98,8 @@ SAID = {
         "`--learner ncm`, 10 runs | {anml_prototypes_ncm ±} |",
         "| the same, `--learner slda --features gated`, 10 runs | {anml_prototypes_slda ±} |",
         "| the same, `--learner map --power 1`, 10 runs | {anml_prototypes_map_power_1 ±} |",
+        "through the MAP head, `--learner map --power 1`, 10 runs | {anml_gemcl_map_power_1 ±} |",
+        "`pretrained/conv4_84.net`, `--learner map --power 1`, 10 runs | {conv4_84_map_power_1 ±} |",
         "| ANML's model, `--learner slda`, 10 runs | {anml_slda} |",
         "| ANML's model, its own head (`adam`), 10 runs | {anml} |",
     ),
