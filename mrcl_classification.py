@@ -39,6 +39,7 @@ from flags.training import Plan, Training
 from model.check import DEFAULT, UPDATE_STEP, Use, check_network
 from model.fast import choose_backend
 from model.guard import Backend
+from model.meta_test import with_outputs
 from model.modelfactory import Network, build, fingerprint, restore
 from model.outer_loop import OuterLoop, gather
 from model.outer_loops import OUTER_LOOPS
@@ -140,7 +141,7 @@ def steps(
 def training_images(args: Training, net: Network, group: Group) -> ImageSet:
     """The meta-training classes; raises UserError where they are too few for what is asked for."""
     images = group.one_before_others(lambda: args.source(net).load("background"))
-    images = images.limited(args.train_classes, "--train_classes", net.num_outputs)
+    images = images.limited(args.train_classes, "--train_classes")
     if args.eval_every:
         load_matplotlib()
         images.require(2, f"--eval_every {args.eval_every}")
@@ -216,6 +217,9 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
     images = training_images(args, net, group)
+    if len(images) > net.num_outputs:
+        log.info("the head has %d new outputs, one for each class, not %d", len(images), net.num_outputs)
+        net = with_outputs(net, len(images), args.seed)
     plan = Plan.of(args, len(images))
     if is_first():
         check_writable(plan.model_name, "--model_name")

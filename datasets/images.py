@@ -196,20 +196,18 @@ class ImageSet:
         """Channels of the images as networks get them."""
         return max(self.images.shape[1], len(self.normalisation.mean) if self.normalisation else 1)
 
-    def limited(self, classes: int | None, flag: str, outputs: int | None = None) -> "ImageSet":
+    def limited(self, classes: int | None, flag: str) -> "ImageSet":
         """The set of the first `classes` classes or, where that is None, of those used by default.
 
         Args:
             flag: that gives `classes`, for messages.
-            outputs: of a network with an output for each class; None for a network without.
 
         Raises:
-            UserError: there are fewer classes, or fewer outputs.
+            UserError: there are fewer classes.
         """
         wanted = classes or min(self.default_classes or len(self), len(self))
-        if wanted > min(len(self), outputs or wanted):
-            more = f", the network {outputs} outputs (--num_classes)" if outputs else ""
-            raise UserError(f"{flag} {wanted}: {self.name} has {len(self)} classes{more}")
+        if wanted > len(self):
+            raise UserError(f"{flag} {wanted}: {self.name} has {len(self)} classes")
         return self.first(wanted)
 
     def first(self, classes: int) -> "ImageSet":

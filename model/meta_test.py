@@ -125,15 +125,14 @@ def check_outputs(net: Network, classes: int) -> None:
     """Raise UserError where a sequence of so many classes needs more outputs than a network has."""
     if classes > net.num_outputs:
         raise UserError(
-            f"--schedule asks for {classes} classes; the network has {net.num_outputs} outputs, one for each"
+            f"{classes} classes are asked for; the network has {net.num_outputs} outputs, one for each"
         )
 
 
-def with_outputs(net: Network, classes: int) -> Network:
+def with_outputs(net: Network, classes: int, seed: int = 0) -> Network:
     """The network, or a network with a head of `classes` outputs where that are more.
 
-    Parameters whose shape changes are those of a new network, and each run draws the head anew. All others
-    are those of `net`.
+    Parameters whose shape changes are those of a new network of `seed`. All others are those of `net`.
 
     Raises:
         UserError: the network's constructor has no argument `num_classes`.
@@ -143,7 +142,7 @@ def with_outputs(net: Network, classes: int) -> Network:
     if "num_classes" not in net.widths:
         check_outputs(net, classes)
     widths = {**net.widths, "num_classes": classes}
-    wide = build(net.network, widths, torch.Generator().manual_seed(0), net.image_size)
+    wide = build(net.network, widths, torch.Generator().manual_seed(seed), net.image_size)
     new, old = wide.state_dict(), net.state_dict()
     wide.load_state_dict(new | {name: old[name] for name in new if old[name].shape == new[name].shape})
     wide.normalisation = net.normalisation

@@ -31,7 +31,7 @@ BLOCKS = range(1, 8)  # images of 512 have seven, of other sizes some of these
 
 PLNChannels = Annotated[int, "channels of each convolution of the prediction network", Range(1)]
 NumClasses = Annotated[
-    int, "outputs of the head, no fewer than classes to train on or to learn in a meta-test", Range(1)
+    int, "outputs of the head, or as many as there are classes to learn where these are more", Range(1)
 ]
 
 

@@ -262,6 +262,21 @@ def test_what_may_change(trainer: Trainer) -> None:
     assert re.search("--steps 4: .* has done 5", trainer.refused("--steps=4"))
 
 
+def test_a_head_for_more_classes(trainer: Trainer) -> None:
+    """A training on more classes than outputs widens the head, draws it by the seed, and goes on with it."""
+    for seed in (1, 2):
+        flags = ["--num_classes=8", "--train_classes=20", f"--seed={seed}", f"--model_name={seed}.net"]
+        trainer(*flags, "--steps=1", f"--name=wide_{seed}")
+    trainer.run = Path("runs/wide_1_0")
+    assert "the head has 20 new outputs" in (trainer.run / "log.txt").read_text()
+    heads = [load_checkpoint(Path(f"{seed}.net")).state_dict["head.weight"] for seed in (1, 2)]
+    assert len(heads[0]) == 20
+    assert not torch.equal(*heads)
+    trainer.resume("--steps=2")
+    saved = load_checkpoint(Path("1.net"))
+    assert (saved.step, saved.widths["num_classes"]) == (2, 20)
+
+
 def test_folders_that_cannot_be_resumed(trainer: Trainer) -> None:
     trainer("--steps=1", "--model_name=m.net")
     config = trainer.run / "config.json"
