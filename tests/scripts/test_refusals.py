@@ -56,7 +56,6 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{PROTOTYPES} --learner sgd": "means nothing with --learner sgd",
         f"{PROTOTYPES} --ways 90": "--ways 90 classes",
         f"{PROTOTYPES} --shots 19": "21 of each class",
-        f"{IID} --train_classes 9": "8 outputs",
         f"{IID} --eval_classes 5": "--eval_classes 5 means nothing with --eval_every 0",
         f"{IID} --nm_channels 5": "--nm_channels means nothing with --treatment OML",
         **{f"{GLYPHS} {flags}": said for flags, said in SIZES.items()},
