@@ -206,15 +206,17 @@ paper() {
     --model runs/paper_train_oml_0/model_{2000..20000..2000}.net \
     --treatment-preset OML-OLFT --schedule 50 200 --lr 0.0006 --runs 3
 
-  # The representation: active and dead units, KNN, pictures.
-  local result of
-  for result in representation representation_first_order; do
-    of=${result#representation}
-    local analysis=("$PYTHON" -m tools.analyze_representation --model "Neuromodulation_Model$of.net"
-      --name "paper_$result" --dataset-path "$ROOT")
-    RESULTS+=("$result" "runs/paper_${result}_[0-9]*/representation.json" "$([[ $of ]] && echo "$FIRST" || echo "$ANML")"
-      "$(typed "${analysis[@]}")")
-    step "$result" "1 min" "runs/paper_${result}_[0-9]*/embedding.png" "${analysis[@]}"
+  # The representation: active and dead units, KNN, pictures; of unseen classes, and of those of meta-training.
+  local of seen
+  for of in "" _first_order; do
+    for seen in "" _background; do
+      local result=representation$of$seen training=${of:+$FIRST}
+      local analysis=("$PYTHON" -m tools.analyze_representation --model "Neuromodulation_Model$of.net"
+        --name "paper_$result" --dataset-path "$ROOT")
+      [[ -z $seen ]] || analysis+=(--classes background --train_images 6)
+      RESULTS+=("$result" "runs/paper_${result}_[0-9]*/representation.json" "${training:-$ANML}" "$(typed "${analysis[@]}")")
+      step "$result" "1 min" "runs/paper_${result}_[0-9]*/embedding.png" "${analysis[@]}"
+    done
   done
 
   # Figures, comparisons and the table in docs/results.md: quick, so never skipped.

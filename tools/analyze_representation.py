@@ -5,7 +5,8 @@
     python -m tools.analyze_representation --model M.net --dataset glyphs --test_classes 100   # no files
 
 The weights do not change. A KNN classifier (k = 5, Euclidean) learns 15 images of each class. Activity and
-KNN accuracy are measured on 5 other images of each class.
+KNN accuracy are measured on 5 other images of each class. `--classes background` takes the classes of
+meta-training in place of unseen ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +49,9 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
     __doc__ = (__doc__ or "").partition("The weights")[0]
 
     model: Annotated[Path, "model file to analyse"] = Path("Neuromodulation_Model.net")
+    classes: Annotated[Literal["evaluation", "background"], "classes of meta-test, or of meta-training"] = (
+        "evaluation"
+    )
     name: common.Name = "representation"
     seed: common.Seed = 222
 
@@ -146,7 +150,7 @@ def main() -> None:
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
     net, step = restore(saved, args.model), saved.step
     backend = choose_backend(args.backend, [net], device, Use()).name
-    images = args.source(net).load("evaluation", net.normalisation)
+    images = args.source(net).load(args.classes, net.normalisation)
     images = images.limited(args.test_classes, "--test_classes")
     learned, tested = args.train_images, args.test_images
     images.require(learned + tested, f"--train_images {learned} and --test_images {tested}", tested)
