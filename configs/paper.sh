@@ -6,6 +6,7 @@
 #   configs/paper.sh train_anml anml         # run these steps only
 #   ROOT=/data configs/paper.sh              # Omniglot is in /data/omniglot-py instead of data/
 #   GEMCL=/code/GeMCL configs/paper.sh       # a clone of github.com/aminbana/GeMCL, for its weights; without, GeMCL/
+#   FONTS=/fonts configs/paper.sh            # docs/results.md says what is in hangul/ and kanji/ there; without, fonts/
 #
 # Times are for 2 cores with AVX-512. An evaluation of the full protocol learns (18 rates x 10 draws
 # + 10 runs) x 2235 classes x 15 images = 6.4 million images one by one, at 600 classes alone 1.7 million.
@@ -15,6 +16,7 @@ cd "$(dirname "$0")/.."
 
 ROOT=${ROOT:-data}
 GEMCL=${GEMCL:-GeMCL}
+FONTS=${FONTS:-fonts}
 PYTHON=${PYTHON:-.venv/bin/python}
 
 DRY_RUN=false
@@ -132,6 +134,40 @@ gemcl() {
   done
 }
 
+# thousands CHARACTERS NAME TRAINING MODEL FLAGS...: a model learns the characters that fonts draw, with three heads.
+thousands() {
+  local ROOT=$FONTS/$1 result=$1_$2 training=$3
+  local flags=(--config configs/thousands.toml --characters "$1" --model "$4" "${@:5}")
+  evaluate "${result}_ncm" "2 to 5 min" "$training" "${flags[@]}" --learner ncm
+  if [[ $2 == *prototypes ]]; then
+    evaluate "${result}_map" "2 to 5 min" "$training" "${flags[@]}" --learner map
+    evaluate "${result}_slda" "3 to 6 min" "$training" "${flags[@]}" --learner slda --features gated
+  else
+    evaluate "${result}_slda" "5 to 8 min" "$training" "${flags[@]}" --learner slda
+    evaluate "$result" "4 to 7 min" "$training" "${flags[@]}" --lr 0.001 --runs 1
+  fi
+}
+
+# fonts: models of Omniglot, and models of one half of Hangul, on Hangul (the latter on its other half) and kanji.
+fonts() {
+  local ROOT=$FONTS/hangul steps="3,000 steps on Hangul, second order, seed 9"
+  local episodes="2,400 episodes of configs/prototypes.toml on Hangul, seed 9"
+  local data=(--dataset fonts --characters hangul) other_half=(--evaluation_classes 1175 --schedule 10 100 600 1000)
+  train train_hangul_anml "30 min" Hangul_Model.net mrcl_classification.py --config configs/anml.toml \
+    --steps 3000 --num_classes 1175 "${data[@]}"
+  train train_hangul_prototypes "1 h" Hangul_Prototypes.net mrcl_classification.py --config configs/prototypes.toml \
+    "${data[@]}"
+  local characters
+  for characters in hangul kanji; do
+    thousands $characters anml "$ANML" Neuromodulation_Model.net
+    thousands $characters prototypes "$PROTOTYPES" Prototypes_Model.net
+  done
+  thousands hangul fonts_anml "$steps" Hangul_Model.net "${other_half[@]}"
+  thousands hangul fonts_prototypes "$episodes" Hangul_Prototypes.net "${other_half[@]}"
+  thousands kanji fonts_anml "$steps" Hangul_Model.net
+  thousands kanji fonts_prototypes "$episodes" Hangul_Prototypes.net
+}
+
 paper() {
   # Models.
   train train_anml "2.5 to 4 h" Neuromodulation_Model.net \
@@ -184,6 +220,13 @@ paper() {
     gemcl
   else
     echo "# gemcl: skipped: there is no $GEMCL, a clone of github.com/aminbana/GeMCL"
+  fi
+
+  # Beyond 600 classes: characters of fonts, which are not part of this project.
+  if $LISTING || $DRY_RUN || [[ -d $FONTS ]]; then
+    fonts
+  else
+    echo "# fonts: skipped: there is no $FONTS with hangul/ and kanji/"
   fi
 
   # Oracles: the same on a shuffled stream.
