@@ -97,6 +97,11 @@ def test_script_leaves_numbers_and_pictures(
     assert f"{100 * measured['knn_before']:5.1f} %  {before}\n" in done.stdout
     if name == "ANML":
         again = call(analyze_representation, *flags)
-        second = json.loads((tmp_path / "runs/representation_1/representation.json").read_text())
-        assert second["measured"] == measured
+        call(analyze_representation, *flags, "--classes=background")
+        second, seen = (
+            json.loads((tmp_path / f"runs/representation_{run}/representation.json").read_text())
+            for run in (1, 2)
+        )
+        assert second["measured"] == measured != seen["measured"]
+        assert (second["data"].split()[1], seen["data"].split()[1]) == ("evaluation", "background")
         assert "representation_1" in again.stdout
