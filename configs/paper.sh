@@ -38,7 +38,7 @@ RAN=false  # whether the last step ran
 ANML="20,000 steps, second order, seed 9"
 FIRST="20,000 steps, first order, seed 9"
 OML="20,000 steps of OML, second order, seed 9"
-PROTOTYPES="2,400 episodes for a head of class means, seed 9"
+PROTOTYPES="4,000 episodes of configs/prototypes.toml, seed 9"
 PRETRAIN="1,680,000 images, i.i.d., seed 9"
 
 among() { [[ " ${*:2} " == *" $1 "* ]]; }
@@ -151,12 +151,12 @@ thousands() {
 # fonts: models of Omniglot, and models of one half of Hangul, on Hangul (the latter on its other half) and kanji.
 fonts() {
   local ROOT=$FONTS/hangul steps="3,000 steps on Hangul, second order, seed 9"
-  local episodes="2,400 episodes of configs/prototypes.toml on Hangul, seed 9"
+  local episodes="2,400 episodes of configs/prototypes.toml with --augment 1 on Hangul, seed 9"
   local data=(--dataset fonts --characters hangul) other_half=(--evaluation_classes 1175 --schedule 10 100 600 1000)
   train train_hangul_anml "30 min" Hangul_Model.net mrcl_classification.py --config configs/anml.toml \
     --steps 3000 --num_classes 1175 "${data[@]}"
   train train_hangul_prototypes "1 h" Hangul_Prototypes.net mrcl_classification.py --config configs/prototypes.toml \
-    "${data[@]}"
+    --steps 2400 --augment 1 "${data[@]}"
   local characters
   for characters in hangul kanji; do
     thousands $characters anml "$ANML" Neuromodulation_Model.net
@@ -175,7 +175,7 @@ paper() {
   train train_anml_first_order "1.6 to 3 h" Neuromodulation_Model_first_order.net \
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
   train train_oml "6 to 15 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
-  train train_prototypes "1 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
+  train train_prototypes "1.2 to 2 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net mrcl_classification.py --learner iid --steps 20000
 
   # Treatments. Learning rates are chosen by test accuracy (--test), as the released code reports it;
