@@ -212,6 +212,8 @@ paper() {
   evaluate anml_prototypes_slda "10 min" "$PROTOTYPES" --model Prototypes_Model.net --learner slda \
     --features gated --nested
   evaluate anml_prototypes_map "2 min" "$PROTOTYPES" --model Prototypes_Model.net --learner map --nested
+  evaluate anml_prototypes_map_power_1 "2 min" "$PROTOTYPES" --model Prototypes_Model.net --learner map --power 1 \
+    --nested
   evaluate anml_prototypes_slda_both "10 min" "$PROTOTYPES" --model Prototypes_Model.net \
     --learner slda --nested
 

@@ -5,8 +5,7 @@
     python -m tools.analyze_representation --model M.net --dataset glyphs --test_classes 100   # no files
 
 The weights do not change. A KNN classifier (k = 5, Euclidean) learns 15 images of each class. Activity and
-KNN accuracy are measured on 5 other images of each class. `--classes background` takes the classes of
-meta-training in place of unseen ones.
+KNN accuracy are measured on 5 other images of each class.
 """
 
 from __future__ import annotations
@@ -49,9 +48,7 @@ class Analysis(common.SplitFlags, common.DataFlags, common.RunFlags):
     __doc__ = (__doc__ or "").partition("The weights")[0]
 
     model: Annotated[Path, "model file to analyse"] = Path("Neuromodulation_Model.net")
-    classes: Annotated[Literal["evaluation", "background"], "classes of meta-test, or of meta-training"] = (
-        "evaluation"
-    )
+    classes: Annotated[Literal["evaluation", "background"], "of meta-test or meta-training"] = "evaluation"
     name: common.Name = "representation"
     seed: common.Seed = 222
 
