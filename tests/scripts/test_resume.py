@@ -354,12 +354,12 @@ def test_seeds_are_the_runs_of_each_seed(
     trainer: Trainer, run: Run, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after their parent was killed, one failed, and a signal that the parent passes on."""
-    flags = [*trainer.flags, "--steps=30", "--threads=1", "--seeds", "3", "11", "--jobs=2", "--name=all"]
+    flags = [*trainer.flags, "--steps=60", "--threads=1", "--seeds", "3", "11", "--jobs=2", "--name=all"]
     parent = forks.start(tmp_path, "mrcl_classification", *flags, "--save_every=5")
     forks.kill_when(lambda: all((run / "state.pt").exists() for run in RUNS), parent)
     for model, folder in zip(MODELS, RUNS, strict=True):
         with FileLock(folder / ".lock", timeout=60):  # the training ends by itself
-            assert load_checkpoint(model).step < 30, "too fast for this test"
+            assert load_checkpoint(model).step < 60, "too fast for this test"
 
     trainer.run = FOLDER
     assert "--seeds is [3] and was [3, 11]" in trainer.refused("--seeds=3")
@@ -370,7 +370,7 @@ def test_seeds_are_the_runs_of_each_seed(
         (RUNS[0] / name).write_bytes(b"")
     failure = trainer.refused()
     assert re.search(r"error: 1 of 2 trainings failed: seed 3: cannot read .*seed_3_0/state.pt", failure)
-    assert load_checkpoint(MODELS[1]).step == 30
+    assert load_checkpoint(MODELS[1]).step == 60
     (RUNS[0] / "state.pt").write_bytes(state)
     sent: list[int] = []
     written, done = MODELS[1].stat().st_mtime_ns, load_checkpoint(MODELS[0]).step
@@ -390,9 +390,9 @@ def test_seeds_are_the_runs_of_each_seed(
     assert load_checkpoint(MODELS[0]).step > done
     trainer.resume()
     assert MODELS[1].stat().st_mtime_ns == written, "what is complete stays"
-    assert "seed 3: 30, seed 11: 30 of 30 steps" in (FOLDER / "log.txt").read_text()
+    assert "seed 3: 60, seed 11: 60 of 60 steps" in (FOLDER / "log.txt").read_text()
     for seed, folder in zip((3, 11), RUNS, strict=True):
-        trainer("--steps=30", f"--seed={seed}", f"--name=alone_{seed}")
+        trainer("--steps=60", f"--seed={seed}", f"--name=alone_{seed}")
         assert_same_run(Path(f"runs/alone_{seed}_0"), folder)
 
     test = ["--dataset=glyphs", *trainer.flags[-1:], "--schedule", "3", "--runs=2", "--lr=0.01"]
