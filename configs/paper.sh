@@ -199,6 +199,9 @@ paper() {
   evaluate anml_ncm "5 min" "$ANML" --model Neuromodulation_Model.net --learner ncm
   evaluate anml_map "5 min" "$ANML" --model Neuromodulation_Model.net --learner map
   evaluate anml_slda_gated "10 min" "$ANML" --model Neuromodulation_Model.net --learner slda --features gated
+  evaluate anml_ncm_power_1 "1 min" "$ANML" --model Neuromodulation_Model.net --learner ncm --power 1 --nested
+  evaluate anml_slda_gated_power_1 "2 min" "$ANML" --model Neuromodulation_Model.net --learner slda \
+    --features gated --power 1 --nested
   evaluate anml_slda "20 min" "$ANML" --model Neuromodulation_Model.net --learner slda
   evaluate anml_first_order_ncm "1 min" "$FIRST" --model Neuromodulation_Model_first_order.net \
     --learner ncm --nested

@@ -81,6 +81,7 @@ SAID = {
     "docs/heads.md": (
         "The head that Adam trains at meta-test keeps {anml 600} % of 600 classes.",
         "| `adam` (ANML's head) | {anml} |",
+        "then keep {anml_ncm_power_1 600} and {anml_slda_gated_power_1 600} % of 600 classes",
         "| `ncm`, nearest class mean | {anml_ncm} |",
         "| `map`, GeMCL's normal distributions | {anml_map} |",
         "| `slda --features gated`, streaming LDA | {anml_slda_gated} |",
