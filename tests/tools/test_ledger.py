@@ -108,7 +108,8 @@ SAID = {
     ),
     "docs/results.md": (
         "keeps {anml 600} % after 20,000, where first order ends at {anml_first_order 600} %.",
-        "{anml_continued 600 ±} % (`anml_continued`) against {anml 600 ±} of the 20,000 (`anml`,",
+        "kept {anml_continued 600 ±} % of 600 classes (`anml_continued`) where the 20,000 of one training "
+        "keep {anml 600 ±} (`anml`,",
         "| 6,000 | {seed_9 50}, {seed_10 50}, {seed_11 50} | {seeds 50 ±} | {seed_9 200}, {seed_10 200}, "
         "{seed_11 200} | {seeds 200 ±} |",
         "keep {anml 600}, {anml_ft_pln 600}, {anml_ft_pln_nm_out 600} and {anml_unlimited 600} % (`anml`,",
