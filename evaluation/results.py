@@ -238,12 +238,10 @@ def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, str] | No
     """
     of = "models" if len(groups) > 1 else "runs"
     units = groups if len(groups) > 1 else [[value] for value in groups[0]]
-    count, values = len(units), [value for unit in units for value in unit]
+    count = len(units)
     if count < 2:
         return None
     method = f"Student's t over {of}" if count < FEW else f"bootstrap over {of}"
-    if len(set(values)) == 1:  # the means of resamples would differ by rounding
-        return values[0], values[0], method
     sizes, sums = np.array([len(unit) for unit in units]), np.array([sum(unit) for unit in units])
     if count < FEW:
         mean = sums.sum() / sizes.sum()
@@ -318,6 +316,7 @@ def shown(line: Mapping[str, Any], name: str) -> str:
     text = f"{100 * mean:.1f}"
     if low is not None and high is not None:
         reach = 100 * max(mean - low, high - mean)  # an interval may be cut off at 0 or 100 %
+        reach = round(reach, 9)  # of equal values, the differences are rounding
         text += f" ± {reach:.1f}" if reach >= 0.05 else f" ± {reach:.1g}"  # shows no small reach as 0.0
     return f"{text} ({line['diverged']} diverged)" if line.get("diverged") else text
 

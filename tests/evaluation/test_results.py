@@ -16,6 +16,7 @@ from evaluation.results import (
     known_scores,
     read_metrics,
     read_results,
+    shown,
     summarise,
     table,
     write_results,
@@ -193,6 +194,14 @@ def test_a_summary_has_the_interval_of_its_runs() -> None:
     rows = [row(test=0.0), *(row(model="b.net", run=k, test=1.0) for k in range(3))]
     (line,) = summarise(rows)
     assert (line["models"], line["runs"], line["test"]) == (2, 4, 0.75)
+
+
+def test_rounding_is_no_interval() -> None:
+    """Sums of 0.6 that differ in their last digit are equal means."""
+    runs = {"a": (0.1, 0.2, 0.3), "b": (0.3, 0.2, 0.1), "c": (0.2, 0.2, 0.2)}
+    rows = [row(model=name, run=k, test=value) for name in runs for k, value in enumerate(runs[name])]
+    assert len({sum(values) for values in runs.values()}) > 1
+    assert shown(summarise(rows)[0], "test") == "20.0 ± 0"
 
 
 def test_mann_whitney_by_hand() -> None:

@@ -128,7 +128,7 @@ SAID = {
         "prototype model with `map` {sequence_20x5_prototypes 20} %",
         "sANML after 3,000 steps {sequence_20x5_sanml 20} and {sequence_10x10_sanml 10} %",
         "{sequence_10x10_anml 10} and {sequence_10x10_prototypes 10} % (`sequence_10x10_*`)",
-        "keeps {anml_sgd 600} % of 600 classes at the best of five rates (`anml_sgd` below), Adam {anml 600}.",
+        "{anml_sgd 600} % of 600 classes at the best of five rates (`anml_sgd` below), Adam {anml 600}.",
     ),
 }
 
