@@ -39,6 +39,7 @@ ANML="20,000 steps, second order, seed 9"
 FIRST="20,000 steps, first order, seed 9"
 OML="20,000 steps of OML, second order, seed 9"
 PROTOTYPES="4,000 episodes of configs/prototypes.toml, seed 9"
+PROTOTYPES_SEEDS="4,000 episodes of configs/prototypes.toml, seeds 9, 10 and 11"
 PRETRAIN="1,680,000 images, i.i.d., seed 9"
 
 among() { [[ " ${*:2} " == *" $1 "* ]]; }
@@ -87,6 +88,17 @@ train() {
   if $RAN; then
     mv "partial_$model" "$model"
   fi
+}
+
+# seeds NAME TIME FLAGS...: trainings of seeds 10 and 11, whose models lie in the run folder; those complete stay.
+seeds() {
+  local name=$1 time=$2 folder=runs/paper_$1_0
+  shift 2
+  local command=("$PYTHON" mrcl_classification.py "$@" --seeds 10 11 --name "paper_$name" --dataset-path "$ROOT")
+  if [[ -d $folder ]]; then
+    command+=(--resume "$folder")
+  fi
+  step "$name" "$time" "" "${command[@]}"
 }
 
 # evaluate NAME TIME TRAINING FLAGS...: an evaluation, which goes on where an earlier attempt stopped.
@@ -176,6 +188,7 @@ paper() {
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
   train train_oml "6 to 15 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
   train train_prototypes "1.2 to 2 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
+  seeds train_prototypes_seeds "2.4 to 4 h" --config configs/prototypes.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net mrcl_classification.py --learner iid --steps 20000
 
   # Treatments. Learning rates are chosen by test accuracy (--test), as the released code reports it;
@@ -219,6 +232,13 @@ paper() {
     --nested
   evaluate anml_prototypes_slda_both "10 min" "$PROTOTYPES" --model Prototypes_Model.net \
     --learner slda --nested
+
+  local three=(Prototypes_Model.net runs/paper_train_prototypes_seeds_0/seed_{10,11}.net)
+  evaluate anml_prototypes_seeds_ncm "5 min" "$PROTOTYPES_SEEDS" --model "${three[@]}" --learner ncm --nested
+  evaluate anml_prototypes_seeds_map_power_1 "5 min" "$PROTOTYPES_SEEDS" --model "${three[@]}" \
+    --learner map --power 1 --nested
+  evaluate anml_prototypes_seeds_slda "10 min" "$PROTOTYPES_SEEDS" --model "${three[@]}" --learner slda \
+    --features gated --nested
 
   # GeMCL's released weights, which have no licence and are not part of this project.
   if $LISTING || $DRY_RUN || [[ -d $GEMCL ]]; then
