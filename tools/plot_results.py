@@ -79,7 +79,7 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
         y = np.arange(len(names)) + offset
         mean, low, high = (percent(lines, f"{name}{bound}") for bound in ("", "_low", "_high"))
         style: dict[str, Any] = {"color": colour, "edgecolor": "black", "hatch": hatch, "capsize": 3}
-        reach = (mean - low, high - mean)
+        reach = np.maximum(0, (mean - low, high - mean))  # of equal values, rounding may be below 0
         bars = axes.barh(y, mean, 0.95 * step, xerr=reach, label=MEASURES[name].title, **style)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)  # beyond the bars and their intervals
         label = "published" if published and k == 0 else None

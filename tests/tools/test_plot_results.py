@@ -90,6 +90,12 @@ def test_one_run_has_no_band(reach: float | None) -> None:
     assert bool(spreads(bars_figure({"A": rows[0]}).axes[0])) == bool(reach)
 
 
+def test_rounding_beside_a_mean_is_drawn() -> None:
+    """Ends of the interval of equal values, of which rounding puts one beyond the mean."""
+    (axes,) = bars_figure({"A": summary({10: 0.5}, -1e-15)[0]}).axes
+    assert [(x, end) for x, _, end, _ in spreads(axes)] == [(50, 50), (60, 60)]
+
+
 def test_what_happens_to_classes() -> None:
     """A panel of tenths, of all counts of one curve or of the last of several, and a panel of volatility."""
     tenths = {f"tenth_{k}": k / 10 for k in range(1, 11)}
