@@ -44,7 +44,7 @@ from model.scores import TENTHS
 from model.treatments import describe
 from utils.command_line import as_tokens, parse, plain, recorded
 from utils.distributed import Group, choose_device, is_first, join, run_as
-from utils.errors import UserError, run_script
+from utils.errors import UserError, load_library, run_script
 from utils.flag import arguments
 from utils.run import Run, log_to_terminal
 
@@ -75,18 +75,18 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
     args = parse(Evaluation, argv)
     run_as(args.processes, argv)
     log_to_terminal()
-    load_matplotlib()  # or an evaluation of days would end without a figure
+    load_matplotlib()  # or an evaluation of days would end without a figure, or an interval
+    load_library("scipy.special")
     device = choose_device(args.device, args.threads)
     group = join(device, recorded(args))
     models = models_to_test(args)
     sets = images(args, models[0].net, group)
     plan = Plan.of(args, models[0], sets)
-    outputs = models[0].net.num_outputs
     models = [model._replace(net=with_outputs(model.net, plan.outputs).to(device)) for model in models]
     net = models[0].net
     decided = plain(vars(plan))
     options = plan.options if LEARNERS[args.learner].make is adam_learner else {}
-    use = Use(meta_test_rln=plan.rln, options=options)
+    use = Use(meta_test_rln=plan.rln, options=options, channels=sets["evaluation"].channels)
     backend = choose_backend(args.backend, [model.net for model in models], device, use)
     data = sets["evaluation"].about()
     if "background" in sets:
@@ -111,8 +111,6 @@ def evaluate(argv: Sequence[str] = (), **flags: Any) -> Path:
         log.info("run folder %s, device %s", run.folder, device)
         log.info("to go on after an interruption: --resume %s", run.folder)
         log.info("treatment %s: --rln %d", plan.treatment, plan.rln)
-        if plan.outputs > outputs:
-            log.info("--schedule: the head has %d new outputs in place of its %d", plan.outputs, outputs)
         make = partial(meta_test, args, plan, backend, pools)
         runs = Runs(args, run, models, make, group)
         rows = search_and_report(args, plan.schedule, runs, {**decided, **about, "arguments": recorded(args)})

@@ -217,9 +217,7 @@ def train(argv: Sequence[str] = (), *, on_step: OnStep | None = None, **argument
         raise UserError(f"--steps {args.steps}: {args.resume} has done {done}")
     net = initial_network(args, state)
     images = training_images(args, net, group)
-    if len(images) > net.num_outputs:
-        log.info("the head has %d new outputs, one for each class, not %d", len(images), net.num_outputs)
-        net = with_outputs(net, len(images), args.seed)
+    net = with_outputs(net, len(images), args.seed)
     plan = Plan.of(args, len(images))
     if is_first():
         check_writable(plan.model_name, "--model_name")

@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from datasets.images import SIZE, SPLITS, ImageSet, cached, reason, shrink
-from utils.errors import UserError
+from datasets.images import SIZE, SPLITS, ImageSet, cached, shrink
+from utils.errors import UserError, reason
 from utils.flag import Range
 
 log = logging.getLogger("anml")
@@ -132,9 +132,10 @@ def _scan(root: Path) -> tuple[list[Picture], list[Path]]:
         raise error
 
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folder, home = Path(place), Path(place).resolve()
-        # A link to a folder that it lies in would be followed without end.
-        inner = [name for name in folders if not home.is_relative_to((folder / name).resolve())]
+        folder = Path(place)
+        # A link to a folder that it lies in, maybe by other links, would be followed without end.
+        above = {outer.resolve() for outer in (folder, *folder.parents)} | {*folder.resolve().parents}
+        inner = [name for name in folders if (folder / name).resolve() not in above]
         folders[:] = [name for name in inner if name[0] != "."]
         label = tuple(map(readable, folder.relative_to(root).parts))
         for path in (folder / name for name in files if name[0] != "."):
@@ -182,6 +183,8 @@ def _split_classes(
             "here; of classes without splits, give --evaluation_classes N, how many of its "
             f"{len(labels)} classes are kept for meta-test"
         )
+    if evaluation_classes > len(labels):
+        raise UserError(f"--evaluation_classes {evaluation_classes}: {root} has {len(labels)} classes")
     joined = {label: "/".join(label) for label in labels}
     drawn = set(ranked(joined.values(), seed)[:evaluation_classes])
     return {label: ("evaluation" if name in drawn else "background", name) for label, name in joined.items()}

@@ -1,9 +1,9 @@
 """Compares a backend with plain at the start of a run; a run uses a backend only where the two agree.
 
 Plain is the definition: an unprepared network, `model.method` and `model.learner` as they stand in the
-working copy, edited or not. Both compute in float64: the logits, the meta-loss, the meta-gradient of every
-parameter and updates of the online learner. They are compared on two networks: the run's network with a few
-inner steps, and a narrow network of its class with all inner steps of the run.
+working copy, edited or not. Both compute in float64: the logits and their gradient, the meta-loss, the
+meta-gradient of every parameter and updates of the online learner. They are compared on two networks: the
+run's network with a few inner steps, and a narrow network of its class with all inner steps of the run.
 """
 
 import copy
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from model import check, method
-from model.check import FAILURES, Use
+from model.check import Use
 from model.learner import LEARNERS, Given, LearnerKind, MakeLearner, adam_learner
 from model.method import MetaLoss, Params
-from model.modelfactory import Network, build, trained_parameters
+from model.modelfactory import FAILURES, Network, build, trained_parameters
+from utils.errors import UserError, reason
 
 same = partial(check.same, tolerance=1e-8)  # far above rounding in float64, far below the effect of an edit
 EXPLODED = 300  # a loss or gradient of this size means that the trajectory diverges
@@ -76,8 +77,8 @@ def difference(net: Network, device: torch.device, use: Use, candidate: Backend)
                 return f"fast gives other numbers than what is written: {found}"
     except NotImplementedError as error:
         return str(error)
-    except FAILURES as error:
-        return f"fast fails: {' '.join(str(error).split()) or type(error).__name__}"
+    except (*FAILURES, UserError) as error:
+        return f"fast fails: {reason(error)}"
     return None
 
 
@@ -88,9 +89,8 @@ def _difference(net: Network, device: torch.device, use: Use, steps: int, candid
     images, labels = _examples(net, steps + OTHERS, use.channels, device)
     both = (plain, PLAIN), (fast, candidate)
 
-    logits = _of_both(lambda net, _: net(images[:2]), both)
-    if not same(*logits):
-        return "the logits"
+    if not all(map(same, *_of_both(lambda net, _: _logits(net, images), both))):
+        return "the logits or their gradient"
     (values, grads), (fast_values, fast_grads) = _of_both(
         lambda net, backend: _meta_gradient(net, backend, images, labels, steps, use), both
     )
@@ -124,6 +124,13 @@ def _of_both(
         torch.manual_seed(1)
         found.append(compute(net, backend))
     return found
+
+
+def _logits(net: Network, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of a function of these by all parameters that learn, in one vector."""
+    logits, learned = net(images), [p for p in net.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(logits.sin().sum(), learned, allow_unused=True, materialize_grads=True)
+    return logits, torch.cat([grad.flatten() for grad in grads])
 
 
 def _meta_gradient(

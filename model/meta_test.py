@@ -3,6 +3,7 @@
 One loop serves every treatment: what is trained is a matter of `rln` and of which layers start anew.
 """
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from model.modelfactory import Network, build, reset_head, reset_parameters, sha
 from model.outer_loop import gather
 from model.scores import Answers, Score
 from utils.errors import UserError
+
+log = logging.getLogger("anml")
 
 Purpose = Literal["search", "report", "validation"]
 PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has draws of its own
@@ -64,8 +67,11 @@ class FrozenOutputs:
         size = sum(part.numel() * part.element_size() for part in parts(self.sample)) * len(pool.rows)
         self.keeps = anything and size <= budget
         count = len(pool.rows) if self.keeps else 0
-        # One block for each part: outputs between the temporaries of later classes would leave holes.
-        self.kept = tuple(part.new_empty(count, *part.shape[1:]) for part in parts(self.sample))
+        # A block for each part, or temporaries would leave holes; of channels that a view repeats it has one.
+        self.kept = tuple(
+            part.new_empty(count, part.shape[1] if part.stride(1) else 1, *part.shape[2:])
+            for part in parts(self.sample)
+        )
 
     @torch.no_grad()
     def get(self, index: Tensor) -> Inputs:
@@ -79,9 +85,12 @@ class FrozenOutputs:
                 first, size = (first, size) if size <= CHUNK else (row, 1)
                 output = self.net.frozen(self.images.take(slice(first, first + size)), self.trained)
                 for kept, made in zip(self.kept, parts(output), strict=True):
-                    kept[first : first + size] = made
+                    kept[first : first + size] = made[:, : kept.shape[1]]
                 self.known.update(range(first, first + size))
-        taken = tuple(kept[rows.to(kept.device)] for kept in self.kept)
+        taken = tuple(
+            kept[rows.to(kept.device)].expand(-1, *part.shape[1:])
+            for kept, part in zip(self.kept, parts(self.sample), strict=True)
+        )
         return replace(self.sample, activations=taken) if isinstance(self.sample, FrozenOutput) else taken[0]
 
 
@@ -141,6 +150,7 @@ def with_outputs(net: Network, classes: int, seed: int = 0) -> Network:
         return net
     if "num_classes" not in net.widths:
         check_outputs(net, classes)
+    log.info("the head has %d new outputs, one for each class, in place of its %d", classes, net.num_outputs)
     widths = {**net.widths, "num_classes": classes}
     wide = build(net.network, widths, torch.Generator().manual_seed(seed), net.image_size)
     new, old = wide.state_dict(), net.state_dict()

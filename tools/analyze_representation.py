@@ -146,8 +146,8 @@ def main() -> None:
     saved = load_checkpoint(args.model)
     log.info("%s: %s after %d meta-steps", args.model, saved.network, saved.step)
     net, step = restore(saved, args.model), saved.step
-    backend = choose_backend(args.backend, [net], device, Use()).name
     images = args.source(net).load(args.classes, net.normalisation)
+    backend = choose_backend(args.backend, [net], device, Use(channels=images.channels)).name
     images = images.limited(args.test_classes, "--test_classes")
     learned, tested = args.train_images, args.test_images
     images.require(learned + tested, f"--train_images {learned} and --test_images {tested}", tested)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from model.fast.matmul import matmul
 
-# Evaluation points of the polynomials behind the transforms, besides infinity, by tile size. Rounding errors
-# depend on the points.
-POINTS = {3: (0, 1, -1, 2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
+TILE = 4  # m, for every size of output: what the guard compares on few images is what runs on many
+# Where the polynomials behind the transforms are evaluated, besides infinity, which decides rounding errors.
+POINTS = (0, 0.75, -0.75, 1.5, -1.5)
 CHUNK = 760  # tiles that are transformed at a time: few for the memory, many for long matmuls
 
 
@@ -43,26 +43,25 @@ def gradients(
         [B, H, W, I] and [O, I, 3, 3], the latter channels last in memory; an empty tensor where not needed.
     """
     outputs, inputs = weight.shape[:2]
-    tile = min(4, max(3, *grad.shape[1:3]))
-    grid = -(-grad.shape[1] // tile), -(-grad.shape[2] // tile)
-    a, g, b = (matrix.to(x) for matrix in transforms(tile))
+    grid = -(-grad.shape[1] // TILE), -(-grad.shape[2] // TILE)
+    a, g, b = (matrix.to(x) for matrix in transforms())
     kernel_tile = _map(g, weight.permute(2, 3, 0, 1).reshape(9, outputs, inputs))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     total = torch.zeros_like(kernel_tile)
     images = max(1, CHUNK // math.prod(grid))
     for start in range(0, len(x), images):
         part = slice(start, start + images)
-        grad_tiles = _map(a, _patches(grad[part], grid, tile, tile))
+        grad_tiles = _map(a, _patches(grad[part], grid, TILE))
         if need_weight:
-            x_tiles = _map(b.t(), _patches(x[part], grid, tile, tile + 2))
+            x_tiles = _map(b.t(), _patches(x[part], grid, TILE + 2))
             grad_tiles_t = grad_tiles.transpose(1, 2).contiguous()
             for sum_, *factors in zip(total, grad_tiles_t, x_tiles, strict=True):
                 sum_ += matmul(*factors)
             del x_tiles, grad_tiles_t  # each is as large as all activations of the chunk
         if need_x:
             products = torch.stack([matmul(*pair) for pair in zip(grad_tiles, kernel_tile, strict=True)])
-            patches = _map(b, products).view(tile + 2, tile + 2, -1, *grid, inputs)
-            rows = add_up(patches.permute(2, 3, 4, 0, 1, 5), tile, tuple(n * tile + 2 for n in grid))
+            patches = _map(b, products).view(TILE + 2, TILE + 2, -1, *grid, inputs)
+            rows = add_up(patches.permute(2, 3, 4, 0, 1, 5), TILE, (grid[0] * TILE + 2, grid[1] * TILE + 2))
             grad_x[part] = rows[:, : x.shape[1], : x.shape[2]]
     if not need_weight:
         return grad_x, x.new_empty(0)
@@ -75,15 +74,15 @@ def _map(matrix: Tensor, patches: Tensor) -> Tensor:
     return matmul(matrix, patches.flatten(1)).view(-1, *patches.shape[1:])
 
 
-def _patches(x: Tensor, grid: tuple[int, int], tile: int, side: int) -> Tensor:
+def _patches(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Patches of side x side pixels, one for each tile of the grid, zero beyond the edge.
 
     [B, H, W, C] -> [side * side, N, C]
     """
-    height, width = (count * tile + side - tile for count in grid)
+    height, width = (count * TILE + side - TILE for count in grid)
     rows = x.new_zeros(len(x), height, width, x.shape[3])
     rows[:, : x.shape[1], : x.shape[2]] = x
-    patches = rows.unfold(1, side, tile).unfold(2, side, tile)  # [B, *grid, C, side, side]
+    patches = rows.unfold(1, side, TILE).unfold(2, side, TILE)  # [B, *grid, C, side, side]
     return patches.permute(4, 5, 0, 1, 2, 3).reshape(side * side, -1, x.shape[3])
 
 
@@ -106,14 +105,14 @@ def add_up(patches: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
 
 
 @cache
-def transforms(tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The two-dimensional A, G and B of tile size m in float64: [n * n, m * m], [n * n, 9] and
-    [n * n, n * n] with n = m + 2, for patches flattened row by row.
+def transforms() -> tuple[Tensor, Tensor, Tensor]:
+    """Two-dimensional A, G and B in float64: [n * n, m * m], [n * n, 9] and [n * n, n * n] with n = m + 2,
+    for patches flattened row by row.
 
     A product of polynomials is the inverse of evaluation, applied to the product of the polynomials' values
     (Toom and Cook). A convolution is the transposed map.
     """
-    points = torch.tensor(POINTS[tile], dtype=torch.float64)
+    points = torch.tensor(POINTS, dtype=torch.float64)
 
     def values(coefficients: int) -> Tensor:
         """[n, k], which evaluates a polynomial of k coefficients at all points, infinity last."""
@@ -121,6 +120,6 @@ def transforms(tile: int) -> tuple[Tensor, Tensor, Tensor]:
         infinity[0, -1] = 1
         return torch.cat([points[:, None] ** torch.arange(coefficients), infinity])
 
-    matrices = values(tile), values(3), torch.linalg.inv(values(tile + 2))
+    matrices = values(TILE), values(3), torch.linalg.inv(values(TILE + 2))
     a, g, b = (torch.kron(matrix, matrix) for matrix in matrices)
     return a, g, b

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import mrcl_classification
 from datasets import DATASETS, Source, images
 from datasets.images import ImageSet, Normalisation, shrink
 from evaluation.results import read_results, summarise
+from model.fast import choose_backend
 from model.modelfactory import load_network
 from tests.conftest import ROOT, TINY, Evaluate, Run, shown, warnings_of
 from tools import analyze_representation
@@ -105,12 +107,15 @@ def test_a_loader_of_ones_own(
     assert "arrays: Images and labels of ROOT/images.npz" in " ".join(capsys.readouterr().out.split())
 
 
-def test_classes_of_few_images_in_colour(tmp_path: Path, run: Run) -> None:
+def test_classes_of_few_images_in_colour(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = MagicMock(side_effect=choose_backend)
+    monkeypatch.setattr(evaluate_classification, "choose_backend", choose)
     fill(tmp_path / "own", {f"{k}": 6 for k in range(6)}, "RGB")
     data = ["--dataset=folder", "--dataset-path=own", "--evaluation_classes=3", "--threads=1"]
     run(mrcl_classification, *TINY, *data, "--train_classes=3", "--model_name=p.net")
     few = ["--train_images=4", "--test_images=2", "--lr=0.01", "--runs=1", "--model=p.net", "--backend=plain"]
     run(evaluate_classification, *data, *few, "--schedule=3", "--name=e")
+    assert choose.call_args.args[-1].channels == 3, "backends are compared on the colours"
     (row,) = json.loads(Path("runs/e_0/results.json").read_text())["summary"]
     assert row["train"] * 12 == pytest.approx(round(row["train"] * 12))
     # Another number of classes kept may mean classes that were trained on.
@@ -189,6 +194,14 @@ def test_a_single_level_is_drawn_apart(tmp_path: Path) -> None:
     assert set(load(root, "evaluation", evaluation_classes=5, data_seed=1).classes) != drawn[5]
 
 
+def test_links_to_each_other_are_followed_once(tmp_path: Path) -> None:
+    root = fill(tmp_path / "own", {"a": 2, "b": 2})
+    for one, other in ("ab", "ba"):
+        (root / one / "link").symlink_to(root / other)
+    sides = [load(root, split, evaluation_classes=2).classes for split in ("background", "evaluation")]
+    assert {*sides[0], *sides[1]} == {"a", "b", "a/link", "b/link"}
+
+
 def test_what_does_not_count_is_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Also where both splits are used, as in an evaluation: one start reads a folder once."""
     caplog.set_level(logging.INFO, "anml")
@@ -236,6 +249,7 @@ def plain(root: Path) -> None:
         (other_names, {}, "holds test/, train/: splits are called background/ and evaluation/ here"),
         (flat, {}, "give --evaluation_classes N, how many of its 3 classes are kept for meta-test"),
         (flat, {"evaluation_classes": 2}, "1 classes in background with --evaluation_classes 2"),
+        (flat, {"evaluation_classes": 4}, "--evaluation_classes 4: "),
         (lambda _: None, {"evaluation_classes": 2}, "drop --evaluation_classes"),
         (plain, {}, "all pixels are equal"),
     ],

@@ -239,7 +239,7 @@ def test_more_classes_than_the_head_has_outputs(
     Checkpoint("ANML", widths, net.state_dict(), {}, 0).save(Path("few.net"))
     flags = f"{TINY} --model few.net --runs 1 --schedule"
     folder = evaluate(f"{flags} 3 7 --lr 0.01")
-    line = "--schedule: the head has 7 new outputs in place of its 5\n"
+    line = "the head has 7 new outputs, one for each class, in place of its 5\n"
     assert line in capsys.readouterr().out
     assert line in (folder / "log.txt").read_text()
     assert [row["classes"] for row in read_results(folder).rows] == [3, 7]

@@ -2,15 +2,23 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import mrcl_classification
-from model import method
+from model import layers, method
+from model.check import Use
+from model.fast import FAST, network, winograd
+from model.guard import difference
 from model.method import InnerRule, Params
+from model.modelfactory import build
 from tests.conftest import ROOT, Call, process
 
+BLOCK = layers.ConvBlock.forward
 SMALL = "--dataset=glyphs --nm_channels=4 --pln_channels=6 --threads=1 --train_classes=70 --steps=2"
 
 
@@ -39,3 +47,33 @@ def test_through_the_script(call: Call, cache: Path, monkeypatch: pytest.MonkeyP
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert f"--backend fast: {reason}" in refused.stderr
     assert len([*Path("runs").iterdir()]) == 2, "a refusal leaves nothing"
+
+
+def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose last result, a tensor, is twice as large."""
+
+    def wrong(*args: Any) -> Any:
+        *found, last = function(*args)
+        return *found, 2 * last
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "channels"),
+    [
+        # Without frozen layers it serves training on whole batches alone, and no inner step.
+        (network._Apply, "backward", staticmethod(doubled(network._Apply.backward)), 1),
+        (winograd, "gradients", doubled(winograd.gradients), 1),
+        (layers.ConvBlock, "forward", lambda self, x: BLOCK(self, x.mean(1, True).expand_as(x)), 3),
+    ],
+)
+def test_the_guard_sees_what_runs(
+    owner: Any, name: str, wrong: Any, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the fast backend, or in plain where it reads colours."""
+    monkeypatch.setattr(owner, name, wrong)
+    net = build("sANML", {"pln_channels": 128, "num_classes": 5}, torch.Generator().manual_seed(0)).train()
+    found = difference(net, torch.device("cpu"), Use(update_step=2, channels=channels), FAST)
+    assert found is not None
+    assert "logits" in found

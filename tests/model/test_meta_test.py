@@ -54,6 +54,11 @@ def test_frozen_outputs_of_classes_of_several_sizes() -> None:
     torch.testing.assert_close(parts(found), parts(expected))
     for others in backwards[torch.arange(4, -1, -1)], cat([found[:2], found[2:]]):
         torch.testing.assert_close(parts(found), parts(others), rtol=0, atol=0)
+    trained, grey = trained_parameters(net, 7), Pool(torch.randn(8, 1, 28, 28), (4, 4))
+    kept = FrozenOutputs(net, grey, trained)
+    expected = net.frozen(grey.rows[5:6], trained)
+    torch.testing.assert_close(parts(kept.get(torch.tensor([[1, 1]]))), parts(expected))
+    assert [part.shape[1] for part in kept.kept if part.ndim == 4] == [1], "three times the memory"
 
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])
