@@ -18,8 +18,6 @@ from utils.distributed import refuse_several
 from utils.errors import UserError
 from utils.flag import SEED, Heading, Range, Registry, Shown, existing, headed, positive
 
-FROM_RUN = len(signature(OuterLoop).parameters)  # arguments of an outer loop that the run gives
-
 # How long, how often and where: none of these changes a number.
 MAY_CHANGE = frozenset(
     (
@@ -62,9 +60,10 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
     ] = None
 
     _loop: ClassVar = Heading("outer loop")
-    loop: Annotated[dict[str, Any], Registry("learner", OUTER_LOOPS, "loop", given=FROM_RUN)] = field(
-        default_factory=dict
-    )
+    loop: Annotated[
+        dict[str, Any],
+        Registry("learner", OUTER_LOOPS, "loop", given=len(signature(OuterLoop).parameters)),
+    ] = field(default_factory=dict)
 
     _rule: ClassVar = Heading("inner rule")
     inner_rule: Annotated[str, "what an inner step does with a gradient", INNER_RULES] = "sgd"
@@ -139,6 +138,7 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
         return {
             **super().idle(),
             **({} if self.eval_every else {"eval_classes": "--eval_every 0"}),
+            **({} if self.saved_model is None else {"constructor": "--saved_model"}),
             **(of_seeds if self.seeds else {"jobs": "one --seed"}),
             **dict.fromkeys(of_rule, f"--learner {self.learner}"),
         }
@@ -155,8 +155,8 @@ class Training(common.DataFlags, common.NetworkFlags, common.RunFlags):
                 f"--learn_update_lr is --inner_rule meta_sgd: drop it or --inner_rule {self.inner_rule}"
             )
         kind = OUTER_LOOPS[self.learner]
-        if not kind.several:
-            refuse_several(f"--learner {self.learner}")
+        if self.seeds or not kind.several:
+            refuse_several("--seeds" if self.seeds else f"--learner {self.learner}")
         kind.validate(self.loop)
 
 

@@ -44,6 +44,7 @@ TINY = [
     "--backend=plain",
 ]
 """Flags of training steps that take milliseconds; the guard of the fast backend takes more."""
+WIDTHS = ("--nm_channels", "--pln_channels", "--num_classes")
 
 LOAD, GLYPHS = DATASETS["glyphs"], cache(DATASETS["glyphs"])
 
@@ -252,8 +253,10 @@ class Trainer:
         self.start, self.call = start, call
 
     def __call__(self, *flags: str) -> None:
-        """Train anew."""
-        self.start(mrcl_classification, *self.flags, *flags)
+        """Train anew; with `--checkpoint`, of a network that a model file holds."""
+        shape = WIDTHS if "--checkpoint" in flags else ()
+        own = [flag for flag in self.flags if flag.partition("=")[0] not in shape]
+        self.start(mrcl_classification, *own, *flags)
 
     def resume(self, *flags: str) -> None:
         """Go on with the first run."""

@@ -296,6 +296,8 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     before = parser.values(run, of_run, choosers)
     typed = parser.read(tokens)
     given = parser.values(settings, of_config, choosers & typed.keys()) | typed
+    idle = parser.filled(kind, before | given, given.keys(), typed.keys()).idle()
+    given = {key: value for key, value in given.items() if parser.places.get(key, [key])[0] not in idle}
     if resume is not None:
         asked = parser.filled(kind, before)
         left_open = plan.keys() & parser.flags.keys() - before.keys() - asked.idle().keys()
@@ -303,7 +305,7 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
         _refuse_contradictions(parser, parser.filled(kind, before), resume, given)
         if config is None and isinstance(earlier_config, str):
             given["config"] = Path(earlier_config)
-    flags = parser.filled(kind, before | given, given.keys(), typed.keys())
+    flags = parser.filled(kind, before | given)
     flags.validate()
     return flags
 
@@ -325,7 +327,7 @@ def _settings_of_config(path: Path) -> dict[str, Any]:
     """The settings that a TOML file holds."""
     try:
         return dict(tomllib.loads(read_text(path, f"--config {path}")))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(f"--config {path}: not a TOML file: {error}") from error
 
 

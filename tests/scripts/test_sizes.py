@@ -176,7 +176,8 @@ def test_through_the_scripts(network: str, flags: str, pictures: Path, run: Run,
     run(evaluate_classification, *test, "--scratch", "--rln=0", "--lr=0.01", "--runs=1", "--size=32")
     run(analyze_representation, *test)
     saved = ["--checkpoint", "--saved_model=m.net", "--name=on", "--steps=1"]
-    without = [flag for flag in train if not flag.startswith(("--size", "--channels", "--nm", "--pln"))]
+    shape = "--size", "--channels", "--nm", "--num", "--pln"
+    without = [flag for flag in train if not flag.startswith(shape)]
     run(mrcl_classification, *without, *saved, "--model_name=on.net")
     assert load_network("on.net").image_size == 32
     for script, other in (

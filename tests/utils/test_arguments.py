@@ -1,5 +1,6 @@
 """Flags: every released one, both spellings, ranges, config files, and one-line errors."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,14 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
     assert evaluate(f"--config {file} --schedule 4").schedule == [4]
     # What is typed makes flags of the config idle; within a config that is a contradiction.
     assert evaluate(f"--config {file} --lr 2").lr == 2
+    file.write_text("scratch = true\nlr = 2\niid = true\nepoch = 3\n")
+    heads = evaluate(f"--config {file} --learner ncm")
+    assert (heads.lr, heads.iid, heads.epoch, heads.scratch) == (None, False, 1, True)
+    file.write_text("seed = 3\nprocesses = 2\n")
+    seeds = train(f"--config {file} --seeds 4 5")
+    assert (seeds.seeds, seeds.seed, seeds.processes) == ([4, 5], 9, 1)
+    Path(tmp_path, "config.json").write_text(json.dumps({"arguments": recorded(seeds)}))
+    assert train(f"--config {file} --seeds 4 5 --resume {tmp_path}").seeds == [4, 5]
     file.write_text("lr = 2\nscratch = true\nlrs = [1, 0.5]\n")
     with pytest.raises(UserError, match=r"--lrs 1.0 0.5 means nothing with --lr: drop one of them"):
         evaluate(f"--config {file}")
@@ -155,6 +164,7 @@ def test_only_typed_flags_override_a_config(tmp_path: Path) -> None:
         ("meta_lr = inf", "meta_lr"),
         ("[method]\nsteps = 5", "method"),
         ("steps = ", "not a TOML file"),
+        (f"steps = {'9' * 5000}", "not a TOML file"),
         ("steps = 5\nsteps = 6", "not a TOML file"),
         (b"\xff\xfe\x00", "is not text"),
         (None, "Is a directory"),

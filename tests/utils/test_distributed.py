@@ -18,7 +18,7 @@ from datasets.task_sampler import sample_trajectory
 from model.modelfactory import NETWORKS, build
 from model.outer_loops import TrajectoryLoop
 from model.training_state import load_state
-from tests.conftest import ROOT, TINY, Call, Called, Trainer, pooled, process, rows
+from tests.conftest import ROOT, TINY, WIDTHS, Call, Called, Trainer, pooled, process, rows
 from tests.forks import Forks
 from tests.networks import OWN
 from utils.distributed import Group, is_first, join, launched, run_as
@@ -121,6 +121,7 @@ def test_processes_that_differ_are_refused_before_the_first_step(
     same = [*trainer.flags, "--meta_batch=2"]
     done = job("mrcl_classification", [*same, "--steps=4"], [*same, "--steps=9", "--meta_lr=0.1"], code=2)
     assert done.stderr.count("differ in --meta_lr (0.001, 0.1), --steps (4, 9): ") == 2
+    same = [flag for flag in same if not flag.startswith(WIDTHS)]
     from_model = [[*same, "--checkpoint", f"--saved_model={name}.net"] for name in "ab"]
     assert job("mrcl_classification", *from_model, code=2).stderr.count("differ in weights (") == 2
     assert sorted(tmp_path.rglob("*")) == before
@@ -163,6 +164,9 @@ def test_what_makes_a_job(
     if says is not None:
         with pytest.raises(UserError, match=says):
             mrcl_classification.train(learner="iid")
+        if says is SINGLE:
+            with pytest.raises(UserError, match=r"--seeds"):
+                mrcl_classification.train(seeds=[1, 2])
         return
     assert join(torch.device("cpu"), {}) == Group()
     assert launched() == (environment.get("RANK") == "0")
