@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import folder, fonts, glyphs, omniglot
-from datasets.images import SIZE, ImageSet, Normalisation, reason
-from utils.errors import UserError
+from datasets.images import SIZE, ImageSet, Normalisation
+from utils.errors import UserError, reason
 
 DATASETS: dict[str, Callable[..., ImageSet | Mapping[str, ImageSet]]] = {
     "omniglot": omniglot.load,
@@ -83,7 +83,7 @@ class Source:
                 size = inspect.signature(load).parameters.get("size")
                 given = [self.size] if size and size.kind is not size.KEYWORD_ONLY else []
                 found = load(split, self.root, self.cache_dir, *given, **self.options)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, MemoryError) as error:
                 file = f"cannot read {error.filename}: " if isinstance(error, OSError) else ""
                 raise UserError(f"--dataset {self.dataset}: {file}{reason(error)}") from error
             self.sets.update({split: found} if isinstance(found, ImageSet) else found)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.folder import DAMAGE, ranked, readable, some, stamp_of
-from datasets.images import OMNIGLOT, SIZE, SPLITS, ImageSet, cached, reason, shrink
-from utils.errors import UserError, load_library
+from datasets.images import OMNIGLOT, SIZE, SPLITS, ImageSet, cached, shrink
+from utils.errors import UserError, load_library, reason
 from utils.files import read_text
 from utils.flag import Range, existing
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import atomic_write
 
 log = logging.getLogger("anml")
@@ -300,11 +300,6 @@ def shrink(picture: Image.Image, size: int = SIZE) -> NDArray[np.uint8]:
     chosen = FILTER if size == SIZE else Image.Resampling.BILINEAR
     pixels = np.array((picture if coloured else picture.convert("L")).resize((size, size), chosen), np.uint8)
     return pixels.transpose(2, 0, 1) if coloured else pixels
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says went wrong, without the paths in messages of the system."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def cached(

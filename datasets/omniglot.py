@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from datasets.folder import DAMAGE, Picture, prepared, stamp_of
-from datasets.images import OMNIGLOT, SIZE, ImageSet, reason
-from utils.errors import UserError, load_library
+from datasets.images import OMNIGLOT, SIZE, ImageSet
+from utils.errors import UserError, load_library, reason
 from utils.files import write_bytes
 
 log = logging.getLogger("anml")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.scores import MEASURES, TENTHS, accuracies
-from utils.errors import UserError, load_library
+from utils.errors import UserError, load_library, reason
 from utils.files import atomic_write
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import, and most runs draw nothing
@@ -42,8 +42,7 @@ Line = Mapping[str, Any]
 def load_matplotlib() -> None:
     """Import matplotlib, or raise UserError."""
     os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; an unknown name would end that
-    for name in ("matplotlib", "matplotlib.figure"):
-        load_library(name)
+    load_library("matplotlib.figure")
 
 
 @contextmanager
@@ -54,14 +53,14 @@ def or_warn(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # matplotlib's faults are of many kinds
-        log.warning("%s is not drawn: %s", what, " ".join(str(error).split()) or type(error).__name__)
+        log.warning("%s is not drawn: %s", what, reason(error))
 
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Within this context matplotlib has its own defaults, whatever files and variables of the user say."""
+    """Within this context matplotlib has its own defaults, whatever the user's are, and reads no formulas."""
     load_matplotlib()
-    with load_library("matplotlib.style").context("default"):
+    with load_library("matplotlib.style").context(["default", {"text.parse_math": False}]):
         yield
 
 
@@ -163,13 +162,13 @@ def forgetting_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
 @default_style()
 def order_figure(curves: Mapping[str, Sequence[Line]]) -> Figure:
     """A figure of what happens to classes: a panel of test accuracy by tenth of the order of learning, with
-    every line of a single curve or the last line of each of several, and a panel of volatility.
+    the last lines of a single curve or the last line of each of several, and a panel of volatility.
     """
     figure = new_figure(11, 4.8)
     order, change = figure.subplots(1, 2)
     styles = cycle(STYLES)
     for (label, lines), style in zip(curves.items(), cycle(STYLES)):
-        for line in lines if len(curves) == 1 else lines[-1:]:
+        for line in lines[-len(STYLES) if len(curves) == 1 else -1 :]:
             points = [{end: line.get(f"{name}{end}") for end in ENDS} for name in TENTHS]
             _curve(order, range(1, 11), points, "", f"{label}, {line['classes']} classes", next(styles))
         _curve(change, [line["classes"] for line in lines], lines, "volatility", label, style)

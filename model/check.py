@@ -16,6 +16,7 @@ from torch.func import functional_call
 from datasets.images import SIZE
 from model.method import InnerLoop, Params, kept_rule, meta_loss
 from model.modelfactory import (
+    FAILURES,
     Network,
     build,
     head_rows,
@@ -24,14 +25,13 @@ from model.modelfactory import (
     restore,
     trained_parameters,
 )
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import Checkpoint
 
 TOLERANCE = 1e-6  # far above rounding in float64, far below what a wrong gradient is off by
 IMAGES = 2
 SMALL_LR = 1e-3  # of inner steps at random weights, which larger ones may make explode
 DEFAULT, UPDATE_STEP = InnerLoop(0.1), 20
-FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 EFFECT_TRIES = 10  # a small network may be dead for the images and parameters of one try
 
 
@@ -95,8 +95,8 @@ def check_network(
             if fault is None and use.inner.rule is not None:
                 fault = _fault_of_rule(net.double(), trained_parameters(net, rln), use.channels, use.inner)
     except FAILURES as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"network {name} fails on {IMAGES} images of {size} x {size}: {reason}") from error
+        what = f"network {name} fails on {IMAGES} images of {size} x {size}"
+        raise UserError(f"{what}: {reason(error)}") from error
     if fault is not None:
         raise UserError(f"network {name}: {fault}")
 

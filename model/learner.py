@@ -392,8 +392,10 @@ def inverse_gamma(values: Tensor) -> Prior:
 
     Their inverses have a gamma distribution. Its shape is found by Newton's method in 1 / shape, which
     converges in four steps or so (Minka, *Estimating a gamma distribution*, 2002). The shape is 5e7 at most,
-    also where all values are equal.
+    also where all values are equal. Left out are values a million times smaller than the median: variances
+    of classes of copies of one image.
     """
+    values = values[values >= 1e-6 * values.median()]
     precisions = 1 / values.clamp_min(TINY)
     spread = (precisions.mean().log() - precisions.log().mean()).clamp_min(1e-8)
     shape = (3 - spread + ((spread - 3).square() + 24 * spread).sqrt()) / (12 * spread)

@@ -22,9 +22,11 @@ from model.layers import FrozenOutput, Inputs, conv_blocks, kaiming_normal, laye
 from model.layers import layer_parameters as layer_parameters
 from model.layers import shared_copy as shared_copy
 from model.layers import trained_parameters as trained_parameters
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import Checkpoint, load_checkpoint
 from utils.flag import Range
+
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 BLOCKS = range(1, 8)  # images of 512 have seven, of other sizes some of these
@@ -187,7 +189,7 @@ class Network(nn.Module):
         Raises:
             ValueError: neither the head nor the constructor says.
         """
-        outputs = getattr(self.head, "out_features", None) or self.widths.get("num_classes")
+        outputs = getattr(getattr(self, "head", None), "out_features", None) or self.widths.get("num_classes")
         if outputs is None:
             raise ValueError(f"{self.network}: give the head out_features, or __init__ num_classes")
         return int(outputs)
@@ -352,12 +354,16 @@ def build(name: str, widths: Mapping[str, Any], generator: torch.Generator, size
         size: side of its images, in pixels.
 
     Raises:
-        UserError: the network has no positions left at this size.
+        UserError: its constructor fails, say since no positions are left at this size.
     """
     kind = NETWORKS[name]
-    net = _construct(kind, widths, size, None if kind.kaiming else generator)
-    if kind.kaiming:
-        reset_parameters(net, [name for name, _ in net.named_parameters()], generator)
+    try:
+        net = _construct(kind, widths, size, None if kind.kaiming else generator)
+        if kind.kaiming:
+            reset_parameters(net, [name for name, _ in net.named_parameters()], generator)
+        assert net.num_outputs > 0, "its head has no outputs"
+    except FAILURES as error:
+        raise UserError(f"network {name} cannot be built with {dict(widths)}: {reason(error)}") from error
     return net
 
 
@@ -375,6 +381,8 @@ def _construct(
         torch.manual_seed(seed)
         net = kind(**widths, size=size) if asks else kind(**widths)
     net.__dict__["image_size"] = size
+    for parameter in net.parameters():  # one number for each place in memory, which a part of a tensor lacks
+        parameter.data = parameter.data.clone()
     return net
 
 
@@ -396,11 +404,11 @@ def reset_parameters(
             values = values if rows is None else values[rows]
         elif name.endswith("bias"):
             values = torch.zeros_like(parameter)
-        elif parameter.ndim == 1:  # the scale of a norm
+        elif parameter.ndim < 2:  # the scale of a norm
             values = torch.ones_like(parameter)
         else:
-            # For the shape alone: a list of rows would wait for the device.
-            values = kaiming_normal(parameter if rows is None else parameter[: len(rows)], generator)
+            shape = parameter.shape if rows is None else (len(rows), *parameter.shape[1:])
+            values = kaiming_normal(parameter.new_empty(shape), generator)
         if rows is None:
             parameter.copy_(values)
         else:
@@ -424,7 +432,7 @@ def head_rows(net: Network, biases: bool = False) -> list[str]:
     return [
         f"head.{name}"
         for name, p in net.head.named_parameters()
-        if p.ndim > (not biases) and len(p) == net.num_outputs
+        if p.requires_grad and p.ndim > (not biases) and len(p) == net.num_outputs
     ]
 
 
@@ -446,14 +454,14 @@ def restore(saved: Checkpoint, source: str | Path) -> Network:
             raise ValueError(f"its size {size} is no number from {SIZES[0]} to {SIZES[1]}")
         if kind.kaiming:  # whether all fits, before memory is taken for what a damaged file may ask for
             with torch.device("meta"):
-                _construct(kind, widths, size).load_state_dict(saved.state_dict, assign=True)
+                _construct(kind, widths, size).load_state_dict(dict(saved.state_dict), assign=True)
         # Constructed, not assigned: parameters that are one stay one, and what no file holds is there.
         net = _construct(kind, widths, size)
-        net.load_state_dict(saved.state_dict)
+        net.load_state_dict(dict(saved.state_dict))
         net.normalisation = Normalisation.of(saved.arguments)
-    except (TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{source} does not hold a network {saved.network} {widths}: {reason}") from None
+    except FAILURES as error:  # of load_state_dict the last line says most
+        why = (str(error).splitlines() or [reason(error)])[-1].strip()
+        raise UserError(f"{source} does not hold a network {saved.network} {widths}: {why}") from None
     return net
 
 

@@ -201,7 +201,7 @@ class TrajectoryLoop(SequenceLoop):
         # Layers draw (dropout) and move their buffers (running statistics) for each trajectory as if it were
         # alone: otherwise both would depend on which process takes which trajectory.
         seeds = torch.randint(2**62, (len(trajectories),)).tolist()
-        buffers = list(self.net.buffers())
+        buffers = [buffer for buffer in self.net.buffers() if buffer.dtype != torch.bool]
         before = [buffer.clone() for buffer in buffers]
         sums: list[Tensor] = []
         for seed, trajectory in self.group.shard(list(zip(seeds, trajectories, strict=True))):

@@ -119,6 +119,7 @@ class BatchNorm(Network):
             *(nn.Dropout(dropout), nn.Conv2d(width, width, 3, stride=2), nn.Flatten()),
         )
         self.head = nn.Linear(36 * width, num_classes)
+        self.register_buffer("a_mask", torch.ones(3, dtype=torch.bool))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.trunk(images))

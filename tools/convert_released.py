@@ -27,10 +27,10 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from datasets.images import OMNIGLOT, SIZE, SIZES, Normalisation, reason
+from datasets.images import OMNIGLOT, SIZE, SIZES, Normalisation
 from model.modelfactory import NETWORKS, Network, image_arguments
 from utils.command_line import parse
-from utils.errors import UserError, run_script, say
+from utils.errors import UserError, reason, run_script, say
 from utils.files import Checkpoint, keep_earlier
 from utils.flag import Flags, Range, Shown
 

@@ -71,7 +71,7 @@ def bars_figure(final: Mapping[str, Line], published: Sequence[tuple[str, Line]]
     (classes,) = {line["classes"] for line in final.values()}
     names, lines = list(final), list(final.values())
     rows = np.array([names.index(name) for name, _ in published])
-    figure = plots.new_figure(7, 1.8 + 0.6 * len(names))
+    figure = plots.new_figure(7, 2.2 + 0.6 * len(names))
     axes = figure.add_subplot()
     step = 0.8 / len(accuracies())
     for k, ((colour, hatch), name) in enumerate(zip(cycle(FILLS), accuracies())):
@@ -107,9 +107,10 @@ def labelled(texts: list[str]) -> dict[str, Path]:
         if equals and not path.exists():
             path = file_path(rest)
         else:
-            label = path.resolve().parent.name if path.stem in ("results", "metrics") else path.resolve().stem
-        if not label.strip() or label.startswith("_") or "$" in label or label in paths:
-            raise UserError(f"{text!r}: no label, one that begins with _ or holds $, or one that is taken")
+            place = path.resolve().parent if path.stem in ("results", "metrics") else path.resolve()
+            label = place.name if place.is_dir() else place.stem
+        if not label.strip() or label.startswith("_") or label in paths:
+            raise UserError(f"{text!r}: no label, one that begins with _, or one that is taken")
         paths[label] = path
     return paths
 

@@ -18,6 +18,11 @@ class UserError(Exception):
     """An error that the user can mend; the message is one line with cause and remedy."""
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says went wrong, in one line and without the paths in messages of the system."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main function, and end the process with the usual exit code.
 
@@ -49,7 +54,7 @@ def refusing(what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {what}: {error.strerror or error}{hint}") from error
+        raise UserError(f"cannot {what}: {reason(error)}{hint}") from error
 
 
 def load_library(name: str) -> Any:
@@ -61,7 +66,7 @@ def load_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a library that is half there raises nearly anything
-        library, why = name.partition(".")[0], " ".join(str(error).split()) or type(error).__name__
+        library, why = name.partition(".")[0], reason(error)
         remedy = "unset what is wrong in its settings, or pip install -r requirements.txt"
         raise UserError(f"cannot import {library}: {why}; {remedy}") from error
 

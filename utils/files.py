@@ -199,13 +199,13 @@ class Checkpoint:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about the content of foreign files
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            fault = _fault(content, format_name)
         except Exception as error:  # torch raises nearly anything for foreign bytes
             raise ValueError(
                 "the file is damaged, or it holds pickled Python objects, as the models of the released code "
                 "do, and loading those could run code; python -m tools.convert_released IN.net NEW.net reads "
                 "such models without running any"
             ) from error
-        fault = _fault(content, format_name)
         if fault is not None:
             raise ValueError(
                 f"it is not a model of this project: {fault}; python -m tools.convert_released reads "

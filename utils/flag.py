@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 
 from typing_extensions import dataclass_transform
 
-from utils.errors import UserError
+from utils.errors import UserError, refusing
 
 Reader = Callable[[str], Any]
 """Makes a value of a text, or raises ArgumentTypeError."""
@@ -310,7 +310,8 @@ def file_path(text: str) -> Path:
 def existing(text: str) -> Path:
     """The path of what is to be read. A path that leads nowhere is one within the project, if it is there."""
     path = file_path(text)
-    return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
+    with refusing(f"read {path}"):  # say a name that is too long, which the system does not look for
+        return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
 
 
 def folder_name(text: str) -> str:

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
+
+from tqdm import tqdm
 
 from utils.command_line import as_tokens
 from utils.distributed import PARENT, Interrupt
@@ -47,8 +48,8 @@ def models_below(parent: Path) -> list[Path]:
 def steps_done(parent: Path, seed: int) -> int:
     """The last step in the `metrics.csv` of a seed; 0 without one."""
     path = (folder_of(parent, seed) or parent) / "metrics.csv"  # the parent has none
-    first = (line.partition(",")[0] for line in path.read_text().splitlines()) if path.exists() else ()
-    return max((int(cell) for cell in first if cell.isdecimal()), default=0)
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else ()
+    return max((int(step) for line in lines if (step := line.partition(",")[0]).isdecimal()), default=0)
 
 
 def train_seeds(
@@ -128,7 +129,7 @@ def _tell(parent: Path, seeds: Sequence[int], steps: int, begun: int, seconds: f
     done = {seed: steps_done(parent, seed) for seed in seeds}
     rate = (sum(done.values()) - begun) / max(seconds, 1e-9)
     each = ", ".join(f"seed {seed}: {number}" for seed, number in done.items())
-    left = timedelta(seconds=round((steps * len(seeds) - sum(done.values())) / rate)) if rate else "?"
+    left = tqdm.format_interval((steps * len(seeds) - sum(done.values())) / rate) if rate > 0 else "?"
     log.info("%s of %d steps, %.3g step/s, %s left", each, steps, rate, left)
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from itertools import count
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -287,7 +287,7 @@ class Progress:
         steps = max(self.step - step, 1)
         rate = steps / max(now - then, 1e-9)
         means = " ".join(f"{key} {total / steps:.4g}" for key, total in self._sums.items())
-        left = timedelta(seconds=round((self._total - self.step) / rate))
+        left = self._bar.format_interval((self._total - self.step) / rate)
         self._since, self._sums = (self.step, now), {}
         log.info(
             f"{self._unit} {self.step}/{self._total} {means}, {rate:.3g} {self._unit}/s, {left} left",
@@ -339,8 +339,8 @@ def _earlier_rows(folder: Path, done: int) -> list[dict[str, str]]:
     path = folder / "metrics.csv"
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
     lines = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
-    found = [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
-    by_step = {row.get("step"): row for row in found}
+    cells = csv.DictReader(lines, quoting=csv.QUOTE_NONE)
+    by_step = {row.get("step"): row for row in cells if None not in (*row, *row.values())}
     rows = [by_step[str(step)] for step in range(1, done + 1) if str(step) in by_step]
     if len(rows) < done:
         log.warning("%s lacks %d of the %d steps done", path, done - len(rows), done)

@@ -147,6 +147,12 @@ def test_a_run_checks_itself_and_goes_on_to_the_same_bits(
     assert not more or rules[0]["head/weight"].unique().numel() > 1
 
 
+def test_more_trajectories_than_outputs(trainer: Trainer) -> None:
+    """Some are then of the same class."""
+    trainer("--steps=1", "--meta_batch=5", "--train_classes=3", "--num_classes=3", "--remember=2")
+    assert load_checkpoint(trainer.run / "model.net").step == 1
+
+
 def test_a_penalty_in_a_run(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that began without goes on with it."""
     trainer("--steps=2", "--name=base", "--meta_batch=2")

@@ -29,6 +29,7 @@ from model.modelfactory import (
     reset_head,
     trained_parameters,
 )
+from model.optimizer import Adam
 from model.representation import represent
 from tests.conftest import Call, Run, assert_same_run, pooled
 from tests.model.test_method import WIDTHS, images, network
@@ -299,6 +300,10 @@ class Once(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0]  # type: ignore[no-any-return]
 
 
+def stops(net: Any) -> None:
+    raise ValueError("width 3 of\n2 groups")
+
+
 WRONG: dict[str, dict[str, Callable[..., Any]]] = {
     "other logits the second time": {"hidden": drifting},
     "alone than in a batch": {"hidden": lambda net, x: net.layer(x - x.mean(0))},
@@ -319,6 +324,8 @@ WRONG: dict[str, dict[str, Callable[..., Any]]] = {
     "row for each class": {
         "change": lambda net: net._modules.update(layer=nn.Linear(784, 20), head=nn.PReLU())
     },
+    "built with {}: width 3 of 2 groups": {"change": stops},
+    "no attribute 'head'": {"change": lambda net: delattr(net, "head")},
     "fails on 2 images of 28 x 28": {"change": lambda net: setattr(net, "layer", nn.Linear(100, 10))},
     r"forward gives \[20\]": {"forward": lambda net, x: net.head(net.layer(x.flatten(1))).mean(0)},
     "self.head": {
@@ -338,6 +345,15 @@ def test_what_is_wrong_is_one_line(says: str, monkeypatch: pytest.MonkeyPatch) -
     assert "\n" not in str(error.value)
     if "first_order" in says:
         check_network("Wrong", second_order=False)
+
+
+def test_a_parameter_is_dense_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam's pass over all weights takes memory as it comes."""
+    part = {"change": lambda net: setattr(net.layer, "weight", nn.Parameter(torch.ones(10, 999)[:, :784]))}
+    monkeypatch.setitem(NETWORKS, "Part", type("Part", (Sound,), part))
+    net = build("Part", {}, torch.Generator())
+    Adam(net.parameters(), lr=0.1).step([torch.ones_like(p) for p in net.parameters()])
+    torch.testing.assert_close(net.get_parameter("layer.weight"), torch.full((10, 784), 0.9))
 
 
 def test_a_frozen_part_that_is_a_tensor() -> None:

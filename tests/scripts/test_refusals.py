@@ -49,6 +49,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{SMOKE} --model_name file/model.net": "file/model.net",
         f"{SMOKE} --checkpoint --saved_model file": "file",
         f"{SMOKE} --checkpoint --saved_model nowhere.net": "nowhere.net",
+        f"{GLYPHS} --checkpoint --saved_model ANML.net --nm_channels 3": "means nothing with --saved_model",
         f"{SMOKE} --dataset omniglot --dataset-path file": "file",
         f"{SMOKE} --dataset_path x": "--dataset_path x means nothing with --dataset glyphs",
         f"{SMOKE} --device gpu": "--device gpu: not on this machine; it has",
@@ -94,6 +95,7 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         f"{GLYPHS} --model ANML.net OML.net": ("one treatment", "OML.net holds ('meta-trained', 'OML'"),
         f"{GLYPHS} --model OML.net Pretrain.net": ("one treatment", "Pretrain.net"),
         f"{GLYPHS} --model ANML.net nowhere.net": "nowhere.net",
+        f"{GLYPHS} --model {300 * 'x'}": "File name too long",
         f"{GLYPHS} --resume nowhere": "nowhere",
     },
     analyze_representation: {
@@ -106,7 +108,6 @@ REFUSED: dict[ModuleType, dict[str, str | tuple[str, ...]]] = {
         "run_0 run_0/results.csv": "'run_0/results.csv'",
         "run_0 nowhere": "nowhere",
         "=run_0": "'=run_0'",
-        "$a^$=run_0": "'$a^$=run_0'",
         "empty": "empty",
         "nonsense": "nonsense",
         "run_0 --out nonsense": "nonsense",

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import random
 import re
@@ -344,6 +345,13 @@ def test_a_run_that_another_process_is_at_work_on(trainer: Trainer) -> None:
     trainer.resume()
     trainer("--steps=3")
     assert_same_run(trainer.run, Path("runs/smoke_1"))
+
+
+def test_steps_that_are_done_again_have_no_speed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A killed training leaves rows of steps after its last saved state."""
+    caplog.set_level(logging.INFO, "anml")
+    jobs._tell(tmp_path, [1, 2], 10, begun=5, seconds=1.0)
+    assert caplog.messages == ["seed 1: 0, seed 2: 0 of 10 steps, -5 step/s, ? left"]
 
 
 FOLDER = Path("runs/all_0")

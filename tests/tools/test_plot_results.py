@@ -112,6 +112,9 @@ def test_what_happens_to_classes() -> None:
         assert [*found] == labels
         np.testing.assert_allclose(found["A, 600 classes"], [[k, 10 * k] for k in np.arange(1.0, 11)])
         np.testing.assert_allclose(lines(change)["A"], [[5.0, np.nan], [600.0, 25.0]])
+    last = list(range(33, 41))  # as many as there are styles
+    many = lines(order_figure({"A": [{"classes": k, **tenths} for k in range(1, 41)]}).axes[0])
+    assert [*many] == [f"A, {k} classes" for k in last]
 
 
 def test_activations_are_squares() -> None:
@@ -156,7 +159,7 @@ def test_what_trainings_measured(call: Call) -> None:
     rows = [f"{k + 1},{loss},{a},{b},0.1\n" for k, (loss, a, b) in enumerate(values.tolist())]
     for name, part in (("long", rows), ("short", rows[:3])):
         Path(name).mkdir()
-        text = "step,loss,accuracy_trajectory,accuracy_remember,seconds\n" + "".join(part) + "9,0."
+        text = "step,loss,accuracy_trajectory,accuracy_remember,seconds\n" + "".join(part) + '9,"0.'
         Path(name, "metrics.csv").write_text(text)
     loss, accuracy = training_figure({name: read_metrics(Path(name)) for name in ("long", "short")}).axes
     np.testing.assert_allclose(lines(loss)["long"][-1], [95.5, values[70:, 0].mean()])
@@ -185,6 +188,10 @@ def test_script_writes_both_figures(tmp_path: Path, call: Call, monkeypatch: pyt
     assert [file[:4] for file in before] == [b"\x89PNG", b"%PDF"] * 2
     assert call(plot_results, *flags).stdout == done.stdout
     assert [Path(name).read_bytes() for name in names] == before
+    for name in ("lr0.1_0", "lr0.2_0"):
+        write_accuracies(Path(name), "results", {10: (0.8, 0.9)})
+    dotted = call(plot_results, "lr0.1_0", "lr0.2_0", "a $b$ c=run_0", "--out=dots", "--no-published")
+    assert (dotted.returncode, dotted.stderr) == (0, "")
     call(plot_results, *flags, "--no-published")
     assert all(Path(name).read_bytes() != old for name, old in zip(names, before, strict=True))
 

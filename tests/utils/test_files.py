@@ -4,6 +4,7 @@ else happens."""
 import io
 import logging
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -72,6 +73,21 @@ def test_no_model_file(tmp_path: Path) -> None:
     for missing in (tmp_path / "absent.net", tmp_path):
         with pytest.raises(UserError, match=missing.name):
             load_checkpoint(missing)
+
+
+def test_content_without_end(tmp_path: Path) -> None:
+    """A list in itself, more numbers than memory holds, and what a state dict has beside its weights."""
+    endless: list[object] = []
+    endless.append(endless)
+    many = torch.zeros(1).expand(10**14)
+    for wrong in content(arguments={"a": endless}), content(state_dict={"w": many}):
+        (tmp_path / "m.net").write_bytes(torch_bytes(wrong))
+        with pytest.raises(UserError, match=r"m\.net: the file is damaged"):
+            load_checkpoint(tmp_path / "m.net")
+    weights = OrderedDict(WEIGHTS)
+    weights._metadata = 5  # type: ignore[attr-defined]
+    (tmp_path / "m.net").write_bytes(torch_bytes(content(state_dict=weights)))
+    assert restore(load_checkpoint(tmp_path / "m.net"), "m.net").num_outputs == 2
 
 
 @pytest.mark.parametrize(
