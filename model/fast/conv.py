@@ -15,8 +15,8 @@ from torch import Tensor
 from model.fast import winograd
 from model.fast.matmul import matmul
 
-# Output positions of a batch up to which a matmul with patches is faster than torch's convolution.
-FEW_POSITIONS = 256
+# Output positions of a batch, or of an image, up to which a matmul with patches is faster than convolutions.
+FEW_POSITIONS, OF_AN_IMAGE = 256, 9
 MANY_CHANNELS = 128  # below this number winograd's transforms cost more time than its matmuls save
 
 
@@ -26,7 +26,8 @@ class Input:
     def __init__(self, x: Tensor, stride: int) -> None:
         self.x, self.stride = x, stride
         self.out = (len(x), (x.shape[1] - 3) // stride + 1, (x.shape[2] - 3) // stride + 1)  # B, H', W'
-        self.patches = self._im2col() if self.out[0] * self.out[1] * self.out[2] <= FEW_POSITIONS else None
+        few = self.out[1] * self.out[2] <= max(FEW_POSITIONS // len(x), OF_AN_IMAGE)
+        self.patches = self._im2col() if few else None
 
     def _im2col(self) -> Tensor:
         """The 3x3 patches as rows, [B * H' * W', 9 * I], each copied from three runs of memory."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.fast.matmul import matmul
 
-TILE = 4  # m, for every size of output: what the guard compares on few images is what runs on many
+TILE = 4  # m
 # Where the polynomials behind the transforms are evaluated, besides infinity, which decides rounding errors.
 POINTS = (0, 0.75, -0.75, 1.5, -1.5)
 CHUNK = 760  # tiles that are transformed at a time: few for the memory, many for long matmuls

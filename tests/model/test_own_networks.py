@@ -94,6 +94,7 @@ def test_meta_gradient_at_every_cut(
     with one rule; gradients of learned step sizes are included."""
     if tiles:
         monkeypatch.setattr(conv, "FEW_POSITIONS", 0)
+        monkeypatch.setattr(conv, "OF_AN_IMAGE", 0)
         monkeypatch.setattr(conv, "MANY_CHANNELS", 1)
         monkeypatch.setattr(winograd, "CHUNK", tiles)
     net, plain = (network(name, of)[0] if name in WIDTHS else new(name).double() for of in (backend, "plain"))
