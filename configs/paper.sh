@@ -37,6 +37,7 @@ RAN=false  # whether the last step ran
 
 ANML="20,000 steps, second order, seed 9"
 FIRST="20,000 steps, first order, seed 9"
+FIRST_SEEDS="20,000 steps, first order, seeds 9, 10 and 11"
 OML="20,000 steps of OML, second order, seed 9"
 PROTOTYPES="4,000 episodes of configs/prototypes.toml, seed 9"
 PROTOTYPES_SEEDS="4,000 episodes of configs/prototypes.toml, seeds 9, 10 and 11"
@@ -186,6 +187,7 @@ paper() {
     mrcl_classification.py --config configs/anml.toml --keep_every 2000
   train train_anml_first_order "1.6 to 3 h" Neuromodulation_Model_first_order.net \
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
+  seeds train_anml_first_order_seeds "2.5 to 4 h" --config configs/anml_first_order.toml
   train train_oml "6 to 15 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
   train train_prototypes "1.2 to 2 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
   seeds train_prototypes_seeds "2.4 to 4 h" --config configs/prototypes.toml
@@ -197,6 +199,9 @@ paper() {
   evaluate anml_blind "1 to 4 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML \
     --lr_search_split background
   evaluate anml_first_order "1 to 4 h" "$FIRST" --model Neuromodulation_Model_first_order.net --treatment-preset ANML
+  local first_order=(Neuromodulation_Model_first_order.net
+    runs/paper_train_anml_first_order_seeds_0/seed_{10,11}.net)
+  evaluate anml_first_order_seeds "0.5 h" "$FIRST_SEEDS" --model "${first_order[@]}" --lr 0.001
   evaluate anml_ft_pln "23 h" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-FT:PLN
   evaluate anml_ft_pln_nm_out "27 h" "$ANML" --model Neuromodulation_Model.net \
     --treatment-preset ANML-FT:PLN+NM-out

@@ -91,7 +91,7 @@ def train_seeds(
             time.sleep(POLL)
             for seed in [seed for seed, process in running.items() if process.poll() is not None]:
                 if (code := running.pop(seed).returncode) and not interrupt.signal:
-                    failed[seed] = _last_line(parent, seed) or f"exit code {code}"
+                    failed[seed] = (code > 0 and _last_line(parent, seed)) or f"exit code {code}"
                     log.warning("seed %d: %s", seed, failed[seed])
         for process in running.values():
             process.terminate()

@@ -331,12 +331,12 @@ def _lock(folder: Path) -> FileLock:
 def _earlier_rows(folder: Path, done: int) -> list[dict[str, str]]:
     """The rows of `metrics.csv` for the steps 1 to `done`, without a last row that lacks its line end.
 
-    The unfinished files of a killed process are deleted.
+    The unfinished files of a killed process are deleted; those in a folder of --seeds may be of others.
     """
-    for draft in folder.glob(".*.*"):  # see `atomic_write`
+    path = folder / "metrics.csv"
+    for draft in folder.glob(".*.*") if path.exists() else ():  # see `atomic_write`
         with suppress(OSError):
             draft.unlink()
-    path = folder / "metrics.csv"
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
     lines = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
     cells = csv.DictReader(lines, quoting=csv.QUOTE_NONE)
