@@ -176,22 +176,9 @@ class Parser(argparse.ArgumentParser):
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def filled(
-        self,
-        kind: type[FlagsT],
-        given: Mapping[str, Any],
-        asked: Collection[str] = (),
-        typed: Collection[str] = (),
-    ) -> FlagsT:
-        """Arguments of which some are given, the others at their defaults.
-
-        Args:
-            asked: those given for this run, in a config file or typed, and not by the run that is resumed.
-            typed: those that were typed. What one of them makes idle in a config file is passed over.
-
-        Raises:
-            UserError: a flag is asked for that means nothing beside the others, or an argument is missing.
-        """
+    def filled(self, kind: type[FlagsT], given: Mapping[str, Any]) -> FlagsT:
+        """Arguments of which some are given, the others at their defaults; raises UserError where one is
+        missing."""
         found = {**kind.implied(given), **given}
         values: dict[str, Any] = {part.name: found[part.name] for part in fields(kind) if part.name in found}
         for name, (registry, entry) in self.chosen.items():
@@ -200,14 +187,8 @@ class Parser(argparse.ArgumentParser):
             values[name][argument] = given.get(key, values[name][argument])
         flags = kind(**values, given=frozenset(given), places=self.places)
         idle = flags.idle()
-        for key in self.flags:
-            name, argument = self.places.get(key, (key, ""))
-            # What makes a flag idle is typed as `--chooser NAME` or as `--flag`.
-            if name in idle and (key in typed or (key in asked and idle[name].split()[0][2:] not in typed)):
-                raise UserError(
-                    f"{as_typed(key, given[key])} means nothing with {idle[name]}: drop one of them"
-                )
-            if name not in idle and argument and values[name][argument] is REQUIRED:
+        for key, (name, argument) in self.places.items():
+            if name not in idle and values[name][argument] is REQUIRED:
                 registry, entry = self.chosen[name]
                 raise UserError(f"--{registry.chooser} {entry} needs --{key}")
         return flags
@@ -296,8 +277,12 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     before = parser.values(run, of_run, choosers)
     typed = parser.read(tokens)
     given = parser.values(settings, of_config, choosers & typed.keys()) | typed
-    idle = parser.filled(kind, before | given, given.keys(), typed.keys()).idle()
-    given = {key: value for key, value in given.items() if parser.places.get(key, [key])[0] not in idle}
+    idle = parser.filled(kind, before | given).idle()
+    for key in [key for key in given if parser.places.get(key, [key])[0] in idle]:
+        value, why = given.pop(key), idle[parser.places.get(key, [key])[0]]
+        # What a typed `--flag` or `--chooser NAME` makes idle in a config file is passed over.
+        if key in typed or why.split()[0][2:] not in typed:
+            raise UserError(f"{as_typed(key, value)} means nothing with {why}: drop one of them")
     if resume is not None:
         asked = parser.filled(kind, before)
         left_open = plan.keys() & parser.flags.keys() - before.keys() - asked.idle().keys()
