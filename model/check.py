@@ -31,6 +31,7 @@ from utils.files import Checkpoint
 TOLERANCE = 1e-6  # far above rounding in float64, far below what a wrong gradient is off by
 IMAGES = 2
 SMALL_LR = 1e-3  # of inner steps at random weights, which larger ones may make explode
+OTHER_LOGITS = "the frozen part plus the rest gives other logits than the whole"
 DEFAULT, UPDATE_STEP = InnerLoop(0.1), 20
 EFFECT_TRIES = 10  # a small network may be dead for the images and parameters of one try
 
@@ -179,7 +180,7 @@ def _faults_of_parts(net: Network, cuts: Iterable[int], images: Tensor) -> Itera
     for rln in cuts:
         inputs = net.frozen(images, trained_parameters(net, rln))
         if not same(net(inputs), logits) or not same(net(inputs[:1]), logits[:1]):
-            yield f"at --rln {rln} the frozen part plus the rest gives other logits than the whole"
+            yield f"at --rln {rln} {OTHER_LOGITS}"
     if not head_rows(net):
         yield "the head has no weight with a row for each class, to be drawn anew before a trajectory"
     try:

@@ -158,7 +158,7 @@ def _online(
     trained = trained_parameters(net, rln)
     learner = backend.adam_learner(net, trained, Given(lr=0.01), **use.options)
     with torch.no_grad():
-        inputs = net.frozen(images, trained)
+        inputs = images if backend is PLAIN else net.frozen(images, trained)
     learner.learn(inputs, labels)
     return [p.detach() for p in net.parameters()], learner.predict(inputs)
 

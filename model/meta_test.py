@@ -16,6 +16,7 @@ from torch import Tensor
 
 from datasets.images import Pool
 from datasets.task_sampler import sample_task
+from model.check import OTHER_LOGITS, same
 from model.layers import FrozenOutput, Inputs, parts
 from model.learner import LEARNERS, Given, Learner, LearnerKind, Prior
 from model.modelfactory import Network, build, reset_head, reset_parameters, shared_copy, trained_parameters
@@ -30,6 +31,7 @@ PURPOSES: tuple[Purpose, ...] = ("search", "report", "validation")  # each has d
 
 CHUNK = 100  # images that pass through frozen layers, or are tested, at a time
 FITTED = 200  # meta-training classes that a prior is fitted to; more change nothing
+ROUNDING = 1e-3  # of logits in float32, relative to the largest
 BUDGET = 4 * 2**30  # bytes of frozen outputs kept; beyond it they are recomputed for every pass
 
 
@@ -50,6 +52,9 @@ class FrozenOutputs:
     Attributes:
         kept: the parts of the outputs of all images, in memory that is used as it is written.
         known: the rows that are computed.
+
+    Raises:
+        UserError: the network makes something else of its frozen outputs than of the image itself.
     """
 
     def __init__(self, net: Network, pool: Pool, trained: Collection[str], budget: int = BUDGET) -> None:
@@ -57,15 +62,17 @@ class FrozenOutputs:
         self.images = pool
         self.trained = trained
         self.known: set[int] = set()
+        image = pool.take(slice(1))
         with torch.no_grad():
-            self.sample = net.frozen(pool.take(slice(1)), trained)
+            self.sample = net.frozen(image, trained)
+            logits, rest = net(image), net(self.sample)
+        if bool(logits.isfinite().all()) and not same(rest, logits, tolerance=ROUNDING):
+            raise UserError(f"network {net.network}: {OTHER_LOGITS}")
         # Where nothing is frozen there is nothing to keep but the images themselves.
-        if isinstance(self.sample, FrozenOutput):
-            anything = any(self.sample.done)
-        else:
-            anything = type(net).frozen is not Network.frozen
+        own = type(net).frozen is not Network.frozen
+        done = self.sample.done if isinstance(self.sample, FrozenOutput) else [own]
         size = sum(part.numel() * part.element_size() for part in parts(self.sample)) * len(pool.rows)
-        self.keeps = anything and size <= budget
+        self.keeps = any(done) and size <= budget
         count = len(pool.rows) if self.keeps else 0
         # A block for each part, or temporaries would leave holes; of channels that a view repeats it has one.
         self.kept = tuple(

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from utils.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 METHOD, LAYERS, FACTORY = "model/method.py", "model/layers.py", "model/modelfactory.py"
 WIDTHS = {"nm_channels": 4, "pln_channels": 6, "num_classes": 12}
@@ -145,7 +147,8 @@ def numbers(kind: str, asked: str, first_order: bool = False) -> tuple[str, list
 
 
 def edited(file: str, edit: Edit) -> tuple[str, list[float], list[float]]:
-    """The backends that the default chose, its numbers and plain's. The process imports the project anew."""
+    """The backends that the default chose, its numbers and plain's; no numbers where the edit is refused. The
+    process imports the project anew."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "model"]:
         del sys.modules[name]
     text = (ROOT / file).read_text(encoding="utf-8")
@@ -154,7 +157,10 @@ def edited(file: str, edit: Edit) -> tuple[str, list[float], list[float]]:
     name = file.removesuffix(".py").replace("/", ".")
     sys.modules[name] = module = ModuleType(name)
     exec(code, module.__dict__)  # noqa: S102 (our own)
-    used, found = numbers(edit.kind, "auto", file == METHOD)
+    try:
+        used, found = numbers(edit.kind, "auto", file == METHOD)
+    except UserError as error:
+        return f"refused: {error}", [], []
     return used, found, numbers(edit.kind, "plain", file == METHOD)[1] if "fast" in used else found
 
 

@@ -369,3 +369,12 @@ def test_a_frozen_part_that_is_a_tensor() -> None:
     assert net.passed == 12
     torch.testing.assert_close(found[0], net(images(12).float()))
     assert torch.equal(found[0], found[2])
+
+
+def test_a_frozen_part_that_the_rest_does_not_go_on_from() -> None:
+    """Wrong at a cut that training did not check, it ends an evaluation before a class is learned."""
+    wrong = {"frozen": lambda net, x, trained: net.trunk(x) * (1 + ("gate" in trained))}
+    net, pool = type("Wrong", (OwnFrozen,), wrong)().eval(), pooled(images(3, 4).float())
+    FrozenOutputs(net, pool, ["head.weight"])
+    with pytest.raises(UserError, match="network Wrong: the frozen part plus the rest gives other logits"):
+        FrozenOutputs(net, pool, ["gate"])
