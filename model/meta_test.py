@@ -71,14 +71,13 @@ class FrozenOutputs:
         # Where nothing is frozen there is nothing to keep but the images themselves.
         own = type(net).frozen is not Network.frozen
         done = self.sample.done if isinstance(self.sample, FrozenOutput) else [own]
-        size = sum(part.numel() * part.element_size() for part in parts(self.sample)) * len(pool.rows)
+        # Of channels that a view repeats one is kept.
+        single = [part if part.stride(1) else part[:, :1] for part in parts(self.sample)]
+        size = sum(part.numel() * part.element_size() for part in single) * len(pool.rows)
         self.keeps = any(done) and size <= budget
         count = len(pool.rows) if self.keeps else 0
-        # A block for each part, or temporaries would leave holes; of channels that a view repeats it has one.
-        self.kept = tuple(
-            part.new_empty(count, part.shape[1] if part.stride(1) else 1, *part.shape[2:])
-            for part in parts(self.sample)
-        )
+        # A block for each part, or temporaries would leave holes.
+        self.kept = tuple(part.new_empty(count, *part.shape[1:]) for part in single)
 
     @torch.no_grad()
     def get(self, index: Tensor) -> Inputs:

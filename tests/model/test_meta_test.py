@@ -59,6 +59,8 @@ def test_frozen_outputs_of_classes_of_several_sizes() -> None:
     expected = net.frozen(grey.rows[5:6], trained)
     torch.testing.assert_close(parts(kept.get(torch.tensor([[1, 1]]))), parts(expected))
     assert [part.shape[1] for part in kept.kept if part.ndim == 4] == [1], "three times the memory"
+    size = sum(part.nbytes for part in kept.kept)
+    assert [FrozenOutputs(net, grey, trained, budget).keeps for budget in (size, size - 1)] == [True, False]
 
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])
