@@ -39,6 +39,7 @@ ANML="20,000 steps, second order, seed 9"
 FIRST="20,000 steps, first order, seed 9"
 FIRST_SEEDS="20,000 steps, first order, seeds 9, 10 and 11"
 OML="20,000 steps of OML, second order, seed 9"
+OML_84="20,000 steps of OML at 84 x 84, second order, seed 9"
 PROTOTYPES="4,000 episodes of configs/prototypes.toml, seed 9"
 PROTOTYPES_SEEDS="4,000 episodes of configs/prototypes.toml, seeds 9, 10 and 11"
 PRETRAIN="1,680,000 images, i.i.d., seed 9"
@@ -189,6 +190,7 @@ paper() {
     mrcl_classification.py --config configs/anml_first_order.toml --keep_every 2000
   seeds train_anml_first_order_seeds "2.5 to 4 h" --config configs/anml_first_order.toml
   train train_oml "6 to 15 h" OML_Model.net mrcl_classification.py --config configs/oml.toml --keep_every 2000
+  train train_oml_84 "10 h" OML_84.net mrcl_classification.py --config configs/oml.toml --size 84 --keep_every 2000
   train train_prototypes "1.2 to 2 h" Prototypes_Model.net mrcl_classification.py --config configs/prototypes.toml
   seeds train_prototypes_seeds "2.4 to 4 h" --config configs/prototypes.toml
   train train_pretrain "less than 23 h" Pretrain_Model.net mrcl_classification.py --learner iid --steps 20000
@@ -208,6 +210,8 @@ paper() {
   evaluate anml_unlimited "a day" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Unlimited
   evaluate oml "6 h" "$OML" --model OML_Model.net --treatment-preset OML
   evaluate oml_olft "2 h" "$OML" --model OML_Model.net --treatment-preset OML-OLFT
+  evaluate oml_84 "1 h, at 600 classes alone" "$OML_84" --model OML_84.net --treatment-preset OML --schedule 600
+  evaluate oml_84_olft "2 h" "$OML_84" --model OML_84.net --treatment-preset OML-OLFT
   evaluate oml_unlimited "25 h, at 600 classes alone" "$OML" --model OML_Model.net \
     --treatment-preset OML-Unlimited --schedule 600
   evaluate pretrain "6 h" "$PRETRAIN" --model Pretrain_Model.net --treatment-preset Pretrain
@@ -275,9 +279,11 @@ paper() {
       --model "runs/paper_train_${order}_0/model_"{2000..20000..2000}.net \
       --schedule 50 200 --lr 0.001 --runs 3
   done
-  evaluate oml_on_the_way "15 min" "every 2,000 steps of train_oml" \
-    --model runs/paper_train_oml_0/model_{2000..20000..2000}.net \
-    --treatment-preset OML-OLFT --schedule 50 200 --lr 0.0006 --runs 3
+  for order in oml oml_84; do
+    evaluate "${order}_on_the_way" "15 to 45 min" "every 2,000 steps of train_$order" \
+      --model "runs/paper_train_${order}_0/model_"{2000..20000..2000}.net \
+      --treatment-preset OML-OLFT --schedule 50 200 --lr 0.0006 --runs 3
+  done
 
   # The representation: active and dead units, KNN, pictures; of unseen classes, and of those of meta-training.
   local of seen
@@ -303,8 +309,9 @@ paper() {
     ANML=runs/paper_anml_0 "ANML, first order=runs/paper_anml_first_order_0"
   step figure_training "5 s" "" "$PYTHON" -m tools.plot_results --name training --against steps \
     "ANML, second order=runs/paper_anml_on_the_way_0" \
-    "ANML, first order=runs/paper_anml_first_order_on_the_way_0" \
-    "OML, last layer=runs/paper_oml_on_the_way_0"
+    "ANML, first order=runs/paper_anml_first_order_on_the_way_0"
+  step figure_oml "5 s" "" "$PYTHON" -m tools.plot_results --name oml --against steps \
+    "OML, 28 x 28=runs/paper_oml_on_the_way_0" "OML, 84 x 84=runs/paper_oml_84_on_the_way_0"
   step figure_heads "5 s" "" "$PYTHON" -m tools.plot_results --name heads --no-published \
     "streaming LDA=runs/paper_anml_slda_0" "streaming LDA, gated=runs/paper_anml_slda_gated_0" \
     GeMCL-MAP=runs/paper_anml_map_0 "nearest class mean=runs/paper_anml_ncm_0" Adam=runs/paper_anml_0
