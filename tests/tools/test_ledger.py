@@ -120,6 +120,9 @@ SAID = {
         "| 0.0003: {scratch_oracle 600} % of 600 (2 runs) |",
         "keeps {oml_olft 10} % of 10 and {oml_olft 600} % of 600 classes, with both linear "
         "layers (OML) {oml 600} % of 600",
+        "keeps {oml_84_olft 10}, {oml_84_olft 50}, {oml_84_olft 100}, {oml_84_olft 200} and "
+        "{oml_84_olft 600 ±} % of 10, 50, 100, 200 and 600 classes (`oml_84_olft`), both linear layers "
+        "{oml_84 600 ±} % of 600",
         "{anml_3000 50}, {sanml_3000 50}, {sanml_6000 50} | {anml_3000 200}, {sanml_3000 200}, "
         "{sanml_6000 200} | {anml_3000 600}, {sanml_3000 600}, {sanml_6000 600} |",
         "keeps {anml_prototypes_seeds_ncm 600 ±} % of 600 classes with `ncm` and, the highest number here, "
