@@ -210,7 +210,7 @@ paper() {
   evaluate anml_unlimited "a day" "$ANML" --model Neuromodulation_Model.net --treatment-preset ANML-Unlimited
   evaluate oml "6 h" "$OML" --model OML_Model.net --treatment-preset OML
   evaluate oml_olft "2 h" "$OML" --model OML_Model.net --treatment-preset OML-OLFT
-  evaluate oml_84 "1 h, at 600 classes alone" "$OML_84" --model OML_84.net --treatment-preset OML --schedule 600
+  evaluate oml_84 "2.2 h, at 600 classes alone" "$OML_84" --model OML_84.net --treatment-preset OML --schedule 600
   evaluate oml_84_olft "2 h" "$OML_84" --model OML_84.net --treatment-preset OML-OLFT
   evaluate oml_unlimited "25 h, at 600 classes alone" "$OML" --model OML_Model.net \
     --treatment-preset OML-Unlimited --schedule 600
@@ -280,7 +280,7 @@ paper() {
       --schedule 50 200 --lr 0.001 --runs 3
   done
   for order in oml oml_84; do
-    evaluate "${order}_on_the_way" "15 to 45 min" "every 2,000 steps of train_$order" \
+    evaluate "${order}_on_the_way" "15 min" "every 2,000 steps of train_$order" \
       --model "runs/paper_train_${order}_0/model_"{2000..20000..2000}.net \
       --treatment-preset OML-OLFT --schedule 50 200 --lr 0.0006 --runs 3
   done

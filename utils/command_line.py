@@ -278,11 +278,12 @@ def parse(kind: type[FlagsT], argv: Sequence[str] | None = None) -> FlagsT:
     typed = parser.read(tokens)
     given = parser.values(settings, of_config, choosers & typed.keys()) | typed
     idle = parser.filled(kind, before | given).idle()
-    for key in [key for key in given if parser.places.get(key, [key])[0] in idle]:
-        value, why = given.pop(key), idle[parser.places.get(key, [key])[0]]
-        # What a typed `--flag` or `--chooser NAME` makes idle in a config file is passed over.
-        if key in typed or why.split()[0][2:] not in typed:
-            raise UserError(f"{as_typed(key, value)} means nothing with {why}: drop one of them")
+    for key, value in [*given.items()]:
+        if why := idle.get(parser.places.get(key, (key,))[0]):
+            del given[key]
+            # What a typed `--flag` or `--chooser NAME` makes idle in a config file is passed over.
+            if key in typed or why.split()[0][2:] not in typed:
+                raise UserError(f"{as_typed(key, value)} means nothing with {why}: drop one of them")
     if resume is not None:
         asked = parser.filled(kind, before)
         left_open = plan.keys() & parser.flags.keys() - before.keys() - asked.idle().keys()

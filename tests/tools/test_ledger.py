@@ -120,6 +120,12 @@ SAID = {
         "| 0.0003: {scratch_oracle 600} % of 600 (2 runs) |",
         "keeps {oml_olft 10} % of 10 and {oml_olft 600} % of 600 classes, with both linear "
         "layers (OML) {oml 600} % of 600",
+        *(
+            f"| {n:,} | {{oml_{n} 50}}, {{oml_84_{n} 50}} | {{oml_{n} 200}}, {{oml_84_{n} 200}} |"
+            for n in (1000, 2000, 3000, 4000)
+        ),
+        "last layer keeps {oml_3000 50} and {oml_3000 200} % of 50 and 200 classes",
+        "after 5,000 it is {oml_5000 50} and {oml_5000 200}.",
         "keeps {oml_84_olft 10}, {oml_84_olft 50}, {oml_84_olft 100}, {oml_84_olft 200} and "
         "{oml_84_olft 600 ±} % of 10, 50, 100, 200 and 600 classes (`oml_84_olft`), both linear layers "
         "{oml_84 600 ±} % of 600",
@@ -148,6 +154,9 @@ def test_pages_say_what_results_hold() -> None:
     after_6000 = [row for rows in on_the_way for row in rows if row["model"].endswith("_6000.net")]
     results |= {f"seed_{n}": [row for row in after_6000 if f"seed_{n}/" in row["model"]] for n in (10, 11)}
     results |= {"seed_9": [row for row in after_6000 if "seed" not in row["model"]], "seeds": after_6000}
+    for name in ("oml", "oml_84"):
+        for row in read_results(ROOT / f"results/on_the_way/{name}.csv").rows:
+            results.setdefault(f"{name}{row['model'].rpartition('model')[2][:-4]}", []).append(row)
     head = ledger(ROOT / "results").replace(",", "").replace(":", "").split()
     counts = dict(zip(("published", "met", "missed"), (head[0], head[3], head[5]), strict=True))
 
